@@ -1,0 +1,230 @@
+"""The verbs `plan` and `quantize`: a model and a policy in; a Plan, or a model with quantized layers, out."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from daqconvert.errors import ConversionError, FrozenError
+from daqconvert.graph import find_sites
+from daqconvert.layers.base import QuantizedLayer
+from daqconvert.layers.frozen import FrozenLayer
+from daqconvert.layers.registry import quantized_class
+from daqconvert.modes import quantized_layers
+from daqconvert.policy.arguments import UNSET, build
+from daqconvert.policy.resolve import resolve
+from daqconvert.spec import Plan, Policy
+
+PLAN_ATTRIBUTE = "_daqconvert_plan"
+
+
+def plan(
+    model: nn.Module, *, policy: Policy | str | Path | dict[str, Any] | None = None, preset: str | None = None,
+    first: Any = UNSET, last: Any = UNSET, exclude: Any = (), rules: Any = (), example_inputs: Any = None,
+    **settings: Any,
+) -> Plan:  # fmt: skip
+    """Say what `quantize` would do with a model, without doing it.
+
+    Args:
+        model: Any module, not changed; a quantized or frozen model gives the plan it was made with.
+        policy: A `Policy`, the path of a TOML file, or a dict of the same form.
+        preset: Name of a preset, as `"paper-w1a1"`; not together with `policy`.
+        first: Bits of the first sites: `(w, a)`, a dict of settings, or None for float; default 8/8.
+        last: Likewise for the last sites.
+        exclude: Names, globs or `re:` patterns of layers to leave alone.
+        rules: `Rule` objects, after those of the policy.
+        example_inputs: Gives MACs: a tensor, a tuple of positional or a dict of keyword arguments.
+        **settings: Any field of `Settings`: `w_bits`, `a_bits`, `granularity`, `rounding`, ...
+
+    Returns:
+        One row per convolution and linear, printable.
+
+    Raises:
+        PolicyError: If a setting, rule or width cannot be applied; names the nearest valid name.
+
+    Example:
+        >>> import daqconvert as dq
+        >>> rows = dq.plan(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), w_bits=4, a_bits=4)
+        >>> [(row.name, row.rule) for row in rows]
+        [('0', 'first'), ('2', 'last')]
+    """
+    existing = getattr(model, PLAN_ATTRIBUTE, None)
+    if existing is not None:
+        return current_plan(model)
+    chosen = build(policy=policy, preset=preset, first=first, last=last, exclude=exclude, rules=rules, **settings)
+    found = find_sites(model, example_inputs)
+    return resolve(
+        chosen, found.sites, model=type(model).__name__, order=found.order,
+        other_params=found.other_params, input_size=found.input_size,
+    )  # fmt: skip
+
+
+def quantize(
+    model: nn.Module, *, w_bits: Any = UNSET, a_bits: Any = UNSET, policy: Any = None, preset: str | None = None,
+    first: Any = UNSET, last: Any = UNSET, exclude: Any = (), rules: Any = (), example_inputs: Any = None,
+    **settings: Any,
+) -> Any:  # fmt: skip
+    """Return a copy of a model whose convolutions and linears are quantized; needs no data.
+
+    Each layer keeps its `weight` and `bias`; beside them come `weight_quantizer`, `input_quantizer` and
+    `output_scale`. Bounds of weights are set from the weights, bounds of inputs by `calibrate` (or `finetune`).
+
+    Args:
+        model: Any module; it is not changed.
+        w_bits: Bits of the weights, 1 to 8, or None (32) for float; default 8.
+        a_bits: Bits of the inputs, likewise.
+        policy: A `Policy`, the path of a TOML file, or a dict of the same form.
+        preset: Name of a preset, as `"paper-w1a1"`; not together with `policy`.
+        first: Bits of the first sites: `(w, a)`, a dict of settings, or None for float; default 8/8.
+        last: Likewise for the last sites.
+        exclude: Names, globs or `re:` patterns of layers to leave alone.
+        rules: `Rule` objects, after those of the policy.
+        example_inputs: Gives the plan's MACs; not needed.
+        **settings: Any other field of `Settings`.
+
+    Returns:
+        A model of the same class, device and dtype; `daqconvert.plan(qmodel)` prints what was done.
+
+    Raises:
+        PolicyError: If a setting, rule or width cannot be applied.
+        ConversionError: If the model is quantized already, has nothing to convert, or a weight is empty, not finite,
+            or constant where it must be normalized.
+        FrozenError: If the model is frozen.
+
+    Reference: "Distance-aware Quantization" (Kim, Lee, Ham, ICCV 2021).
+
+    Example:
+        >>> import daqconvert as dq
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.LazyLinear(2))
+        >>> qmodel = dq.quantize(nn.Sequential(*model[:3]), w_bits=4, a_bits=4, last=None)
+        >>> type(qmodel[0]).__name__, type(qmodel[2]).__name__
+        ('QuantConv2d', 'Conv2d')
+    """
+    require_float(model, "quantize")
+    if w_bits is not UNSET:
+        settings["w_bits"] = w_bits
+    if a_bits is not UNSET:
+        settings["a_bits"] = a_bits
+    chosen = plan(
+        model, policy=policy, preset=preset, first=first, last=last, exclude=exclude, rules=rules,
+        example_inputs=example_inputs, **settings,
+    )  # fmt: skip
+    if not chosen.converted:
+        raise ConversionError(
+            f"{type(model).__name__}: nothing to quantize: {len(chosen)} convolutions and linears found, all left "
+            "alone. Print daqconvert.plan(model, ...) for the reasons."
+        )
+    return apply_plan(copy.deepcopy(model), chosen)
+
+
+def apply_plan(model: nn.Module, chosen: Plan) -> nn.Module:
+    """Convert the layers of a model in place as the plan says, and remember the plan."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for row in chosen.converted:
+        assert row.settings is not None
+        layer = modules[row.name]
+        cls = quantized_class(type(layer))
+        if cls is None:
+            raise ConversionError(f"{row.name}: no quantized form is registered for {type(layer).__name__}.")
+        cls.convert(layer, row.settings, row.name, row.signed)
+    object.__setattr__(model, PLAN_ATTRIBUTE, chosen)
+    return model
+
+
+def current_plan(model: nn.Module) -> Plan:
+    """Return the plan of a quantized or frozen model, with the signs that `calibrate` has decided since.
+
+    Raises:
+        ConversionError: If the model is not quantized.
+    """
+    chosen = getattr(model, PLAN_ATTRIBUTE, None)
+    if not isinstance(chosen, Plan):
+        raise ConversionError(
+            f"{type(model).__name__}: expected a model made by daqconvert.quantize, found one without a plan."
+        )
+    layers = quantized_layers(model)
+    rows = []
+    for row in chosen.rows:
+        layer = layers.get(row.name)
+        if layer is not None and layer.input_quantizer is not None:
+            row = dataclasses.replace(row, signed=layer.input_quantizer.sign)
+        rows.append(row)
+    return dataclasses.replace(chosen, rows=tuple(rows))
+
+
+def require_float(model: nn.Module, verb: str) -> None:
+    """Raise if a model is quantized or frozen already."""
+    for name, module in model.named_modules():
+        if isinstance(module, FrozenLayer):
+            raise FrozenError(f"{verb}: {name or 'the model'} is frozen; {verb} needs the original float model.")
+        if isinstance(module, QuantizedLayer):
+            raise ConversionError(
+                f"{verb}: {name or 'the model'} is quantized already ({module.extra_repr()}). "
+                f"Call {verb} on the original float model."
+            )
+
+
+def require_quantized(model: nn.Module, verb: str) -> dict[str, QuantizedLayer]:
+    """Return the quantized layers by name; raise if there are none or the model is frozen."""
+    for name, module in model.named_modules():
+        if isinstance(module, FrozenLayer):
+            raise FrozenError(
+                f"{verb}: {name or 'the model'} is frozen: it holds integer codes and no trainable weights. "
+                f"Call {verb} on the quantized model it was frozen from."
+            )
+    layers = quantized_layers(model)
+    if not layers:
+        raise ConversionError(
+            f"{verb}: {type(model).__name__} has no quantized layer. Call daqconvert.quantize(model, ...) first."
+        )
+    return layers
+
+
+def load_float(qmodel: nn.Module, state_dict: dict[str, Tensor]) -> nn.Module:
+    """Load a float model's state dict into a quantized model, strictly, and mark its bounds uncalibrated.
+
+    Args:
+        qmodel: A quantized model, changed in place.
+        state_dict: Of the float model: every key, and no key of a quantizer.
+
+    Returns:
+        The same model; its weight bounds are set from the new weights, its input bounds wait for `calibrate`.
+
+    Raises:
+        ConversionError: If a key is missing, unexpected, or of another shape; nothing is loaded then.
+
+    Example:
+        >>> import daqconvert as dq
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> qmodel = dq.load_float(dq.quantize(model, w_bits=4, a_bits=4), model.state_dict())
+    """
+    layers = require_quantized(qmodel, "load_float")
+    own = {f"{name}." if name else "" for name in layers}
+    extra = ("weight_quantizer.", "input_quantizer.", "output_scale")
+    current = {
+        key: value
+        for key, value in qmodel.state_dict().items()
+        if not any(key.startswith(prefix) and key[len(prefix) :].startswith(extra) for prefix in own)
+    }
+    problems = [f"missing {key}" for key in current if key not in state_dict]
+    problems += [f"unexpected {key}" for key in state_dict if key not in current]
+    problems += [
+        f"{key}: expected shape {tuple(value.shape)}, found {tuple(state_dict[key].shape)}"
+        for key, value in current.items()
+        if key in state_dict and state_dict[key].shape != value.shape
+    ]
+    if problems:
+        raise ConversionError(
+            f"load_float: the state dict does not fit {type(qmodel).__name__}: {'; '.join(problems[:3])}"
+            f"{f'; and {len(problems) - 3} more' if len(problems) > 3 else ''}. It must be the float model's."
+        )
+    qmodel.load_state_dict(state_dict, strict=False, assign=any(v.is_meta for v in current.values()))
+    for layer in layers.values():
+        for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+            if quantizer is not None:
+                quantizer.mark(False)
+    return qmodel

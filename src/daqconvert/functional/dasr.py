@@ -1,0 +1,154 @@
+"""Distance-aware soft rounding (DASR) in closed form, and the one rule for ties.
+
+Convention: `x` is in level units, so that levels are the integers and a quantizer of `b` bits has the codes
+`0 .. n`, `n = 2**b - 1`. Ties round half to even everywhere in this project (`round_half_even`), because ONNX
+`QuantizeLinear` does; the authors' code sends them down.
+
+With `t = x - floor(x)`, `a = 1 / sigma**2` and `c = gamma / (2 sinh gamma)`:
+
+    forward:   y     = round(x)
+    backward:  dy/dx = c * coth((|1 - 2t| + a) / 2)
+
+Arithmetic is float32 (float64 for float64 inputs); the result has the dtype of the input.
+
+Reference: Kim, Lee, Ham, "Distance-aware Quantization", ICCV 2021, equations 6-11; the closed form is derived in
+`docs/method.md` and bound to the literal equations of `reference.py` by the tests.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from daqconvert.errors import DaqError
+
+
+def round_half_even(x: Tensor) -> Tensor:
+    """Round to the nearest integer, ties to the even one: the only rounding of this project.
+
+    Example:
+        >>> round_half_even(torch.tensor([0.5, 1.5, 2.5])).tolist()
+        [0.0, 2.0, 2.0]
+    """
+    return torch.round(x)
+
+
+def slope_coefficients(gamma: float, sigma: float, unit: bool = False) -> tuple[float, float]:
+    """Return `(c, a)` of the slope `c * coth((|1 - 2t| + a) / 2)`.
+
+    Args:
+        gamma: Temperature, positive.
+        sigma: Kernel width, positive, in levels.
+        unit: Scale `c` so that the mean slope over `t` in [0, 1] is 1.
+
+    Example:
+        >>> c, a = slope_coefficients(2.0, 1.0)
+        >>> round(mean_slope(c, a), 2)
+        0.45
+    """
+    # beyond sigma = 1e15 `a` would vanish and the slope at a tie be infinite: keep it positive
+    a = max((1.0 / sigma) * (1.0 / sigma), 1e-30)
+    if unit:
+        return 1.0 / mean_slope(1.0, a), a
+    # gamma / (2 sinh gamma), written so that a large gamma underflows instead of overflowing sinh
+    return gamma * math.exp(-gamma) / -math.expm1(-2.0 * gamma), a
+
+
+def mean_slope(c: float, a: float) -> float:
+    """Return the mean of the slope over one level: `2 c ln(sinh((1 + a) / 2) / sinh(a / 2))`."""
+    # log sinh(z) = z + log(1 - exp(-2z)) - log 2 holds for large a, where sinh overflows; expm1 for small a
+    log_ratio = 0.5 + math.log(-math.expm1(-(1.0 + a))) - math.log(-math.expm1(-a))
+    return 2.0 * c * log_ratio
+
+
+def slope(x: Tensor, c: float, a: float) -> Tensor:
+    """Return the slope `c * coth((|1 - 2t| + a) / 2)` at `x`, elementwise."""
+    t = x - torch.floor(x)
+    return c / torch.tanh(((1.0 - 2.0 * t).abs() + a) * 0.5)
+
+
+class _ClipRound(torch.autograd.Function):
+    """`round(clip(x, low, high))` with the DASR (or STE) slope inside the clip, its ends included."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low: Any, high: Any, c: float, a: float, ste: bool) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.constants = (low, high, c, a, ste)
+        return round_half_even(torch.clamp(x, low, high))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        return _ClipRoundBackward.apply(grad, x, *ctx.constants), None, None, None, None, None
+
+
+class _ClipRoundBackward(torch.autograd.Function):
+    """The first derivative as a function of its own, so that the second can be refused with a clear error."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, x: Tensor, low: Any, high: Any, c: float, a: float, ste: bool) -> Tensor:
+        inside = (x >= low) & (x <= high)
+        return torch.where(inside, grad if ste else grad * slope(x, c, a), 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise DaqError(
+            "dasr has no second derivative: its slope holds the temperature controller constant. "
+            "Drop create_graph=True, or compute the penalty under `with daqconvert.disabled(model):`."
+        )
+
+
+def clip_round(x: Tensor, low: Tensor | float, high: Tensor | float, rounding: str, c: float, a: float) -> Tensor:
+    """Return `round(clip(x, low, high))`, its gradient the DASR slope inside the clip and 0 outside.
+
+    Args:
+        x: float32 or float64, any shape, in level units.
+        low: Lowest level, an integer-valued float or a tensor that broadcasts.
+        high: Highest level, likewise.
+        rounding: `"daq"`, or `"ste"` for a slope of 1.
+        c: Height of the slope, from `slope_coefficients`.
+        a: Offset of the slope, likewise.
+    """
+    out: Tensor = _ClipRound.apply(x, low, high, c, a, rounding == "ste")
+    return out
+
+
+def dasr(x: Tensor, n: int, gamma: float = 2.0, sigma: float = 1.0) -> Tensor:
+    """Round to levels `0 .. n`, with the distance-aware gradient.
+
+    `y = round(clip(x, 0, n))`; `dy/dx = gamma / (2 sinh gamma) * coth((|1 - 2t| + 1 / sigma**2) / 2)` where
+    `0 <= x <= n` and 0 elsewhere, with `t = x - floor(x)`.
+
+    Args:
+        x: float32, float64, bfloat16 or float16, any shape, in level units.
+        n: Highest level, `2**bits - 1`.
+        gamma: Temperature, positive; 2 in the paper.
+        sigma: Kernel width, positive; 1 for weights and 2 for activations in the paper.
+
+    Returns:
+        Integer-valued tensor of the shape and dtype of `x`.
+
+    Raises:
+        DaqError: If `n`, `gamma` or `sigma` is not positive and finite, or `x` not floating point; on a second
+            derivative.
+
+    Reference: "Distance-aware Quantization" (Kim, Lee, Ham, ICCV 2021), equations 6-11.
+
+    Example:
+        >>> x = torch.tensor([0.4, 1.5, 9.0], requires_grad=True)
+        >>> y = dasr(x, 3); y.sum().backward()
+        >>> y.tolist(), [round(g, 2) for g in x.grad.tolist()]
+        ([0.0, 2.0, 3.0], [0.51, 0.6, 0.0])
+    """
+    if not (n >= 1 and 0 < gamma < math.inf and 0 < sigma < math.inf):
+        raise DaqError(
+            f"dasr: n, gamma and sigma must be positive and finite; found n={n!r}, gamma={gamma!r}, sigma={sigma!r}."
+        )
+    if not x.is_floating_point():
+        raise DaqError(f"dasr: expected a floating-point tensor, found {x.dtype}. Call x.float() first.")
+    c, a = slope_coefficients(gamma, sigma)
+    levels = x if x.dtype == torch.float64 else x.float()
+    return clip_round(levels, 0.0, float(n), "daq", c, a).to(x.dtype)

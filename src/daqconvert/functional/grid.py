@@ -1,0 +1,116 @@
+"""The uniform quantizer's arithmetic on tensors: integer-valued operands out, float32 inside.
+
+Convention, for `b` bits, `n = 2**b - 1` and `m = 2**(b - 1) - 1`:
+
+    midrise weights   q = clip(round((v - lower) / scale), 0, n), scale = (upper - lower) / n; operand 2q - n
+    integer weights   operand clip(round(v / scale), -m, m), scale = upper / m
+    inputs            operand q - zero_point = clip(round(v / scale), -zero_point, n - zero_point)
+
+Operands are integers held in floating point: sums of their products are exact in float32 below 2**24, whatever the
+layout or the order. Scales are applied after the sum. Codes are what is stored: `q` for inputs and midrise weights,
+operand + m for integer weights; uint8, `0 .. n`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from daqconvert.functional.dasr import clip_round, slope_coefficients
+
+TINY = 1e-12  # smallest width of a range in real units: keeps scale finite for all-zero tensors and dead bounds
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Which gradient the rounding has: `kind` is `"daq"` or `"ste"`, `c` and `a` as in `functional.dasr`."""
+
+    kind: str = "daq"
+    c: float = 1.0
+    a: float = 1.0
+
+    @staticmethod
+    def make(kind: str, gamma: float, sigma: float, unit: bool) -> Rounding:
+        """Return the rounding with temperature `gamma` and kernel width `sigma`; `unit` scales its mean slope to 1."""
+        return Rounding(kind, *slope_coefficients(gamma, sigma, unit))
+
+
+def levels(bits: int, grid: str) -> int:
+    """Return the largest operand of a weight grid: `n` for midrise, `m` for integer.
+
+    Example:
+        >>> levels(4, "midrise"), levels(4, "integer")
+        (15, 7)
+    """
+    return 2**bits - 1 if grid == "midrise" else 2 ** (bits - 1) - 1
+
+
+def quantize_weight(v: Tensor, lower: Tensor, upper: Tensor, bits: int, grid: str, rounding: Rounding) -> Tensor:
+    """Return the weight's integer-valued operand: `2q - n` (midrise) or the code itself (integer).
+
+    Args:
+        v: Weight, normalized or not, float32 or float64.
+        lower: Lower bound, broadcastable to `v`; not read on the integer grid.
+        upper: Upper bound, broadcastable to `v`.
+        bits: 1 to 8 (2 to 8 on the integer grid).
+        grid: `"midrise"` or `"integer"`.
+        rounding: Gradient of the rounding.
+    """
+    top = levels(bits, grid)
+    if grid == "midrise":
+        x = (v - lower) / ((upper - lower).clamp(min=TINY) / top)
+        return 2.0 * clip_round(x, 0.0, float(top), rounding.kind, rounding.c, rounding.a) - top
+    x = v / (upper.clamp(min=TINY) / top)
+    return clip_round(x, float(-top), float(top), rounding.kind, rounding.c, rounding.a)
+
+
+def weight_codes(operand: Tensor, bits: int, grid: str) -> Tensor:
+    """Return stored codes `0 .. n` of a weight operand, uint8."""
+    top = levels(bits, grid)
+    return ((operand + top) / 2 if grid == "midrise" else operand + top).to(torch.uint8)
+
+
+def weight_operand(codes: Tensor, bits: int, grid: str, dtype: torch.dtype) -> Tensor:
+    """Undo `weight_codes`: the integer-valued operand in `dtype`.
+
+    Example:
+        >>> weight_operand(torch.tensor([0, 3], dtype=torch.uint8), 2, "midrise", torch.float32).tolist()
+        [-3.0, 3.0]
+    """
+    top = levels(bits, grid)
+    values = codes.to(dtype)
+    return values * 2 - top if grid == "midrise" else values - top
+
+
+def input_scale(lower: Tensor, upper: Tensor, bits: int) -> Tensor:
+    """Return `scale = (upper - lower) / n` with `lower <= 0 <= upper` enforced, float32 at least."""
+    return (_real(upper).clamp(min=0.0) - _real(lower).clamp(max=0.0)).clamp(min=TINY) / (2**bits - 1)
+
+
+def input_zero_point(lower: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Return the zero point `clip(round(-lower / scale), 0, n)`, integer-valued, constant for the gradient."""
+    return torch.round(-_real(lower).clamp(max=0.0).detach() / scale.detach()).clamp(0.0, float(2**bits - 1))
+
+
+def quantize_input(v: Tensor, scale: Tensor, zero_point: Tensor, bits: int, rounding: Rounding) -> Tensor:
+    """Return the input's integer-valued operand `q - zero_point`, rounded before the zero point is added, as ONNX does.
+
+    Args:
+        v: Input, any shape, any floating dtype; arithmetic in float32 at least.
+        scale: Scalar.
+        zero_point: Scalar, integer-valued.
+        bits: 1 to 8.
+        rounding: Gradient of the rounding.
+
+    Returns:
+        Operand of the shape and dtype of `v`; exact zeros stay exact zeros.
+    """
+    x = _real(v) / scale
+    out = clip_round(x, -zero_point, (2**bits - 1) - zero_point, rounding.kind, rounding.c, rounding.a)
+    return out.to(v.dtype)
+
+
+def _real(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

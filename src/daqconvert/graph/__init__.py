@@ -1,0 +1,5 @@
+"""Finding the sites of a model: a walk of the module tree for coverage, torch.fx for dataflow."""
+
+from daqconvert.graph.sites import Found, find_sites
+
+__all__ = ["Found", "find_sites"]

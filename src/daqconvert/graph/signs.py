@@ -1,0 +1,118 @@
+"""Which values of an fx graph are proven non-negative: ReLU and its like, and what keeps a sign."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+NONNEGATIVE_MODULES = {"ReLU", "ReLU6", "Sigmoid", "Hardsigmoid", "HardSigmoid", "Softmax", "Softmax2d", "Softplus"}
+KEEPING_MODULES = {
+    *(f"{kind}Pool{d}d" for kind in ("Max", "Avg", "AdaptiveAvg", "AdaptiveMax") for d in (1, 2, 3)),
+    *("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "Identity", "Flatten", "Unflatten", "ZeroPad1d", "ZeroPad2d"),
+    *("ReflectionPad1d", "ReflectionPad2d", "ReplicationPad1d", "ReplicationPad2d", "PixelShuffle", "ChannelShuffle"),
+    *("UpsamplingNearest2d", "UpsamplingBilinear2d", "AvgPool2dSame", "MaxPool2dSame", "DropPath", "PixelUnshuffle"),
+}
+NONNEGATIVE_CALLS = {"relu", "relu_", "relu6", "sigmoid", "sigmoid_", "softmax", "hardsigmoid", "softplus", "abs"}
+NONNEGATIVE_CALLS |= {"square", "exp"}
+KEEPING_CALLS = {
+    *("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d"),
+    *("adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d", "boolean_dispatch", "mean", "amax", "sum"),
+    *("flatten", "reshape", "view", "permute", "transpose", "contiguous", "squeeze", "unsqueeze", "dropout", "chunk"),
+    *("getitem", "split", "unbind", "expand", "repeat", "clone", "detach", "roll", "flip", "to", "float", "narrow"),
+    *("dropout_", "feature_dropout", "channel_shuffle", "pixel_shuffle", "sqrt", "expand_as", "select", "unfold"),
+}
+ALL_OPERANDS = {"cat", "concat", "stack", "add", "add_", "iadd", "mul", "mul_", "imul", "maximum", "minimum", "max"}
+BOUNDED_BELOW = {"clamp", "clamp_", "clip", "hardtanh"}
+
+
+def nonnegative_nodes(graph: fx.Graph, modules: dict[str, nn.Module]) -> set[fx.Node]:
+    """Return the nodes whose value is proven non-negative.
+
+    Args:
+        graph: In evaluation mode.
+        modules: `dict(model.named_modules())`.
+    """
+    proven: set[fx.Node] = set()
+    for node in graph.nodes:
+        if _is_nonnegative(node, modules, proven):
+            proven.add(node)
+    return proven
+
+
+def _is_nonnegative(node: fx.Node, modules: dict[str, nn.Module], proven: set[fx.Node]) -> bool:
+    first = node.args[0] if node.args else None
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        if _library_type(module) in NONNEGATIVE_MODULES or _activation_is_nonnegative(module):
+            return True
+        if isinstance(module, nn.Upsample):
+            return first in proven and module.mode != "bicubic"
+        if isinstance(module, nn.Hardtanh):
+            return module.min_val >= 0
+        return _library_type(module) in KEEPING_MODULES and first in proven
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = _call_name(node)
+    if name in NONNEGATIVE_CALLS:
+        return True
+    if name in KEEPING_CALLS:
+        return first in proven
+    if name in ALL_OPERANDS:
+        return _all_proven(node, proven)
+    if name in ("interpolate", "pad"):
+        return first in proven and _keeps_sign(name, node)
+    return name in BOUNDED_BELOW and _lower_limit(node) >= 0
+
+
+def _call_name(node: fx.Node) -> str:
+    if node.op == "call_method":
+        return str(node.target)
+    if node.target is operator.getitem:
+        return "getitem"
+    target: Any = node.target
+    if target in (torch.relu, F.relu):
+        return "relu"
+    return str(getattr(target, "__name__", ""))
+
+
+def _library_type(module: nn.Module) -> str:
+    """Class name of a module of torch or timm; a user's class of the same name proves nothing."""
+    return type(module).__name__ if type(module).__module__.split(".")[0] in ("torch", "timm", "torchvision") else ""
+
+
+def _activation_is_nonnegative(module: nn.Module) -> bool:
+    """timm's norm-and-activation modules, which fx sees as one node, end in their `act`."""
+    act = getattr(module, "act", None)
+    if "NormAct" not in _library_type(module) or not isinstance(act, nn.Module):
+        return False
+    return _library_type(act) in NONNEGATIVE_MODULES
+
+
+def _all_proven(node: fx.Node, proven: set[fx.Node]) -> bool:
+    """Whether every tensor operand is proven and every number is non-negative; lists (of `cat`) are looked into."""
+    flat: list[Any] = []
+    for arg in node.args:
+        flat.extend(arg if isinstance(arg, (list, tuple)) else [arg])
+    name = _call_name(node)
+    operands = flat if name not in ("cat", "concat", "stack") else [a for a in flat if isinstance(a, fx.Node)]
+    numbers_ok = all(a >= 0 for a in operands if isinstance(a, (int, float)))
+    nodes = [a for a in operands if isinstance(a, fx.Node)]
+    return bool(nodes) and numbers_ok and all(a in proven for a in nodes)
+
+
+def _keeps_sign(name: str, node: fx.Node) -> bool:
+    if name == "interpolate":
+        mode = node.kwargs.get("mode", node.args[3] if len(node.args) > 3 else "nearest")
+        return mode != "bicubic"
+    value = node.kwargs.get("value", node.args[3] if len(node.args) > 3 else 0)
+    return value is None or (isinstance(value, (int, float)) and value >= 0)
+
+
+def _lower_limit(node: fx.Node) -> float:
+    key, default = ("min_val", -1.0) if _call_name(node) == "hardtanh" else ("min", -1.0)
+    value = node.kwargs.get(key, node.args[1] if len(node.args) > 1 else default)
+    return float(value) if isinstance(value, (int, float)) else -1.0

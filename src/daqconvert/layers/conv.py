@@ -1,0 +1,70 @@
+"""`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`, quantized and frozen; every constructor argument is honoured by torch's own code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from daqconvert.layers.base import QuantizedLayer
+from daqconvert.layers.frozen import FrozenLayer
+from daqconvert.layers.registry import register
+
+
+class ConvOp:
+    """The bare convolution; `padding_mode` pads the integer operands, whose zero is exact."""
+
+    def accumulate(self, x: Tensor, w: Tensor, *args: Any) -> Tensor:
+        """Return the convolution of `x` with `w`, without bias."""
+        return self._conv_forward(x, w, None)  # type: ignore[attr-defined,no-any-return]
+
+
+class Conv1dOp(ConvOp):
+    """1-D."""
+
+    original = nn.Conv1d
+    output_dims = 1
+
+
+class Conv2dOp(ConvOp):
+    """2-D."""
+
+    original = nn.Conv2d
+    output_dims = 2
+
+
+class Conv3dOp(ConvOp):
+    """3-D."""
+
+    original = nn.Conv3d
+    output_dims = 3
+
+
+@register(nn.Conv1d)
+class QuantConv1d(Conv1dOp, QuantizedLayer, nn.Conv1d):
+    """Quantized `nn.Conv1d`."""
+
+
+@register(nn.Conv2d)
+class QuantConv2d(Conv2dOp, QuantizedLayer, nn.Conv2d):
+    """Quantized `nn.Conv2d`."""
+
+
+@register(nn.Conv3d)
+class QuantConv3d(Conv3dOp, QuantizedLayer, nn.Conv3d):
+    """Quantized `nn.Conv3d`."""
+
+
+@register(nn.Conv1d)
+class FrozenConv1d(Conv1dOp, FrozenLayer, nn.Conv1d):
+    """Frozen `nn.Conv1d`."""
+
+
+@register(nn.Conv2d)
+class FrozenConv2d(Conv2dOp, FrozenLayer, nn.Conv2d):
+    """Frozen `nn.Conv2d`."""
+
+
+@register(nn.Conv3d)
+class FrozenConv3d(Conv3dOp, FrozenLayer, nn.Conv3d):
+    """Frozen `nn.Conv3d`."""

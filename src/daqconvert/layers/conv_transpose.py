@@ -1,0 +1,83 @@
+"""`nn.ConvTranspose1d`, `2d`, `3d`, quantized and frozen; their output channel is (group, column of weight dim 1)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from daqconvert.layers.base import QuantizedLayer
+from daqconvert.layers.frozen import FrozenLayer
+from daqconvert.layers.registry import register
+from daqconvert.quantizers import ChannelLayout
+
+
+class ConvTransposeOp:
+    """The bare transposed convolution."""
+
+    output_dims: int
+
+    def accumulate(self: Any, x: Tensor, w: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Return the transposed convolution of `x` with `w`, without bias; `output_size` as torch's forward takes it."""
+        dims = self.output_dims
+        padding = self._output_padding(
+            x, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
+        )
+        op = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
+        return op(x, w, None, self.stride, self.padding, padding, self.groups, self.dilation)
+
+    def channel_layout(self: Any) -> ChannelLayout:
+        """Return where the output channels of the weight are."""
+        return ChannelLayout.transposed(tuple(self.weight.shape), self.groups)
+
+
+class ConvTranspose1dOp(ConvTransposeOp):
+    """1-D."""
+
+    original = nn.ConvTranspose1d
+    output_dims = 1
+
+
+class ConvTranspose2dOp(ConvTransposeOp):
+    """2-D."""
+
+    original = nn.ConvTranspose2d
+    output_dims = 2
+
+
+class ConvTranspose3dOp(ConvTransposeOp):
+    """3-D."""
+
+    original = nn.ConvTranspose3d
+    output_dims = 3
+
+
+@register(nn.ConvTranspose1d)
+class QuantConvTranspose1d(ConvTranspose1dOp, QuantizedLayer, nn.ConvTranspose1d):
+    """Quantized `nn.ConvTranspose1d`."""
+
+
+@register(nn.ConvTranspose2d)
+class QuantConvTranspose2d(ConvTranspose2dOp, QuantizedLayer, nn.ConvTranspose2d):
+    """Quantized `nn.ConvTranspose2d`."""
+
+
+@register(nn.ConvTranspose3d)
+class QuantConvTranspose3d(ConvTranspose3dOp, QuantizedLayer, nn.ConvTranspose3d):
+    """Quantized `nn.ConvTranspose3d`."""
+
+
+@register(nn.ConvTranspose1d)
+class FrozenConvTranspose1d(ConvTranspose1dOp, FrozenLayer, nn.ConvTranspose1d):
+    """Frozen `nn.ConvTranspose1d`."""
+
+
+@register(nn.ConvTranspose2d)
+class FrozenConvTranspose2d(ConvTranspose2dOp, FrozenLayer, nn.ConvTranspose2d):
+    """Frozen `nn.ConvTranspose2d`."""
+
+
+@register(nn.ConvTranspose3d)
+class FrozenConvTranspose3d(ConvTranspose3dOp, FrozenLayer, nn.ConvTranspose3d):
+    """Frozen `nn.ConvTranspose3d`."""

@@ -1,0 +1,54 @@
+"""timm's subclasses that change nothing but the padding or the call: `Conv2dSame`, `timm.layers.Linear`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.layers import Conv2dSame
+from timm.layers.linear import Linear as TimmLinear
+from timm.layers.padding import pad_same
+from torch import Tensor
+from torch.nn import functional as F
+
+from daqconvert.layers.base import QuantizedLayer
+from daqconvert.layers.frozen import FrozenLayer
+from daqconvert.layers.linear import LinearOp
+from daqconvert.layers.registry import register
+
+
+class Conv2dSameOp:
+    """TensorFlow's "same" padding, computed from the input's size; it pads operands, whose zero is exact."""
+
+    original = Conv2dSame
+    output_dims = 2
+
+    def accumulate(self: Any, x: Tensor, w: Tensor, *args: Any) -> Tensor:
+        """Return the convolution of the padded `x` with `w`, without bias."""
+        x = pad_same(x, w.shape[-2:], self.stride, self.dilation)
+        return F.conv2d(x, w, None, self.stride, (0, 0), self.dilation, self.groups)
+
+
+class TimmLinearOp(LinearOp):
+    """timm's `Linear` differs from torch's under TorchScript alone."""
+
+    original = TimmLinear
+
+
+@register(Conv2dSame)
+class QuantConv2dSame(Conv2dSameOp, QuantizedLayer, Conv2dSame):
+    """Quantized `timm.layers.Conv2dSame`."""
+
+
+@register(Conv2dSame)
+class FrozenConv2dSame(Conv2dSameOp, FrozenLayer, Conv2dSame):
+    """Frozen `timm.layers.Conv2dSame`."""
+
+
+@register(TimmLinear)
+class QuantTimmLinear(TimmLinearOp, QuantizedLayer, TimmLinear):
+    """Quantized `timm.layers.linear.Linear`."""
+
+
+@register(TimmLinear)
+class FrozenTimmLinear(TimmLinearOp, FrozenLayer, TimmLinear):
+    """Frozen `timm.layers.linear.Linear`."""

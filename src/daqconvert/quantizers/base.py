@@ -1,0 +1,51 @@
+"""What both quantizers share: the `calibrated` flag as a buffer, mirrored in Python so that forward never syncs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from daqconvert.errors import CalibrationError
+
+
+class Quantizer(nn.Module):
+    """Base of the quantizers: bounds, a `calibrated` buffer, and the name of the layer for messages.
+
+    Attributes:
+        layer_name: Dotted name of the layer, for error messages.
+        calibrated: Bool buffer, saved with the bounds.
+        ready: The same as a Python bool: what forward reads.
+    """
+
+    calibrated: Tensor
+    lower: Tensor
+    upper: Tensor
+
+    def __init__(self, layer_name: str) -> None:
+        super().__init__()
+        self.layer_name = layer_name
+        self.ready = False
+        self.register_buffer("calibrated", torch.tensor(False))
+
+    def mark(self, calibrated: bool) -> None:
+        """Set the `calibrated` flag."""
+        self.ready = calibrated
+        self.calibrated.fill_(calibrated)
+
+    def require_ready(self) -> None:
+        """Raise `CalibrationError` if the bounds were never set."""
+        if not self.ready:
+            raise CalibrationError(
+                f"{self.layer_name or '(root)'}: the bounds of its {self._role} quantizer were never set. "
+                "Run daqconvert.calibrate(model, batches) first (finetune does so by itself)."
+            )
+
+    _role = ""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        flag = state_dict.get(prefix + "calibrated")
+        if flag is not None and not flag.is_meta:
+            self.ready = bool(flag)

@@ -1,0 +1,116 @@
+"""The input quantizer: per tensor, unsigned or signed with an integer zero point, learned bounds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from daqconvert.errors import CalibrationError
+from daqconvert.functional.grid import Rounding, input_scale, input_zero_point, quantize_input
+from daqconvert.quantizers.base import Quantizer
+from daqconvert.spec import Settings
+
+
+class InputQuantizer(Quantizer):
+    """Quantizes a layer's input to the integer-valued operand `q - zero_point`.
+
+    `scale = (upper - lower) / n`, `zero_point = clip(round(-lower / scale), 0, n)`,
+    `operand = clip(round(x / scale), -zero_point, n - zero_point)`. Unsigned: `lower = 0`, so `zero_point = 0`.
+
+    Attributes:
+        lower: Parameter of shape `()`; trained only where the input is signed.
+        upper: Parameter of shape `()`.
+        signed: int8 buffer: 0 unsigned, 1 signed, -1 until `calibrate` decides.
+
+    Reference: "Distance-aware Quantization" (Kim, Lee, Ham, ICCV 2021), equation 1; zero point as ONNX `QuantizeLinear`.
+
+    Example:
+        >>> quantizer = InputQuantizer(Settings(a_bits=2), signed=False)
+        >>> quantizer.set_bounds(0.0, 3.0)
+        >>> quantizer(torch.tensor([-1.0, 0.4, 1.6, 9.0])).tolist()
+        [0.0, 0.0, 2.0, 3.0]
+    """
+
+    signed: Tensor
+    _role = "input"
+
+    def __init__(
+        self, settings: Settings, signed: bool | None = None, layer_name: str = "", like: Tensor | None = None
+    ) -> None:
+        super().__init__(layer_name)
+        assert settings.a_bits is not None  # the layer makes no quantizer for a float input
+        self.bits = settings.a_bits
+        self.rounding = Rounding.make(settings.rounding, settings.a_gamma, settings.a_sigma, settings.slope == "unit")
+        like = torch.empty(0) if like is None else like
+        self.calibrated = self.calibrated.to(like.device)
+        self.lower = nn.Parameter(torch.zeros((), dtype=like.dtype, device=like.device))
+        self.upper = nn.Parameter(torch.ones((), dtype=like.dtype, device=like.device))
+        code = -1 if signed is None else int(signed)
+        self.register_buffer("signed", torch.tensor(code, dtype=torch.int8, device=like.device))
+        self._set_sign(signed)
+
+    @property
+    def sign(self) -> bool | None:
+        """True: signed; False: unsigned; None: not decided yet."""
+        return self._sign
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the integer-valued operand `q - zero_point`, shape and dtype of `x`."""
+        self.require_ready()
+        scale = self.scale()
+        return quantize_input(x, scale, self.zero_point(scale), self.bits, self.rounding)
+
+    def scale(self) -> Tensor:
+        """Return the step between two levels, a scalar tensor that carries the bounds' gradient."""
+        return input_scale(self.lower, self.upper, self.bits)
+
+    def zero_point(self, scale: Tensor | None = None) -> Tensor:
+        """Return the integer-valued zero point, a scalar tensor without gradient."""
+        return input_zero_point(self.lower, self.scale() if scale is None else scale, self.bits)
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Return the codes `0 .. 2**bits - 1` of an input, uint8."""
+        with torch.no_grad():
+            return (self(x) + self.zero_point()).to(torch.uint8)
+
+    @torch.no_grad()
+    def set_bounds(self, lower: float, upper: float) -> None:
+        """Set the bounds and the sign (`lower < 0` is signed), and mark the quantizer calibrated.
+
+        Raises:
+            CalibrationError: If the bounds are not finite, not ordered `lower <= 0 <= upper`, equal, negative for an
+                unsigned quantizer, or signed at 1 bit.
+        """
+        name = self.layer_name or "(root)"
+        if not (-float("inf") < lower <= 0.0 <= upper < float("inf")) or lower == upper:
+            raise CalibrationError(f"{name}: expected bounds lower <= 0 <= upper, not equal; found {lower}, {upper}.")
+        signed = self._sign if self._sign is not None else lower < 0.0
+        if not signed and lower < 0.0:
+            raise CalibrationError(f"{name}: its input is unsigned (the dataflow proves it), so lower must be 0.")
+        if signed and self.bits == 1:
+            raise CalibrationError(
+                f"{name}: its input has negative values (down to {lower:.3g}); signed inputs need 2 bits or more. "
+                f'Give this layer a_bits=2: [[rule]] match = "{name}", a_bits = 2.'
+            )
+        self.lower.fill_(lower)
+        self.upper.fill_(upper)
+        self.signed.fill_(int(signed))
+        self._set_sign(signed)
+        self.mark(True)
+
+    def extra_repr(self) -> str:
+        """Return bits and sign for `print(model)`."""
+        sign = {None: "sign undecided", True: "signed", False: "unsigned"}[self._sign]
+        return f"{self.bits} bits, {sign}, {self.rounding.kind}"
+
+    def _set_sign(self, signed: bool | None) -> None:
+        self._sign = signed
+        self.lower.requires_grad_(signed is True)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        code = state_dict.get(prefix + "signed")
+        if code is not None and not code.is_meta:
+            self._set_sign({-1: None, 0: False, 1: True}[int(code)])

@@ -1,0 +1,213 @@
+"""The weight quantizer: per tensor or per output channel, midrise or integer grid, normalized or in real units."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from daqconvert.errors import ConversionError
+from daqconvert.functional.grid import Rounding, levels, quantize_weight, weight_codes
+from daqconvert.quantizers.base import Quantizer
+from daqconvert.spec import Settings
+
+WEIGHT_STDS = 3.0  # the paper's start of the bounds of a normalized weight
+SEARCH_STEPS = {1: 40, 2: 40, 3: 32, 4: 24, 5: 16, 6: 12, 7: 8, 8: 6}  # candidates of the minimum-error search
+SEARCH_FLOOR = {1: 0.05, 2: 0.15, 3: 0.3, 4: 0.4, 5: 0.5, 6: 0.6, 7: 0.7, 8: 0.8}  # smallest part of max|W| tried
+
+
+@dataclass(frozen=True)
+class ChannelLayout:
+    """Where the output channels of a weight are: `weight.reshape(view)` against `bound.reshape(bound_view)`.
+
+    For `Linear` and `Conv*` the channel is dim 0. For `ConvTranspose*`, `(C_in, C_out / groups, *kernel)`, it is
+    (group, column of dim 1): `view = (groups, C_in / groups, C_out / groups, *kernel)`.
+    """
+
+    view: tuple[int, ...]
+    bound_view: tuple[int, ...]
+    channels: int
+
+    @staticmethod
+    def forward(shape: tuple[int, ...]) -> ChannelLayout:
+        """Layout of a `Linear` or `Conv*` weight."""
+        return ChannelLayout(shape, (shape[0],) + (1,) * (len(shape) - 1), shape[0])
+
+    @staticmethod
+    def transposed(shape: tuple[int, ...], groups: int) -> ChannelLayout:
+        """Layout of a `ConvTranspose*` weight."""
+        kernel = shape[2:]
+        view = (groups, shape[0] // groups, shape[1], *kernel)
+        return ChannelLayout(view, (groups, 1, shape[1]) + (1,) * len(kernel), groups * shape[1])
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """Return the weight as `(C_out, everything else)`."""
+        if self.view == tuple(weight.shape):
+            return weight.reshape(self.channels, -1)
+        return weight.reshape(self.view).transpose(1, 2).reshape(self.channels, -1)
+
+
+class WeightQuantizer(Quantizer):
+    """Quantizes a weight to an integer-valued operand; its multiplier turns operands back into weights.
+
+    With `normalize`: `v = (W - mean(W)) / std(W)` (unbiased std, both constant for the gradient), midrise grid, bounds
+    `lower` and `upper` learned, value `(2q - n) / n`: the paper's. Without: `v = W`, `lower = -upper`, real units.
+
+    Attributes:
+        lower: Parameter (normalized) or buffer `-upper`; shape `()` or `(C_out,)`.
+        upper: Parameter of the same shape.
+
+    Reference: "Distance-aware Quantization" (Kim, Lee, Ham, ICCV 2021), equations 1-3.
+
+    Example:
+        >>> s = Settings(w_bits=4, a_bits=4, grid="integer", normalize=False, granularity="tensor")
+        >>> quantizer = WeightQuantizer(s, ChannelLayout.forward((1, 3)))
+        >>> weight = torch.tensor([[-0.7, 0.1, 0.69]])
+        >>> quantizer.initialize(weight)
+        >>> quantizer(weight).tolist()
+        [[-7.0, 1.0, 7.0]]
+    """
+
+    _role = "weight"
+
+    def __init__(self, settings: Settings, layout: ChannelLayout, layer_name: str = "", like: Tensor | None = None):
+        super().__init__(layer_name)
+        assert settings.w_bits is not None  # the layer makes no quantizer for a float weight
+        self.bits = settings.w_bits
+        self.grid = settings.grid
+        self.normalize = settings.normalize is True
+        self.per_channel = settings.granularity == "channel"
+        self.layout = layout
+        self.rounding = Rounding.make(settings.rounding, settings.w_gamma, settings.w_sigma, settings.slope == "unit")
+        like = torch.empty(0) if like is None else like
+        start = torch.ones((layout.channels,) if self.per_channel else (), dtype=like.dtype, device=like.device)
+        self.calibrated = self.calibrated.to(like.device)
+        self.upper = nn.Parameter(start * WEIGHT_STDS)
+        if self.normalize:
+            self.lower = nn.Parameter(start * -WEIGHT_STDS)
+        else:
+            self.register_buffer("lower", start * -WEIGHT_STDS)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the integer-valued operand, shape and dtype of `weight`."""
+        self.require_ready()
+        v = _real(weight).reshape(self.layout.view)
+        if self.normalize:
+            mean, std = self._moments(v)
+            v = (v - mean) / std
+        upper = self._expand(self.upper)
+        lower = self._expand(self.lower) if self.normalize else -upper
+        operand = quantize_weight(v, lower, upper, self.bits, self.grid, self.rounding)
+        return operand.reshape(weight.shape).to(weight.dtype)
+
+    def multiplier(self) -> Tensor | float:
+        """Return what one operand step is worth: `1 / n` (normalized), `upper / n` (midrise), `upper / m` (integer)."""
+        top = levels(self.bits, self.grid)
+        return 1.0 / top if self.normalize else _real(self.upper).clamp(min=0.0) / top
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """Return the stored codes `0 .. 2**bits - 1`, uint8, shape of `weight`."""
+        with torch.no_grad():
+            return weight_codes(self(weight), self.bits, self.grid)
+
+    @torch.no_grad()
+    def initialize(self, weight: Tensor, method: str = "mse") -> None:
+        """Set the bounds from a weight: +-3 std where normalized, else minimum squared error per channel or tensor.
+
+        Args:
+            weight: The float weight.
+            method: `"mse"`, or `"minmax"` for bounds at `max|W|`; a normalized weight starts at +-3 whatever it says.
+
+        Raises:
+            ConversionError: If the weight is empty, not finite, or constant where it must be normalized.
+        """
+        self.check(weight)
+        if self.normalize:
+            self.upper.fill_(WEIGHT_STDS)
+            self.lower.fill_(-WEIGHT_STDS)
+        else:
+            rows = self.layout.rows(_real(weight)) if self.per_channel else _real(weight).reshape(1, -1)
+            found = minimum_error_bound(rows, self.bits, self.grid) if method == "mse" else rows.abs().amax(dim=1)
+            self.upper.copy_(found.reshape(self.upper.shape))
+            self.lower.copy_(-self.upper)
+        self.mark(True)
+
+    def check(self, weight: Tensor) -> None:
+        """Raise `ConversionError` if the weight cannot be quantized: empty, NaN or infinite, constant."""
+        name = self.layer_name or "(root)"
+        if weight.numel() == 0:
+            raise ConversionError(f"{name}: its weight of shape {tuple(weight.shape)} is empty. Exclude the layer.")
+        if not torch.isfinite(weight).all():
+            bad = int((~torch.isfinite(weight)).sum())
+            raise ConversionError(
+                f"{name}: {bad} of {weight.numel()} weights are NaN or infinite. Repair the checkpoint, "
+                f'or leave the layer alone: exclude=["{name}"].'
+            )
+        if self.normalize and float(weight.min()) == float(weight.max()):
+            raise ConversionError(
+                f"{name}: its weight is constant ({float(weight.min()):.3g}), so (W - mean) / std is 0 / 0. "
+                f'Use normalize=False for this layer, or leave it alone: exclude=["{name}"].'
+            )
+
+    def extra_repr(self) -> str:
+        """Return bits, grid and granularity for `print(model)`."""
+        kind = f"{self.grid}{' normalized' if self.normalize else ''}"
+        return f"{self.bits} bits, {kind}, per {'channel' if self.per_channel else 'tensor'}, {self.rounding.kind}"
+
+    def _expand(self, bound: Tensor) -> Tensor:
+        return _real(bound).reshape(self.layout.bound_view) if self.per_channel else _real(bound)
+
+    def _moments(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and unbiased std, constants for the gradient; a constant channel is divided by its own size instead."""
+        v = v.detach()
+        if not self.per_channel:
+            return v.mean(), v.std()
+        dims = [d for d, size in enumerate(self.layout.bound_view) if size == 1] or [v.dim() - 1]
+        mean = v.mean(dims, keepdim=True)
+        single = v.numel() == self.layout.channels  # the unbiased std of one element is 0 / 0
+        std = torch.zeros_like(mean) if single else v.std(dims, keepdim=True)
+        constant = std <= mean.abs() * 1e-7
+        own = torch.where(mean == 0, 1.0, mean.abs())
+        return torch.where(constant, 0.0, mean), torch.where(constant, own, std)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if not self.normalize:
+            with torch.no_grad():
+                self.lower.copy_(-self.upper)  # the buffer follows the learned bound
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+
+def minimum_error_bound(rows: Tensor, bits: int, grid: str) -> Tensor:
+    """Return, per row, the `upper` with the least squared error among parts of `max|row|`.
+
+    Args:
+        rows: `(R, K)`, float32 or float64.
+        bits: 1 to 8.
+        grid: `"midrise"` or `"integer"`.
+
+    Returns:
+        `(R,)`, non-negative; 0 for an all-zero row.
+
+    Example:
+        >>> minimum_error_bound(torch.tensor([[1.0, -1.0, 1.0]]), 1, "midrise").tolist()
+        [1.0]
+    """
+    top = rows.abs().amax(dim=1)
+    if bits == 1:
+        return rows.abs().mean(dim=1)  # the exact optimum of sign(W) * upper
+    best, error = top.clone(), torch.full_like(top, float("inf"))
+    hard = Rounding("ste")
+    for part in torch.linspace(1.0, SEARCH_FLOOR[bits], SEARCH_STEPS[bits], dtype=torch.float64).tolist():
+        upper = (top * part)[:, None]
+        operand = quantize_weight(rows, -upper, upper, bits, grid, hard)
+        step = upper.clamp(min=1e-12) / levels(bits, grid)
+        found = torch.linalg.vector_norm(operand.mul_(step).sub_(rows), dim=1)
+        better = found < error
+        best, error = torch.where(better, upper[:, 0], best), torch.where(better, found, error)
+    return best
+
+
+def _real(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
