@@ -1,0 +1,115 @@
+"""Keyword arguments of `quantize` and `plan` become a `Policy`."""
+
+from __future__ import annotations
+
+import dataclasses
+import reprlib
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from daqconvert.errors import PolicyError
+from daqconvert.policy.checks import checked_changes, checked_patterns, checked_policy, checked_position, checked_rule
+from daqconvert.policy.files import from_dict, from_toml, rule_from_dict
+from daqconvert.policy.presets import preset as preset_policy
+from daqconvert.policy.presets import preset_names
+from daqconvert.spec import BIT_FIELDS, Policy, Rule
+
+
+class Unset(Enum):
+    """The type of `UNSET`, so that type checkers can tell it from None."""
+
+    UNSET = "unset"
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+UNSET = Unset.UNSET
+"""Default of arguments for which None means something: the caller did not say."""
+
+Position = Mapping[str, Any] | Sequence[int | None] | None
+"""First or last sites: None leaves them float, `(w_bits, a_bits)`, or a dict of settings."""
+
+
+def build(
+    policy: Policy | str | Path | Mapping[str, Any] | None = None,
+    preset: str | None = None,
+    first: Position | Unset = UNSET,
+    last: Position | Unset = UNSET,
+    exclude: str | Sequence[str] = (),
+    rules: Rule | Mapping[str, Any] | Sequence[Rule | Mapping[str, Any]] = (),
+    **settings: Any,
+) -> Policy:
+    """Return the policy that these arguments ask for.
+
+    Args:
+        policy: A `Policy`, the path of a `.toml` file, or a dict of the file's shape.
+        preset: Name of a preset instead.
+        first: Replaces the policy's `first`: None leaves first sites float, `(w_bits, a_bits)`, or a dict of settings.
+        last: The mirror of `first`.
+        exclude: Names or patterns of layers to leave alone, besides the policy's own; one may be a plain string.
+        rules: Rules after the policy's own, each a `Rule` or a dict like one `[[rule]]` table; one may stand alone.
+        **settings: Fields of `Settings`, which override the policy's `[default]`; those that are `UNSET` do not.
+
+    Raises:
+        PolicyError: If policy and preset are both given, or any part cannot be understood.
+
+    Example:
+        >>> asked = build(preset="paper-w1a1", rounding="ste", first=(8, None))
+        >>> asked.name, asked.default.rounding, asked.first
+        ('paper-w1a1 + arguments', 'ste', {'w_bits': 8, 'a_bits': None})
+    """
+    base = _base(policy, preset)
+    changes: dict[str, Any] = {}
+    asked = {name: value for name, value in settings.items() if value is not UNSET}
+    if asked:
+        changes["default"] = base.default.replace(**checked_changes(asked, "arguments"))
+    for key, value in (("first", first), ("last", last)):
+        if not isinstance(value, Unset):
+            changes[key] = _position(value, key)
+    if exclude:
+        more = (exclude,) if isinstance(exclude, str) else checked_patterns(exclude, "exclude")
+        changes["exclude"] = (*base.exclude, *more)
+    if rules:
+        more_rules = (rules,) if isinstance(rules, (Rule, Mapping)) else rules
+        numbered = enumerate(more_rules, start=len(base.rules) + 1)
+        changes["rules"] = (*base.rules, *(_rule(rule, f"rule {number}") for number, rule in numbered))
+    if changes and (policy is not None or preset is not None):
+        changes["name"] = f"{base.name} + arguments"
+    return checked_policy(dataclasses.replace(base, **changes))
+
+
+def _base(policy: object, preset: str | None) -> Policy:
+    if policy is not None and preset is not None:
+        raise PolicyError(f"policy and preset = {preset!r} cannot both be given. Leave one out.")
+    if preset is not None:
+        return preset_policy(preset)
+    if policy is None:
+        return Policy()
+    if isinstance(policy, Policy):
+        return policy
+    if isinstance(policy, Mapping):
+        return from_dict(policy)
+    if isinstance(policy, (str, Path)) and str(policy).endswith(".toml"):
+        return from_toml(Path(policy))
+    hint = f' Did you mean preset = "{policy}"?' if policy in preset_names() else ""
+    raise PolicyError(
+        f"policy: expected a Policy, a dict, or the path of a .toml file; found {reprlib.repr(policy)}.{hint}"
+    )
+
+
+def _position(value: object, key: str) -> dict[str, Any] | None:
+    if value is None or isinstance(value, Mapping):
+        return checked_position(value, key)
+    if isinstance(value, (tuple, list)) and len(value) == 2:
+        return checked_changes(dict(zip(BIT_FIELDS, value, strict=True)), key)
+    raise PolicyError(
+        f"{key}: expected None (float), a pair {key} = (w_bits, a_bits), or a dict of settings; "
+        f"found {reprlib.repr(value)}."
+    )
+
+
+def _rule(rule: Rule | Mapping[str, Any], where: str) -> Rule:
+    return checked_rule(rule, where) if isinstance(rule, Rule) else rule_from_dict(rule, where)

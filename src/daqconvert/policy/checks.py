@@ -1,0 +1,128 @@
+"""Policies that were written in Python or read from a file, checked by the same functions.
+
+Each takes `where`, the place that a message names: `policy.toml rule 3`, `arguments [first]`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import reprlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from daqconvert.errors import PolicyError
+from daqconvert.policy.rules import check_pattern, label
+from daqconvert.spec import Policy, Rule, Settings, check_setting
+
+
+def checked_changes(changes: object, where: str) -> dict[str, Any]:
+    """Return settings to change, each as `Settings` stores it.
+
+    Args:
+        changes: Setting name -> value.
+        where: The place, for the error.
+
+    Raises:
+        PolicyError: If it is no mapping, or a name is no setting, or a setting cannot take its value.
+
+    Example:
+        >>> checked_changes({"w_bits": 32, "w_gamma": 3}, "[default]")
+        {'w_bits': None, 'w_gamma': 3.0}
+    """
+    if not isinstance(changes, Mapping):
+        raise PolicyError(f"{where}: expected settings such as w_bits = 4; found {reprlib.repr(changes)}.")
+    checked = {}
+    for name, value in changes.items():
+        if not isinstance(name, str):
+            raise PolicyError(f"{where}: expected the name of a setting; found {reprlib.repr(name)}.")
+        try:
+            checked[name] = check_setting(name, value)
+        except PolicyError as error:
+            raise PolicyError(f"{where}: {error}") from None
+    return checked
+
+
+def checked_rule(rule: object, where: str) -> Rule:
+    """Return a rule whose parts fit together.
+
+    Args:
+        rule: What should be a `Rule`.
+        where: The place, for the error.
+
+    Raises:
+        PolicyError: If it has both `match` and `type` or neither, a text that is none, a bad regular expression,
+            changes nothing, or changes something to an impossible value.
+    """
+    if not isinstance(rule, Rule):
+        raise PolicyError(f"{where}: expected a Rule; found {reprlib.repr(rule)}.")
+    if (rule.match is None) == (rule.type is None):
+        found = "neither" if rule.match is None else f'match = "{rule.match}" and type = "{rule.type}"'
+        raise PolicyError(f"{where}: expected either match (a name or pattern) or type (a class name); found {found}.")
+    key, text = ("match", rule.match) if rule.type is None else ("type", rule.type)
+    if not isinstance(text, str):
+        raise PolicyError(f"{where}: {key}: expected a text; found {reprlib.repr(text)}.")
+    if not isinstance(rule.optional, bool):
+        raise PolicyError(f"{where}: optional: expected true or false; found {reprlib.repr(rule.optional)}.")
+    if key == "match":
+        check_pattern(text, where)
+    changes = checked_changes(rule.changes, where)
+    if not changes:
+        raise PolicyError(f"{where}: {label(rule)} changes nothing. Add a setting such as w_bits = 4, or remove it.")
+    return dataclasses.replace(rule, changes=changes)
+
+
+def checked_position(value: object, where: str) -> dict[str, Any] | None:
+    """Return the changes for first or last sites, or None to leave them float.
+
+    Args:
+        value: Settings to change, or None.
+        where: The place, for the error.
+
+    Raises:
+        PolicyError: If it is neither, or holds an unknown or impossible setting.
+    """
+    return None if value is None else checked_changes(value, where)
+
+
+def checked_patterns(patterns: object, where: str) -> tuple[str, ...]:
+    """Return names and patterns of layers as a tuple.
+
+    Args:
+        patterns: A list or tuple of texts.
+        where: The place, for the error.
+
+    Raises:
+        PolicyError: If it is not a list or tuple of texts, or one is a bad regular expression.
+    """
+    if not isinstance(patterns, Sequence) or isinstance(patterns, (str, bytes)):
+        raise PolicyError(f'{where}: expected a list of names such as ["head"]; found {reprlib.repr(patterns)}.')
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise PolicyError(f"{where}: expected a name or pattern; found {reprlib.repr(pattern)}.")
+    return tuple(check_pattern(pattern, where) for pattern in patterns)
+
+
+def checked_policy(policy: Policy) -> Policy:
+    """Return the policy with every part checked and stored as `Settings` stores it.
+
+    Args:
+        policy: A policy from anywhere.
+
+    Raises:
+        PolicyError: If any part of it is malformed; names the part.
+
+    Example:
+        >>> checked_policy(Policy(rules=(Rule({"w_bits": 32}, match="fc"),))).rules[0].changes
+        {'w_bits': None}
+    """
+    name = policy.name
+    if not isinstance(policy.default, Settings):
+        raise PolicyError(f"{name} [default]: expected Settings; found {reprlib.repr(policy.default)}.")
+    return Policy(
+        default=policy.default,
+        rules=tuple(checked_rule(rule, f"{name} rule {i}") for i, rule in enumerate(policy.rules, start=1)),
+        first=checked_position(policy.first, f"{name} [first]"),
+        last=checked_position(policy.last, f"{name} [last]"),
+        exclude=checked_patterns(policy.exclude, f"{name} exclude"),
+        name=name,
+    )

@@ -1,0 +1,142 @@
+"""A `Policy` and the sites of a model become a `Plan`.
+
+Precedence: exact name > pattern > type > position (first, then last) > default; among equals the later wins; `exclude`
+beats all. What speaks about a site is applied from the weakest to the strongest, field by field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from daqconvert.policy.auto import resolve_auto
+from daqconvert.policy.checks import checked_policy
+from daqconvert.policy.presets import is_paper
+from daqconvert.policy.rules import Level, check_matches, label, name_level, rule_level
+from daqconvert.spec import BIT_FIELDS, Plan, PlanRow, Policy, Settings, Site
+
+EXACT_SUM = 2**24
+"""From here on not every integer is a float32."""
+
+SUM_NOTE = "sums may pass 2**24: layouts and batch sizes may differ in the last bit"
+PAPER_NOTE = "departs from the paper: input may be negative, signed if calibrate sees negative values"
+ONE_BIT_NOTE = "a 1-bit input must be non-negative: not proven here, calibrate checks"
+NO_BITS = "w_bits and a_bits are None"
+
+
+class _Step(NamedTuple):
+    """One thing that speaks about a site: its strength, its name in the plan, what it changes."""
+
+    level: Level
+    label: str
+    changes: Mapping[str, Any]
+    reason: str = ""
+
+
+def resolve(
+    policy: Policy,
+    sites: Sequence[Site],
+    *,
+    model: str,
+    order: str,
+    other_params: int,
+    input_size: tuple[int, ...] | None,
+) -> Plan:
+    """Return the plan of a policy for the sites of one model; decides everything, does nothing.
+
+    Args:
+        policy: The rules.
+        sites: Convolution and linear layers, in the order that the plan shall have.
+        model: Class name of the model.
+        order: `"fx"` or `"modules"`: what the sites' order, first, last and signs were read from.
+        other_params: Parameters and buffers outside the sites.
+        input_size: Size of the example input behind the sites' MACs, or None.
+
+    Returns:
+        One row per site; no sites give an empty plan.
+
+    Raises:
+        PolicyError: If the policy is malformed, a rule or exclude entry matches no layer or names one that cannot
+            be converted, or a layer's settings cannot go together.
+
+    Example:
+        >>> sites = [Site("stem", "Conv2d", first=True), Site("fc", "Linear", nonnegative=True)]
+        >>> plan = resolve(Policy(), sites, model="Net", order="fx", other_params=0, input_size=None)
+        >>> [(row.name, row.rule, row.input_text) for row in plan]
+        [('stem', 'first', '8 (calibrate decides)'), ('fc', 'default', '8 unsigned')]
+    """
+    policy = checked_policy(policy)
+    check_matches(policy, sites)
+    rows = tuple(_row(policy, site) for site in sites)
+    return Plan(rows, model, order=order, other_params=other_params, input_size=input_size, policy=policy.name)
+
+
+def _row(policy: Policy, site: Site) -> PlanRow:
+    if site.reason:
+        return PlanRow(site, None, "-", reason=site.reason, notes=site.notes)
+    excluded = [pattern for pattern in policy.exclude if name_level(pattern, site.name) is not None]
+    if excluded:
+        return PlanRow(site, None, f'exclude: "{excluded[-1]}"', reason="excluded", notes=site.notes)
+    steps = _steps(policy, site)
+    setter = {name: step for step in steps for name in step.changes}
+    merged = policy.default.replace(**{name: step.changes[name] for name, step in setter.items()})
+    if merged.w_bits is None and merged.a_bits is None:
+        weight_step, input_step = (setter.get(name, steps[0]) for name in BIT_FIELDS)
+        decider = max(weight_step, input_step, key=steps.index)
+        reason = decider.reason if decider.reason and weight_step is input_step else NO_BITS
+        return PlanRow(site, None, decider.label, reason=reason, notes=site.notes)
+    settings = resolve_auto(merged, f"{policy.name}: layer {site.name or '(root)'} ({steps[-1].label})")
+    notes = site.notes + _notes(policy, site, settings)
+    return PlanRow(site, settings, steps[-1].label, signed=False if site.nonnegative else None, notes=notes)
+
+
+def _steps(policy: Policy, site: Site) -> list[_Step]:
+    """List what speaks about the site, weakest first; the default comes first and changes nothing."""
+    steps = [_Step(Level.DEFAULT, "default", {})]
+    if site.first:
+        steps.append(_position("first", policy.first))
+    if site.last:
+        steps.append(_position("last", policy.last))
+    for number, rule in enumerate(policy.rules, start=1):
+        level = rule_level(rule, site)
+        if level is not None:
+            steps.append(_Step(level, f"rule {number}: {label(rule)}", rule.changes))
+    return sorted(steps, key=lambda step: step.level)  # stable: among equals the later wins
+
+
+def _position(name: str, changes: Mapping[str, Any] | None) -> _Step:
+    if changes is None:
+        return _Step(Level.POSITION, name, dict.fromkeys(BIT_FIELDS), f"{name} layer ({name} = None)")
+    return _Step(Level.POSITION, name, changes)
+
+
+def _notes(policy: Policy, site: Site, settings: Settings) -> tuple[str, ...]:
+    notes = []
+    if largest_sum(site, settings) >= EXACT_SUM:
+        notes.append(SUM_NOTE)
+    if settings.a_bits is not None and not site.nonnegative:
+        if is_paper(policy.name):
+            notes.append(PAPER_NOTE)
+        if settings.a_bits == 1:
+            notes.append(ONE_BIT_NOTE)
+    return tuple(notes)
+
+
+def largest_sum(site: Site, settings: Settings) -> int:
+    """Return the largest absolute value that the layer's sum of integer products can reach, 0 if a side is float.
+
+    `reduction * (2**a_bits - 1) * w`, with `w = 2**w_bits - 1` on the mid-rise grid, `2**(w_bits - 1) - 1` on the
+    integer one.
+
+    Args:
+        site: The layer.
+        settings: Its settings, nothing left on `"auto"`.
+
+    Example:
+        >>> largest_sum(Site("fc", "Linear", reduction=10), resolve_auto(Settings(w_bits=8, a_bits=8)))
+        323850
+    """
+    if settings.w_bits is None or settings.a_bits is None:
+        return 0
+    weight_bits = settings.w_bits if settings.grid == "midrise" else settings.w_bits - 1
+    return int(site.reduction * (2**settings.a_bits - 1) * (2**weight_bits - 1))
