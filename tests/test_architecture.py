@@ -1,0 +1,213 @@
+"""The shape of the code: who may import whom, how long files and functions may be, who owns a heavy library.
+
+The rules are the tables below: a new module takes its place in `LAYERS`, a new heavy library its owner in `OWNERS`.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from import_graph import Package, cycle
+
+PACKAGE = "daqconvert"
+
+# Lowest first; a module imports from its own line and from those above it in this list, never from below.
+LAYERS = (
+    ("errors",),
+    ("spec",),
+    ("functional",),
+    ("quantizers",),
+    ("layers",),
+    ("policy",),
+    ("graph",),
+    ("report",),
+    ("state_dicts",),
+    ("sources",),
+    ("convert", "calibration", "freezing", "modes"),
+    ("data",),
+    ("artifact",),
+    ("training",),
+    ("deploy",),
+    ("cli",),
+    ("__init__", "__main__"),
+)
+# Narrower than their place in the list: these know nothing else of the package.
+KNOWS_ONLY = {
+    "errors": (),
+    "spec": ("errors",),
+    "functional": ("errors", "spec"),
+    "policy": ("errors", "spec"),
+    "report": ("errors", "spec"),
+}
+# Slow to import, or an extra that may be missing: who may import it, and only inside the function that uses it ...
+OWNERS = {
+    "rich": ("report", "cli"),
+    "typer": ("cli",),
+    "matplotlib": ("report",),
+    "onnx": ("deploy",),
+    "onnxruntime": ("deploy",),
+    "onnxscript": ("deploy",),
+    "accelerate": ("training",),
+    "tensorboard": ("training",),
+    "pyarrow": ("data",),
+    "sklearn": ("data",),
+}
+# ... but for these modules, which `import daqconvert` does not load.
+EAGER = {"typer": ("cli",)}
+
+MAX_FILE = 300
+MAX_FUNCTION = 40  # lines, docstring not counted
+
+
+def misplaced(package: Package) -> list[str]:
+    """Imports that point upward, units that are nowhere in `LAYERS`, and units that know more than they should."""
+    height = {unit: i for i, layer in enumerate(LAYERS) for unit in layer}
+    problems = [
+        f"{module} has no place: add {package.unit(module)!r} to LAYERS"
+        for module in package.files
+        if package.unit(module) not in height
+    ]
+    for module, targets in package.graph().items():
+        for target in sorted(targets):
+            unit, other = package.unit(module), package.unit(target)
+            if unit == other or unit not in height or other not in height:
+                continue
+            if height[other] > height[unit]:
+                problems.append(f"{module} imports {target}: {other!r} stands above {unit!r}")
+            elif other not in KNOWS_ONLY.get(unit, (other,)):
+                problems.append(f"{module} imports {target}: {unit!r} may know only {KNOWS_ONLY[unit]}")
+    return problems
+
+
+def heavy(package: Package) -> list[str]:
+    """Heavy libraries that are imported by others than their owners, or when the module is imported."""
+    problems = []
+    for module, imports in package.imports.items():
+        for line, target, lazy in imports:
+            # torch's front to tensorboard imports it as well
+            library = "tensorboard" if target.startswith("torch.utils.tensorboard") else target.partition(".")[0]
+            unit = package.unit(module)
+            if unit not in OWNERS.get(library, (unit,)):
+                problems.append(f"{module}:{line} imports {library}, which belongs to {OWNERS[library]}")
+            elif library in OWNERS and not lazy and unit not in EAGER.get(library, ()):
+                problems.append(
+                    f"{module}:{line} imports {library} at its top: move it into the function that uses it"
+                )
+    return problems
+
+
+def length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function without its docstring."""
+    first = function.body[0]
+    doc = first.end_lineno - first.lineno + 1 if ast.get_docstring(function, clean=False) is not None else 0
+    return function.end_lineno - function.lineno + 1 - doc
+
+
+@pytest.fixture(scope="module")
+def package(root: Path) -> Package:
+    return Package(root / "src" / PACKAGE)
+
+
+def test_no_import_cycle(package):
+    assert not cycle(package), "a cycle of imports: " + " -> ".join(cycle(package))
+
+
+def test_imports_point_downward(package):
+    assert not misplaced(package), "\n".join(misplaced(package))
+
+
+def test_heavy_libraries_stay_with_their_owners(package):
+    assert not heavy(package), "\n".join(heavy(package))
+
+
+@pytest.mark.parametrize("folder", ["src", "tests", "examples", "benchmarks"])
+def test_files_are_short(root, folder):
+    lengths = {
+        path.relative_to(root): len(path.read_text("utf-8").splitlines()) for path in root.glob(f"{folder}/**/*.py")
+    }
+    assert not {str(path): n for path, n in lengths.items() if n > MAX_FILE}
+
+
+def test_functions_are_short(package):
+    functions = [
+        (f"{module}.{node.name}", length(node))
+        for module, tree in package.trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    assert not {name: n for name, n in functions if n > MAX_FUNCTION}
+
+
+def test_no_module_is_named_like_an_exported_function(package):
+    import daqconvert
+
+    modules = {package.unit(module) for module in package.files}
+    functions = {name for name in daqconvert.__all__ if callable(getattr(daqconvert, name))}
+    assert not modules & functions, "import daqconvert.NAME would hide daqconvert.NAME()"
+
+
+# The checks themselves, on small packages that break one rule each.
+
+
+def write(folder: Path, **files: str) -> Package:
+    for name, text in files.items():
+        path = folder / PACKAGE / (name.replace("__in__", "/") + ".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return Package(folder / PACKAGE)
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        pytest.param("from daqconvert.convert import f", id="absolute"),
+        pytest.param("import daqconvert.convert", id="dotted"),
+        pytest.param("from .convert import f", id="relative"),
+        pytest.param("from . import convert", id="sibling"),
+        pytest.param("def g():\n    from daqconvert import convert", id="inside a function"),
+        pytest.param("try:\n    from daqconvert.convert import f\nexcept ImportError:\n    pass", id="inside a try"),
+    ],
+)
+def test_a_cycle_is_found(tmp_path, back):
+    package = write(tmp_path, __init__="", convert="from daqconvert.freezing import g", freezing=back)
+    assert set(cycle(package)) == {"daqconvert.convert", "daqconvert.freezing"}
+
+
+def test_an_import_for_types_only_makes_no_cycle(tmp_path):
+    back = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from daqconvert.convert import f"
+    package = write(tmp_path, __init__="", convert="from daqconvert.freezing import g", freezing=back)
+    assert not cycle(package)
+
+
+@pytest.mark.parametrize(
+    ("module", "text", "told"),
+    [
+        pytest.param(
+            "layers__in__conv", "from daqconvert.cli import main", "'cli' stands above 'layers'", id="upward"
+        ),
+        pytest.param("spec", "from daqconvert import quantize", "'__init__' stands above 'spec'", id="the package"),
+        pytest.param("report__in__table", "from ..graph import walk", "'report' may know only", id="knows too much"),
+        pytest.param("helpers", "", "add 'helpers' to LAYERS", id="no place"),
+    ],
+)
+def test_a_misplaced_import_is_found(tmp_path, module, text, told):
+    package = write(tmp_path, __init__="", cli="", graph="", **{module: text})
+    assert [told in problem for problem in misplaced(package)] == [True]
+
+
+@pytest.mark.parametrize(
+    ("module", "text", "told"),
+    [
+        pytest.param("report", "import rich.table", "at its top", id="eager"),
+        pytest.param("report", "def f():\n    import rich.table", None, id="lazy"),
+        pytest.param("convert", "def f():\n    from onnx import helper", "belongs to", id="not the owner"),
+        pytest.param(
+            "training", "from torch.utils.tensorboard import SummaryWriter", "at its top", id="by way of torch"
+        ),
+        pytest.param("cli", "import typer", None, id="allowed"),
+    ],
+)
+def test_a_heavy_import_is_found(tmp_path, module, text, told):
+    package = write(tmp_path, __init__="", **{module: text})
+    assert [told in problem for problem in heavy(package)] == ([True] if told else [])
