@@ -134,6 +134,7 @@ class WeightQuantizer(Quantizer):
             self.lower.copy_(-self.upper)
         self.mark(True)
 
+    @torch.no_grad()
     def check(self, weight: Tensor) -> None:
         """Raise `ConversionError` if the weight cannot be quantized: empty, NaN or infinite, constant."""
         name = self.layer_name or "(root)"

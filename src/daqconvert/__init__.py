@@ -1,0 +1,30 @@
+"""daqconvert: any `torch.nn.Module` in, the same model at 1 to 8 bits out; finetune it, freeze it, deploy it."""
+
+from daqconvert import functional
+from daqconvert.calibration import calibrate
+from daqconvert.convert import load_float, plan, quantize
+from daqconvert.errors import DaqError
+from daqconvert.freezing import freeze
+from daqconvert.modes import disabled
+from daqconvert.spec import Plan, Policy, Rule, Settings
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # verbs
+    "calibrate",
+    "disabled",
+    "freeze",
+    "load_float",
+    "plan",
+    "quantize",
+    # data
+    "DaqError",
+    "Plan",
+    "Policy",
+    "Rule",
+    "Settings",
+    # maths
+    "functional",
+    "__version__",
+]

@@ -1,0 +1,65 @@
+"""What a batch is: a tensor, a tuple or list whose first entry is the input, or a dict of keyword arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from daqconvert.errors import DataError
+
+TARGET_KEYS = ("target", "label", "labels")
+
+
+def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """Return positional arguments, keyword arguments and the target (None where there is none) of a batch.
+
+    Raises:
+        DataError: If the batch is none of a tensor, a non-empty tuple or list, a dict.
+
+    Example:
+        >>> split_batch((torch.zeros(2, 3), torch.tensor([0, 1])))[2].tolist()
+        [0, 1]
+    """
+    if isinstance(batch, Tensor):
+        return (batch,), {}, None
+    if isinstance(batch, dict):
+        kwargs = dict(batch)
+        target = next((kwargs.pop(key) for key in TARGET_KEYS if key in kwargs), None)
+        return (), kwargs, target
+    if isinstance(batch, (tuple, list)) and batch:
+        return (batch[0],), {}, batch[1] if len(batch) > 1 else None
+    raise DataError(
+        "batch: expected a tensor, a tuple or list (input, target), or a dict of keyword arguments; "
+        f"found {type(batch).__name__}{'' if batch is None else f' of length {len(batch)}' if hasattr(batch, '__len__') else ''}."
+    )
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Move every tensor of a nested structure to a device."""
+    return tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), value)
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Return the device of a model's first parameter or buffer; the CPU where it has none."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def run_batch(model: nn.Module, batch: Any) -> Any:
+    """Call a model on a batch's inputs, moved to its device; the target is not used."""
+    args, kwargs, _ = split_batch(batch)
+    device = model_device(model)
+    return model(*to_device(args, device), **to_device(kwargs, device))
+
+
+def batch_size(batch: Any) -> int:
+    """Return the length of the first tensor of a batch's inputs."""
+    args, kwargs, _ = split_batch(batch)
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.dim():
+            return int(value.shape[0])
+    return 1

@@ -1,0 +1,250 @@
+"""The verb `calibrate`: bounds of every quantizer from data in one pass, then output scales from the first batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from daqconvert.batches import run_batch
+from daqconvert.convert import require_quantized
+from daqconvert.errors import CalibrationError, nearest
+from daqconvert.layers.base import QuantizedLayer
+from daqconvert.modes import disabled, evaluating
+from daqconvert.observers import (
+    InputObserver,
+    minimum_error_bounds,
+    minmax_bounds,
+    percentile_bounds,
+    std_bounds,
+)
+from daqconvert.report.progress import track
+
+Bounds = Callable[[InputObserver, int, bool], tuple[float, float]]
+METHODS: dict[str, Bounds] = {
+    "mse": minimum_error_bounds,
+    "minmax": minmax_bounds,
+    "percentile": percentile_bounds,
+    "std": std_bounds,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibratedInput:
+    """What `calibrate` found for the input of one layer.
+
+    Attributes:
+        name: Dotted name of the layer.
+        signed: Whether the input is signed.
+        proven: Whether the sign was known from the dataflow already.
+        minimum: Smallest value seen.
+        maximum: Largest value seen.
+        lower: Chosen lower bound.
+        upper: Chosen upper bound.
+    """
+
+    name: str
+    signed: bool
+    proven: bool
+    minimum: float
+    maximum: float
+    lower: float
+    upper: float
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationReport:
+    """What `calibrate` did: one row per quantized input.
+
+    Attributes:
+        inputs: In the order of the model.
+        batches: Number of batches read.
+        method: How bounds were chosen.
+        unseen: Layers that no batch reached; their input bounds are a placeholder of `[0, 1]`.
+    """
+
+    inputs: tuple[CalibratedInput, ...]
+    batches: int
+    method: str
+    unseen: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """Return a plain-text table: name, sign, range seen, bounds chosen."""
+        rows = [
+            f"{i.name or '(root)'}: {'signed' if i.signed else 'unsigned'} ({'proven' if i.proven else 'from data'}), "
+            f"seen [{i.minimum:.4g}, {i.maximum:.4g}], bounds [{i.lower:.4g}, {i.upper:.4g}]"
+            for i in self.inputs
+        ]
+        rows += [f"{name}: not reached by any batch" for name in self.unseen]
+        return "\n".join([*rows, f"{len(self.inputs)} inputs calibrated on {self.batches} batches ({self.method})"])
+
+
+def calibrate(
+    qmodel: nn.Module, batches: Iterable[Any], *, method: str = "mse", max_batches: int | None = None
+) -> CalibrationReport:
+    """Set the bounds of every quantizer from data in one pass, then the output scales from the first batch.
+
+    Inputs are observed while the model computes in float; the model's mode, batch-norm statistics and weights stay as
+    they are. Where fx could not prove an input non-negative its sign is decided here, once. Output scales start at 1
+    where the grid carries real units, else at `mean|conv(x, W)| / mean|conv(x_q, W_q)|`.
+
+    Args:
+        qmodel: From `quantize`; changed in place.
+        batches: Any iterable of batches (a `DataLoader` too): a tensor, a tuple or list whose first entry is the
+            input, or a dict of keyword arguments.
+        method: `"mse"` (least squared error), `"minmax"`, `"percentile"` (99.99) or `"std"` (the paper's 3 std).
+        max_batches: Read no more than this many.
+
+    Returns:
+        What was found and chosen for each input.
+
+    Raises:
+        CalibrationError: If there is no batch, a value is NaN or infinite, the method is unknown, or a signed input
+            was given 1 bit. The model's bounds are unchanged then.
+        FrozenError: If the model is frozen.
+
+    Reference: "Distance-aware Quantization" (Kim, Lee, Ham, ICCV 2021), section 4.1 (initialization).
+
+    Example:
+        >>> import daqconvert as dq
+        >>> qmodel = dq.quantize(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), w_bits=4, a_bits=4)
+        >>> report = dq.calibrate(qmodel, [torch.randn(8, 4)])
+        >>> [row.signed for row in report.inputs]
+        [True, False]
+    """
+    layers = require_quantized(qmodel, "calibrate")
+    if method not in METHODS:
+        raise CalibrationError(
+            f"calibrate: unknown method {method!r}; expected one of {', '.join(METHODS)}.{nearest(method, METHODS)}"
+        )
+    for layer in layers.values():
+        if layer.weight_quantizer is not None:
+            layer.weight_quantizer.check(layer.weight)
+    observers, first, count = _observe(qmodel, layers, batches, max_batches)
+    rows, unseen = _choose(layers, observers, method)  # raises before anything is changed
+    for layer in layers.values():
+        if layer.weight_quantizer is not None and not layer.weight_quantizer.ready:
+            layer.weight_quantizer.initialize(layer.weight)
+    for row in rows:
+        quantizer = layers[row.name].input_quantizer
+        assert quantizer is not None
+        quantizer.set_bounds(row.lower, row.upper)
+    for name in unseen:
+        quantizer = layers[name].input_quantizer
+        if quantizer is not None and not quantizer.ready:
+            quantizer.set_bounds(0.0, 1.0)
+    _set_output_scales(qmodel, layers, first)
+    return CalibrationReport(tuple(rows), count, method, tuple(unseen))
+
+
+def is_calibrated(qmodel: nn.Module) -> bool:
+    """Whether every quantizer of a model has bounds."""
+    quantizers = [q for layer in require_quantized(qmodel, "is_calibrated").values() for q in _quantizers(layer)]
+    return all(q.ready for q in quantizers)
+
+
+def _quantizers(layer: QuantizedLayer) -> list[Any]:
+    return [q for q in (layer.weight_quantizer, layer.input_quantizer) if q is not None]
+
+
+def _observe(
+    qmodel: nn.Module, layers: dict[str, QuantizedLayer], batches: Iterable[Any], max_batches: int | None
+) -> tuple[dict[str, InputObserver], Any, int]:
+    observers = {name: InputObserver() for name, layer in layers.items() if layer.input_quantizer is not None}
+    first, count = None, 0
+    with ExitStack() as stack:
+        for name, observer in observers.items():
+            handle = layers[name].register_forward_pre_hook(_observing(observer))
+            stack.callback(handle.remove)
+        stack.enter_context(evaluating(qmodel))
+        stack.enter_context(disabled(qmodel))
+        stack.enter_context(torch.no_grad())
+        for batch in track(batches, "calibrating", max_batches):
+            run_batch(qmodel, batch)
+            first = batch if count == 0 else first
+            count += 1
+            if max_batches is not None and count >= max_batches:
+                break
+    if count == 0:
+        raise CalibrationError("calibrate: expected at least one batch, found none. Is the loader empty?")
+    return observers, first, count
+
+
+def _observing(observer: InputObserver) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        observer.observe(args[0])
+
+    return hook
+
+
+def _choose(
+    layers: dict[str, QuantizedLayer], observers: dict[str, InputObserver], method: str
+) -> tuple[list[CalibratedInput], list[str]]:
+    rows, unseen, one_bit = [], [], []
+    for name, observer in observers.items():
+        quantizer = layers[name].input_quantizer
+        assert quantizer is not None
+        if not observer.finite:
+            raise CalibrationError(
+                f"{name or '(root)'}: its input holds NaN or infinite values in the float model. Look for them in "
+                "the calibration data or in the layers before it."
+            )
+        if not observer.seen:
+            unseen.append(name)
+            continue
+        signed = observer.minimum < 0.0 if quantizer.sign is None else quantizer.sign
+        if signed and quantizer.bits == 1:
+            one_bit.append(f"{name or '(root)'} (down to {observer.minimum:.3g})")
+        lower, upper = METHODS[method](observer, quantizer.bits, signed)
+        if upper <= 0.0 and lower >= 0.0:
+            upper = 1.0  # an input that is always zero: any range represents it exactly
+        proven = quantizer.sign is not None
+        rows.append(CalibratedInput(name, signed, proven, observer.minimum, observer.maximum, lower, upper))
+    if one_bit:
+        raise CalibrationError(
+            f"calibrate: inputs with negative values need 2 bits or more, found 1 bit at: {', '.join(one_bit)}. "
+            f'Give them a_bits = 2: [[rule]] match = "{one_bit[0].split(" ")[0]}", a_bits = 2.'
+        )
+    return rows, unseen
+
+
+def _set_output_scales(qmodel: nn.Module, layers: dict[str, QuantizedLayer], first: Any) -> None:
+    handles = []
+    for layer in layers.values():
+        if layer.unitless:
+            handles.append(layer.register_forward_pre_hook(_set_output_scale, with_kwargs=True))
+        else:
+            layer.output_scale.data.fill_(1.0)
+    if not handles:
+        return
+    try:
+        with evaluating(qmodel), torch.no_grad():
+            run_batch(qmodel, first)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _set_output_scale(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """`output_scale = mean|conv(x, W)| / mean|conv(x_q, W_q)|`, both without bias, just before the layer computes."""
+    assert isinstance(module, QuantizedLayer)
+    assert module.weight_quantizer is not None
+    x, *rest = args
+    module.output_scale.fill_(1.0)
+    exact = module.accumulate(x, module.weight, *rest, **kwargs)
+    operand = x if module.input_quantizer is None else module.input_quantizer(x)
+    acc, scale = module.products(operand, module.weight_quantizer(module.weight), module.combined_scale(), *rest)
+    ratio = _channel_mean(exact, module) / (_channel_mean(acc, module) * scale).clamp(min=1e-12)
+    module.output_scale.copy_(ratio.to(module.output_scale.dtype))
+
+
+def _channel_mean(y: Tensor, layer: QuantizedLayer) -> Tensor:
+    """Mean absolute value, per output channel where the layer has a scale per channel."""
+    wide = y.detach().abs().float()
+    if layer.output_scale.dim() == 0:
+        return wide.mean()
+    return wide.movedim(-1 - layer.output_dims, 0).flatten(1).mean(dim=1)

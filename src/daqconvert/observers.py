@@ -1,0 +1,134 @@
+"""What calibration sees of one input: range, moments, and a histogram that grows by doubling; and bounds from it.
+
+The histogram has a power-of-two number of equal bins over `[-limit, limit]`. When a value passes the limit, the limit
+doubles and pairs of bins merge, which is exact: one pass over the data is enough.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+BINS = 8192
+SAMPLE = 1 << 18  # most elements of one batch that enter the histogram; range and moments see all of them
+
+
+class InputObserver:
+    """Observes the input of one layer over any number of batches.
+
+    Attributes:
+        minimum: Smallest value seen.
+        maximum: Largest value seen.
+        first_std: Standard deviation of the first batch (the paper's start of `upper` is 3 of them).
+
+    Example:
+        >>> observer = InputObserver()
+        >>> observer.observe(torch.tensor([-1.0, 0.0, 2.0]))
+        >>> observer.minimum, observer.maximum
+        (-1.0, 2.0)
+    """
+
+    def __init__(self) -> None:
+        self.minimum, self.maximum = math.inf, -math.inf
+        self.first_std: float | None = None
+        self.limit = 0.0
+        self.finite = True
+        self.histogram = torch.zeros(BINS, dtype=torch.float64)
+
+    @property
+    def seen(self) -> bool:
+        """Whether any value was observed."""
+        return self.maximum >= self.minimum
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        """Take in one batch, any shape, any floating dtype."""
+        if x.numel() == 0:
+            return
+        low, high = (float(v) for v in torch.aminmax(x))
+        if not (math.isfinite(low) and math.isfinite(high)):
+            self.finite = False
+            return
+        self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
+        flat = x.detach().flatten().float()
+        if self.first_std is None:
+            self.first_std = float(flat.std()) if flat.numel() > 1 else abs(float(flat[0]))
+        step = -(-flat.numel() // SAMPLE) | 1  # odd, so that a stride does not walk one channel or one column
+        sample = flat[::step] if step > 1 else flat
+        self._grow(max(abs(low), abs(high)))
+        if self.limit > 0:
+            counts = torch.histc(sample, bins=BINS, min=-self.limit, max=self.limit)
+            self.histogram += counts.double().cpu() * (flat.numel() / sample.numel())
+
+    def centers(self) -> Tensor:
+        """Return the middle of each bin, `(BINS,)`, float64."""
+        width = 2.0 * self.limit / BINS
+        return (torch.arange(BINS, dtype=torch.float64) + 0.5) * width - self.limit
+
+    def _grow(self, top: float) -> None:
+        if top == 0.0:
+            return
+        if self.limit == 0.0:
+            self.limit = 2.0 ** math.ceil(math.log2(top))
+        while top > self.limit:
+            inner = self.histogram.reshape(-1, 2).sum(dim=1)
+            self.histogram = torch.nn.functional.pad(inner, (BINS // 4, BINS // 4))
+            self.limit *= 2.0
+
+
+def minmax_bounds(observer: InputObserver, bits: int, signed: bool) -> tuple[float, float]:
+    """Return the range seen, 0 included."""
+    return (min(observer.minimum, 0.0) if signed else 0.0), max(observer.maximum, 0.0)
+
+
+def percentile_bounds(
+    observer: InputObserver, bits: int, signed: bool, percentile: float = 99.99
+) -> tuple[float, float]:
+    """Return the bounds that leave `100 - percentile` per cent of the values outside, split over both ends."""
+    cumulative = observer.histogram.cumsum(0) / observer.histogram.sum()
+    tail = (1.0 - percentile / 100.0) / (2.0 if signed else 1.0)
+    centers = observer.centers()
+    high = float(centers[min(int((cumulative < 1.0 - tail).sum()), BINS - 1)])
+    low = float(centers[min(int((cumulative <= tail).sum()), BINS - 1)])
+    return (max(min(low, 0.0), min(observer.minimum, 0.0)) if signed else 0.0), min(max(high, 0.0), observer.maximum)
+
+
+def std_bounds(observer: InputObserver, bits: int, signed: bool) -> tuple[float, float]:
+    """Return the paper's start: 3 standard deviations of the first batch (both ways where signed)."""
+    width = 3.0 * (observer.first_std or 0.0)
+    return (-width if signed else 0.0), width
+
+
+def minimum_error_bounds(observer: InputObserver, bits: int, signed: bool) -> tuple[float, float]:
+    """Return the bounds with the least squared error on the histogram.
+
+    Both ends shrink together first, then each by itself, on grids that get finer.
+    """
+    low, high = minmax_bounds(observer, bits, signed)
+    used = observer.histogram > 0
+    values, weights = observer.centers()[used], observer.histogram[used]
+    if not signed:
+        values = values.clamp(min=0.0)
+    parts = torch.logspace(-2.0, 0.0, 60, dtype=torch.float64)
+    best = _least(values, weights, low * parts, high * parts, bits)
+    for width in (0.5, 0.2, 0.1, 0.04):
+        around = torch.linspace(1.0 - width, 1.0 + width, 21, dtype=torch.float64)
+        low_now, high_now = best
+        best = _least(values, weights, torch.full_like(around, low_now), high_now * around, bits)
+        if signed:
+            low_now, high_now = best
+            best = _least(values, weights, low_now * around, torch.full_like(around, high_now), bits)
+    return max(best[0], low) if signed else 0.0, min(best[1], high)
+
+
+def _least(values: Tensor, weights: Tensor, lows: Tensor, highs: Tensor, bits: int) -> tuple[float, float]:
+    """Return the pair of bounds with the least weighted squared error among candidates."""
+    n = 2**bits - 1
+    scale = ((highs - lows) / n).clamp(min=1e-30)[:, None]
+    zero_point = torch.round(-lows[:, None] / scale).clamp(0, n)
+    codes = torch.minimum(torch.maximum(torch.round(values / scale), -zero_point), n - zero_point)
+    errors = ((codes * scale - values).square() * weights).sum(dim=1)
+    index = int(errors.argmin())
+    return float(lows[index]), float(highs[index])
