@@ -1,0 +1,133 @@
+"""Progress of something long: a bar on standard error where that is a terminal, nothing at all elsewhere.
+
+One display at a time: a bar that starts while another is shown becomes a further line of the same display.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+T = TypeVar("T")
+
+_shown: list[Progress] = []  # the display on the terminal now, if any; a terminal has room for one
+
+
+class Bar:
+    """One line of progress.
+
+    Attributes:
+        done: Steps advanced so far.
+    """
+
+    def __init__(self, display: Progress | None = None, task: TaskID | None = None) -> None:
+        self.done = 0
+        self._display, self._task = display, task
+
+    def advance(self, n: int = 1, **fields: object) -> None:
+        """Count `n` steps and show `fields` behind the bar until the next call.
+
+        Args:
+            n: Steps done since the last call.
+            **fields: What to show, as `loss=0.25`; floats get four significant digits.
+
+        Example:
+            >>> with progress(total=10, description="calibrate") as bar:
+            ...     bar.advance(3, batch=3)
+            >>> bar.done
+            3
+        """
+        self.done += n
+        if self._display is not None and self._task is not None:
+            shown = "  ".join(f"{name} {_text(value)}" for name, value in fields.items())
+            self._display.update(self._task, advance=n, fields=shown)
+
+
+def _text(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@contextmanager
+def progress(total: int | None, description: str, *, enabled: bool = True) -> Iterator[Bar]:
+    """Show a progress bar while the block runs, and take it away afterwards, on exceptions too.
+
+    Args:
+        total: Number of steps, or None if unknown.
+        description: What is being done.
+        enabled: False shows nothing, as on all but the first of several processes.
+
+    Yields:
+        The bar, whose `advance` counts.
+
+    Example:
+        >>> with progress(total=2, description="calibrate") as bar:
+        ...     bar.advance()
+    """
+    if not (enabled and _is_terminal()):
+        yield Bar()
+        return
+    outermost = not _shown
+    if outermost:
+        _shown.append(_display())
+        _shown[0].start()
+    display = _shown[0]
+    task = display.add_task(description, total=total, fields="")
+    try:
+        yield Bar(display, task)
+    finally:
+        display.remove_task(task)
+        if outermost:
+            display.stop()
+            _shown.remove(display)
+
+
+def track(iterable: Iterable[T], description: str, total: int | None = None, *, enabled: bool = True) -> Iterator[T]:
+    """Yield the items of `iterable` while a progress bar counts them.
+
+    Args:
+        iterable: Anything that can be iterated.
+        description: What is being done.
+        total: Number of items; None asks `len`, and shows no end where there is none.
+        enabled: False shows nothing.
+
+    Yields:
+        The items.
+
+    Example:
+        >>> sum(track([1, 2, 3], "adding"))
+        6
+    """
+    if total is None:
+        try:
+            total = len(iterable)  # type: ignore[arg-type]
+        except (TypeError, NotImplementedError):  # no length, or a DataLoader over a stream
+            total = None
+    with progress(total, description, enabled=enabled) as bar:
+        for item in iterable:
+            yield item
+            bar.advance()
+
+
+def _is_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def _display() -> Progress:
+    from rich import progress as bars
+    from rich.console import Console
+
+    return bars.Progress(
+        bars.TextColumn("{task.description}", markup=False),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeElapsedColumn(),
+        bars.TimeRemainingColumn(),
+        bars.TextColumn("{task.fields[fields]}", markup=False),
+        console=Console(stderr=True, force_terminal=True),
+        transient=True,
+    )

@@ -1,0 +1,180 @@
+"""Tables for people: a `Plan`, or any rows, as a `rich` table; `render` turns one into plain text.
+
+Lines are Markdown's, so that a table reads well in a terminal and can be pasted into a page. Numbers are decimal:
+`k` is 1,000, `MB` is 1,000,000 bytes.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from daqconvert.spec import Plan, PlanRow
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+PLAN_COLUMNS = ("layer", "type", "weight", "input", "params", "MACs", "bytes", "decided by", "remarks")
+PLAN_NUMBERS = ("params", "MACs", "bytes")
+ORDER_TEXTS = {"fx": "order by torch.fx", "modules": "order by registration (torch.fx cannot tell)"}
+WIDEST = 10_000
+"""More columns than any table has; `rich` wants a number."""
+
+
+def short_number(value: float | None) -> str:
+    """Return a count with three significant digits and a decimal prefix; `-` for None.
+
+    Args:
+        value: A count, not negative.
+
+    Example:
+        >>> short_number(999), short_number(9408), short_number(1.8e9), short_number(None)
+        ('999', '9.41k', '1.8G', '-')
+    """
+    if value is None:
+        return "-"
+    for prefix in ("", "k", "M", "G"):
+        digits = f"{value:.3g}"
+        if float(digits) < 1000:
+            return digits + prefix
+        value /= 1000
+    return f"{value:.3g}T"
+
+
+def plan_table(plan: Plan) -> Table:
+    """Return a table of the plan: a row per site, those left alone dimmed, and the totals below.
+
+    A remark that several rows share is written once, below the table, and numbered in the rows.
+
+    Args:
+        plan: The plan.
+
+    Example:
+        >>> print(render(plan_table(Plan((), "Net", policy="paper-w1a1"))).splitlines()[0])
+        Net: policy paper-w1a1, order by torch.fx
+    """
+    title = f"{plan.model}: policy {plan.policy}, {ORDER_TEXTS.get(plan.order, plan.order)}"
+    if plan.input_size:
+        title += f", input {'x'.join(map(str, plan.input_size))}"
+    table = _table(title, PLAN_COLUMNS, right=PLAN_NUMBERS)
+    counts = Counter(note for row in plan for note in (row.reason, *row.notes) if note)
+    shared = {note: f"({i})" for i, note in enumerate((note for note in counts if counts[note] > 1), start=1)}
+    for row in plan:
+        table.add_row(*map(_text, _plan_cells(row, shared)), style=None if row.converted else "dim")
+    other, everything = plan.other_params, sum(row.site.params for row in plan) + plan.other_params
+    if other:
+        numbers = (short_number(other), "-", _bytes(4 * other))
+        cells = ("(others)", "", "float", "", *numbers, "-", "parameters and buffers outside these layers")
+        table.add_row(*map(_text, cells), style="dim")
+    numbers = (short_number(everything), short_number(plan.macs), _bytes(plan.bytes))
+    done = f"{len(plan.converted)} of {len(plan)}"
+    footers = ("total", done, "", "", *numbers, "", f"{_bytes(plan.float_bytes)} in float32")
+    for column, footer in zip(table.columns, footers, strict=True):
+        column.footer = _text(footer)
+    table.show_footer = True
+    if shared:
+        table.caption = _text_lines(f"{number} {note}" for note, number in shared.items())
+    return table
+
+
+def _plan_cells(row: PlanRow, shared: Mapping[str, str]) -> tuple[str, ...]:
+    site = row.site
+    remarks = [shared.get(note, note) for note in (row.reason, *row.notes) if note]
+    numbers = (short_number(site.params), short_number(site.macs), _bytes(row.weight_bytes))
+    texts = (row.weight_text, row.input_text)
+    return (row.name or "(root)", site.kind, *texts, *numbers, row.rule, "; ".join(remarks))
+
+
+def _bytes(value: float) -> str:
+    text = short_number(value)
+    return f"{text[:-1]} {text[-1]}B" if text[-1].isalpha() else f"{text} B"
+
+
+def simple_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    """Return a table of any rows; columns of numbers are aligned to the right.
+
+    Args:
+        title: Text above the table, or `""`.
+        columns: Headings.
+        rows: One sequence per row, as long as `columns`: texts stay, floats get four significant digits, None is `-`.
+
+    Raises:
+        ValueError: If a row has another length than `columns`.
+
+    Example:
+        >>> print(render(simple_table("", ("model", "top-1"), [("float", 96.52391), ("W4A4", None)])))
+        | model | top-1 |
+        |-------|-------|
+        | float | 96.52 |
+        | W4A4  |     - |
+    """
+    cells = [tuple(row) for row in rows]
+    for row in cells:
+        if len(row) != len(columns):
+            raise ValueError(
+                f"expected {len(columns)} cells, one for each of {list(columns)}; found {len(row)}: {row}"
+            )
+    right = [name for i, name in enumerate(columns) if cells and all(_is_number(row[i]) for row in cells)]
+    table = _table(title, columns, right=right)
+    for row in cells:
+        table.add_row(*(_text(_cell(value)) for value in row))
+    return table
+
+
+def _is_number(value: object) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _table(title: str, columns: Sequence[str], right: Iterable[str]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=_text(title) if title else None, box=box.MARKDOWN, title_justify="left", title_style="bold")
+    table.caption_justify, table.caption_style = "left", "none"
+    for name in columns:
+        table.add_column(_text(name), justify="right" if name in right else "left", overflow="fold")
+    return table
+
+
+def _text(value: str) -> Text:
+    """Return text that `rich` prints as it is: `[a-z]` is no markup, and no control character reaches the terminal."""
+    from rich.text import Text
+
+    return Text("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value))
+
+
+def _text_lines(lines: Iterable[str]) -> Text:
+    from rich.text import Text
+
+    return Text("\n").join(map(_text, lines))
+
+
+def render(table: Table, width: int | None = None) -> str:
+    """Return the table as plain text without colours and without blanks at the ends of lines.
+
+    Args:
+        table: A `rich` table.
+        width: Characters per line, longer cells are folded; None for as wide as the table needs.
+
+    Example:
+        >>> print(render(simple_table("", ("name",), [("abcdefgh",)]), width=9))
+        | name  |
+        |-------|
+        | abcde |
+        | fgh   |
+    """
+    from rich.console import Console
+
+    out = io.StringIO()
+    console = Console(file=out, width=width or WIDEST, color_system=None, force_terminal=False, force_jupyter=False)
+    console.print(table)
+    return "\n".join(line.rstrip() for line in out.getvalue().strip("\n").splitlines())
