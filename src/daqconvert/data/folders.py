@@ -1,0 +1,146 @@
+"""Images in folders, one folder a class: with `train/` and `val/` above them, or split by a seeded choice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, Subset
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from daqconvert.errors import DataError, nearest
+
+VAL_NAMES = ("val", "validation", "valid", "test")
+HOLDOUT = 0.1
+
+
+def open_folder(
+    path: Path, holdout: float | int | None, seed: int
+) -> tuple[Dataset[Any], Dataset[Any], int, tuple[str, ...], str]:
+    """Return training and validation images of a folder, number and names of its classes, and one line about them.
+
+    Args:
+        path: The folder: with `train/` and `val/` in it, or a folder for each class.
+        holdout: Of the latter, what is held out: a share or a number; None for a tenth.
+        seed: Seed of the choice.
+
+    Raises:
+        DataError: If a split is missing, a class is empty or there are no images.
+    """
+    train_path = path / "train"
+    val_path = next((path / name for name in VAL_NAMES if (path / name).is_dir()), None)
+    if train_path.is_dir() or val_path is not None:
+        if not train_path.is_dir() or val_path is None:
+            have = "train/" if train_path.is_dir() else f"{val_path.name}/" if val_path is not None else ""
+            raise DataError(f"{path}: it has {have}, expected both train/ and val/ (or validation/), or neither.")
+        if holdout is not None:
+            raise DataError(f"{path}: it has its own {val_path.name}/, so nothing is held out. Leave holdout out.")
+        classes = _classes(train_path)
+        train, val = _folder(train_path, classes), _folder(val_path, classes)
+        text = f"{path.name}: {len(train)} images for training, {len(val)} in {val_path.name}/"
+        return train, val, len(classes), classes, text
+    classes = _classes(path)
+    images = _folder(path, classes)
+    rest, held = _stratified(images.targets, holdout, seed, str(path))
+    text = f"{path.name}: {len(rest)} images for training, {len(held)} held out"
+    return Subset(images, rest), Subset(images, held), len(classes), classes, text
+
+
+def _classes(path: Path) -> tuple[str, ...]:
+    classes = tuple(sorted(entry.name for entry in path.iterdir() if entry.is_dir()))
+    if not classes:
+        raise DataError(f"{path}: expected a folder of images for each class, found no folder in it.")
+    return classes
+
+
+class Folder(ImageFolder):
+    """A folder of class folders, whose classes are numbered as given.
+
+    Args:
+        path: The folder; it may lack some of the classes.
+        classes: Names of all classes, in the order of their numbers.
+    """
+
+    def __init__(self, path: Path, classes: Sequence[str]) -> None:
+        self._names = list(classes)
+        super().__init__(str(path), loader=load_image, allow_empty=True)
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        """Return the names and their numbers: the training split's, also where this one lacks a class."""
+        return self._names, {name: number for number, name in enumerate(self._names)}
+
+
+def _folder(path: Path, classes: Sequence[str]) -> Folder:
+    strange = [name for name in _classes(path) if name not in classes]
+    if strange:
+        raise DataError(f"{path}: class {strange[0]!r} is not among those trained on.{nearest(strange[0], classes)}")
+
+    images = Folder(path, classes)
+    if not images.samples:
+        raise DataError(f"{path}: no images in it. Expected files ending in {', '.join(IMG_EXTENSIONS)}.")
+    for number in sorted({classes.index(name) for name in _classes(path)} - set(images.targets)):
+        raise DataError(f"{path}: no images of class {classes[number]!r}. Add some, or remove the folder.")
+    return images
+
+
+def load_image(path: str) -> Any:
+    """Return the image in a file, decoded.
+
+    Args:
+        path: The file.
+
+    Raises:
+        DataError: If it is no readable image.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image.copy()
+    except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, struct.error, ... for damaged files
+        raise DataError(f"{path} is no readable image ({error}).") from error
+
+
+def _stratified(labels: list[int], holdout: float | int | None, seed: int, where: str) -> tuple[list[int], list[int]]:
+    """Split positions so that every class has its share on both sides; both sorted."""
+    count = holdout_count(holdout, len(labels), where)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).tolist()
+    seen: dict[int, int] = {}
+    sizes = {label: labels.count(label) for label in set(labels)}
+    keys = []
+    for position in order:  # the k-th image of a class of n comes at (k + 1/2) / n: an even mixture of classes
+        label = labels[position]
+        keys.append(((seen.get(label, 0) + 0.5) / sizes[label], position))
+        seen[label] = seen.get(label, 0) + 1
+    mixed = [position for _, position in sorted(keys)]
+    return sorted(mixed[count:]), sorted(mixed[:count])
+
+
+def holdout_count(holdout: float | int | None, rows: int, where: str) -> int:
+    """Return how many of `rows` images to hold out, from a share (below 1) or a number.
+
+    Args:
+        holdout: The share or number; None for a tenth.
+        rows: Number of images.
+        where: What the data is called in the error.
+
+    Raises:
+        DataError: If nothing would remain on one side.
+
+    Example:
+        >>> holdout_count(0.25, 10, "data"), holdout_count(3, 10, "data")
+        (3, 3)
+    """
+    holdout = HOLDOUT if holdout is None else holdout
+    count = math.ceil(holdout * rows) if 0 < holdout < 1 else holdout
+    if not 0 < count < rows or count % 1:
+        raise DataError(
+            f"{where}: cannot hold out {holdout!r} of {rows} images. Give a share between 0 and 1, or a number of "
+            f"images from 1 to {rows - 1}."
+        )
+    return int(count)

@@ -1,0 +1,179 @@
+"""Loaders for training, evaluation and calibration, from one string and a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+
+from daqconvert.data.digits import load_digits
+from daqconvert.data.input_config import InputConfig, input_config
+from daqconvert.data.splits import Splits, open_splits
+from daqconvert.data.transforms import IMAGENET, SMALL, image_transform
+from daqconvert.errors import DataError
+
+Images = Dataset[Any]
+DIGITS_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """Loaders of `(images, labels)` batches.
+
+    Attributes:
+        train: Shuffled (seeded) and augmented training images.
+        val: Images kept away from training, in order.
+        calibration: Some training images, without augmentation, in one seeded order.
+        num_classes: Number of classes.
+        input_size: `(channels, height, width)` of one image.
+        class_names: Names of the classes, or None where the data has only numbers.
+        description: One line for people.
+    """
+
+    train: DataLoader[Any]
+    val: DataLoader[Any]
+    calibration: DataLoader[Any]
+    num_classes: int
+    input_size: tuple[int, int, int]
+    class_names: tuple[str, ...] | None
+    description: str
+
+
+class Transformed(Dataset[tuple[Any, int]]):
+    """A data set of `(image, label)` whose images go through a transform.
+
+    Args:
+        images: The data set.
+        transform: From its images to tensors.
+    """
+
+    def __init__(self, images: Dataset[Any], transform: Callable[[Any], Any]) -> None:
+        self.images = images
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.images)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, label = self.images[index]
+        return self.transform(image), int(label)
+
+
+def create_loaders(
+    data: str | Path | Splits | None,
+    model: nn.Module,
+    batch_size: int = 64,
+    *,
+    source: str | None = None,
+    input_size: int | None = None,
+    augment: bool = True,
+    calibration_images: int = 256,
+    num_workers: int = 0,
+    seed: int = 0,
+    **options: Any,
+) -> Loaders:
+    """Return loaders of the data as the model takes it.
+
+    The size of the images is `input_size`, else the model's own where it is fixed, else the data's where its images
+    are small (at most 64 pixels a side), else that of the model's configuration.
+
+    Args:
+        data: A folder, a parquet file, a timm data set name, opened `Splits`, or None for scikit-learn's digits.
+        model: The model; timm's carry their normalization and size.
+        batch_size: Images a batch. A last training batch that would be smaller is left out.
+        source: Where the model came from, for torchvision's normalization.
+        input_size: Height and width of the images, overriding everything.
+        augment: Whether training images are cropped and mirrored at random (the digits never are).
+        calibration_images: How many training images to calibrate with.
+        num_workers: Processes that decode.
+        seed: Seed of the order, of the choice of calibration images and of a hold-out's choice.
+        options: Passed on to `open_splits`: `holdout`, `data_root`, `download`, `num_classes`.
+
+    Raises:
+        DataError: If the data cannot be read as asked.
+
+    Example:
+        >>> import timm
+        >>> model = timm.create_model("test_resnet", in_chans=1, num_classes=10)
+        >>> create_loaders(None, model).input_size
+        (1, 32, 32)
+    """
+    config = input_config(model, source) or _guess(model)
+    if data is None:
+        train, val, plain, info = _digits(config, input_size, seed)
+    else:
+        splits = data if isinstance(data, Splits) else open_splits(data, seed=seed, **options)
+        train, val, plain, info = _images(splits, config, input_size, augment)
+    order = torch.randperm(len(plain), generator=torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
+    some = Subset(plain, order[:calibration_images].tolist())
+    shared: dict[str, Any] = {
+        "batch_size": batch_size,
+        "num_workers": num_workers,
+        "pin_memory": torch.cuda.is_available(),
+    }
+    return Loaders(
+        train=DataLoader(
+            train,
+            shuffle=True,
+            generator=torch.Generator().manual_seed(seed),
+            drop_last=len(train) > batch_size,  # type: ignore[arg-type]
+            persistent_workers=num_workers > 0,
+            **shared,
+        ),
+        val=DataLoader(val, **shared),
+        calibration=DataLoader(some, **shared),
+        **info,
+    )
+
+
+def _guess(model: nn.Module) -> InputConfig:
+    """ImageNet's normalization, for as many channels as the first convolution takes."""
+    stems = (module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
+    return IMAGENET if next(stems, 3) != 1 else _grey(IMAGENET)
+
+
+def _grey(config: InputConfig) -> InputConfig:
+    mean, std = (sum(values) / len(values) for values in (config.mean, config.std))
+    return dataclasses.replace(config, input_size=(1, *config.input_size[1:]), mean=(mean,), std=(std,))
+
+
+def _digits(config: InputConfig, side: int | None, seed: int) -> tuple[Images, Images, Images, dict[str, Any]]:
+    channels, height, _ = config.input_size
+    side = side or (height if config.fixed_size else DIGITS_SIZE)
+    found = load_digits(side, channels, seed=seed)
+    train = TensorDataset(found.train_images, found.train_labels)
+    val = TensorDataset(found.val_images, found.val_labels)
+    text = f"scikit-learn's digits at {side} x {side}: {len(train)} images for training, {len(val)} held out"
+    names = tuple(map(str, range(10)))
+    info = {"num_classes": 10, "input_size": (channels, side, side), "class_names": names, "description": text}
+    return train, val, train, info
+
+
+def _images(
+    splits: Splits, config: InputConfig, side: int | None, augment: bool
+) -> tuple[Images, Images, Images, dict[str, Any]]:
+    channels, height, width = config.input_size
+    if channels not in (1, 3):
+        raise DataError(f"The model takes {channels} channels; images can be had with 1 or 3.")
+    native = splits.train[0][0].size
+    small = max(native) <= SMALL
+    if side is not None:
+        height = width = side
+    elif small and not config.fixed_size:
+        height = width = max(native)
+    config = dataclasses.replace(config, input_size=(channels, height, width))
+    plain = image_transform(config, train=False, small=small)
+    noisy = image_transform(config, train=True, small=small, flip=splits.flip) if augment else plain
+    info = {
+        "num_classes": splits.num_classes,
+        "input_size": (channels, height, width),
+        "class_names": splits.class_names,
+        "description": f"{splits.description}, at {width} x {height}",
+    }
+    return Transformed(splits.train, noisy), Transformed(splits.val, plain), Transformed(splits.train, plain), info

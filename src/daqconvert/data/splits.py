@@ -1,0 +1,123 @@
+"""Training and validation images of a data set, before any transform: `(PIL image, label)` pairs.
+
+Data is named by a string: a folder, a parquet file, or a timm data set name such as `torch/cifar10`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset, IterableDataset
+
+from daqconvert.data.folders import holdout_count, open_folder
+from daqconvert.data.parquet import ParquetImages, count_rows
+from daqconvert.errors import DataError, nearest
+
+TORCH_NAMES = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist", "imagenet", "places365", "inat")
+TIMM_PREFIXES = ("torch", "hfds")
+ITERABLE_PREFIXES = ("tfds", "wds", "hfids")
+NO_FLIP = ("mnist", "kmnist", "qmnist", "svhn", "digits")
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Two data sets of `(PIL image, label)`.
+
+    Attributes:
+        train: What a model is trained on.
+        val: What it is evaluated on.
+        num_classes: Number of classes.
+        class_names: Their names, or None where the data has only numbers.
+        description: One line for people.
+        flip: Whether a mirrored image is still of its class.
+    """
+
+    train: Dataset[Any]
+    val: Dataset[Any]
+    num_classes: int
+    class_names: tuple[str, ...] | None
+    description: str
+    flip: bool = True
+
+
+def open_splits(
+    data: str | Path,
+    holdout: float | int | None = None,
+    seed: int = 0,
+    data_root: str | Path | None = None,
+    download: bool = False,
+    num_classes: int | None = None,
+) -> Splits:
+    """Open a folder, a parquet file or a timm data set.
+
+    Args:
+        data: A folder with `train/` and `val/` (or `validation/`), each with a folder of images per class; one folder
+            of such classes; a `.parquet` file; or `torch/NAME`, `hfds/NAME`.
+        holdout: Of one folder or a parquet file, what is kept for evaluation: a share below 1, or a number of images.
+            Of a parquet file the last rows, of a folder a seeded choice from every class. None: a tenth.
+        seed: Seed of that choice.
+        data_root: Where a timm data set lies; `data` by default.
+        download: Whether a timm data set may be downloaded.
+        num_classes: Number of classes where the data does not say it.
+
+    Raises:
+        DataError: If there is no such data, a split is missing, or a class is empty.
+    """
+    path = Path(data)
+    if path.is_dir():
+        splits = Splits(*open_folder(path, holdout, seed))
+    elif path.is_file() and path.suffix == ".parquet":
+        splits = _open_parquet(path, holdout)
+    elif not path.exists() and str(data).partition("/")[0].lower() in TIMM_PREFIXES + ITERABLE_PREFIXES:
+        splits = _open_timm(str(data), Path(data_root or "data"), download, num_classes)
+    else:
+        found = "it is a file of another kind" if path.exists() else "there is no such folder or file"
+        raise DataError(
+            f"Data {str(data)!r}: {found}. Expected a folder of images, a .parquet file, or a data set name such as "
+            f"torch/cifar10.{nearest(str(data), [f'torch/{name}' for name in TORCH_NAMES])}"
+        )
+    if num_classes is not None and num_classes < splits.num_classes:
+        raise DataError(f"{data}: it has {splits.num_classes} classes, more than the {num_classes} asked for.")
+    return splits
+
+
+def _open_parquet(path: Path, holdout: float | int | None) -> Splits:
+    rows = count_rows(path)
+    at = rows - holdout_count(holdout, rows, str(path))
+    train, val = ParquetImages(path, stop=at), ParquetImages(path, start=at)
+    text = f"{path.name}: rows 0 to {at - 1} for training, {at} to {rows - 1} held out"
+    return Splits(train, val, train.num_classes, train.class_names, text, flip=path.stem not in NO_FLIP)
+
+
+def _open_timm(name: str, root: Path, download: bool, num_classes: int | None) -> Splits:
+    prefix, _, rest = name.partition("/")
+    if prefix.lower() in ITERABLE_PREFIXES:
+        raise DataError(f"{name}: streamed data sets cannot be shuffled and resumed. Use one of torch/..., hfds/....")
+    if prefix.lower() == "torch" and rest.lower() not in TORCH_NAMES:
+        raise DataError(f"{name}: no such data set.{nearest(rest, TORCH_NAMES)}")
+    train, val = (_timm_split(name, root, split, download) for split in ("train", "validation"))
+    names = getattr(train, "classes", None)
+    classes = len(names) if names else num_classes
+    if classes is None:
+        raise DataError(f"{name}: it does not say how many classes it has. Give the number of classes.")
+    text = f"{name}: {len(train)} images for training, {len(val)} for validation"
+    flip = rest.lower() not in NO_FLIP
+    return Splits(train, val, classes, tuple(map(str, names)) if names else None, text, flip)
+
+
+def _timm_split(name: str, root: Path, split: str, download: bool) -> Any:
+    from timm.data import create_dataset
+
+    make: Callable[..., Any] = create_dataset
+    try:
+        found = make(name, root=str(root), split=split, is_training=split == "train", download=download)
+    except Exception as error:  # each library behind timm raises its own types
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        hint = "" if download else " Give the folder that holds it, or allow the download."
+        raise DataError(f"{name}: its {split} split could not be read from {root} ({what}).{hint}") from error
+    if isinstance(found, IterableDataset):
+        raise DataError(f"{name}: streamed data sets cannot be shuffled and resumed.")
+    return found
