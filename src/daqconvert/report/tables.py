@@ -177,4 +177,4 @@ def render(table: Table, width: int | None = None) -> str:
     out = io.StringIO()
     console = Console(file=out, width=width or WIDEST, color_system=None, force_terminal=False, force_jupyter=False)
     console.print(table)
-    return "\n".join(line.rstrip() for line in out.getvalue().strip("\n").splitlines())
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip("\n")
