@@ -71,26 +71,32 @@ def slope(x: Tensor, c: float, a: float) -> Tensor:
 
 
 class _ClipRound(torch.autograd.Function):
-    """`round(clip(x, low, high))` with the DASR (or STE) slope inside the clip, its ends included."""
+    """`round(clip(x, low, high))` with the DASR (or STE) slope inside the clip.
+
+    Whether the clip's two ends count as inside is said here, not left to `torch.clamp`: its gradient there was 1 for
+    years and is 0 in torch 2.14, and every zero that comes out of a ReLU lies on an end.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, low: Any, high: Any, c: float, a: float, ste: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, low: Any, high: Any, c: float, a: float, ste: bool, ends: bool) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.constants = (low, high, c, a, ste)
+        ctx.constants = (low, high, c, a, ste, ends)
         return round_half_even(torch.clamp(x, low, high))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        return _ClipRoundBackward.apply(grad, x, *ctx.constants), None, None, None, None, None
+        return _ClipRoundBackward.apply(grad, x, *ctx.constants), None, None, None, None, None, None
 
 
 class _ClipRoundBackward(torch.autograd.Function):
     """The first derivative as a function of its own, so that the second can be refused with a clear error."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, x: Tensor, low: Any, high: Any, c: float, a: float, ste: bool) -> Tensor:
-        inside = (x >= low) & (x <= high)
+    def forward(
+        ctx: Any, grad: Tensor, x: Tensor, low: Any, high: Any, c: float, a: float, ste: bool, ends: bool
+    ) -> Tensor:
+        inside = (x >= low) & (x <= high) if ends else (x > low) & (x < high)
         return torch.where(inside, grad if ste else grad * slope(x, c, a), 0.0)
 
     @staticmethod
@@ -101,7 +107,9 @@ class _ClipRoundBackward(torch.autograd.Function):
         )
 
 
-def clip_round(x: Tensor, low: Tensor | float, high: Tensor | float, rounding: str, c: float, a: float) -> Tensor:
+def clip_round(
+    x: Tensor, low: Tensor | float, high: Tensor | float, rounding: str, c: float, a: float, ends: bool = True
+) -> Tensor:
     """Return `round(clip(x, low, high))`, its gradient the DASR slope inside the clip and 0 outside.
 
     Args:
@@ -111,8 +119,9 @@ def clip_round(x: Tensor, low: Tensor | float, high: Tensor | float, rounding: s
         rounding: `"daq"`, or `"ste"` for a slope of 1.
         c: Height of the slope, from `slope_coefficients`.
         a: Offset of the slope, likewise.
+        ends: Whether the gradient passes at `low` and `high` themselves.
     """
-    out: Tensor = _ClipRound.apply(x, low, high, c, a, rounding == "ste")
+    out: Tensor = _ClipRound.apply(x, low, high, c, a, rounding == "ste", ends)
     return out
 
 

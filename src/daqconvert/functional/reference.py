@@ -79,7 +79,7 @@ def dasr_reference(x: Tensor, n: int, gamma: float = 2.0, sigma: float = 1.0) ->
         >>> [round(v, 9) for v in y.tolist()], [round(g, 2) for g in x.grad.tolist()]
         ([0.0, 3.0], [0.51, 0.0])
     """
-    x = torch.clamp(x, 0, n)  # its gradient passes at both ends
+    x = torch.where(x < 0, 0.0, torch.where(x > n, float(n), x))  # at both ends the gradient passes: see clip_round
     floor = torch.floor(x).detach()
     distance = distances(x - floor)
     score = torch.exp(-distance)  # d_k
