@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,7 +68,7 @@ def check_setting(name: str, value: object) -> Any:
             + (nearest(value, [c for c in CHOICES[name] if isinstance(c, str)]) if isinstance(value, str) else "")
         )
     if name in POSITIVE_FIELDS:
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max:
             return float(value)
         raise PolicyError(f"{name}: expected a positive number; found {value!r}.")
     valid = [f.name for f in dataclasses.fields(Settings)]
