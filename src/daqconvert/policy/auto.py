@@ -1,6 +1,6 @@
 """What `"auto"` means: the one place where the default turns bits into a grid.
 
-The constants below are choices, not laws: they follow what was measured, see `docs/policies.md`.
+The constants below are choices, not laws: a measurement that says otherwise changes them here and nowhere else.
 """
 
 from __future__ import annotations
