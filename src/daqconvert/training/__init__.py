@@ -1,0 +1,9 @@
+"""Training: recipes, the verbs `finetune` and `evaluate`, checkpoints and resume."""
+
+from daqconvert.training.checkpoint import load_weights
+from daqconvert.training.evaluation import EvalResult, evaluate
+from daqconvert.training.loop import finetune
+from daqconvert.training.recipes import RECIPES, Recipe, recipe
+from daqconvert.training.results import FinetuneResult
+
+__all__ = ["RECIPES", "EvalResult", "FinetuneResult", "Recipe", "evaluate", "finetune", "load_weights", "recipe"]

@@ -1,0 +1,200 @@
+"""A checkpoint: one safetensors file, tensors by name and a JSON text in its metadata, under one SHA-256. No pickle.
+
+Tensors are called `model/KEY` (the state dict) and `optimizer/GROUP/SLOT/PARAMETER`. The metadata holds `format`,
+`version`, `json` and `sha256`: of the JSON text, then of each tensor in the order of the names: name, dtype and shape
+as `NAME torch.float32 (2, 3)`, then its bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from daqconvert.convert import require_quantized
+from daqconvert.errors import TrainingError
+from daqconvert.training.files import replacing
+
+FORMAT, VERSION = "daqconvert-checkpoint", 1
+MODEL, OPTIMIZER = "model/", "optimizer/"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint file holds.
+
+    Attributes:
+        tensors: By full name, on the CPU.
+        meta: Recipe, settings of the layers, epochs done, history.
+    """
+
+    tensors: Mapping[str, Tensor]
+    meta: Mapping[str, Any]
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """Return the tensors whose name starts with `prefix`, without it."""
+        return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's state dict under `model/`.
+
+    Raises:
+        TrainingError: If an entry is no tensor, which a file without pickle cannot hold.
+    """
+    state = model.state_dict()
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise TrainingError(
+                f"{type(model).__name__}: state dict entry {key!r} is a {type(value).__name__}, and a checkpoint "
+                "holds tensors only. Make it a buffer, or train with out_dir=None."
+            )
+    return {MODEL + key: value for key, value in state.items()}
+
+
+def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Write a checkpoint so that the file is either the old one or the new one, whatever happens meanwhile.
+
+    Args:
+        path: The file.
+        tensors: By name; tied ones are written under each name.
+        meta: What JSON can hold.
+
+    Raises:
+        TrainingError: If it cannot be written; what was there before is unchanged.
+    """
+    plain = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
+    text = json.dumps(meta)
+    header = {"format": FORMAT, "version": str(VERSION), "json": text, "sha256": digest(plain, text)}
+    with replacing(path) as temporary:
+        save_file(plain, temporary, metadata=header)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint and check that nothing in it was changed.
+
+    Args:
+        path: The file.
+
+    Raises:
+        TrainingError: If it is missing, truncated, edited, from a newer version, or no checkpoint.
+    """
+    if not path.is_file():
+        raise TrainingError(f"{path}: no such checkpoint.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TrainingError(f"{path}: damaged, or no safetensors file ({what}). {_AGAIN}") from None
+    if header.get("format") != FORMAT:
+        raise TrainingError(f"{path}: no checkpoint of daqconvert: its metadata has no format = {FORMAT!r}.")
+    version = header.get("version", "")
+    if version != str(VERSION):
+        raise TrainingError(
+            f"{path}: expected a checkpoint of version {VERSION}, found {version!r}. Update daqconvert to read it."
+        )
+    text = header.get("json", "")
+    if digest(tensors, text) != header.get("sha256"):
+        raise TrainingError(f"{path}: its contents do not match their SHA-256: damaged or edited. {_AGAIN}")
+    return Checkpoint(tensors, json.loads(text))
+
+
+_AGAIN = "Start again with overwrite=True, or put a good copy in its place."
+
+
+def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """Return the SHA-256 of a text and of tensors by name, as hexadecimal digits.
+
+    Example:
+        >>> digest({"a": torch.zeros(2)}) == digest({"a": torch.zeros(2)})
+        True
+    """
+    found = hashlib.sha256(text.encode("utf-8"))
+    for key in sorted(tensors):
+        value = tensors[key].detach().cpu().contiguous()
+        found.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def load_weights(qmodel: nn.Module, path: str | Path) -> Mapping[str, Any]:
+    """Load the model's part of a checkpoint, as `best.safetensors`, into a quantized model, in place.
+
+    Args:
+        qmodel: Made by `quantize` with the settings that the run had.
+        path: A checkpoint that `finetune` wrote.
+
+    Returns:
+        The checkpoint's metadata: `recipe`, `epochs_done`, `history`, ...
+
+    Raises:
+        TrainingError: If the file is damaged, or its layers, names or shapes are not the model's; the model is
+            unchanged then.
+    """
+    checkpoint = read_checkpoint(Path(path))
+    check_model(checkpoint, qmodel, str(path))
+    qmodel.load_state_dict(checkpoint.part(MODEL))
+    return checkpoint.meta
+
+
+def layer_settings(qmodel: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return the settings of every quantized layer as plain values, by dotted name."""
+    layers = require_quantized(qmodel, "finetune")
+    return {name: dict(vars(layer.settings)) for name, layer in layers.items()}
+
+
+def check_model(checkpoint: Checkpoint, qmodel: nn.Module, where: str) -> None:
+    """Raise unless a checkpoint's layers, their settings, names and shapes are those of a model.
+
+    Args:
+        checkpoint: What was read.
+        qmodel: The model to fill.
+        where: The file, for the message.
+
+    Raises:
+        TrainingError: Naming what differs.
+    """
+    saved, found = checkpoint.part(MODEL), qmodel.state_dict()
+    problems = _settings_problems(checkpoint.meta.get("layers", {}), layer_settings(qmodel))
+    problems += [f"{key}: only in the checkpoint" for key in saved if key not in found]
+    problems += [f"{key}: only in the model" for key in found if key not in saved]
+    problems += [
+        f"{key}: shape {tuple(saved[key].shape)} in the checkpoint, {tuple(value.shape)} in the model"
+        for key, value in found.items()
+        if key in saved and isinstance(value, Tensor) and value.shape != saved[key].shape
+    ]
+    if problems:
+        raise TrainingError(
+            f"{where}: the checkpoint does not fit {type(qmodel).__name__}: {first_few(problems)}. "
+            "Quantize the same model with the same policy as for the run, or choose another out_dir."
+        )
+
+
+def _settings_problems(saved: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    problems = [f"{name}: quantized only in the checkpoint" for name in saved if name not in found]
+    problems += [f"{name}: quantized only in the model" for name in found if name not in saved]
+    for name in saved.keys() & found.keys():
+        ours, theirs = found[name], saved[name]
+        problems += [
+            f"{name}: {key} = {theirs.get(key)!r} in the checkpoint, {ours.get(key)!r} in the model"
+            for key in sorted(ours.keys() | theirs.keys())
+            if ours.get(key) != theirs.get(key)
+        ]
+    return sorted(problems)
+
+
+def first_few(problems: Iterable[str], count: int = 3) -> str:
+    """Join the first few problems to one text that says how many more there are."""
+    listed = list(problems)
+    more = f"; and {len(listed) - count} more" if len(listed) > count else ""
+    return "; ".join(listed[:count]) + more

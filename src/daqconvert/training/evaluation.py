@@ -1,0 +1,142 @@
+"""The verb `evaluate`: top-k and loss of a float, quantized or frozen model over a loader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from daqconvert.batches import model_device
+from daqconvert.errors import DataError, TrainingError
+from daqconvert.modes import evaluating
+from daqconvert.report.progress import track
+from daqconvert.training.loaders import check_loader, inputs_count, read_batch
+from daqconvert.training.losses import LossFn, count_correct, cross_entropy, logits_of
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """What `evaluate` measured.
+
+    Attributes:
+        top1: Share 0..1 of targets that the largest logit hit; None where `loss_fn` judges outputs that are no logits.
+        loss: Mean loss.
+        count: Number of targets.
+        topk: Share by `k`, for every `k` asked for.
+    """
+
+    top1: float | None
+    loss: float
+    count: int
+    topk: Mapping[int, float]
+
+    def __str__(self) -> str:
+        """Return `top-1 91.2 %, loss 0.31, 10000 targets`."""
+        shares = "".join(f"top-{k} {100 * share:.2f} %, " for k, share in self.topk.items())
+        return f"{shares}loss {self.loss:.4f}, {self.count} targets"
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    topk: tuple[int, ...] = (1,),
+    loss_fn: LossFn | None = None,
+    progress: bool = True,
+) -> EvalResult:
+    """Measure a model on labelled batches, in evaluation mode; every module gets its own mode back.
+
+    Args:
+        model: A float, quantized or frozen model that returns logits `(N, C, ...)`.
+        loader: Batches with targets: `(input, target)`, or dicts with one under `target`, `label` or `labels`.
+        topk: Each `k` of which the share is wanted.
+        loss_fn: Loss of `(outputs, target)`, a mean over the batch, instead of the cross entropy.
+        progress: Show a bar where standard error is a terminal.
+
+    Returns:
+        Shares in 0..1, mean loss, number of targets.
+
+    Raises:
+        DataError: If there is no batch, or a batch has no target or one that does not fit the outputs.
+        TrainingError: If the outputs are not one tensor of logits, or have fewer than `k` classes.
+
+    Example:
+        >>> model = nn.Linear(2, 2)
+        >>> _ = model.load_state_dict({"weight": torch.eye(2), "bias": torch.zeros(2)})
+        >>> result = evaluate(model, [(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0]))])
+        >>> result.top1, result.count
+        (0.5, 2)
+    """
+    check_loader(loader, "evaluate: loader")
+    device, meter = model_device(model), Meter(topk)
+    with evaluating(model), torch.no_grad():
+        for i, batch in enumerate(track(loader, "evaluating", enabled=progress)):
+            (args, kwargs), target = read_batch(batch, device, f"evaluate: batch {i}", needs_target=True)
+            outputs = model(*args, **kwargs)
+            if loss_fn is None:
+                logits = logits_of(outputs)
+                loss = cross_entropy(logits, target)
+            else:
+                loss = loss_fn(outputs, target)
+            meter.add(float(loss), inputs_count((args, kwargs)), outputs, target, strict=loss_fn is None)
+    if meter.inputs == 0:
+        raise DataError("evaluate: expected at least one batch, found none. Is the loader empty?")
+    return EvalResult(meter.top1, meter.loss, meter.targets or meter.inputs, meter.shares)
+
+
+class Meter:
+    """Means over batches: the loss, weighted by inputs, and the share of targets hit, for each `k`.
+
+    Args:
+        topk: Each `k`; the first must be 1 for `top1`.
+    """
+
+    def __init__(self, topk: tuple[int, ...] = (1,)) -> None:
+        self.topk = topk
+        self.inputs = self.targets = 0
+        self._loss = 0.0
+        self._hits = [0] * len(topk)
+
+    def add(self, loss: float, inputs: int, outputs: Any, target: Any, *, strict: bool) -> None:
+        """Count one batch.
+
+        Args:
+            loss: Its mean loss.
+            inputs: Its number of inputs.
+            outputs: Of the model.
+            target: None where there is none.
+            strict: Whether outputs and targets that are no classification are errors; else they count for the loss.
+
+        Raises:
+            DataError: If targets do not fit the outputs, and `strict`.
+            TrainingError: If outputs are no logits or have fewer than `k` classes, and `strict`.
+        """
+        self.inputs += inputs
+        self._loss += loss * inputs
+        try:
+            logits = logits_of(outputs)
+            hits, targets = count_correct(logits, target, self.topk)
+        except (DataError, TrainingError):
+            if strict:
+                raise
+            return
+        self.targets += targets
+        self._hits = [a + b for a, b in zip(self._hits, hits, strict=True)]
+
+    @property
+    def loss(self) -> float:
+        """Mean loss."""
+        return self._loss / max(1, self.inputs)
+
+    @property
+    def shares(self) -> dict[int, float]:
+        """Share of targets hit, by `k`; empty where nothing was counted."""
+        return {k: hits / self.targets for k, hits in zip(self.topk, self._hits, strict=True)} if self.targets else {}
+
+    @property
+    def top1(self) -> float | None:
+        """Share of targets that the largest logit hit."""
+        return self.shares.get(1)

@@ -1,0 +1,122 @@
+"""What the loop asks of a loader: a length, batches of the right form, at least one of them.
+
+A loader is any iterable that can be read again and again: a `DataLoader`, a list of batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any
+
+import torch
+
+from daqconvert.batches import split_batch, to_device
+from daqconvert.errors import DataError, TrainingError
+from daqconvert.training.recipes import Recipe
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def check_loader(loader: Any, name: str) -> None:
+    """Raise `DataError` unless `loader` can be read more than once and is not known to be empty.
+
+    Args:
+        loader: What the user passed.
+        name: The argument's name, for the message.
+
+    Raises:
+        DataError: If it is not iterable, an iterator that one pass uses up, or empty.
+
+    Example:
+        >>> check_loader([(torch.zeros(2, 3), torch.zeros(2))], "train_loader")
+    """
+    if not isinstance(loader, Iterable):
+        raise DataError(
+            f"{name}: expected an iterable of batches, as a DataLoader or a list; found {type(loader).__name__}."
+        )
+    if isinstance(loader, Iterator) and length(loader) is None:
+        raise DataError(
+            f"{name}: expected something that can be read once an epoch, as a DataLoader or a list; found a "
+            f"{type(loader).__name__}, which is used up after one pass. Pass the loader itself, or list(...) of it."
+        )
+    if length(loader) == 0:
+        raise DataError(f"{name}: expected at least one batch, found none. Is the data set smaller than a batch?")
+
+
+def length(loader: Any) -> int | None:
+    """Return the number of batches, or None where the loader does not know it (a `DataLoader` over a stream)."""
+    try:
+        return len(loader) if isinstance(loader, Sized) else None
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def steps_per_epoch(loader: Any, recipe: Recipe) -> int:
+    """Return the number of batches of an epoch, or 0 where it is unknown and the schedule does not need it.
+
+    Raises:
+        TrainingError: If the loader has no length and the schedule is cosine.
+    """
+    steps = length(loader)
+    if steps is None and recipe.schedule == "cosine":
+        raise TrainingError(
+            "train_loader: has no length, and the cosine schedule has to know where it ends. "
+            'Give the loader a __len__, or train with schedule="constant".'
+        )
+    return steps or 0
+
+
+def check_first_batch(loader: Any, name: str, *, needs_target: bool) -> None:
+    """Read one batch and raise `DataError` if there is none or it has not the right form."""
+    for batch in loader:
+        read_batch(batch, torch.device("cpu"), f"{name}, first batch", needs_target=needs_target)
+        return
+    raise DataError(f"{name}: expected at least one batch, found none. Is the data set empty?")
+
+
+def read_batch(batch: Any, device: torch.device, where: str, *, needs_target: bool) -> tuple[Inputs, Any]:
+    """Return a batch's inputs and target on a device.
+
+    Args:
+        batch: A tensor; a tuple or list `(input, target)`; a dict of keyword arguments, the target under `"target"`,
+            `"label"` or `"labels"`.
+        device: The model's.
+        where: The place, for the message.
+        needs_target: Whether a batch without a target is an error.
+
+    Returns:
+        `((args, kwargs), target)`; the target is None where there is none.
+
+    Raises:
+        DataError: If the batch has another form, or no target where one is needed.
+
+    Example:
+        >>> pair = (torch.zeros(2, 3), torch.tensor([0, 1]))
+        >>> read_batch(pair, torch.device("cpu"), "batch", needs_target=True)[1].tolist()
+        [0, 1]
+    """
+    try:
+        args, kwargs, target = split_batch(batch)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+    if target is None and needs_target:
+        raise DataError(
+            f"{where}: expected a target: a tuple or list (input, target), or a dict with one under target, label or "
+            f"labels; found {_describe(batch)}. To train without targets, towards the float model: distill=1.0."
+        )
+    return (to_device(args, device), to_device(kwargs, device)), to_device(target, device)
+
+
+def _describe(batch: Any) -> str:
+    if isinstance(batch, torch.Tensor):
+        return f"a tensor of shape {tuple(batch.shape)} alone"
+    if isinstance(batch, dict):
+        return f"a dict with {', '.join(map(str, batch)) or 'nothing'}"
+    return f"a {type(batch).__name__} of {len(batch)}"
+
+
+def inputs_count(inputs: Inputs) -> int:
+    """Return the length of the first tensor of a batch's inputs, 1 where there is none."""
+    args, kwargs = inputs
+    tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.dim()]
+    return int(tensors[0].shape[0]) if tensors else 1

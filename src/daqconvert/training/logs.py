@@ -1,0 +1,45 @@
+"""The log of a run, `log.csv`: one line per epoch, empty where there is no value.
+
+The history in the checkpoint is the truth and the file is written anew from it each time, in one go. So after an
+interruption it never holds an epoch that is trained again, nor half a line.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from daqconvert.training.files import write_text
+
+Row = dict[str, Any]
+
+COLUMNS = (
+    "epoch", "step", "lr", "quantizer_lr", "train_loss", "train_top1", "val_loss", "val_top1", "images_per_second",
+    "seconds",
+)  # fmt: skip
+
+
+def csv_text(history: Sequence[Mapping[str, Any]]) -> str:
+    """Return the history as CSV with a header.
+
+    Args:
+        history: One row per epoch.
+
+    Example:
+        >>> csv_text([{"epoch": 1, "train_loss": 0.5}]).splitlines()[1]
+        '1,,,,0.5,,,,,'
+    """
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    for row in history:
+        writer.writerow({key: "" if value is None else value for key, value in row.items()})
+    return stream.getvalue()
+
+
+def write_log(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
+    """Write `log.csv`; raises `TrainingError` if that fails."""
+    write_text(path, csv_text(history))

@@ -1,0 +1,134 @@
+"""The verb `finetune`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from daqconvert.convert import require_quantized
+from daqconvert.errors import ConversionError, TrainingError
+from daqconvert.modes import evaluating
+from daqconvert.report.progress import progress as progress_bar
+from daqconvert.training.engine import Run
+from daqconvert.training.loaders import check_loader, steps_per_epoch
+from daqconvert.training.logs import Row
+from daqconvert.training.losses import LossFn
+from daqconvert.training.objective import Objective, check_teacher, teacher_kind
+from daqconvert.training.persistence import start
+from daqconvert.training.recipes import Recipe
+from daqconvert.training.recipes import recipe as find_recipe
+from daqconvert.training.results import FinetuneResult
+from daqconvert.training.rundir import RunDirectory
+from daqconvert.training.seeding import preserved_random_state
+
+
+def finetune(
+    qmodel: nn.Module, train_loader: Iterable[Any], val_loader: Iterable[Any] | None = None, *,
+    recipe: str | Path | Recipe = "quick", out_dir: str | Path | None = None, teacher: nn.Module | None = None,
+    loss_fn: LossFn | None = None, resume: bool = False, overwrite: bool = False, progress: bool = True,
+    on_epoch: Callable[[Row], None] | None = None, **overrides: Any,
+) -> FinetuneResult:  # fmt: skip
+    """Train a quantized model in place; it is left with the last epoch's weights, in evaluation mode.
+
+    Calibrates first, with the first training batches, if some bounds were never set. The random state is set from
+    (seed, epoch) at every epoch and the caller's is given back at the end, so a run that was interrupted and resumed
+    has the weights of one that was not: bit for bit on the CPU, with the same number of threads.
+
+    Args:
+        qmodel: From `quantize`, changed in place; after an exception it holds the weights of the last step.
+        train_loader: Batches `(input, target)`, or dicts with the target under `target`, `label` or `labels`; without
+            targets where `distill` is 1. Read once an epoch: a `DataLoader` or a list.
+        val_loader: Labelled batches; evaluated after each epoch, and the best epoch is kept.
+        recipe: A name (`quick`, `paper-cifar10`, `paper-imagenet`), the path of a TOML file, or a `Recipe`.
+        out_dir: Where checkpoints and the log go; None writes nothing.
+        teacher: Model to distil from; by default a float copy of `qmodel` as it is before the first step.
+        loss_fn: Loss of `(outputs, target)`, a mean over the batch, instead of the cross entropy.
+        resume: Go on with the run in `out_dir`, or start where there is none.
+        overwrite: Replace the run in `out_dir`.
+        progress: Show a bar where standard error is a terminal.
+        on_epoch: Called with each epoch's row of the history.
+        **overrides: Fields of the recipe to change, as `epochs=10`.
+
+    Returns:
+        History, best accuracy, paths of the checkpoints.
+
+    Raises:
+        FrozenError: If the model is frozen.
+        TrainingError: If the recipe is wrong, `out_dir` is in use or cannot be written, the checkpoint does not fit,
+            the model is not quantized, its outputs are not logits, or the loss is NaN or infinite.
+        DataError: If a loader is empty or a batch has not the right form.
+        CalibrationError: If the data cannot calibrate the model.
+
+    Reference: "Distance-aware Quantization" (Kim, Lee, Ham, ICCV 2021), section 4.1.
+
+    Example:
+        >>> import daqconvert as dq, torch
+        >>> qmodel = dq.quantize(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), w_bits=4, a_bits=4)
+        >>> batches = [(torch.randn(8, 4), torch.randint(0, 2, (8,)))]
+        >>> finetune(qmodel, batches, batches, epochs=2).epochs
+        2
+    """
+    started = time.perf_counter()
+    chosen = find_recipe(recipe, **overrides)
+    run = _prepare(qmodel, train_loader, val_loader, chosen, teacher, loss_fn, progress)
+    if out_dir is None and (resume or overwrite):
+        raise TrainingError("finetune: resume and overwrite need an out_dir.")
+    if resume and overwrite:
+        raise TrainingError("finetune: pass either resume=True, to go on, or overwrite=True, to start again.")
+    run.directory = None if out_dir is None else RunDirectory(out_dir, resume=resume, overwrite=overwrite)
+    with ExitStack() as stack:
+        if run.directory is not None:
+            stack.callback(run.directory.drop_if_empty)
+        stack.callback(qmodel.eval)
+        stack.enter_context(preserved_random_state(train_loader, val_loader))
+        if teacher is not None:
+            stack.enter_context(evaluating(teacher))
+        start(run, resume=resume)
+        left = (chosen.epochs - run.epochs_done) * run.steps or None
+        run.train(stack.enter_context(progress_bar(left, "finetuning", enabled=progress)), on_epoch)
+        run.optimizers.zero_grad()
+    return _result(run, time.perf_counter() - started)
+
+
+def _prepare(
+    qmodel: nn.Module, train_loader: Any, val_loader: Any, recipe: Recipe, teacher: nn.Module | None,
+    loss_fn: LossFn | None, show: bool,
+) -> Run:  # fmt: skip
+    """Check everything that can be checked before any work, and return the run."""
+    try:
+        require_quantized(qmodel, "finetune")
+    except ConversionError as error:
+        raise TrainingError(str(error)) from None
+    for name, tensor in (*qmodel.named_parameters(), *qmodel.named_buffers()):
+        if tensor.is_meta:
+            raise TrainingError(f"finetune: {name} is on the meta device: it has no values. Load the weights first.")
+    if loss_fn is not None and recipe.distill == 1.0:
+        raise TrainingError("loss_fn: has no effect with distill=1.0. Pass distill=0.5 or less, or no loss_fn.")
+    check_teacher(teacher, qmodel, recipe)
+    check_loader(train_loader, "train_loader")
+    if val_loader is not None:
+        check_loader(val_loader, "val_loader")
+    steps = steps_per_epoch(train_loader, recipe)
+    objective = Objective(recipe, loss_fn, teacher)
+    kind = teacher_kind(teacher, recipe)
+    return Run(qmodel, train_loader, val_loader, recipe, steps, objective, show=show, teacher_kind=kind)
+
+
+def _result(run: Run, seconds: float) -> FinetuneResult:
+    best, directory = run.best or {}, run.directory
+    return FinetuneResult(
+        history=run.history,
+        epochs=run.epochs_done,
+        best_epoch=best.get("epoch"),
+        best_top1=best.get("val_top1"),
+        seconds=seconds,
+        out_dir=directory.path if directory else None,
+        last=directory.last if directory else None,
+        best=directory.best if directory and run.best else None,
+        calibration=run.calibration,
+    )
