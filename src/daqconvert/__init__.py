@@ -7,6 +7,7 @@ from daqconvert.errors import DaqError
 from daqconvert.freezing import freeze
 from daqconvert.modes import disabled
 from daqconvert.spec import Plan, Policy, Rule, Settings
+from daqconvert.training import Recipe, evaluate, finetune
 
 __version__ = "0.1.0"
 
@@ -14,6 +15,8 @@ __all__ = [
     # verbs
     "calibrate",
     "disabled",
+    "evaluate",
+    "finetune",
     "freeze",
     "load_float",
     "plan",
@@ -22,6 +25,7 @@ __all__ = [
     "DaqError",
     "Plan",
     "Policy",
+    "Recipe",
     "Rule",
     "Settings",
     # maths

@@ -1,0 +1,64 @@
+"""What every benchmark shares: where results go, and what a result says about the machine that made it."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "torchvision", "timm", "onnxruntime", "onnx", "numpy")
+
+
+def facts() -> dict[str, Any]:
+    """Return machine, versions, commit, command and date."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = info.read_text().splitlines()
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    command = " ".join([Path(sys.executable).name, "benchmarks/" + Path(sys.argv[0]).name, *_shown(sys.argv[1:])])
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": command,
+        "commit": commit.stdout.strip(),
+        "machine": {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def write(name: str, result: dict[str, Any]) -> Path:
+    """Write `results/<name>.json`: the facts and the result; whole or not at all."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({**facts(), **result}, indent=1) + "\n")
+    temporary.replace(path)
+    return path
+
+
+def read(name: str) -> dict[str, Any]:
+    """Return an earlier result, or an empty dict."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _shown(arguments: list[str]) -> list[str]:
+    """Paths shown by their last part: results say which file, not where it lay."""
+    return [Path(a).name if "/" in a else a for a in arguments]

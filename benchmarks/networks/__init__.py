@@ -1,0 +1,1 @@
+"""Networks that the benchmarks train and that no library ships."""
