@@ -112,6 +112,11 @@ def test_a_policy_from_python_is_checked_and_normalized():
         pytest.param({"exclude": [4]}, "exclude: expected a name or pattern; found 4.", id="exclude"),
         pytest.param({"exclude": "re:["}, 'arguments exclude: "re:[" is no regular expression', id="exclude regex"),
         pytest.param({"rules": [{"w_bits": 4}]}, "rule 1: expected either match ", id="rule"),
+        pytest.param(
+            {"policy": Policy(rules=(Rule({"w_bits": 2}, "a"),)), "rules": [{"w_bits": 4}]},
+            "rule 2: expected either match ",
+            id="rules are counted after the policy's",
+        ),
         pytest.param({"rules": [Rule({}, "a")]}, 'rule 1: "a" changes nothing. ', id="empty rule"),
         pytest.param({"rules": ["a"]}, "rule 1: expected a table; found 'a'.", id="text"),
         pytest.param(

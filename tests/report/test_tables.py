@@ -24,7 +24,7 @@ def plan() -> Plan:
         PlanRow(attention, None, "-", reason="weight is parametrized"),
         PlanRow(head, None, "last", reason="last layer (last = None)"),
     )
-    return Plan(rows, "ResNet", other_params=200, input_size=(1, 3, 32, 32), policy="policy.toml")
+    return Plan(rows, "ResNet", other_params=20_000, input_size=(1, 3, 32, 32), policy="policy.toml")
 
 
 def test_plan_table(plan, golden_text):
@@ -41,9 +41,9 @@ def test_totals_are_the_plans(plan):
     total = next(line for line in render(plan_table(plan)).splitlines() if line.startswith("| total"))
     cells = [cell.strip() for cell in total.strip("|").split("|")]
     assert cells[:2] == ["total", "3 of 5"]
-    assert cells[4:7] == ["2.37M", "40.6M", "1.2 MB"]
-    assert cells[8] == "9.47 MB in float32"
-    assert (plan.float_bytes, plan.macs, plan.bytes) == (9468168, 40551040, 1200192)
+    assert cells[4:7] == ["2.39M", "40.6M", "1.28 MB"]
+    assert cells[8] == "9.55 MB in float32"
+    assert (plan.float_bytes, plan.macs, plan.bytes) == (9547368, 40551040, 1279392)
 
 
 def test_a_plan_without_sizes_or_rows():

@@ -81,10 +81,8 @@ def _row(policy: Policy, site: Site) -> PlanRow:
     setter = {name: step for step in steps for name in step.changes}
     merged = policy.default.replace(**{name: step.changes[name] for name, step in setter.items()})
     if merged.w_bits is None and merged.a_bits is None:
-        weight_step, input_step = (setter.get(name, steps[0]) for name in BIT_FIELDS)
-        decider = max(weight_step, input_step, key=steps.index)
-        reason = decider.reason if decider.reason and weight_step is input_step else NO_BITS
-        return PlanRow(site, None, decider.label, reason=reason, notes=site.notes)
+        decider = max((setter.get(name, steps[0]) for name in BIT_FIELDS), key=steps.index)
+        return PlanRow(site, None, decider.label, reason=decider.reason or NO_BITS, notes=site.notes)
     settings = resolve_auto(merged, f"{policy.name}: layer {site.name or '(root)'} ({steps[-1].label})")
     notes = site.notes + _notes(policy, site, settings)
     return PlanRow(site, settings, steps[-1].label, signed=False if site.nonnegative else None, notes=notes)
