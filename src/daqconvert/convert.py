@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from daqconvert.graph import find_sites
 from daqconvert.layers.base import QuantizedLayer
 from daqconvert.layers.frozen import FrozenLayer
 from daqconvert.layers.registry import quantized_class
-from daqconvert.modes import quantized_layers
+from daqconvert.modes import copy_model, quantized_layers
 from daqconvert.policy.arguments import UNSET, build
 from daqconvert.policy.resolve import resolve
 from daqconvert.spec import Plan, Policy
@@ -118,7 +117,7 @@ def quantize(
             f"{type(model).__name__}: nothing to quantize: {len(chosen)} convolutions and linears found, all left "
             "alone. Print daqconvert.plan(model, ...) for the reasons."
         )
-    return apply_plan(copy.deepcopy(model), chosen)
+    return apply_plan(copy_model(model), chosen)
 
 
 def apply_plan(model: nn.Module, chosen: Plan) -> nn.Module:

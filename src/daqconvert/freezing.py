@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 from torch import nn
 
 from daqconvert.convert import PLAN_ATTRIBUTE, current_plan, require_quantized
 from daqconvert.errors import CalibrationError
 from daqconvert.layers.frozen import FrozenLayer
 from daqconvert.layers.registry import frozen_class
-from daqconvert.modes import quantized_layers
+from daqconvert.modes import copy_model, quantized_layers
 
 
 def freeze(qmodel: nn.Module) -> nn.Module:
@@ -50,7 +48,7 @@ def freeze(qmodel: nn.Module) -> nn.Module:
             "Run daqconvert.calibrate(model, batches) or finetune first."
         )
     plan = current_plan(qmodel)
-    frozen = copy.deepcopy(qmodel)
+    frozen = copy_model(qmodel)
     for layer in quantized_layers(frozen).values():
         frozen_class(layer.original).freeze(layer)
     for module in frozen.modules():

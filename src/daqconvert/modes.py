@@ -1,13 +1,49 @@
-"""Context managers that switch a model for a while and put everything back, on exceptions too."""
+"""Copies of a model, and context managers that switch one for a while and put everything back, on exceptions too."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from daqconvert.errors import ConversionError, FrozenError
 from daqconvert.layers.base import QuantizedLayer
+from daqconvert.layers.frozen import FrozenLayer
+
+
+def copy_model(model: nn.Module, *, to_look_at: bool = False) -> nn.Module:
+    """Return a deep copy of a model.
+
+    Tensors that a forward left in an attribute together with their graph (a cached activation, the weight that the old
+    `weight_norm` computes) are copied without it; `copy.deepcopy` alone refuses them.
+
+    Args:
+        model: Any module; not changed.
+        to_look_at: The copy shares the parameters and has no forward hooks: whatever its code and the user's hooks do
+            while it is traced, the user's model never sees it.
+
+    Raises:
+        ConversionError: If something in the model cannot be copied.
+    """
+    memo: dict[int, Any] = {id(p): p for p in model.parameters()} if to_look_at else {}
+    for module in model.modules():
+        left = [t for t in tree_leaves(vars(module)) if isinstance(t, Tensor) and t.grad_fn is not None]
+        memo |= {id(t): t.detach().clone() for t in left}
+    try:
+        found = copy.deepcopy(model, memo)
+    except Exception as error:  # NOTE: runs the __deepcopy__ and __reduce__ of whatever the model holds
+        raise ConversionError(
+            f"{type(model).__name__} cannot be copied ({error}). daqconvert never changes the model it is given, so "
+            "copy.deepcopy(model) has to work: take out what cannot be copied (a lock, a file, a generator)."
+        ) from error
+    for module in found.modules() if to_look_at else ():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return found
 
 
 @contextmanager
@@ -33,6 +69,9 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     Yields:
         The same model; quantizers are back afterwards, on exceptions too.
 
+    Raises:
+        FrozenError: If the model is frozen: it has no float weights any more.
+
     Example:
         >>> import daqconvert as dq
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -41,6 +80,12 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         ...     bool((qmodel(x) == model(x)).all())
         True
     """
+    frozen = [name for name, module in model.named_modules() if isinstance(module, FrozenLayer)]
+    if frozen:
+        raise FrozenError(
+            f"disabled: {frozen[0] or 'the model'} is frozen and holds no float weight to compute with. "
+            "Use the quantized model it was frozen from, or the original."
+        )
     layers = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
     before = [layer.enabled for layer in layers]
     for layer in layers:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
-import torch
 from torch import fx, nn
-from torch.nn import functional as F
 
 NONNEGATIVE_MODULES = {"ReLU", "ReLU6", "Sigmoid", "Hardsigmoid", "HardSigmoid", "Softmax", "Softmax2d", "Softplus"}
 KEEPING_MODULES = {
@@ -40,6 +39,12 @@ def nonnegative_nodes(graph: fx.Graph, modules: dict[str, nn.Module]) -> set[fx.
     for node in graph.nodes:
         if _is_nonnegative(node, modules, proven):
             proven.add(node)
+        elif _is_in_place(node):
+            # `x.sub_(1)` changes what later calls see under the name `x`, and whatever `x` is a view of
+            changed = node.args[0] if node.args else None
+            while isinstance(changed, fx.Node) and changed in proven:
+                proven.discard(changed)
+                changed = changed.args[0] if changed.args else None
     return proven
 
 
@@ -65,18 +70,29 @@ def _is_nonnegative(node: fx.Node, modules: dict[str, nn.Module], proven: set[fx
         return _all_proven(node, proven)
     if name in ("interpolate", "pad"):
         return first in proven and _keeps_sign(name, node)
-    return name in BOUNDED_BELOW and _lower_limit(node) >= 0
+    if name in BOUNDED_BELOW:
+        return _limit(node, "min") >= 0 or (first in proven and _limit(node, "max") >= 0)
+    return False
 
 
 def _call_name(node: fx.Node) -> str:
+    """Name of a method, or of a function of torch or Python; a user's function of the same name proves nothing."""
     if node.op == "call_method":
         return str(node.target)
-    if node.target is operator.getitem:
-        return "getitem"
     target: Any = node.target
-    if target in (torch.relu, F.relu):
-        return "relu"
+    module = getattr(target, "__module__", None) or "torch"  # torch's own builtins have none
+    if module.split(".")[0] not in ("torch", "_operator", "builtins", "math"):
+        return ""
     return str(getattr(target, "__name__", ""))
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    """Whether a call may write into its first argument."""
+    if node.op == "call_function" and bool(node.kwargs.get("inplace")):
+        return True
+    name = _call_name(node) if node.op in ("call_function", "call_method") else ""
+    in_place_operator = node.op == "call_function" and getattr(operator, name, None) is node.target and name[:1] == "i"
+    return (name.endswith("_") and not name.endswith("__")) or in_place_operator or name == "setitem"
 
 
 def _library_type(module: nn.Module) -> str:
@@ -95,7 +111,7 @@ def _activation_is_nonnegative(module: nn.Module) -> bool:
 def _all_proven(node: fx.Node, proven: set[fx.Node]) -> bool:
     """Whether every tensor operand is proven and every number is non-negative; lists (of `cat`) are looked into."""
     flat: list[Any] = []
-    for arg in node.args:
+    for arg in (*node.args, *node.kwargs.values()):  # keywords too: `torch.add(x, y, alpha=-1)` subtracts
         flat.extend(arg if isinstance(arg, (list, tuple)) else [arg])
     name = _call_name(node)
     operands = flat if name not in ("cat", "concat", "stack") else [a for a in flat if isinstance(a, fx.Node)]
@@ -107,12 +123,18 @@ def _all_proven(node: fx.Node, proven: set[fx.Node]) -> bool:
 def _keeps_sign(name: str, node: fx.Node) -> bool:
     if name == "interpolate":
         mode = node.kwargs.get("mode", node.args[3] if len(node.args) > 3 else "nearest")
-        return mode != "bicubic"
+        return bool(mode != "bicubic")
     value = node.kwargs.get("value", node.args[3] if len(node.args) > 3 else 0)
     return value is None or (isinstance(value, (int, float)) and value >= 0)
 
 
-def _lower_limit(node: fx.Node) -> float:
-    key, default = ("min_val", -1.0) if _call_name(node) == "hardtanh" else ("min", -1.0)
-    value = node.kwargs.get(key, node.args[1] if len(node.args) > 1 else default)
-    return float(value) if isinstance(value, (int, float)) else -1.0
+def _limit(node: fx.Node, end: str) -> float:
+    """The number given as the lower or upper limit of a clamp; where there is none, minus or plus infinity."""
+    key = f"{end}_val" if _call_name(node) == "hardtanh" else end
+    place = 1 if end == "min" else 2
+    value = node.kwargs.get(key, node.args[place] if len(node.args) > place else None)
+    if value is None and _call_name(node) == "hardtanh":
+        value = -1.0 if end == "min" else 1.0
+    if value is None:
+        return -math.inf if end == "min" else math.inf
+    return float(value) if isinstance(value, (int, float)) else -math.inf

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,18 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_map_only
 
+from daqconvert.errors import ConversionError
 from daqconvert.graph.cost import count_macs, default_input
-from daqconvert.graph.flow import Flow, read_flow
-from daqconvert.graph.trace import trace
-from daqconvert.layers.base import QuantizedLayer
-from daqconvert.layers.frozen import FrozenLayer
+from daqconvert.graph.view import View, look
 from daqconvert.layers.registry import is_site_type, quantized_class
-from daqconvert.modes import evaluating
+from daqconvert.modes import copy_model
 from daqconvert.spec import Site
 
 FUSED_PARENTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-FUNCTIONAL = {"linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
 
 
 @dataclass(frozen=True)
@@ -49,76 +47,68 @@ def find_sites(model: nn.Module, example_inputs: Any = None) -> Found:
         model: Any module, on any device; not changed.
         example_inputs: A tensor, a tuple of positional or a dict of keyword arguments; gives the MACs. Without it a
             timm model's own input size is used, and any other model's MACs stay unknown.
+
+    Raises:
+        ConversionError: If the model cannot be copied, or cannot run on the example inputs.
     """
-    paths = dict(model.named_modules(remove_duplicate=False))
-    own: dict[int, str] = {}
-    for name, module in paths.items():
-        if is_site_type(module) or isinstance(module, (QuantizedLayer, FrozenLayer)):
-            own.setdefault(id(module), name)
-    named = {name: paths[name] for name in own.values()}
-    aliases = {name: own[id(module)] for name, module in paths.items() if id(module) in own}
-    flow = _flow(model, paths, aliases)
+    model = copy_model(model, to_look_at=True)  # its own code runs below and may keep what it sees
     args, kwargs, size = _inputs(model, example_inputs)
-    macs = count_macs(model, named, args, kwargs) if size is not None else None
-    first, last = _ends(flow, named)
-    order = [*(flow.order if flow else ()), *named]
-    notes = _notes(model, paths, aliases, flow)
+    required = example_inputs is not None
+    view = look(model, (len(args), frozenset(kwargs)) if required else None)
+    macs = count_macs(model, view.named, args, kwargs, required=required) if size is not None else None
+    first, last = _ends(view)
+    notes, bare = _notes(view), view.bare or {}
+    order = dict.fromkeys([*(view.flow.order if view.flow else ()), *view.named, *bare])
     sites = [
-        _site(name, named[name], paths, name in first, name in last, flow, macs, notes.get(name, ()))
-        for name in dict.fromkeys(order)
+        _bare_site(name, bare[name], model.get_parameter(name), name in first, name in last)
+        if name in bare
+        else _site(name, view, macs, name in first, name in last, notes.get(name, ()))
+        for name in order
     ]
-    sites += _functional(model, flow)
-    inside = {id(p) for s in sites if s.name in named for p in named[s.name].parameters()}
+    inside = {id(p) for module in view.named.values() for p in module.parameters()}
+    inside |= {id(model.get_parameter(name)) for name in bare}
     others = sum(t.numel() for t in _state(model) if id(t) not in inside)
-    return Found(tuple(sites), "fx" if flow else "modules", others, size if macs is not None else None)
-
-
-def _flow(model: nn.Module, paths: dict[str, nn.Module], aliases: dict[str, str]) -> Flow | None:
-    if "" in aliases:  # the root itself is a site: fx would look inside it
-        return Flow((aliases[""],), frozenset({""}), frozenset({""}))
-    with evaluating(model):
-        graph = trace(model)
-        return None if graph is None else read_flow(graph, paths, aliases)
+    return Found(tuple(sites), "fx" if view.flow else "modules", others, size if macs is not None else None)
 
 
 def _inputs(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, Any], tuple[int, ...] | None]:
+    like = next((p for p in model.parameters() if not isinstance(p, UninitializedParameter)), torch.empty(0))
     if example is None:
         size = default_input(model)
         if size is None:
             return (), {}, None
-        like = next(model.parameters(), torch.empty(0))
         dtype = like.dtype if like.is_floating_point() else torch.float32
         return (torch.empty(size, dtype=dtype, device=like.device),), {}, size
+    if not isinstance(example, (Tensor, Sequence, Mapping)) or isinstance(example, str):
+        raise ConversionError(
+            "example_inputs: expected a tensor, a tuple of positional or a dict of keyword arguments; "
+            f"found {type(example).__name__}."
+        )
+    example = tree_map_only(Tensor, lambda t: t.to(like.device), example)
     args = (example,) if isinstance(example, Tensor) else tuple(example) if isinstance(example, Sequence) else ()
-    kwargs = dict(example) if isinstance(example, dict) else {}
+    kwargs = dict(example) if isinstance(example, Mapping) else {}
     sizes = [tuple(a.shape) for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
     return args, kwargs, sizes[0] if sizes else ()
 
 
-def _ends(flow: Flow | None, named: dict[str, nn.Module]) -> tuple[frozenset[str], frozenset[str]]:
+def _ends(view: View) -> tuple[frozenset[str], frozenset[str]]:
     """First and last sites: from the dataflow, else the ends of the module order."""
-    if flow is not None:
-        return flow.first, flow.last
-    names = [name for name, module in named.items() if quantized_class(type(module)) is not None]
-    return (frozenset(names[:1]), frozenset(names[-1:]))
+    if view.flow is not None:
+        return view.flow.first, view.flow.last
+    names = [name for name, module in view.named.items() if quantized_class(type(module)) is not None]
+    return frozenset(names[:1]), frozenset(names[-1:])
 
 
-def _site(
-    name: str,
-    module: nn.Module,
-    paths: dict[str, nn.Module],
-    first: bool,
-    last: bool,
-    flow: Flow | None,
-    macs: dict[str, int] | None,
-    notes: tuple[str, ...],
-) -> Site:
+def _site(name: str, view: View, macs: dict[str, int] | None, first: bool, last: bool, notes: tuple[str, ...]) -> Site:
+    module = view.paths[name]
     weight = module._parameters.get("weight")
     shape = () if weight is None or isinstance(weight, UninitializedParameter) else tuple(weight.shape)
     channels, reduction = _extent(module, shape)
-    sizes = [p.numel() for p in module.parameters() if not isinstance(p, UninitializedParameter)]
+    reason = _reason(name, module, view)
     calls = macs.get(name) if macs else None
-    if calls == 0 and shape:
+    if calls == 0 and reason:
+        calls = None  # a fused or functional call does its work, unseen
+    elif calls == 0 and shape and "not called in evaluation" not in notes:
         notes = (*notes, "not called in evaluation with this input")
     return Site(
         name=name,
@@ -126,14 +116,29 @@ def _site(
         weight_shape=shape,
         out_channels=channels,
         reduction=reduction,
-        params=sum(sizes),
-        reason=_reason(name, module, paths, flow),
+        params=_own_parameters(module),
+        reason=reason,
         first=first,
         last=last,
-        nonnegative=flow is not None and name in flow.nonnegative,
+        nonnegative=view.flow is not None and name in view.flow.nonnegative,
         macs=calls,
         notes=notes,
     )
+
+
+def _bare_site(name: str, call: str, weight: Tensor, first: bool, last: bool) -> Site:
+    """A functional product with a parameter of no layer: listed, so that nothing is skipped in silence."""
+    return Site(
+        name, call, tuple(weight.shape), params=weight.numel(), first=first, last=last,
+        reason="functional call on a bare parameter",
+    )  # fmt: skip
+
+
+def _own_parameters(module: nn.Module) -> int:
+    """Number of parameters of a site, without those of sites inside it (an attention block's output projection)."""
+    inside = [m for m in module.modules() if m is not module and is_site_type(m)]
+    below = {id(p) for m in inside for p in m.parameters()}
+    return sum(p.numel() for p in _initialized(module.parameters()) if id(p) not in below)
 
 
 def _extent(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -146,10 +151,10 @@ def _extent(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
-def _reason(name: str, module: nn.Module, paths: dict[str, nn.Module], flow: Flow | None) -> str:
+def _reason(name: str, module: nn.Module, view: View) -> str:
     """Why a site cannot be converted; empty if it can."""
-    parent = paths.get(name.rpartition(".")[0]) if name else None
-    kind = type(module).__name__
+    parent = view.paths.get(name.rpartition(".")[0]) if name else None
+    kind, weight = type(module).__name__, module._parameters.get("weight")
     if isinstance(module, nn.MultiheadAttention):
         return "attention block: its products run in one fused function"
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
@@ -160,49 +165,38 @@ def _reason(name: str, module: nn.Module, paths: dict[str, nn.Module], flow: Flo
         return "its weight is parametrized"
     if any(isinstance(p, UninitializedParameter) for p in module.parameters()):
         return "lazy: its weight has no shape before a first forward"
-    if "weight" not in module._parameters:
+    if weight is None:
         return "its weight is computed from other parameters"
     if quantized_class(type(module)) is None:
         return f"no quantized form is registered for exactly this class ({kind})"
-    if flow is not None and f"{name}.weight".lstrip(".") in flow.weights_read:
+    if not weight.is_floating_point():
+        return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
+    if name in view.read:
         return "another module's forward uses its weight without calling it"
     return ""
 
 
-def _notes(
-    model: nn.Module, paths: dict[str, nn.Module], aliases: dict[str, str], flow: Flow | None
-) -> dict[str, tuple[str, ...]]:
+def _notes(view: View) -> dict[str, tuple[str, ...]]:
     notes: dict[str, list[str]] = {}
-    for alias, name in aliases.items():
+    for alias, name in view.aliases.items():
         if alias != name:
             notes.setdefault(name, []).append(f"also named {alias}")
     owners: dict[int, str] = {}
-    for name in dict.fromkeys(aliases.values()):
-        weight = paths[name]._parameters.get("weight")
-        if weight is not None and owners.setdefault(id(weight), name) != name:
-            notes.setdefault(name, []).append(f"shares its weight with {owners[id(weight)]}")
-        if flow is None:
-            continue
-        if name and name not in flow.order:
+    for path, module in view.paths.items():
+        for parameter in module._parameters.values():
+            owners.setdefault(id(parameter), view.aliases.get(path, path))
+    for name, module in view.named.items():
+        weight = module._parameters.get("weight")
+        if weight is not None and owners[id(weight)] != name:
+            notes.setdefault(name, []).append(f"shares its weight with {owners[id(weight)] or '(root)'}")
+        if view.flow is not None and name not in view.flow.order and not _reason(name, module, view):
             notes.setdefault(name, []).append("not called in evaluation")
     return {name: tuple(lines) for name, lines in notes.items()}
 
 
-def _functional(model: nn.Module, flow: Flow | None) -> list[Site]:
-    """Functional convolutions and linears on bare parameters: listed, so that nothing is skipped in silence."""
-    if flow is None:
-        return []
-    sites = []
-    for target, call in flow.weights_read.items():
-        owner_path, _, attribute = target.rpartition(".")
-        owner = model.get_submodule(owner_path)
-        value = getattr(owner, attribute, None)
-        if call in FUNCTIONAL and isinstance(value, nn.Parameter) and value.dim() > 1 and not is_site_type(owner):
-            reason = "functional call on a bare parameter"
-            sites.append(Site(target, f"F.{call}", tuple(value.shape), value.shape[0], 0, value.numel(), reason))
-    return sites
+def _initialized(tensors: Any) -> list[Tensor]:
+    return [t for t in tensors if not isinstance(t, UninitializedParameter)]
 
 
 def _state(model: nn.Module) -> list[Tensor]:
-    tensors = [*model.parameters(), *(b for b in model.buffers())]
-    return [t for t in tensors if not isinstance(t, UninitializedParameter)]
+    return _initialized([*model.parameters(), *model.buffers()])

@@ -12,26 +12,64 @@ from daqconvert.layers.registry import is_site_type
 
 
 class SiteTracer(fx.Tracer):
-    """`torch.fx.Tracer` whose leaves are the sites, torch's own modules, and what timm registers as not traceable."""
+    """`torch.fx.Tracer` whose leaves are the sites, torch's own modules, and what timm registers as not traceable.
 
-    def __init__(self, notrace_modules: tuple[type, ...] = (), notrace_functions: tuple[Callable[..., Any], ...] = ()):
+    Args:
+        notrace_modules: More classes that become one node.
+        notrace_functions: Functions that become one node.
+        given: Names of the forward's arguments that a caller gives, and how many by position; None: those without a
+            default. All others keep their default, as in a plain call: `if mask is None` is then decided, not guessed.
+        alone: Make every child one node: trace a module's own forward and nothing below it.
+    """
+
+    def __init__(
+        self,
+        notrace_modules: tuple[type, ...] = (),
+        notrace_functions: tuple[Callable[..., Any], ...] = (),
+        given: tuple[int, frozenset[str]] | None = None,
+        alone: bool = False,
+    ) -> None:
         super().__init__(autowrap_functions=notrace_functions)
-        self.notrace_modules = notrace_modules
+        self.notrace_modules, self.given, self.alone = notrace_modules, given, alone
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Return whether `m` becomes one node."""
-        if is_site_type(m) or isinstance(m, self.notrace_modules):
+        if self.alone or is_site_type(m) or isinstance(m, self.notrace_modules):
             return True
         return super().is_leaf_module(m, module_qualified_name)
 
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """Return the root's arguments: placeholders for what is given, the defaults of everything else."""
+        root_fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        proxies = [a for a in args if isinstance(a, fx.Proxy)]
+        names = [str(a.node.target) for a in proxies]
+        if self.given is None:
+            given = {n for n, a in zip(names, proxies, strict=True) if not a.node.args} or set(names[:1])
+        else:
+            given = {*names[: self.given[0]], *self.given[1]}
+        return root_fn, [a if not isinstance(a, fx.Proxy) or a.node.target in given else _default(a) for a in args]
 
-def trace(model: nn.Module) -> fx.Graph | None:
+
+def _default(proxy: fx.Proxy) -> Any:
+    """What a plain call passes for an argument that is not given; fx names `*args` and `**kwargs` with their stars."""
+    name = str(proxy.node.target)
+    if name.startswith("*"):
+        return {} if name.startswith("**") else ()
+    return proxy.node.args[0] if proxy.node.args else proxy
+
+
+def trace(
+    model: nn.Module, given: tuple[int, frozenset[str]] | None = None, *, alone: bool = False
+) -> fx.Graph | None:
     """Return the graph of a model's forward, or None where fx cannot follow it.
 
-    The model should be in evaluation mode; it is not changed.
+    Args:
+        model: Should be in evaluation mode, and a copy: its own code runs here and may keep what it sees.
+        given: Number of positional arguments and names of the keyword ones; None: those without a default.
+        alone: Trace its own forward and nothing below it.
     """
     try:
-        return SiteTracer(*_timm_notrace()).trace(model)
+        return SiteTracer(*_timm_notrace(), given=given, alone=alone).trace(model)
     except Exception:  # NOTE: the model's own code runs here with proxies and may raise anything
         return None
 
