@@ -4,7 +4,7 @@ For each bit-width: the paper's settings with DAQ's gradient, the same with a st
 daqconvert's default; same seed, same recipe, same number of epochs. Accuracy is on the last 5,000 rows of the file,
 which no run trains on. Each run is resumable and its result is written as it ends:
 
-    python benchmarks/cifar10.py --data cifar10_train.parquet --weights resnet20_cifar10.safetensors --work runs/cifar10
+    python benchmarks/cifar10.py --data cifar10_train.parquet --weights resnet20_cifar10.safetensors
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from networks.resnet20 import resnet20
 
 import daqconvert as dq
 
+SHOWN = ("epoch", "train_loss", "val_top1", "seconds")
 VARIANTS: dict[str, dict[str, Any]] = {
     "w1a1-paper-daq": {"preset": "paper-w1a1"},
     "w1a1-paper-ste": {"preset": "paper-w1a1", "rounding": "ste"},
@@ -44,7 +45,7 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
     result = dq.finetune(
         qmodel, train, held_out, recipe="paper-cifar10", epochs=args.epochs, seed=args.seed,
         out_dir=args.work / f"{name}-e{args.epochs}-s{args.seed}", resume=True,
-        on_epoch=lambda row: print(name, {k: row[k] for k in ("epoch", "train_loss", "val_top1", "seconds")}, flush=True),
+        on_epoch=lambda row: print(name, {k: row[k] for k in SHOWN}, flush=True),
     )  # fmt: skip
     frozen = dq.freeze(qmodel)
     check = dq.evaluate(frozen, held_out).top1  # the reported figure is the frozen model's

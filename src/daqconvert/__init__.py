@@ -1,8 +1,11 @@
 """daqconvert: any `torch.nn.Module` in, the same model at 1 to 8 bits out; finetune it, freeze it, deploy it."""
 
 from daqconvert import functional
+from daqconvert.artifact import load, save
 from daqconvert.calibration import calibrate
 from daqconvert.convert import load_float, plan, quantize
+from daqconvert.deploy.export import export
+from daqconvert.deploy.verify import verify
 from daqconvert.errors import DaqError
 from daqconvert.freezing import freeze
 from daqconvert.modes import disabled
@@ -16,11 +19,15 @@ __all__ = [
     "calibrate",
     "disabled",
     "evaluate",
+    "export",
     "finetune",
     "freeze",
+    "load",
     "load_float",
     "plan",
     "quantize",
+    "save",
+    "verify",
     # data
     "DaqError",
     "Plan",

@@ -31,9 +31,9 @@ def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         return (), kwargs, target
     if isinstance(batch, (tuple, list)) and batch:
         return (batch[0],), {}, batch[1] if len(batch) > 1 else None
+    found = type(batch).__name__ + (" of length 0" if isinstance(batch, (tuple, list)) else "")
     raise DataError(
-        "batch: expected a tensor, a tuple or list (input, target), or a dict of keyword arguments; "
-        f"found {type(batch).__name__}{'' if batch is None else f' of length {len(batch)}' if hasattr(batch, '__len__') else ''}."
+        f"batch: expected a tensor, a tuple or list (input, target), or a dict of keyword arguments; found {found}."
     )
 
 

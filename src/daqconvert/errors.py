@@ -11,7 +11,12 @@ from collections.abc import Iterable
 
 
 class DaqError(Exception):
-    """Base of all errors that daqconvert raises about its input."""
+    """Base of all errors that daqconvert raises about its input.
+
+    Example:
+        >>> issubclass(PolicyError, DaqError) and issubclass(PolicyError, ValueError)
+        True
+    """
 
 
 class PolicyError(DaqError, ValueError):

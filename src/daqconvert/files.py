@@ -53,6 +53,7 @@ def replacing_directory(path: Path, error: type[DaqError], hint: str = "") -> It
 
     Raises:
         DaqError: Of class `error`; what was there before is unchanged.
+        OSError: Never leaves this function: it becomes `error`.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")

@@ -116,7 +116,7 @@ def read_manifest(path: str | Path) -> Manifest:
         )
     checksum = body.pop("checksum", None)
     if checksum != _checksum(body):
-        raise ArtifactError(f"{file}: its checksum does not fit its contents: it was edited or damaged. Save it again.")
+        raise ArtifactError(f"{file}: its checksum does not fit its contents: it was edited or damaged.")
     try:
         return _decode(body)
     except DaqError as error:
@@ -128,8 +128,8 @@ def _decode(body: dict[str, Any]) -> Manifest:
     wrong = sorted(set(names) ^ set(body))
     if wrong:
         raise ArtifactError(f"field {wrong[0]!r} is {'missing' if wrong[0] in names else 'unknown'}.")
-    kinds = {"daqconvert": str, "model": str, "source": (str, type(None)), "source_kwargs": dict, "dtype": str}
-    kinds |= {"bytes": int, "sha256": str, "tensors": dict}
+    kinds: dict[str, Any] = {"daqconvert": str, "model": str, "source": (str, type(None))}
+    kinds |= {"source_kwargs": dict, "dtype": str, "bytes": int, "sha256": str, "tensors": dict}
     for name, kind in kinds.items():
         if not isinstance(body[name], kind) or isinstance(body[name], bool):
             raise ArtifactError(f"{name}: found {type(body[name]).__name__}.")

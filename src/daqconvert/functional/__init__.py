@@ -1,4 +1,4 @@
-"""Tensors in, tensors out: the rounding and its gradient, grids and codes, bit packing. No module, no device, no config."""
+"""Tensors in, tensors out: the rounding and its gradient, grids and codes, bit packing; no module, no config."""
 
 from daqconvert.functional.dasr import dasr, round_half_even, slope, slope_coefficients
 from daqconvert.functional.packing import pack, unpack

@@ -44,7 +44,7 @@ def levels(bits: int, grid: str) -> int:
         >>> levels(4, "midrise"), levels(4, "integer")
         (15, 7)
     """
-    return 2**bits - 1 if grid == "midrise" else 2 ** (bits - 1) - 1
+    return int(2**bits if grid == "midrise" else 2 ** (bits - 1)) - 1
 
 
 def quantize_weight(v: Tensor, lower: Tensor, upper: Tensor, bits: int, grid: str, rounding: Rounding) -> Tensor:
@@ -86,7 +86,8 @@ def weight_operand(codes: Tensor, bits: int, grid: str, dtype: torch.dtype) -> T
 
 def input_scale(lower: Tensor, upper: Tensor, bits: int) -> Tensor:
     """Return `scale = (upper - lower) / n` with `lower <= 0 <= upper` enforced, float32 at least."""
-    return (_real(upper).clamp(min=0.0) - _real(lower).clamp(max=0.0)).clamp(min=TINY) / (2**bits - 1)
+    width: Tensor = (_real(upper).clamp(min=0.0) - _real(lower).clamp(max=0.0)).clamp(min=TINY)
+    return width / float(2**bits - 1)
 
 
 def input_zero_point(lower: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -95,7 +96,7 @@ def input_zero_point(lower: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def quantize_input(v: Tensor, scale: Tensor, zero_point: Tensor, bits: int, rounding: Rounding) -> Tensor:
-    """Return the input's integer-valued operand `q - zero_point`, rounded before the zero point is added, as ONNX does.
+    """Return the input's integer-valued operand `q - zero_point`; rounded before the zero point is added, as in ONNX.
 
     Args:
         v: Input, any shape, any floating dtype; arithmetic in float32 at least.

@@ -86,7 +86,7 @@ class QuantizedLayer(nn.Module):
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output from integer-valued operands; the original's where `enabled` is False."""
         if not self.enabled:
-            return super().forward(input, *args, **kwargs)  # type: ignore[misc,no-any-return]
+            return super().forward(input, *args, **kwargs)
         x = input if self.input_quantizer is None else self.input_quantizer(input)
         w = self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
         acc, scale = self.products(x, w, self.combined_scale(), *args, **kwargs)

@@ -1,4 +1,4 @@
-"""`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`, quantized and frozen; every constructor argument is honoured by torch's own code."""
+"""`nn.Conv1d`, `2d`, `3d`, quantized and frozen; torch's own code honours every constructor argument."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ConvOp:
 
     def accumulate(self, x: Tensor, w: Tensor, *args: Any) -> Tensor:
         """Return the convolution of `x` with `w`, without bias."""
-        return self._conv_forward(x, w, None)  # type: ignore[attr-defined,no-any-return]
+        return self._conv_forward(x, w, None)  # type: ignore[attr-defined]
 
 
 class Conv1dOp(ConvOp):

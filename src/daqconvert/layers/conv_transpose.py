@@ -19,7 +19,7 @@ class ConvTransposeOp:
     output_dims: int
 
     def accumulate(self: Any, x: Tensor, w: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """Return the transposed convolution of `x` with `w`, without bias; `output_size` as torch's forward takes it."""
+        """Return the transposed convolution without bias; `output_size` as torch's forward takes it."""
         dims = self.output_dims
         padding = self._output_padding(
             x, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation

@@ -22,7 +22,8 @@ class FrozenLayer(nn.Module):
         input_scale: float32 scalar buffer; absent where the input stays float.
         input_zero_point: uint8 scalar buffer, likewise.
         settings: What the plan's row said.
-        qdq: True writes the input quantizer as one operator for export; the values are the same.
+        qdq: True writes operands and rescaling as one operator each (`daqconvert.deploy.operators`), for export alone;
+            the values are the same.
     """
 
     original: ClassVar[type[nn.Module]]
@@ -35,6 +36,7 @@ class FrozenLayer(nn.Module):
     settings: Settings
     layer_name: str
     qdq: bool
+    dtype: torch.dtype
 
     @classmethod
     def freeze(cls, layer: QuantizedLayer) -> FrozenLayer:
@@ -74,12 +76,13 @@ class FrozenLayer(nn.Module):
     @classmethod
     def adopt(cls, layer: nn.Module, settings: Settings, name: str, buffers: dict[str, Tensor]) -> FrozenLayer:
         """Make `layer` an instance of this class that holds `buffers` and, where codes replace it, no weight."""
-        dtype = layer.weight.dtype
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
         if "weight_codes" in buffers:
             del layer.weight
         layer.__class__ = cls
         assert isinstance(layer, cls)
-        layer.settings, layer.layer_name, layer.qdq, layer.dtype = settings, name, False, dtype
+        layer.settings, layer.layer_name, layer.qdq, layer.dtype = settings, name, False, weight.dtype
         for key, value in buffers.items():
             layer.register_buffer(key, value)
         layer.requires_grad_(False)
@@ -99,18 +102,20 @@ class FrozenLayer(nn.Module):
             raise FrozenError(_no_training(self.layer_name))
         x = input if self.settings.a_bits is None else self.input_operand(input)
         w = self._parameters["weight"] if self.settings.w_bits is None else self.weight_operand()
+        assert w is not None
         acc, scale = accumulate_safely(self, x, w, self.scale, self.settings, *args, **kwargs)
+        if self.qdq:
+            return torch.ops.daqconvert.rescale(acc, scale, self.bias, self.output_dims, self.layer_name)
         return rescale(acc, scale, self.bias, self.output_dims, input.dtype)
 
     def input_operand(self, x: Tensor) -> Tensor:
         """Return `q - zero_point` of an input, integer-valued, in its dtype."""
         assert self.settings.a_bits is not None
         if self.qdq:
-            return torch.ops.daqconvert.input_operand(x, self.input_scale, self.input_zero_point, self.settings.a_bits)
-        wide = x if x.dtype == torch.float64 else x.float()
-        zero_point = self.input_zero_point.to(wide.dtype)
-        high = (2**self.settings.a_bits - 1) - zero_point
-        return torch.clamp(wide / self.input_scale, -zero_point, high).round_().to(x.dtype)
+            return torch.ops.daqconvert.input_operand(
+                x, self.input_scale, self.input_zero_point, self.settings.a_bits, self.layer_name
+            )
+        return input_operand(x, self.input_scale, self.input_zero_point, self.settings.a_bits)
 
     def input_codes(self, x: Tensor) -> Tensor:
         """Return the codes `0 .. 2**a_bits - 1` of an input, uint8."""
@@ -119,6 +124,10 @@ class FrozenLayer(nn.Module):
     def weight_operand(self) -> Tensor:
         """Return the integer-valued weight operand in the model's dtype."""
         assert self.settings.w_bits is not None
+        if self.qdq:
+            return torch.ops.daqconvert.weight_operand(
+                self.weight_codes, self.settings.w_bits, self.settings.grid, self.layer_name
+            )
         return weight_operand(self.weight_codes, self.settings.w_bits, self.settings.grid, self.dtype)
 
     def train(self, mode: bool = True) -> FrozenLayer:
@@ -136,6 +145,20 @@ class FrozenLayer(nn.Module):
         """Return the original's text and the bits."""
         w, a = self.settings.w_bits or "float", self.settings.a_bits or "float"
         return f"{super().extra_repr()}, w_bits={w}, a_bits={a}, frozen"
+
+
+def input_operand(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Return `clip(round(x / scale), -zero_point, n - zero_point)`, integer-valued, in the dtype of `x`.
+
+    Args:
+        x: Any shape, any floating dtype; arithmetic in float32 at least.
+        scale: Scalar, the step between two levels.
+        zero_point: Scalar, uint8.
+        bits: 1 to 8; `n = 2**bits - 1`.
+    """
+    wide = x if x.dtype == torch.float64 else x.float()
+    low = zero_point.to(wide.dtype)
+    return torch.clamp(wide / scale, -low, (2**bits - 1) - low).round_().to(x.dtype)
 
 
 def _no_training(name: str) -> str:

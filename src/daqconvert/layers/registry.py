@@ -59,7 +59,7 @@ def register(original: type[nn.Module]) -> Callable[[C], C]:
 
     def add(cls: C) -> C:
         table = _FROZEN if issubclass(cls, FrozenLayer) else _QUANTIZED
-        table[original] = cls  # type: ignore[index,assignment]
+        table[original] = cls
         return cls
 
     return add
@@ -84,5 +84,5 @@ def _load_adapters() -> None:
 
 
 def is_site_type(module: nn.Module) -> bool:
-    """Whether a module multiplies by a weight of its own: a convolution, a linear, an attention block, a recurrent layer."""
+    """Whether a module multiplies by a weight of its own: a convolution, linear, attention block, recurrent layer."""
     return isinstance(module, SITE_BASES)

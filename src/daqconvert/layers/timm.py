@@ -24,7 +24,7 @@ class Conv2dSameOp:
 
     def accumulate(self: Any, x: Tensor, w: Tensor, *args: Any) -> Tensor:
         """Return the convolution of the padded `x` with `w`, without bias."""
-        x = pad_same(x, w.shape[-2:], self.stride, self.dilation)
+        x = pad_same(x, list(w.shape[-2:]), self.stride, self.dilation)
         return F.conv2d(x, w, None, self.stride, (0, 0), self.dilation, self.groups)
 
 

@@ -24,7 +24,7 @@ class InputQuantizer(Quantizer):
         upper: Parameter of shape `()`.
         signed: int8 buffer: 0 unsigned, 1 signed, -1 until `calibrate` decides.
 
-    Reference: "Distance-aware Quantization" (Kim, Lee, Ham, ICCV 2021), equation 1; zero point as ONNX `QuantizeLinear`.
+    Reference: "Distance-aware Quantization" (Kim, Lee, Ham, ICCV 2021), eq. 1; zero point as in ONNX.
 
     Example:
         >>> quantizer = InputQuantizer(Settings(a_bits=2), signed=False)

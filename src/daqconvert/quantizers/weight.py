@@ -103,7 +103,7 @@ class WeightQuantizer(Quantizer):
         return operand.reshape(weight.shape).to(weight.dtype)
 
     def multiplier(self) -> Tensor | float:
-        """Return what one operand step is worth: `1 / n` (normalized), `upper / n` (midrise), `upper / m` (integer)."""
+        """Return what one operand step is worth: `1 / n` (normalized), `upper / n` (midrise), or `upper / m`."""
         top = levels(self.bits, self.grid)
         return 1.0 / top if self.normalize else _real(self.upper).clamp(min=0.0) / top
 
@@ -118,7 +118,7 @@ class WeightQuantizer(Quantizer):
 
         Args:
             weight: The float weight.
-            method: `"mse"`, or `"minmax"` for bounds at `max|W|`; a normalized weight starts at +-3 whatever it says.
+            method: `"mse"`, or `"minmax"` for bounds at `max|W|`; no matter for a normalized weight.
 
         Raises:
             ConversionError: If the weight is empty, not finite, or constant where it must be normalized.

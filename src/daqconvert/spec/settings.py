@@ -1,0 +1,172 @@
+"""What a user asks for: `Settings`, `Rule`, `Policy`, and the checks of each value.
+
+All are frozen dataclasses. Bits are integers 1..8, or `None` for "left in floating point" (`32` is accepted at
+the door and means the same). Names of layers are dotted paths as in `named_modules()`; the root module's is `""`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from daqconvert.errors import PolicyError, nearest
+
+BIT_FIELDS = ("w_bits", "a_bits")
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "granularity": ("channel", "tensor"),
+    "grid": ("auto", "midrise", "integer"),
+    "normalize": ("auto", True, False),
+    "rounding": ("daq", "ste"),
+    "slope": ("unit", "paper"),
+}
+POSITIVE_FIELDS = ("w_gamma", "w_sigma", "a_gamma", "a_sigma")
+
+
+def check_bits(name: str, value: object) -> int | None:
+    """Return a bit-width as 1..8 or `None`.
+
+    Args:
+        name: What the value is called in the error.
+        value: An integer 1..8, or `None` or 32 for floating point.
+
+    Raises:
+        PolicyError: For anything else: 0, 9, 2.5, True, "4".
+
+    Example:
+        >>> check_bits("w_bits", 32) is None
+        True
+    """
+    if value is None or (value == 32 and type(value) is int):
+        return None
+    if type(value) is int and 1 <= value <= 8:
+        return value
+    raise PolicyError(f"{name}: expected an integer from 1 to 8, or None (32) for floating point; found {value!r}.")
+
+
+def check_setting(name: str, value: object) -> Any:
+    """Return the value of one setting as `Settings` stores it.
+
+    Args:
+        name: A field of `Settings`.
+        value: The value as the user wrote it.
+
+    Raises:
+        PolicyError: If there is no such setting or it cannot take that value; names the nearest valid one.
+    """
+    if name in BIT_FIELDS:
+        return check_bits(name, value)
+    if name in CHOICES:
+        for choice in CHOICES[name]:
+            if value == choice and type(value) is type(choice):
+                return choice
+        raise PolicyError(
+            f"{name}: expected one of {', '.join(map(repr, CHOICES[name]))}; found {value!r}."
+            + (nearest(value, [c for c in CHOICES[name] if isinstance(c, str)]) if isinstance(value, str) else "")
+        )
+    if name in POSITIVE_FIELDS:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max:
+            return float(value)
+        raise PolicyError(f"{name}: expected a positive number; found {value!r}.")
+    valid = [f.name for f in dataclasses.fields(Settings)]
+    raise PolicyError(f"{name!r} is not a setting. Settings are: {', '.join(valid)}.{nearest(name, valid)}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one site is quantized; every field is a key of a policy's `[default]` and a keyword of `quantize`.
+
+    Attributes:
+        w_bits: Bits of the weight, 1..8, or None for float.
+        a_bits: Bits of the input, 1..8, or None for float.
+        granularity: Bounds and output scale per output `"channel"` or per `"tensor"`.
+        grid: `"midrise"` (odd multiples, no zero), `"integer"` (symmetric, with zero), `"auto"` (by bits).
+        normalize: Quantize `(W - mean) / std` as the paper does (True), `W` itself (False), `"auto"` (by bits).
+        rounding: Gradient of the rounding: `"daq"` (DASR) or `"ste"` (1).
+        slope: `"unit"` scales the DASR gradient to a mean of 1 between two levels, `"paper"` leaves it.
+        w_gamma: Temperature of the weight's soft rounding.
+        w_sigma: Kernel width of the weight's soft rounding.
+        a_gamma: Temperature of the input's soft rounding.
+        a_sigma: Kernel width of the input's soft rounding.
+
+    With `slope="unit"` the two gammas cancel out and change nothing.
+
+    Example:
+        >>> Settings(w_bits=4, a_bits=32).a_bits is None
+        True
+    """
+
+    w_bits: int | None = 8
+    a_bits: int | None = 8
+    granularity: str = "channel"
+    grid: str = "auto"
+    normalize: bool | str = "auto"
+    rounding: str = "daq"
+    slope: str = "unit"
+    w_gamma: float = 2.0
+    w_sigma: float = 1.0
+    a_gamma: float = 2.0
+    a_sigma: float = 2.0
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            object.__setattr__(self, f.name, check_setting(f.name, getattr(self, f.name)))
+
+    def replace(self, **changes: Any) -> Settings:
+        """Return a copy with some fields changed; unknown names raise `PolicyError`."""
+        for name in changes:
+            check_setting(name, changes[name])
+        return dataclasses.replace(self, **changes)
+
+
+SETTING_NAMES = tuple(f.name for f in dataclasses.fields(Settings))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule of a policy: which layers (`match` or `type`), and the settings it changes for them.
+
+    Attributes:
+        changes: Setting name -> value; only what the rule changes.
+        match: A dotted name, a glob on dotted names, or `re:` and a regular expression; None for a type rule.
+        type: A class name such as `"Linear"`; None for a name rule.
+        optional: If True, matching no layer is no error.
+
+    Example:
+        >>> Rule({"w_bits": 2}, match="layer4.*").changes["w_bits"]
+        2
+    """
+
+    changes: Mapping[str, Any]
+    match: str | None = None
+    type: str | None = None
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Rules that say which layers get how many bits.
+
+    Precedence: exact name > pattern > type > position > default; among equals the later wins; `exclude` beats all.
+
+    Attributes:
+        default: Settings of every layer that no rule touches.
+        rules: Rules by name, pattern or type.
+        first: Changes for first sites (a model input reaches them without passing another); None leaves them float.
+        last: The mirror of `first`.
+        exclude: Names, globs or `re:` patterns of layers to leave alone.
+        name: Where the policy comes from, for messages: a file or preset name.
+
+    Example:
+        >>> Policy(Settings(w_bits=4, a_bits=4), rules=(Rule({"w_bits": 2}, match="layer4.*"),)).first
+        {'w_bits': 8, 'a_bits': 8}
+    """
+
+    default: Settings = field(default_factory=Settings)
+    rules: tuple[Rule, ...] = ()
+    first: Mapping[str, Any] | None = field(default_factory=lambda: {"w_bits": 8, "a_bits": 8})
+    last: Mapping[str, Any] | None = field(default_factory=lambda: {"w_bits": 8, "a_bits": 8})
+    exclude: tuple[str, ...] = ()
+    name: str = "arguments"
