@@ -1,0 +1,123 @@
+"""Sums over batches that turn into agreement: signal and noise, equal classes, differing codes."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from daqconvert.deploy.probes import ModuleProbe, OnnxProbe
+from daqconvert.deploy.reports import LayerAgreement
+from daqconvert.errors import ExportError
+
+
+class Noise:
+    """Signal, noise and the largest difference of tensors, summed in float64."""
+
+    def __init__(self) -> None:
+        self.signal = self.noise = self.largest = 0.0
+
+    def add(self, name: str, reference: list[Tensor], candidate: list[Tensor]) -> None:
+        """Add pairs of tensors.
+
+        Raises:
+            ExportError: If their numbers or shapes differ.
+        """
+        shapes = [tuple(t.shape) for t in reference], [tuple(t.shape) for t in candidate]
+        if shapes[0] != shapes[1]:
+            raise ExportError(f"{name}: expected tensors of shapes {shapes[0]}, found {shapes[1]}.")
+        for wanted, found in zip(reference, candidate, strict=True):
+            wide, difference = wanted.double(), found.double() - wanted.double()
+            same = (wide == found.double()) | (wide.isnan() & found.isnan())  # equal infinities differ by NaN
+            difference = torch.where(same, 0.0, difference).abs()
+            self.signal += float(torch.where(wide.isfinite(), wide, 0.0).square().sum())
+            self.noise += float(difference.square().sum())
+            if difference.numel():
+                self.largest = max(self.largest, float(difference.nan_to_num(math.inf).max()))
+
+    @property
+    def sqnr(self) -> float:
+        """`10 log10(signal / noise)`; infinite where nothing differs, minus infinity where there is no signal."""
+        if self.noise == 0.0:
+            return math.inf
+        if not math.isfinite(self.noise):
+            return -math.inf
+        return 10 * math.log10(self.signal / self.noise) if self.signal > 0.0 else -math.inf
+
+
+class Outputs(Noise):
+    """The same of a model's outputs, with classes: the largest entry of each row of the first `(N, classes)`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = self.equal = self.samples = 0
+
+    def add_results(self, reference: list[Tensor], candidate: list[Tensor]) -> None:
+        """Add the outputs of one batch."""
+        self.add("output", reference, candidate)
+        self.samples += reference[0].shape[0] if reference and reference[0].dim() else 1
+        for wanted, found in zip(reference, candidate, strict=True):
+            if wanted.dim() == 2 and wanted.shape[1] > 1:
+                self.rows += wanted.shape[0]
+                self.equal += int((wanted.argmax(1) == found.argmax(1)).sum())
+                return
+
+    @property
+    def class_agreement(self) -> float | None:
+        """Share of rows with the same class; None where the output is no `(N, classes)`."""
+        return self.equal / self.rows if self.rows else None
+
+
+class Codes:
+    """Differing codes of one layer."""
+
+    def __init__(self) -> None:
+        self.elements = self.differing = self.largest = 0
+
+    def add(self, name: str, reference: list[Tensor], candidate: list[Tensor]) -> None:
+        """Add the codes of every call of a layer.
+
+        Raises:
+            ExportError: If the numbers of calls or the shapes differ.
+        """
+        shapes = [tuple(t.shape) for t in reference], [tuple(t.shape) for t in candidate]
+        if shapes[0] != shapes[1]:
+            raise ExportError(f"{name or '(root)'}: expected codes of shapes {shapes[0]}, found {shapes[1]}.")
+        for wanted, found in zip(reference, candidate, strict=True):
+            difference = (wanted.to(torch.int16) - found.to(torch.int16)).abs()
+            self.elements += difference.numel()
+            self.differing += int(difference.count_nonzero())
+            self.largest = max(self.largest, int(difference.max()) if difference.numel() else 0)
+
+
+class FileAgreement:
+    """A frozen model beside its ONNX file."""
+
+    def __init__(self, model: ModuleProbe, path: str) -> None:
+        self.model, self.file = model, OnnxProbe(path, ["codes"])
+        self.names = [name for name, tensors in self.file.tensors.items() if tensors["codes"]]
+        self.outputs, self.outputs_same = Outputs(), Outputs()
+        self.codes = {name: Codes() for name in self.names}
+        self.codes_same = {name: Codes() for name in self.names}
+
+    def add(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        """Run both on one batch of arguments."""
+        watch = set(self.names)
+        own, theirs = self.model.run(args, kwargs, watch), self.file.run(args, kwargs, watch)
+        same = self.model.run(args, kwargs, watch, forced=theirs.codes) if watch else own
+        self.outputs.add_results(own.results, theirs.results)
+        self.outputs_same.add_results(same.results, theirs.results)
+        for name in self.names:
+            self.codes[name].add(name, own.codes[name], theirs.codes[name])
+            self.codes_same[name].add(name, same.codes[name], theirs.codes[name])
+
+    def layers(self) -> tuple[LayerAgreement, ...]:
+        """Return the agreement of each layer's input codes."""
+        return tuple(
+            LayerAgreement(
+                name, self.codes[name].elements, self.codes[name].differing, self.codes[name].largest,
+                self.codes_same[name].differing, self.codes_same[name].largest,
+            )
+            for name in self.names
+        )  # fmt: skip

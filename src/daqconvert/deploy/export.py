@@ -1,0 +1,150 @@
+"""The verb `export`: a frozen model as an ONNX file of packed codes, checked in ONNX Runtime before it is there."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_flatten_with_path
+
+from daqconvert.batches import split_batch
+from daqconvert.deploy.agreement import FileAgreement
+from daqconvert.deploy.expansion import expand
+from daqconvert.deploy.files import check_target, written_whole
+from daqconvert.deploy.lowering import Arguments, example_arguments, float32_copy, lower, to_float32
+from daqconvert.deploy.probes import ModuleProbe
+from daqconvert.deploy.reports import ExportReport
+from daqconvert.deploy.runtime import require_packages
+from daqconvert.errors import ExportError
+from daqconvert.layers import FrozenLayer, QuantizedLayer
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+
+def export(
+    frozen: nn.Module, path: str | Path, example_inputs: Any, *, dynamic_batch: bool = True,
+    check_batches: Iterable[Any] | None = None, overwrite: bool = False,
+) -> ExportReport:  # fmt: skip
+    """Write a frozen model as an ONNX file of weights packed at their bits, and compare the two in ONNX Runtime.
+
+    The file holds `w_bits` bits per weight and standard operators (opset 21) that ONNX Runtime folds at load; batch
+    norm, biases and scales stay float32. It is compared as it is deployed - the CPU provider, default options - on the
+    example inputs and `check_batches`: outputs, classes, and the codes of every layer.
+
+    Args:
+        frozen: From `freeze` or `load`; not changed. float16 and bfloat16 models are exported in float32.
+        path: The file to write; its directory is made if need be.
+        example_inputs: A tensor, a tuple of positional or a dict of keyword arguments.
+        dynamic_batch: Whether the first dimension of the inputs is left open.
+        check_batches: Further batches to compare on, as `calibrate` takes them; targets are not used.
+        overwrite: Whether an existing file may be replaced.
+
+    Returns:
+        Agreement per layer and of the outputs; `print` it. `report.agrees` is the verdict; a file that does not agree
+        is written all the same, with a warning.
+
+    Raises:
+        ExportError: If the model is not frozen, cannot be exported or written, or a package is missing. No file is
+            left behind then, and an existing one is unchanged.
+
+    Example:
+        >>> import tempfile
+        >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> qmodel, x = dq.quantize(model, w_bits=4, a_bits=4), torch.randn(16, 8)
+        >>> calibrated = dq.calibrate(qmodel, [x])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = dq.export(dq.freeze(qmodel), f"{folder}/model.onnx", x)
+        >>> report.agrees
+        True
+    """
+    _require_frozen(frozen)
+    return write_onnx(frozen, path, example_inputs, dynamic_batch, check_batches, overwrite)
+
+
+def write_onnx(
+    model: nn.Module, path: str | Path, example_inputs: Any, dynamic_batch: bool = True,
+    check_batches: Iterable[Any] | None = None, overwrite: bool = False,
+) -> ExportReport:  # fmt: skip
+    """Do what `export` says, for a frozen or a float model."""
+    target = check_target(path, overwrite)
+    require_packages()
+    arguments = example_arguments(example_inputs)
+    twin = float32_copy(model)
+    names = _output_names(twin, arguments)
+    content = _serialize(expand(lower(twin, arguments, dynamic_batch), names))
+    with written_whole(target, content) as temporary:
+        agreement = FileAgreement(ModuleProbe(twin), str(temporary))
+        agreement.add(*arguments)
+        for batch in check_batches if check_batches is not None else ():
+            args, kwargs, _ = split_batch(batch)
+            agreement.add(*to_float32((args, kwargs)))
+        outputs = agreement.outputs
+        report = ExportReport(
+            str(target), len(content), agreement.layers(), outputs.samples, outputs.largest, outputs.sqnr,
+            agreement.outputs_same.sqnr, outputs.class_agreement, tuple(_notes(model)),
+        )  # fmt: skip
+    if not report.agrees:
+        warnings.warn(f"{target} does not agree with the model: {'; '.join(report.problems())}", stacklevel=3)
+    return report
+
+
+def _require_frozen(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer):
+            raise ExportError(
+                f"export: {name or 'the model'} is quantized but not frozen. "
+                "Call frozen = daqconvert.freeze(model) first, then export that."
+            )
+    if not any(isinstance(module, FrozenLayer) for module in model.modules()):
+        raise ExportError(
+            f"export: {type(model).__name__} has no frozen layer. Quantize and calibrate it, then call "
+            "daqconvert.freeze(qmodel) and export what that returns."
+        )
+
+
+def _output_names(model: nn.Module, arguments: Arguments) -> list[str]:
+    """Run the model once; return `output`, or a name made of the place of each tensor in what it returned."""
+    try:
+        with torch.no_grad():
+            result = model(*arguments[0], **arguments[1])
+    except Exception as error:  # NOTE: the model's own code may raise anything
+        raise ExportError(
+            f"export: {type(model).__name__} cannot run on example_inputs: {type(error).__name__}: {str(error)[:300]}"
+        ) from error
+    leaves = [(place, leaf) for place, leaf in tree_flatten_with_path(result)[0] if isinstance(leaf, Tensor)]
+    if len(leaves) == 1:
+        return ["output"]
+    words = [
+        keystr(place).replace("']", "").replace("['", "_").replace("[", "_").replace("]", "") for place, _ in leaves
+    ]
+    return [f"output{word.replace('.', '_')}" for word in words]
+
+
+def _serialize(proto: ModelProto) -> bytes:
+    """Return the file's bytes, checked by ONNX's own checker and shape inference.
+
+    Raises:
+        ExportError: If the checks fail, or the file would pass 2 GB.
+    """
+    import onnx
+
+    try:
+        content = proto.SerializeToString()
+        onnx.checker.check_model(content, full_check=True)
+        onnx.shape_inference.infer_shapes(content, strict_mode=True, data_prop=True)
+    except Exception as error:  # NOTE: protobuf, the checker and shape inference each raise a class of their own
+        what = "an ONNX file ends at 2 GB" if proto.ByteSize() >= 2**31 else str(error).strip()[:400]
+        raise ExportError(f"export: the graph is not valid ONNX: {what}") from error
+    return content
+
+
+def _notes(model: nn.Module) -> list[str]:
+    dtypes = {p.dtype for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()}
+    dtypes |= {module.dtype for module in model.modules() if isinstance(module, FrozenLayer)}
+    other = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes - {torch.float32})
+    return [f"{', '.join(other)} was exported, and compared, in float32"] if other else []

@@ -1,0 +1,102 @@
+"""A frozen layer as three operators: what torch.export sees of it, and what stands for it in ONNX until `expansion`.
+
+    operand = input_operand(x, scale, zero_point)     clip(round(x / scale), -zero_point, n - zero_point)
+    weight  = weight_operand(codes)                   integer-valued, from uint8 codes
+    y       = rescale(sum, scale, bias)               sum * scale + bias
+
+Their values are those of the plain path. As operators of their own they survive the exporter's constant folding and
+merging of equal nodes, and each carries the name of its layer into the graph. In ONNX they become the placeholders
+`daqconvert::InputOperand`, `WeightOperand` and `Rescale`, which never reach a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from daqconvert.functional import grid as grids
+from daqconvert.layers import base, frozen
+
+DOMAIN = "daqconvert"
+
+
+@torch.library.custom_op("daqconvert::input_operand", mutates_args=())
+def input_operand(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, layer: str) -> Tensor:
+    """Return `layers.frozen.input_operand`; `layer` is a name and changes nothing."""
+    return frozen.input_operand(x, scale, zero_point, bits)
+
+
+@torch.library.custom_op("daqconvert::weight_operand", mutates_args=())
+def weight_operand(codes: Tensor, bits: int, grid: str, layer: str) -> Tensor:
+    """Return `functional.grid.weight_operand` in float32; `layer` is a name and changes nothing."""
+    return grids.weight_operand(codes, bits, grid, torch.float32)
+
+
+@torch.library.custom_op("daqconvert::rescale", mutates_args=())
+def rescale(acc: Tensor, scale: Tensor, bias: Optional[Tensor], output_dims: int, layer: str) -> Tensor:  # noqa: UP045
+    """Return `layers.base.rescale`; `layer` is a name and changes nothing."""
+    return base.rescale(acc, scale, bias, output_dims, acc.dtype)
+
+
+@input_operand.register_fake
+def _(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, layer: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+@weight_operand.register_fake
+def _(codes: Tensor, bits: int, grid: str, layer: str) -> Tensor:
+    return torch.empty_like(codes, dtype=torch.float32)
+
+
+@rescale.register_fake
+def _(acc: Tensor, scale: Tensor, bias: Optional[Tensor], output_dims: int, layer: str) -> Tensor:  # noqa: UP045
+    return torch.empty_like(acc)
+
+
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Return how `torch.onnx.export` writes the three operators: as one placeholder node each."""
+    place_input = _placeholder("InputOperand", {"x": "float", "scale": "float", "zero_point": "uint8"}, bits="INT")
+    place_weight = _placeholder("WeightOperand", {"codes": "uint8"}, bits="INT", grid="STRING")
+    place_rescale = _placeholder("Rescale", {"acc": "float", "scale": "float", "bias": "float"}, output_dims="INT")
+
+    # NOTE: the exporter reads these annotations: an annotated argument is an attribute, the others are tensors
+    def onnx_input(x, scale, zero_point, bits: int, layer: str):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+        return place_input(x, scale, zero_point, bits=bits, layer=layer)
+
+    def onnx_weight(codes, bits: int, grid: str, layer: str):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+        return place_weight(codes, bits=bits, grid=grid, layer=layer)
+
+    def onnx_rescale(acc, scale, bias, output_dims: int, layer: str):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+        return place_rescale(acc, scale, bias, output_dims=output_dims, layer=layer)
+
+    operators = torch.ops.daqconvert
+    return {
+        operators.input_operand.default: onnx_input,
+        operators.weight_operand.default: onnx_weight,
+        operators.rescale.default: onnx_rescale,
+    }
+
+
+def _placeholder(name: str, inputs: dict[str, str], **attributes: str) -> Callable[..., Any]:
+    """Return an onnxscript operator that has a schema without being registered anywhere."""
+    from onnx.defs import OpSchema
+    from onnxscript.values import Op, Opset
+
+    def parameter(key: str, kind: str) -> Any:
+        option = OpSchema.FormalParameterOption
+        optional = option.Optional if key == "bias" else option.Single
+        return OpSchema.FormalParameter(key, f"tensor({kind})", param_option=optional)
+
+    schema = OpSchema(
+        name, DOMAIN, 1,
+        inputs=[parameter(*item) for item in inputs.items()],
+        outputs=[OpSchema.FormalParameter("y", "tensor(float)")],
+        attributes=[
+            OpSchema.Attribute(key, getattr(OpSchema.AttrType, kind), required=True)
+            for key, kind in (*attributes.items(), ("layer", "STRING"))
+        ],
+    )  # fmt: skip
+    return Op(Opset(DOMAIN, 1), name, schema)

@@ -1,0 +1,186 @@
+"""What every layer of a model sees and gives, for any kind of model: a module, or an ONNX file made by `export`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from daqconvert.batches import model_device, to_device
+from daqconvert.deploy.expansion import layer_tensors
+from daqconvert.deploy.runtime import OnnxModel, require_packages
+from daqconvert.layers import FrozenLayer, QuantizedLayer, is_site_type
+from daqconvert.modes import evaluating
+
+Calls = dict[str, list[Tensor]]
+
+
+@dataclass
+class Recording:
+    """One forward.
+
+    Attributes:
+        results: The model's output tensors, on the CPU.
+        codes: Input codes of each quantized layer, uint8, one tensor per call, in order of execution.
+        outputs: Outputs of each layer, likewise.
+    """
+
+    results: list[Tensor]
+    codes: Calls = field(default_factory=dict)
+    outputs: Calls = field(default_factory=dict)
+
+
+class Probe(Protocol):
+    """A model that can be run while its layers are watched."""
+
+    def layers(self) -> list[str]:
+        """Return the names of the layers that can be watched."""
+        ...
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], watch: set[str]) -> Recording:
+        """Run the model on these arguments and record the layers named in `watch`."""
+        ...
+
+
+class ModuleProbe:
+    """Watches a torch model, float, quantized or frozen, in evaluation mode."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, (QuantizedLayer, FrozenLayer)) or is_site_type(module)
+        }
+
+    def layers(self) -> list[str]:
+        """Return the names of all convolutions and linears."""
+        return list(self.modules)
+
+    def run(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], watch: set[str], forced: Calls | None = None
+    ) -> Recording:
+        """Run the model.
+
+        Args:
+            args: Positional arguments.
+            kwargs: Keyword arguments.
+            watch: Names of layers to record.
+            forced: Codes that frozen layers compute with instead of their own, per layer and call. Their own are
+                recorded: what each layer makes of the same input codes.
+        """
+        recording, device = Recording([]), model_device(self.model)
+        with ExitStack() as stack:
+            for name in watch & self.modules.keys():
+                module = self.modules[name]
+                before = _codes_hook(recording.codes, name, forced)
+                stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(_output_hook(recording.outputs, name)).remove)
+            stack.enter_context(evaluating(self.model))
+            stack.enter_context(torch.no_grad())
+            result = self.model(*to_device(args, device), **to_device(kwargs, device))
+        recording.results = [leaf.cpu() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        return recording
+
+
+def _codes_hook(codes: Calls, name: str, forced: Calls | None) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = args[0] if args else kwargs.get("input")
+        own = _input_codes(module, x) if isinstance(x, Tensor) else None
+        if x is None or own is None:
+            return None
+        calls = codes.setdefault(name, [])
+        calls.append(own.cpu())
+        if forced is None or not isinstance(module, FrozenLayer):
+            return None
+        scale, given = module.input_scale, forced[name][len(calls) - 1].to(own.device)
+        # NOTE: exact: round((code - zero_point) * scale / scale) is the code again
+        x = ((given.to(scale.dtype) - module.input_zero_point.to(scale.dtype)) * scale).to(x.dtype)
+        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "input": x})
+
+    return hook
+
+
+def _input_codes(module: nn.Module, x: Tensor) -> Tensor | None:
+    if isinstance(module, FrozenLayer):
+        return module.input_codes(x) if module.settings.a_bits is not None else None
+    if isinstance(module, QuantizedLayer) and module.enabled and module.input_quantizer is not None:
+        return module.input_quantizer.codes(x)
+    return None
+
+
+def _output_hook(outputs: Calls, name: str) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, Tensor):
+            outputs.setdefault(name, []).append(output.detach().cpu())
+
+    return hook
+
+
+class OnnxProbe:
+    """Watches an ONNX file, in ONNX Runtime.
+
+    The file itself gives the results; copies in memory whose graph has further outputs give codes and layer outputs,
+    each kind in a session of its own, since watching a layer's output keeps it from being fused.
+
+    Attributes:
+        tensors: Per layer, the names of its `"codes"` and `"outputs"`.
+    """
+
+    def __init__(self, path: str | Path, kinds: Iterable[str] = ("codes", "outputs")) -> None:
+        """Read a file.
+
+        Args:
+            path: The file.
+            kinds: What to watch: `"codes"`, `"outputs"`.
+
+        Raises:
+            ExportError: If the file is missing, is no ONNX model, or ONNX Runtime refuses it.
+        """
+        require_packages(["onnx", "onnxruntime"])
+        import onnx
+
+        self._file = OnnxModel(path)
+        self._proto = onnx.load(str(path))
+        self.tensors = layer_tensors(self._file.metadata)
+        self._kinds = tuple(kinds)
+        self._sessions: dict[tuple[str, frozenset[str]], OnnxModel] = {}
+
+    def layers(self) -> list[str]:
+        """Return the names of the frozen layers."""
+        return list(self.tensors)
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], watch: set[str]) -> Recording:
+        """Run the file and record the layers named in `watch`."""
+        recording = Recording(self._file.run(args, kwargs))
+        names = frozenset(watch & self.tensors.keys())
+        for kind, calls in (("codes", recording.codes), ("outputs", recording.outputs)):
+            if kind not in self._kinds or not any(self.tensors[name][kind] for name in names):
+                continue
+            session = self._watching(kind, names)
+            found = dict(zip(session.output_names, session.run(args, kwargs), strict=True))
+            for name in names:
+                if self.tensors[name][kind]:
+                    calls[name] = [found[tensor] for tensor in self.tensors[name][kind]]
+        return recording
+
+    def _watching(self, kind: str, names: frozenset[str]) -> OnnxModel:
+        """Return a session whose graph has the tensors of these layers as outputs."""
+        import onnx
+
+        if (kind, names) not in self._sessions:
+            model = onnx.ModelProto()
+            model.CopyFrom(self._proto)
+            dtype = onnx.TensorProto.UINT8 if kind == "codes" else onnx.TensorProto.FLOAT
+            there = set(self._file.output_names)
+            for tensor in dict.fromkeys(t for name in self.tensors if name in names for t in self.tensors[name][kind]):
+                if tensor not in there:
+                    model.graph.output.append(onnx.helper.make_tensor_value_info(tensor, dtype, None))
+            self._sessions[kind, names] = OnnxModel(model.SerializeToString())
+        return self._sessions[kind, names]

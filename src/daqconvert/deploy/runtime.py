@@ -1,0 +1,140 @@
+"""ONNX Runtime on torch tensors: open a file, run it, time it."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from daqconvert.errors import ExportError, nearest
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+ERRORS_ONLY = 3  # ONNX Runtime's log severity
+
+
+def require_packages(names: Sequence[str] = PACKAGES) -> None:
+    """Raise `ExportError` if a package that export needs is not installed; says how to install it."""
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(
+            f"ONNX needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed. "
+            "Run: pip install 'daqconvert[export]'"
+        )
+
+
+class OnnxModel:
+    """An ONNX file in ONNX Runtime, on the CPU, called like a torch model.
+
+    The session has the default options, those of deployment.
+
+    Attributes:
+        input_names: Names of the graph's inputs, in order.
+        output_names: Names of the graph's outputs, in order.
+        metadata: The file's own notes.
+    """
+
+    def __init__(self, source: str | Path | bytes, threads: int | None = None) -> None:
+        """Open a file, or its bytes.
+
+        Args:
+            source: Path of the file, or the serialized model.
+            threads: Threads of one operator; None for ONNX Runtime's default, all cores.
+
+        Raises:
+            ExportError: If there is no such file, or ONNX Runtime refuses it.
+        """
+        require_packages(["onnxruntime"])
+        import onnxruntime
+
+        if not isinstance(source, bytes) and not Path(source).is_file():
+            raise ExportError(f"{source}: no such file.")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = ERRORS_ONLY
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            self._session = onnxruntime.InferenceSession(
+                source if isinstance(source, bytes) else str(source), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # NOTE: ONNX Runtime raises a class of its own per kind of failure, without a base
+            what = "the model" if isinstance(source, bytes) else str(source)
+            raise ExportError(f"{what}: ONNX Runtime cannot load it: {str(error).strip()[:400]}") from error
+        self.input_names = [i.name for i in self._session.get_inputs()]
+        self.output_names = [o.name for o in self._session.get_outputs()]
+        self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the output tensor, or a tuple of them, for the arguments that the torch model takes.
+
+        Raises:
+            ExportError: If the number or the names of the tensors are not the file's.
+        """
+        outputs = self.run(args, kwargs)
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """Return all outputs, in the order of `output_names`."""
+        try:
+            results = self._session.run(None, self.feeds(args, kwargs))
+        except ExportError:
+            raise
+        except Exception as error:  # NOTE: as above
+            raise ExportError(f"ONNX Runtime cannot run the model: {str(error).strip()[:400]}") from error
+        return [torch.from_numpy(value) for value in results]
+
+    def feeds(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the graph's inputs by name: positional tensors in order, keyword tensors by their key."""
+        named = {key: value for key, value in kwargs.items() if isinstance(value, Tensor)}
+        unknown = [key for key in named if key not in self.input_names]
+        if unknown:
+            raise ExportError(
+                f"the ONNX model has no input {unknown[0]!r}; its inputs are {', '.join(self.input_names)}."
+                f"{nearest(unknown[0], self.input_names)}"
+            )
+        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        names = [name for name in self.input_names if name not in named]
+        if len(tensors) != len(names):
+            raise ExportError(
+                f"the ONNX model takes {len(self.input_names)} tensors ({', '.join(self.input_names)}), "
+                f"found {len(tensors) + len(named)}."
+            )
+        named |= dict(zip(names, tensors, strict=True))
+        return {key: _plain(value).numpy() for key, value in named.items()}
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu()
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def time_session(
+    model: OnnxModel, *args: Any, repeats: int = 20, warmup: int = 3, **kwargs: Any
+) -> float:  # fmt: skip
+    """Return the median time of one call, divided by the batch size: seconds per image.
+
+    Args:
+        model: The file, opened.
+        *args: Positional arguments of one call.
+        repeats: Number of timed calls.
+        warmup: Number of calls before them that are not timed.
+        **kwargs: Keyword arguments of one call.
+
+    Returns:
+        Seconds per element of the batch.
+    """
+    feeds = model.feeds(args, kwargs)
+    size = max((value.shape[0] for value in feeds.values() if value.ndim), default=1)
+    times = []
+    for i in range(warmup + repeats):
+        start = time.perf_counter()
+        model._session.run(None, feeds)
+        if i >= warmup:
+            times.append(time.perf_counter() - start)
+    return statistics.median(times) / size
