@@ -1,0 +1,82 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import daqconvert as dq
+from daqconvert.errors import CalibrationError, DataError, TrainingError
+from daqconvert.training import evaluate
+
+
+def test_shares_and_loss_are_over_all_targets():
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(4, 5), torch.randn(10, 4), torch.randint(0, 5, (10,))
+    batches = [(x[:7], y[:7]), (x[7:], y[7:])]  # of unequal size
+    found = evaluate(model, batches, topk=(1, 2, 5))
+    z = model(x)
+    assert found.top1 == found.topk[1] == pytest.approx((z.argmax(1) == y).float().mean().item())
+    assert found.topk[2] == pytest.approx((z.topk(2).indices == y[:, None]).any(1).float().mean().item())
+    assert found.topk[5] == 1.0
+    assert found.loss == pytest.approx(F.cross_entropy(z, y).item(), rel=1e-6)
+    assert found.count == 10
+    assert str(found).endswith("10 targets")
+
+
+def test_float_quantized_and_frozen_models_give_their_modes_back(make_float, val_loader):
+    model = make_float()
+    qmodel = dq.quantize(model, w_bits=8, a_bits=8)
+    dq.calibrate(qmodel, val_loader)
+    frozen = dq.freeze(qmodel)
+    model.train()
+    qmodel.train()
+    qmodel[1].eval()
+    modes = [module.training for module in qmodel.modules()]
+    state = {key: value.clone() for key, value in qmodel.state_dict().items()}
+    results = [evaluate(m, val_loader) for m in (model, qmodel, frozen)]
+    assert [module.training for module in qmodel.modules()] == modes
+    assert model.training
+    assert not frozen.training
+    assert all(torch.equal(value, state[key]) for key, value in qmodel.state_dict().items())  # batch norm too
+    assert results[1] == results[2]
+    assert results[0].count == 48
+
+
+def test_modes_come_back_after_an_error(make):
+    qmodel = make().train()
+    with pytest.raises(CalibrationError):
+        evaluate(qmodel, [(torch.zeros(2, 8), torch.tensor([0, 1]))])
+    assert qmodel.training
+
+
+def test_dicts_and_own_losses():
+    class Net(nn.Module):
+        def forward(self, pixels, scale):
+            return {"boxes": pixels * scale}
+
+    batches = [{"pixels": torch.ones(3, 2), "scale": torch.tensor(2.0), "labels": torch.ones(3, 2)}]
+    found = evaluate(Net(), batches, loss_fn=lambda out, target: F.mse_loss(out["boxes"], target))
+    assert (found.top1, found.loss, found.count, dict(found.topk)) == (None, 1.0, 3, {})
+
+
+@pytest.mark.parametrize(
+    ("batches", "error", "told"),
+    [
+        ([], DataError, "found none"),
+        (3, DataError, "expected an iterable of batches.*found int"),
+        (iter([(torch.zeros(1, 2), torch.tensor([0]))]), DataError, "used up after one pass"),
+        ([torch.zeros(1, 2)], DataError, r"evaluate: batch 0: expected a target.*a tensor of shape \(1, 2\) alone"),
+        ([{"input": torch.zeros(1, 2)}], DataError, "a dict with input"),
+        ([(torch.zeros(1, 2),)], DataError, "a tuple of 1"),
+        ([None], DataError, "evaluate: batch 0: batch: expected a tensor"),
+        ([(torch.zeros(1, 2), torch.tensor([2]))], DataError, "expected classes 0 to 1"),
+    ],
+    ids=["empty", "no iterable", "iterator", "tensor", "dict", "tuple", "none", "class"],
+)
+def test_bad_batches(batches, error, told):
+    with pytest.raises(error, match=told):
+        evaluate(nn.Linear(2, 2), batches)
+
+
+def test_more_than_there_are_classes():
+    with pytest.raises(TrainingError, match="topk: expected numbers from 1 to 2"):
+        evaluate(nn.Linear(2, 2), [(torch.zeros(1, 2), torch.tensor([0]))], topk=(1, 5))

@@ -1,0 +1,97 @@
+import dataclasses
+
+import pytest
+
+from daqconvert.errors import TrainingError
+from daqconvert.training import RECIPES, Recipe, recipe
+
+
+def test_the_published_recipes_are_as_published():
+    cifar, imagenet = RECIPES["paper-cifar10"], RECIPES["paper-imagenet"]
+    assert (cifar.epochs, cifar.batch_size, cifar.lr, cifar.quantizer_lr) == (400, 256, 0.1, 1e-4)
+    assert (imagenet.epochs, imagenet.batch_size, imagenet.lr, imagenet.quantizer_lr) == (100, 256, 1e-2, 1e-5)
+    for published in (cifar, imagenet):
+        assert (published.momentum, published.weight_decay, published.decay) == (0.9, 1e-4, "all")
+        assert (published.schedule, published.warmup_steps, published.distill) == ("cosine", 0, 0.0)
+        assert (published.calibration_method, published.calibration_batches) == ("std", 1)
+
+
+def test_the_default_is_quick_and_its_name_is_its_key():
+    assert recipe() == Recipe() == RECIPES["quick"]
+    assert all(found.name == name for name, found in RECIPES.items())
+
+
+def test_overrides_change_a_copy():
+    assert recipe("paper-cifar10", epochs=5).epochs == 5
+    assert RECIPES["paper-cifar10"].epochs == 400
+    assert recipe(Recipe(lr=1), seed=3) == Recipe(lr=1.0, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("epochs", 0), ("epochs", 2.0), ("epochs", True), ("lr", -1), ("lr", float("nan")), ("lr", "0.1"),
+        ("lr", 10**400), ("momentum", 1.0), ("weight_decay", float("inf")), ("decay", "weight"),
+        ("quantizer_lr", None), ("schedule", "cosin"), ("warmup_steps", -1), ("batch_size", 0),
+        ("label_smoothing", 1.0), ("distill", 1.5), ("temperature", 0), ("clip_grad", -1.0), ("clip_grad", False),
+        ("batch_norm", True), ("calibration_batches", 0), ("calibration_method", "mean"), ("seed", 1.5), ("name", 3),
+    ],
+    ids=lambda value: repr(value)[:12],
+)  # fmt: skip
+def test_an_impossible_value_names_the_field(field, value):
+    with pytest.raises(TrainingError, match=rf"{field}: expected .*; found"):
+        Recipe(**{field: value})
+
+
+def test_messages_name_the_nearest_word():
+    with pytest.raises(TrainingError, match="'epoch' is not a field of a recipe. Nearest: epochs"):
+        recipe("quick", epoch=3)
+    with pytest.raises(TrainingError, match="Nearest: cosine"):
+        Recipe(schedule="cosin")
+    with pytest.raises(TrainingError, match="Nearest: paper-imagenet"):
+        recipe("paper-imagnet")
+
+
+@pytest.mark.parametrize("source", [None, 3, "", "a/folder"], ids=repr)
+def test_what_is_no_recipe(source):
+    with pytest.raises(TrainingError, match="expected one of quick, paper-cifar10"):
+        recipe(source)
+
+
+@pytest.mark.parametrize("found", [*RECIPES.values(), Recipe('a "b" \\ c\n\x7f', clip_grad=1.0, lr=1e-30)])
+def test_toml_round_trip(found, tmp_path):
+    path = tmp_path / "r.toml"
+    path.write_text(found.to_toml(), encoding="utf-8")
+    assert recipe(path) == found == recipe(str(path))
+
+
+def test_a_file_starts_from_a_base(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('base = "paper-cifar10"\nepochs = 5\nlr = 1\n')
+    expected = dataclasses.replace(RECIPES["paper-cifar10"], name="mine.toml", epochs=5, lr=1.0)
+    assert recipe(path) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("epochs = ", "not valid TOML"),
+        ("lerning_rate = 1", "'lerning_rate' is not a field"),
+        ('base = "quik"', "Nearest: quick"),
+        ("base = 3", "base: expected one of"),
+        ("epochs = 0", "mine.toml.*epochs: expected an integer of 1 or more; found 0"),
+        ("[lr]\nvalue = 1", "lr: expected"),
+        (b"\xff\xfe", "not valid TOML"),
+    ],
+    ids=str,
+)
+def test_a_bad_file_is_named(text, told, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(TrainingError, match=told):
+        recipe(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(TrainingError, match="none.toml: cannot be read"):
+        recipe(tmp_path / "none.toml")
