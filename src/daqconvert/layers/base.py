@@ -63,7 +63,7 @@ class QuantizedLayer(nn.Module):
         return layer
 
     def _attach(self, settings: Settings, name: str, signed: bool | None) -> None:
-        layout = self.channel_layout()
+        layout = self.channel_layout(tuple(self.weight.shape))
         self.settings, self.layer_name, self.enabled = settings, name, True
         has_weight, has_input = settings.w_bits is not None, settings.a_bits is not None
         self.weight_quantizer = WeightQuantizer(settings, layout, name, self.weight) if has_weight else None
@@ -74,9 +74,9 @@ class QuantizedLayer(nn.Module):
             self.weight_quantizer.initialize(self.weight)
         self.train(self.training)
 
-    def channel_layout(self) -> ChannelLayout:
-        """Return where the output channels of the weight are."""
-        return ChannelLayout.forward(tuple(self.weight.shape))
+    def channel_layout(self, shape: tuple[int, ...]) -> ChannelLayout:
+        """Return where the output channels of a weight of this shape are."""
+        return ChannelLayout.forward(shape)
 
     @property
     def unitless(self) -> bool:
@@ -90,7 +90,7 @@ class QuantizedLayer(nn.Module):
         x = input if self.input_quantizer is None else self.input_quantizer(input)
         w = self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
         acc, scale = self.products(x, w, self.combined_scale(), *args, **kwargs)
-        return rescale(acc, scale, self.bias, self.output_dims, input.dtype)
+        return rescale(acc, scale, self.bias, self.output_dims, acc.dtype)
 
     def combined_scale(self) -> Tensor:
         """Return `S = |output_scale| * weight multiplier * input multiplier`, shape of `output_scale`, float32."""
@@ -115,6 +115,13 @@ class QuantizedLayer(nn.Module):
         """Return the original's text and the bits."""
         w, a = self.settings.w_bits or "float", self.settings.a_bits or "float"
         return f"{super().extra_repr()}, w_bits={w}, a_bits={a}"
+
+
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """Return a layer's input and what else its call was given, for hooks: `layer(x)` and `layer(input=x)` are one."""
+    if args:
+        return args[0], args[1:], kwargs
+    return kwargs["input"], (), {key: value for key, value in kwargs.items() if key != "input"}
 
 
 def accumulate_safely(

@@ -27,9 +27,9 @@ class ConvTransposeOp:
         op = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
         return op(x, w, None, self.stride, self.padding, padding, self.groups, self.dilation)
 
-    def channel_layout(self: Any) -> ChannelLayout:
-        """Return where the output channels of the weight are."""
-        return ChannelLayout.transposed(tuple(self.weight.shape), self.groups)
+    def channel_layout(self: Any, shape: tuple[int, ...]) -> ChannelLayout:
+        """Return where the output channels of a weight of this shape are."""
+        return ChannelLayout.transposed(shape, self.groups)
 
 
 class ConvTranspose1dOp(ConvTransposeOp):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from daqconvert.errors import FrozenError
 from daqconvert.functional.grid import weight_codes, weight_operand
 from daqconvert.layers.base import QuantizedLayer, accumulate_safely, rescale
+from daqconvert.quantizers import ChannelLayout
 from daqconvert.spec import Settings
 
 
@@ -17,6 +19,8 @@ class FrozenLayer(nn.Module):
     """Mixin of the frozen layers: integer codes, one scale per output channel or tensor; computes, never trains.
 
     Attributes:
+        weight: What the codes stand for, in real units, computed on every access: to look at, and for code that asks a
+            layer for its dtype, device or shape. Forward does not read it.
         weight_codes: uint8 buffer `0 .. 2**w_bits - 1`, shape of the weight; absent where the weight stays float.
         scale: float32 buffer, `()` or `(C_out,)`: what one unit of the integer sum is worth.
         input_scale: float32 scalar buffer; absent where the input stays float.
@@ -88,6 +92,35 @@ class FrozenLayer(nn.Module):
         layer.requires_grad_(False)
         return layer
 
+    def _dequantized_weight(self) -> Tensor:
+        stored = self._parameters.get("weight")
+        if stored is not None:
+            return stored
+        layout = self.channel_layout(tuple(self.weight_codes.shape))
+        step = self.scale if self.settings.a_bits is None else self.scale / self.input_scale
+        step = step.reshape(layout.bound_view) if step.dim() else step
+        codes = self.weight_codes.reshape(layout.view)
+        values = weight_operand(codes, self.settings.w_bits or 0, self.settings.grid, step.dtype) * step
+        return values.reshape(self.weight_codes.shape).to(self.dtype)
+
+    # a property in all but mypy's eyes, to whom it is the attribute that torch's classes declare
+    weight: Tensor = property(_dequantized_weight)  # type: ignore[assignment]
+
+    def channel_layout(self, shape: tuple[int, ...]) -> ChannelLayout:
+        """Return where the output channels of a weight of this shape are."""
+        return ChannelLayout.forward(shape)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenLayer:
+        """Move or cast, as `.to()` and `.half()` do; scales stay float32 at least, as when a half model is frozen."""
+        scales = {key: self._buffers[key] for key in ("scale", "input_scale") if key in self._buffers}
+        super()._apply(fn, recurse)
+        for key, before in scales.items():
+            after = self._buffers[key]
+            if before is not None and after is not None and after.dtype in (torch.float16, torch.bfloat16):
+                self._buffers[key] = before.to(after.device, torch.float32)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
+
     @classmethod
     def _channels(cls, layer: nn.Module) -> int:
         return int(getattr(layer, "out_channels", 0) or getattr(layer, "out_features", 0))
@@ -106,7 +139,7 @@ class FrozenLayer(nn.Module):
         acc, scale = accumulate_safely(self, x, w, self.scale, self.settings, *args, **kwargs)
         if self.qdq:
             return torch.ops.daqconvert.rescale(acc, scale, self.bias, self.output_dims, self.layer_name)
-        return rescale(acc, scale, self.bias, self.output_dims, input.dtype)
+        return rescale(acc, scale, self.bias, self.output_dims, acc.dtype)
 
     def input_operand(self, x: Tensor) -> Tensor:
         """Return `q - zero_point` of an input, integer-valued, in its dtype."""
