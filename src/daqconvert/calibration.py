@@ -8,13 +8,15 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from daqconvert.batches import run_batch
-from daqconvert.convert import require_quantized
+from daqconvert.convert import PLAN_ATTRIBUTE, require_quantized
 from daqconvert.errors import CalibrationError, nearest
-from daqconvert.layers.base import QuantizedLayer
-from daqconvert.modes import disabled, evaluating
+from daqconvert.graph.watch import watching_weights
+from daqconvert.layers.base import QuantizedLayer, input_of
+from daqconvert.layers.output_scale import OutputScaleStart
+from daqconvert.modes import disabled, evaluating, unchanged_on_error
 from daqconvert.observers import (
     InputObserver,
     minimum_error_bounds,
@@ -64,7 +66,8 @@ class CalibrationReport:
         inputs: In the order of the model.
         batches: Number of batches read.
         method: How bounds were chosen.
-        unseen: Layers that no batch reached; their input bounds are a placeholder of `[0, 1]`.
+        unseen: Layers that no batch reached; where they had no bounds yet these are a placeholder, `[-1, 1]`
+            (`[0, 1]` where unsigned or of 1 bit), and an open sign stays open.
     """
 
     inputs: tuple[CalibratedInput, ...]
@@ -77,6 +80,7 @@ class CalibrationReport:
         rows = [
             f"{i.name or '(root)'}: {'signed' if i.signed else 'unsigned'} ({'proven' if i.proven else 'from data'}), "
             f"seen [{i.minimum:.4g}, {i.maximum:.4g}], bounds [{i.lower:.4g}, {i.upper:.4g}]"
+            f"{', negative values are clipped' if i.minimum < 0.0 and not i.signed else ''}"
             for i in self.inputs
         ]
         rows += [f"{name}: not reached by any batch" for name in self.unseen]
@@ -104,7 +108,8 @@ def calibrate(
 
     Raises:
         CalibrationError: If there is no batch, a value is NaN or infinite, the method is unknown, or a signed input
-            was given 1 bit. The model's bounds are unchanged then.
+            was given 1 bit. The model is unchanged then.
+        ConversionError: If a forward uses a layer's weight without calling the layer. The model is unchanged then.
         FrozenError: If the model is frozen.
 
     Reference: "Distance-aware Quantization" (Kim, Lee, Ham, ICCV 2021), section 4.1 (initialization).
@@ -125,19 +130,11 @@ def calibrate(
         if layer.weight_quantizer is not None:
             layer.weight_quantizer.check(layer.weight)
     observers, first, count = _observe(qmodel, layers, batches, max_batches)
-    rows, unseen = _choose(layers, observers, method)  # raises before anything is changed
-    for layer in layers.values():
-        if layer.weight_quantizer is not None and not layer.weight_quantizer.ready:
-            layer.weight_quantizer.initialize(layer.weight)
-    for row in rows:
-        quantizer = layers[row.name].input_quantizer
-        assert quantizer is not None
-        quantizer.set_bounds(row.lower, row.upper)
-    for name in unseen:
-        quantizer = layers[name].input_quantizer
-        if quantizer is not None and not quantizer.ready:
-            quantizer.set_bounds(0.0, 1.0)
-    _set_output_scales(qmodel, layers, first)
+    proven = {row.name for row in getattr(qmodel, PLAN_ATTRIBUTE, ()) if row.signed is not None}
+    rows, unseen = _choose(layers, observers, method, proven)
+    with unchanged_on_error(layers.values()):
+        _set_bounds(layers, rows, unseen)
+        _set_output_scales(qmodel, layers, first)
     return CalibrationReport(tuple(rows), count, method, tuple(unseen))
 
 
@@ -158,11 +155,10 @@ def _observe(
     first, count = None, 0
     with ExitStack() as stack:
         for name, observer in observers.items():
-            handle = layers[name].register_forward_pre_hook(_observing(observer))
+            handle = layers[name].register_forward_pre_hook(_observing(observer), with_kwargs=True)
             stack.callback(handle.remove)
-        stack.enter_context(evaluating(qmodel))
-        stack.enter_context(disabled(qmodel))
-        stack.enter_context(torch.no_grad())
+        for context in (evaluating(qmodel), disabled(qmodel), watching_weights(layers), torch.no_grad()):
+            stack.enter_context(context)
         for batch in track(batches, "calibrating", max_batches):
             run_batch(qmodel, batch)
             first = batch if count == 0 else first
@@ -174,15 +170,29 @@ def _observe(
     return observers, first, count
 
 
-def _observing(observer: InputObserver) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        observer.observe(args[0])
+def _observing(observer: InputObserver) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        observer.observe(input_of(args, kwargs)[0])
 
     return hook
 
 
+def _set_bounds(layers: dict[str, QuantizedLayer], rows: list[CalibratedInput], unseen: list[str]) -> None:
+    for layer in layers.values():
+        if layer.weight_quantizer is not None and not layer.weight_quantizer.ready:
+            layer.weight_quantizer.initialize(layer.weight)
+    for row in rows:
+        quantizer = layers[row.name].input_quantizer
+        assert quantizer is not None
+        quantizer.set_bounds(row.lower, row.upper)
+    for name in unseen:
+        quantizer = layers[name].input_quantizer
+        if quantizer is not None and not quantizer.ready:
+            quantizer.set_placeholder()
+
+
 def _choose(
-    layers: dict[str, QuantizedLayer], observers: dict[str, InputObserver], method: str
+    layers: dict[str, QuantizedLayer], observers: dict[str, InputObserver], method: str, proven: set[str]
 ) -> tuple[list[CalibratedInput], list[str]]:
     rows, unseen, one_bit = [], [], []
     for name, observer in observers.items():
@@ -202,8 +212,7 @@ def _choose(
         lower, upper = METHODS[method](observer, quantizer.bits, signed)
         if upper <= 0.0 and lower >= 0.0:
             upper = 1.0  # an input that is always zero: any range represents it exactly
-        proven = quantizer.sign is not None
-        rows.append(CalibratedInput(name, signed, proven, observer.minimum, observer.maximum, lower, upper))
+        rows.append(CalibratedInput(name, signed, name in proven, observer.minimum, observer.maximum, lower, upper))
     if one_bit:
         raise CalibrationError(
             f"calibrate: inputs with negative values need 2 bits or more, found 1 bit at: {', '.join(one_bit)}. "
@@ -213,38 +222,15 @@ def _choose(
 
 
 def _set_output_scales(qmodel: nn.Module, layers: dict[str, QuantizedLayer], first: Any) -> None:
-    handles = []
-    for layer in layers.values():
-        if layer.unitless:
-            handles.append(layer.register_forward_pre_hook(_set_output_scale, with_kwargs=True))
-        else:
-            layer.output_scale.data.fill_(1.0)
-    if not handles:
-        return
-    try:
-        with evaluating(qmodel), torch.no_grad():
+    with ExitStack() as stack:
+        unitless = [layer for layer in layers.values() if layer.unitless]
+        for layer in layers.values():
+            if layer.unitless:
+                handle = layer.register_forward_pre_hook(OutputScaleStart(layer), with_kwargs=True)
+                stack.callback(handle.remove)
+            else:
+                layer.output_scale.data.fill_(1.0)
+        if unitless:
+            stack.enter_context(evaluating(qmodel))
+            stack.enter_context(torch.no_grad())
             run_batch(qmodel, first)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _set_output_scale(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """`output_scale = mean|conv(x, W)| / mean|conv(x_q, W_q)|`, both without bias, just before the layer computes."""
-    assert isinstance(module, QuantizedLayer)
-    assert module.weight_quantizer is not None
-    x, *rest = args
-    module.output_scale.fill_(1.0)
-    exact = module.accumulate(x, module.weight, *rest, **kwargs)
-    operand = x if module.input_quantizer is None else module.input_quantizer(x)
-    acc, scale = module.products(operand, module.weight_quantizer(module.weight), module.combined_scale(), *rest)
-    ratio = _channel_mean(exact, module) / (_channel_mean(acc, module) * scale).clamp(min=1e-12)
-    module.output_scale.copy_(ratio.to(module.output_scale.dtype))
-
-
-def _channel_mean(y: Tensor, layer: QuantizedLayer) -> Tensor:
-    """Mean absolute value, per output channel where the layer has a scale per channel."""
-    wide = y.detach().abs().float()
-    if layer.output_scale.dim() == 0:
-        return wide.mean()
-    return wide.movedim(-1 - layer.output_dims, 0).flatten(1).mean(dim=1)

@@ -191,7 +191,7 @@ def load_float(qmodel: nn.Module, state_dict: dict[str, Tensor]) -> nn.Module:
         state_dict: Of the float model: every key, and no key of a quantizer.
 
     Returns:
-        The same model; its weight bounds are set from the new weights, its input bounds wait for `calibrate`.
+        The same model; its bounds, and the signs that were read from data, wait for `calibrate` (or `finetune`).
 
     Raises:
         ConversionError: If a key is missing, unexpected, or of another shape; nothing is loaded then.
@@ -222,8 +222,10 @@ def load_float(qmodel: nn.Module, state_dict: dict[str, Tensor]) -> nn.Module:
             f"{f'; and {len(problems) - 3} more' if len(problems) > 3 else ''}. It must be the float model's."
         )
     qmodel.load_state_dict(state_dict, strict=False, assign=any(v.is_meta for v in current.values()))
-    for layer in layers.values():
-        for quantizer in (layer.weight_quantizer, layer.input_quantizer):
-            if quantizer is not None:
-                quantizer.mark(False)
+    known = {row.name: row.signed for row in getattr(qmodel, PLAN_ATTRIBUTE, ())}
+    for name, layer in layers.items():
+        if layer.weight_quantizer is not None:
+            layer.weight_quantizer.mark(False)
+        if layer.input_quantizer is not None:
+            layer.input_quantizer.forget(known.get(name, layer.input_quantizer.sign))
     return qmodel

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -95,6 +95,23 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for layer, enabled in zip(layers, before, strict=True):
             layer.enabled = enabled
+
+
+@contextmanager
+def unchanged_on_error(layers: Iterable[QuantizedLayer]) -> Iterator[None]:
+    """Give bounds, flags, signs and output scales of these layers back as they were if the block raises."""
+    layers = list(layers)
+    quantizers = [q for layer in layers for q in (layer.weight_quantizer, layer.input_quantizer) if q is not None]
+    states = [{key: value.clone() for key, value in q.state_dict().items()} for q in quantizers]
+    scales = [layer.output_scale.detach().clone() for layer in layers]
+    try:
+        yield
+    except BaseException:
+        for quantizer, state in zip(quantizers, states, strict=True):
+            quantizer.load_state_dict(state)
+        for layer, scale in zip(layers, scales, strict=True):
+            layer.output_scale.data.copy_(scale)
+        raise
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:

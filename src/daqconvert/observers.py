@@ -92,12 +92,18 @@ def percentile_bounds(
     centers = observer.centers()
     high = float(centers[min(int((cumulative < 1.0 - tail).sum()), BINS - 1)])
     low = float(centers[min(int((cumulative <= tail).sum()), BINS - 1)])
-    return (max(min(low, 0.0), min(observer.minimum, 0.0)) if signed else 0.0), min(max(high, 0.0), observer.maximum)
+    least, most = minmax_bounds(observer, bits, signed)
+    return max(min(low, 0.0), least), min(max(high, 0.0), most)
 
 
 def std_bounds(observer: InputObserver, bits: int, signed: bool) -> tuple[float, float]:
-    """Return the paper's start: 3 standard deviations of the first batch (both ways where signed)."""
+    """Return the paper's start: 3 standard deviations of the first batch (both ways where signed).
+
+    Where the first batch was constant that is no width at all; the range seen is taken then.
+    """
     width = 3.0 * (observer.first_std or 0.0)
+    if width == 0.0:
+        return minmax_bounds(observer, bits, signed)
     return (-width if signed else 0.0), width
 
 

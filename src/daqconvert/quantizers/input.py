@@ -88,7 +88,7 @@ class InputQuantizer(Quantizer):
             raise CalibrationError(f"{name}: expected bounds lower <= 0 <= upper, not equal; found {lower}, {upper}.")
         signed = self._sign if self._sign is not None else lower < 0.0
         if not signed and lower < 0.0:
-            raise CalibrationError(f"{name}: its input is unsigned (the dataflow proves it), so lower must be 0.")
+            raise CalibrationError(f"{name}: its input is unsigned (proven, or decided before), so lower must be 0.")
         if signed and self.bits == 1:
             raise CalibrationError(
                 f"{name}: its input has negative values (down to {lower:.3g}); signed inputs need 2 bits or more. "
@@ -99,6 +99,23 @@ class InputQuantizer(Quantizer):
         self.signed.fill_(int(signed))
         self._set_sign(signed)
         self.mark(True)
+
+    @torch.no_grad()
+    def set_placeholder(self) -> None:
+        """Set bounds for an input that no batch showed: `[-1, 1]`, `[0, 1]` where unsigned or of 1 bit.
+
+        A sign that is not decided yet stays so: the next calibration that sees the input decides it.
+        """
+        self.lower.fill_(0.0 if self._sign is False or self.bits == 1 else -1.0)
+        self.upper.fill_(1.0)
+        self.mark(True)
+
+    @torch.no_grad()
+    def forget(self, sign: bool | None) -> None:
+        """Mark the bounds as never set, with the sign that the plan knows (None: `calibrate` decides again)."""
+        self.signed.fill_(-1 if sign is None else int(sign))
+        self._set_sign(sign)
+        self.mark(False)
 
     def extra_repr(self) -> str:
         """Return bits and sign for `print(model)`."""

@@ -130,6 +130,9 @@ class WeightQuantizer(Quantizer):
         else:
             rows = self.layout.rows(_real(weight)) if self.per_channel else _real(weight).reshape(1, -1)
             found = minimum_error_bound(rows, self.bits, self.grid) if method == "mse" else rows.abs().amax(dim=1)
+            if self.grid == "integer":
+                # an all-zero channel is exact at any bound, but at 0 no gradient would ever reach it
+                found = torch.where(found > 0, found, found.max() if found.any() else rows.shape[1] ** -0.5)
             self.upper.copy_(found.reshape(self.upper.shape))
             self.lower.copy_(-self.upper)
         self.mark(True)

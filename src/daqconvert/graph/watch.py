@@ -1,0 +1,67 @@
+"""Watching a real forward for weights that it uses without calling their layer.
+
+A trace sees `F.linear(x, self.qkv.weight)` where it can follow the code; what really runs leaves no doubt. A quantizer
+beside such a weight would do nothing, and the frozen model would compute something else: better an error than that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from daqconvert.errors import ConversionError
+
+_QUESTIONS = ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_meta", "is_sparse")
+HARMLESS = {getattr(Tensor, name).__get__ for name in _QUESTIONS}
+HARMLESS |= {Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_floating_point, Tensor.is_contiguous}
+
+
+class _Watch(TorchFunctionMode):
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.names = {id(w): name for name, m in layers.items() if (w := m._parameters.get("weight")) is not None}
+        self.running = 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not self.running and func not in HARMLESS:
+            for value in (*args, *kwargs.values()):
+                if id(value) in self.names:
+                    name = self.names[id(value)]
+                    raise ConversionError(
+                        f"{name}: another module's forward uses its weight without calling it "
+                        f"({getattr(func, '__name__', func)}), so its quantizers would do nothing. Leave it alone: "
+                        f'daqconvert.quantize(model, exclude=["{name}"]).'
+                    )
+        return func(*args, **kwargs)
+
+    def enter(self, *_: Any) -> None:
+        self.running += 1
+
+    def leave(self, *_: Any) -> None:
+        self.running -= 1
+
+
+@contextmanager
+def watching_weights(layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Raise as soon as a forward uses the weight of one of these layers outside that layer's own forward.
+
+    Args:
+        layers: By dotted name.
+
+    Raises:
+        ConversionError: Inside the block; names the layer and the function that used its weight.
+    """
+    watch = _Watch(layers)
+    with ExitStack() as stack:
+        for layer in layers.values():
+            stack.callback(layer.register_forward_pre_hook(watch.enter, prepend=True).remove)
+            stack.callback(layer.register_forward_hook(watch.leave).remove)
+        stack.enter_context(watch)
+        yield
