@@ -60,6 +60,8 @@ def test_calibrates_only_what_is_not_calibrated(make, loader):
 def test_the_random_state_of_the_caller_is_given_back(make, loader):
     generator = torch.Generator().manual_seed(7)
     mine = loader(noise=0.1, generator=generator)
+    random.seed(7)
+    np.random.seed(7)
     before = (torch.get_rng_state(), generator.get_state(), random.getstate(), np.random.get_state()[1].copy())
     finetune(make(), mine, epochs=1)
     assert torch.equal(torch.get_rng_state(), before[0])
@@ -78,6 +80,15 @@ def test_the_seed_decides_everything(make, loader, options):
         runs.append(qmodel[0].weight.detach().clone())
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
+
+
+def test_samplers_and_data_sets_are_told_the_epoch(make, loader):
+    sampler = torch.utils.data.DistributedSampler(loader().dataset, num_replicas=1, rank=0)
+    batches = loader(shuffle=False, sampler=sampler)
+    batches.dataset.set_epoch, told = lambda epoch: told.append((epoch, sampler.epoch)), []
+    finetune(make(), batches, epochs=2)
+    assert [epoch for epoch, _ in told] == [0, 1, 2]
+    assert sampler.epoch == 2
 
 
 @pytest.mark.parametrize(("mode", "moves"), [("train", True), ("freeze", False)])

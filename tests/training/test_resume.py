@@ -102,9 +102,12 @@ def test_killed_between_best_and_last(make, loader, val_loader, tmp_path, monkey
 def test_a_finished_run_is_loaded(make, loader, tmp_path):
     finetune(make(), loader(), out_dir=tmp_path, **OPTIONS)
     before = (tmp_path / "last.safetensors").read_bytes()
+    log = (tmp_path / "log.csv").read_text()
+    (tmp_path / "log.csv").unlink()
     qmodel = make()
     result = finetune(qmodel, loader(), out_dir=tmp_path, resume=True, **OPTIONS)
     assert result.epochs == len(result.history) == 3
+    assert (tmp_path / "log.csv").read_text() == log
     assert (tmp_path / "last.safetensors").read_bytes() == before
     state = read_checkpoint(tmp_path / "last.safetensors").part("model/")
     assert all(torch.equal(value, state[key]) for key, value in qmodel.state_dict().items())
@@ -143,12 +146,15 @@ def test_another_teacher_or_loader_is_refused(make, loader, tmp_path):
         finetune(make(), list(loader())[:1], out_dir=tmp_path, resume=True, **OPTIONS)
 
 
-def test_another_model_is_refused_and_left_alone(make, loader, tmp_path):
-    finetune(make(bits=2), loader(), out_dir=tmp_path, **OPTIONS)
-    qmodel = make(bits=3, granularity="tensor")
+@pytest.mark.parametrize("file", ["last.safetensors", "teacher.safetensors"])
+def test_another_models_checkpoint_is_refused_and_the_model_left_alone(make, loader, tmp_path, file):
+    for bits in (2, 3):
+        finetune(make(bits=bits), loader(), out_dir=tmp_path / str(bits), **OPTIONS)
+    (tmp_path / "2" / file).replace(tmp_path / "3" / file)
+    qmodel = make(bits=3)
     before = {key: value.clone() for key, value in qmodel.state_dict().items()}
-    with pytest.raises(TrainingError, match="4: a_bits = 2 in the checkpoint, 3 in the model"):
-        finetune(qmodel, loader(), out_dir=tmp_path, resume=True, **OPTIONS)
+    with pytest.raises(TrainingError, match=f"{file}: .*4: a_bits = 2 in the checkpoint, 3 in the model"):
+        finetune(qmodel, loader(), out_dir=tmp_path / "3", resume=True, **OPTIONS)
     assert all(torch.equal(value, before[key]) for key, value in qmodel.state_dict().items())
 
 

@@ -133,7 +133,6 @@ def _restore(run: Run, checkpoint: Checkpoint) -> None:
         check_model(saved, run.model, str(run.directory.teacher))
         run.objective.teacher = float_teacher(run.model)
         run.objective.teacher.load_state_dict(saved.part(MODEL))
-        run.objective.teacher.requires_grad_(False)  # loading a sign switches the gradient of a lower bound on
     run.model.load_state_dict(checkpoint.part(MODEL))
     run.optimizers = _optimizers(run)
     run.optimizers.load_state_dict(checkpoint.part(OPTIMIZER))
