@@ -1,0 +1,46 @@
+"""The command line: one file per command, and `main`.
+
+Exit codes: 0 done, 1 done but the result does not hold (an ONNX file that disagrees), 2 a mistake of the user's (one
+paragraph on standard error), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import typer
+
+from daqconvert.cli.evaluate import evaluate_command
+from daqconvert.cli.export import export_command
+from daqconvert.cli.finetune import finetune_command
+from daqconvert.cli.freeze import freeze_command
+from daqconvert.cli.inspect import inspect_command
+from daqconvert.cli.output import guarded
+from daqconvert.cli.plan import plan_command
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="daqconvert",
+    help="Convert PyTorch models to distance-aware quantized layers at 1 to 8 bits; train, freeze and deploy them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "plan": plan_command,
+    "finetune": finetune_command,
+    "eval": evaluate_command,
+    "freeze": freeze_command,
+    "export": export_command,
+    "inspect": inspect_command,
+}
+for name, command in COMMANDS.items():
+    app.command(name)(guarded(command))
+
+
+def main() -> None:
+    """Run the command that `sys.argv` names."""
+    app(prog_name="daqconvert")

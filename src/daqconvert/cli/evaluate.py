@@ -1,0 +1,126 @@
+"""`daqconvert eval`: accuracy of everything that a run holds, of an artifact, or of a model by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from torch import nn
+
+from daqconvert.artifact import load, read_manifest
+from daqconvert.artifact.manifest import MANIFEST
+from daqconvert.cli import options as o
+from daqconvert.cli import rundir
+from daqconvert.cli.job import Job
+from daqconvert.cli.output import Output
+from daqconvert.cli.summary import bits_text
+from daqconvert.cli.targets import (
+    EVAL_BATCH,
+    MODEL,
+    RUN,
+    calibrated,
+    kind_of,
+    load_artifact,
+    open_named,
+    refuse,
+)
+from daqconvert.convert import current_plan
+from daqconvert.data import create_loaders, open_splits
+from daqconvert.modes import copy_model
+from daqconvert.report.tables import render, simple_table
+from daqconvert.spec import Policy
+from daqconvert.training import evaluate
+
+Target = Annotated[str, typer.Argument(help=f"A run directory, an artifact, or a model ({o.FORMS}).")]
+Results = dict[str, dict[str, Any]]
+
+
+def evaluate_command(
+    target: Target, code_model: o.CodeModel = None, pretrained: o.Pretrained = False,
+    checkpoint: o.Checkpoint = None, model_arg: o.ModelArgs = None, data: o.Data = None, holdout: o.Holdout = None,
+    data_root: o.DataRoot = None, download: o.Download = False, input_size: o.InputSize = None,
+    num_classes: o.NumClasses = None, batch_size: o.BatchSize = None, workers: o.Workers = 0,
+    policy: o.PolicyFile = None, preset: o.Preset = None, w_bits: o.WBits = None, a_bits: o.ABits = None,
+    first: o.First = None, last: o.Last = None, exclude: o.Exclude = None, setting: o.Setting = None,
+    as_json: o.Json = False,
+) -> None:  # fmt: skip
+    """Measure top-1 on held-out images.
+
+    Of a run: its float, quantized and frozen model. Of a model by name: float, and, with an option on bits, quantized
+    and calibrated without training.
+    """
+    with Output(as_json).capturing() as output:
+        kind, size = kind_of(target), batch_size or EVAL_BATCH
+        asked = o.read_policy(policy, preset, w_bits, a_bits, first, last, exclude, setting)
+        name = target if kind == MODEL else "timm:test_resnet"  # of a run or artifact, the data's options alone count
+        job = o.job_from(
+            name,
+            model_arg,
+            pretrained,
+            checkpoint,
+            data,
+            holdout,
+            data_root,
+            download,
+            input_size,
+            num_classes,
+            workers,
+        )
+        if kind == MODEL:
+            refuse(kind, model=code_model)
+            text, found = _named(job, asked, size)
+        else:
+            refuse(kind, pretrained=pretrained, checkpoint=checkpoint, model_arg=model_arg, policy=asked)
+            text, found = (_run if kind == RUN else _artifact)(Path(target), code_model, job, size)
+        rows = [(what, f"{100 * one['top1']:.2f} %", one["loss"], one["images"]) for what, one in found.items()]
+        table = simple_table("", ("model", "top-1", "loss", "images"), rows)
+        output.show(f"{target} on {text}\n{render(table)}", {"target": target, "data": text, "results": found})
+
+
+def _measure(model: nn.Module, loader: Any) -> dict[str, Any]:
+    result = evaluate(model, loader)
+    return {"top1": result.top1, "loss": result.loss, "images": result.count}
+
+
+def _named(job: Job, asked: Policy | None, batch_size: int) -> tuple[str, Results]:
+    opened = open_named(job, batch_size)
+    found = {"float": _measure(opened.model, opened.loaders.val)}
+    if asked is not None:
+        qmodel = calibrated(opened, asked)
+        found[f"{bits_text(current_plan(qmodel))}, calibrated"] = _measure(qmodel, opened.loaders.val)
+    return opened.loaders.description, found
+
+
+def _run(path: Path, typed: str | None, job: Job, batch_size: int) -> tuple[str, Results]:
+    config, opened = rundir.open_run(path, typed, batch_size, _data_changes(job))
+    loader = opened.loaders.val
+    found = {"float": _measure(opened.model, loader)}
+    bits, skeleton = bits_text(config.plan), copy_model(opened.model)
+    if (path / rundir.BEST).is_file():
+        found[f"{bits}, quantized"] = _measure(rundir.quantized_model(path, config, opened), loader)
+    artifact = path / rundir.ARTIFACT
+    if (artifact / MANIFEST).is_file():
+        found[f"{bits}, frozen"] = _measure(load(artifact, model=skeleton).eval(), loader)
+    return opened.loaders.description, found
+
+
+def _data_changes(job: Job) -> dict[str, Any]:
+    """What the user says about the data, beside what the run was made with."""
+    names = ("data", "holdout", "data_root", "download", "input_size", "num_classes", "workers")
+    default = Job()
+    return {name: getattr(job, name) for name in names if getattr(job, name) != getattr(default, name)}
+
+
+def _artifact(path: Path, typed: str | None, job: Job, batch_size: int) -> tuple[str, Results]:
+    frozen = load_artifact(path, typed)
+    splits = (
+        None
+        if job.data is None
+        else open_splits(job.data, job.holdout, job.seed, job.data_root, job.download, job.num_classes)
+    )
+    manifest = read_manifest(path)
+    loaders = create_loaders(
+        splits, frozen, batch_size, source=manifest.source, input_size=job.input_size, num_workers=job.workers
+    )
+    return loaders.description, {f"{bits_text(manifest.plan)}, frozen": _measure(frozen, loaders.val)}

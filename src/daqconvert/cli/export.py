@@ -1,0 +1,89 @@
+"""`daqconvert export`: an ONNX file, checked in ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from daqconvert.cli import options as o
+from daqconvert.cli import rundir
+from daqconvert.cli.deployment import export_checked, quiet_export
+from daqconvert.cli.output import Output, fail
+from daqconvert.cli.plan import example_image
+from daqconvert.cli.targets import (
+    ARTIFACT,
+    EVAL_BATCH,
+    MODEL,
+    RUN,
+    calibrated,
+    kind_of,
+    load_artifact,
+    needs_out,
+    open_named,
+    refuse,
+)
+from daqconvert.deploy.reports import ExportReport
+from daqconvert.errors import ExportError
+from daqconvert.freezing import freeze
+
+Target = Annotated[str, typer.Argument(help=f"A run directory, an artifact, or a model ({o.FORMS}).")]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="The ONNX file. Default: model.onnx in the run.", show_default=False)
+]
+
+
+def export_command(
+    target: Target, out: Out = None, code_model: o.CodeModel = None, pretrained: o.Pretrained = False,
+    checkpoint: o.Checkpoint = None, model_arg: o.ModelArgs = None, data: o.Data = None, holdout: o.Holdout = None,
+    data_root: o.DataRoot = None, download: o.Download = False, input_size: o.InputSize = None,
+    num_classes: o.NumClasses = None, workers: o.Workers = 0, policy: o.PolicyFile = None, preset: o.Preset = None,
+    w_bits: o.WBits = None, a_bits: o.ABits = None, first: o.First = None, last: o.Last = None,
+    exclude: o.Exclude = None, setting: o.Setting = None, overwrite: o.Overwrite = False, as_json: o.Json = False,
+) -> None:  # fmt: skip
+    """Write an ONNX file and compare it with the frozen model in ONNX Runtime; exit code 1 if they disagree.
+
+    Of a run: its best epoch, compared on held-out images. Of an artifact: compared on one random image. Of a model by
+    name: quantized as the options say (4 bits by default), calibrated, not trained.
+    """
+    with Output(as_json).capturing() as output:
+        kind = kind_of(target)
+        asked = o.read_policy(policy, preset, w_bits, a_bits, first, last, exclude, setting)
+        if kind != MODEL:
+            refuse(
+                kind, pretrained=pretrained, checkpoint=checkpoint, model_arg=model_arg, data=data, holdout=holdout,
+                data_root=data_root, download=download, num_classes=num_classes, policy=asked,
+                input_size=None if kind == ARTIFACT else input_size,
+            )  # fmt: skip
+        target_file = Path(target) / rundir.ONNX if out is None and kind == RUN else needs_out(out, "ONNX file")
+        if kind == ARTIFACT:
+            report = _export_artifact(Path(target), target_file, code_model, input_size, overwrite)
+        elif kind == MODEL:
+            refuse(kind, model=code_model)
+            job = o.job_from(
+                target, model_arg, pretrained, checkpoint, data, holdout, data_root, download, input_size, num_classes,
+                workers,
+            )  # fmt: skip
+            opened = open_named(job)
+            frozen = freeze(calibrated(opened, asked or o.default_policy())).cpu()
+            report = export_checked(frozen, target_file, opened, overwrite)
+        else:
+            report = _export_run(Path(target), target_file, code_model, overwrite)
+        output.show(str(report), report.to_dict())
+        if not report.agrees:
+            fail(f"{target_file} does not agree with the frozen model: {'; '.join(report.problems())}", 1)
+
+
+def _export_run(path: Path, out: Path, typed: str | None, overwrite: bool) -> ExportReport:
+    config, opened = rundir.open_run(path, typed, EVAL_BATCH)
+    frozen = freeze(rundir.quantized_model(path, config, opened)).cpu()
+    return export_checked(frozen, out, opened, overwrite)
+
+
+def _export_artifact(path: Path, out: Path, typed: str | None, side: int | None, overwrite: bool) -> ExportReport:
+    frozen = load_artifact(path, typed)
+    example = example_image(frozen, typed or "", side)
+    if example is None:
+        raise ExportError(f"{path}: the size of its images is not known. Give --input-size.")
+    return quiet_export(frozen, out, example, None, overwrite)

@@ -1,0 +1,70 @@
+"""`daqconvert freeze`: the artifact of a run's best epoch, or of a model that is calibrated and not trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from torch import nn
+
+from daqconvert.artifact import save
+from daqconvert.cli import options as o
+from daqconvert.cli import rundir
+from daqconvert.cli.deployment import size_of
+from daqconvert.cli.job import Opened
+from daqconvert.cli.output import Output
+from daqconvert.cli.summary import bits_text
+from daqconvert.cli.targets import EVAL_BATCH, MODEL, calibrated, kind_of, needs_out, not_artifact, open_named, refuse
+from daqconvert.convert import current_plan
+from daqconvert.freezing import freeze
+
+Target = Annotated[str, typer.Argument(help=f"A run directory, or a model ({o.FORMS}).")]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="The artifact. Default: artifact/ in the run.", show_default=False)
+]
+
+
+def freeze_command(
+    target: Target, out: Out = None, code_model: o.CodeModel = None, pretrained: o.Pretrained = False,
+    checkpoint: o.Checkpoint = None, model_arg: o.ModelArgs = None, data: o.Data = None, holdout: o.Holdout = None,
+    data_root: o.DataRoot = None, download: o.Download = False, input_size: o.InputSize = None,
+    num_classes: o.NumClasses = None, workers: o.Workers = 0, policy: o.PolicyFile = None, preset: o.Preset = None,
+    w_bits: o.WBits = None, a_bits: o.ABits = None, first: o.First = None, last: o.Last = None,
+    exclude: o.Exclude = None, setting: o.Setting = None, overwrite: o.Overwrite = False, as_json: o.Json = False,
+) -> None:  # fmt: skip
+    """Write an artifact: weights as integer codes, packed at their bits.
+
+    Of a run: its best epoch. Of a model by name: quantized as the options say (4 bits by default), calibrated on
+    training images, not trained.
+    """
+    with Output(as_json).capturing() as output:
+        kind = kind_of(target)
+        asked = o.read_policy(policy, preset, w_bits, a_bits, first, last, exclude, setting)
+        not_artifact(kind, target)
+        if kind == MODEL:
+            refuse(kind, model=code_model)
+            out = needs_out(out, "artifact")
+            job = o.job_from(
+                target, model_arg, pretrained, checkpoint, data, holdout, data_root, download, input_size, num_classes,
+                workers,
+            )  # fmt: skip
+            opened = open_named(job)
+            qmodel = calibrated(opened, asked or o.default_policy())
+        else:
+            refuse(
+                kind, pretrained=pretrained, checkpoint=checkpoint, model_arg=model_arg, data=data, holdout=holdout,
+                data_root=data_root, download=download, input_size=input_size, num_classes=num_classes, policy=asked,
+            )  # fmt: skip
+            config, opened = rundir.open_run(Path(target), code_model, EVAL_BATCH)
+            qmodel = rundir.quantized_model(Path(target), config, opened)
+            out = out or Path(target) / rundir.ARTIFACT
+        _save(qmodel, opened, out, overwrite, output)
+
+
+def _save(qmodel: nn.Module, opened: Opened, out: Path, overwrite: bool, output: Output) -> None:
+    frozen = freeze(qmodel).cpu()
+    save(frozen, out, overwrite=overwrite, **opened.artifact_source)
+    bits, size = bits_text(current_plan(frozen)), size_of(out)
+    document = {"artifact": str(out), "bytes": size, "bits": bits, "source": opened.artifact_source.get("source")}
+    output.show(f"{out}: {bits}, {size / 1000:.1f} kB", document)

@@ -1,0 +1,183 @@
+"""What a run is made of: model, data and seed, as typed; and the model and loaders that they stand for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from daqconvert.data import Loaders, Splits, create_loaders, open_splits
+from daqconvert.errors import ConversionError, DataError
+from daqconvert.sources import Source, build_model, parse_source
+
+DEMO_MODEL = "timm:test_resnet"
+EVAL_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model and its data, by name.
+
+    Attributes:
+        model: Source string; None for the small network that goes with the digits.
+        model_args: Keyword arguments of its builder.
+        pretrained: Whether published weights are wanted.
+        checkpoint: File of float weights.
+        data: Folder, parquet file or data set name; None for the digits.
+        holdout: Share or number of images held out.
+        data_root: Where a timm data set lies.
+        download: Whether it may be downloaded.
+        input_size: Height and width of the images.
+        num_classes: Number of classes.
+        workers: Processes that decode.
+        seed: Of everything random.
+    """
+
+    model: str | None = None
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    pretrained: bool = False
+    checkpoint: str | None = None
+    data: str | None = None
+    holdout: float | int | None = None
+    data_root: str | None = None
+    download: bool = False
+    input_size: int | None = None
+    num_classes: int | None = None
+    workers: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.workers < 0 or self.seed < 0:
+            raise DataError("--workers and --seed: expected 0 or more.")
+        if self.input_size is not None and self.input_size < 1:
+            raise DataError(f"--input-size {self.input_size}: expected 1 or more.")
+        if self.model is None and (self.pretrained or self.checkpoint or self.model_args or self.data):
+            raise ConversionError("Name a model: without one, only the digits and their small network are at hand.")
+
+    @property
+    def source(self) -> Source:
+        """The model's source."""
+        return parse_source(self.model or DEMO_MODEL)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the model starts from weights that somebody trained; of an import path nobody can know."""
+        return self.pretrained or self.checkpoint is not None or self.source.kind == "import"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A job's model and data.
+
+    Attributes:
+        model: The float model, in evaluation mode.
+        loaders: Its data.
+        source: Where the model came from.
+        model_args: Keyword arguments it was built with; enough to build it again without weights.
+    """
+
+    model: nn.Module
+    loaders: Loaders
+    source: Source
+    model_args: dict[str, Any]
+
+    @property
+    def example(self) -> Tensor:
+        """One image of zeros, `(1, C, H, W)`, where the model is."""
+        return torch.zeros(1, *self.loaders.input_size, device=next(self.model.parameters()).device)
+
+    @property
+    def artifact_source(self) -> dict[str, Any]:
+        """Arguments of `save` by which `load` needs no skeleton; empty where an artifact may not name them."""
+        if not self.source.is_trusted_name:
+            return {}
+        return {"source": str(self.source), "source_kwargs": self.model_args}
+
+
+def open_job(job: Job, batch_size: int, skeleton: bool = False) -> Opened:
+    """Build a job's model and open its data.
+
+    Args:
+        job: The job.
+        batch_size: Images a batch.
+        skeleton: Leave published weights and the checkpoint out; whoever asks has weights of their own.
+
+    Raises:
+        ConversionError: If the model cannot be built.
+        DataError: If the data cannot be read, or has more classes than the model.
+    """
+    splits = _splits(job)
+    arguments = dict(job.model_args) | _defaults(job, splits)
+    model = build_model(
+        job.source,
+        pretrained=job.pretrained and not skeleton,
+        checkpoint=None if skeleton else job.checkpoint,
+        **arguments,
+    )
+    model.eval()
+    loaders = create_loaders(
+        splits,
+        model,
+        batch_size,
+        source=str(job.source),
+        input_size=job.input_size,
+        num_workers=job.workers,
+        seed=job.seed,
+    )
+    outputs = getattr(model, "num_classes", None)
+    if isinstance(outputs, int) and outputs < loaders.num_classes:
+        raise DataError(
+            f"{job.source} has {outputs} classes, its data {loaders.num_classes}. Give --model-arg "
+            f"num_classes={loaders.num_classes}."
+        )
+    return Opened(model.to(_device()), loaders, job.source, arguments)
+
+
+def _splits(job: Job) -> Splits | None:
+    if job.data is None:
+        if job.holdout is not None or job.num_classes is not None or job.data_root is not None or job.download:
+            raise DataError(
+                "The digits have their own split and ten classes. Give --data, or no other option on data."
+            )
+        return None
+    return open_splits(job.data, job.holdout, job.seed, job.data_root, job.download, job.num_classes)
+
+
+def _defaults(job: Job, splits: Splits | None) -> dict[str, Any]:
+    """Arguments that the data decides, unless the user has, or the builder is the user's own."""
+    if job.source.kind == "import":
+        return {}
+    found: dict[str, Any] = {}
+    named = splits is None or splits.class_names is not None or not (job.pretrained or job.checkpoint)
+    classes = job.num_classes or (10 if splits is None else splits.num_classes)
+    if "num_classes" not in job.model_args and (named or job.num_classes):
+        found["num_classes"] = classes  # numbers alone may be some of the published model's classes: its head stays
+    fresh = not (job.pretrained or job.checkpoint)
+    if splits is None and fresh and job.source.kind == "timm" and "in_chans" not in job.model_args:
+        found["in_chans"] = 1
+    return found
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def job_from_dict(values: Mapping[str, Any], where: str | Path) -> Job:
+    """Return the job that a run directory's configuration holds.
+
+    Args:
+        values: What was read.
+        where: The file, for the error.
+
+    Raises:
+        ConversionError: If it is not one.
+    """
+    names = {item.name for item in dataclasses.fields(Job)}
+    if not isinstance(values, Mapping) or set(values) != names:
+        raise ConversionError(f"{where}: expected the entries {', '.join(sorted(names))} under 'job'.")
+    return Job(**values)

@@ -1,0 +1,222 @@
+"""A run directory: the names of its files, its configuration, and how a command finds its way back into it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from daqconvert import __version__
+from daqconvert.cli.job import Job, Opened, job_from_dict, open_job
+from daqconvert.convert import apply_plan
+from daqconvert.errors import ConversionError, TrainingError
+from daqconvert.files import replacing, write_text
+from daqconvert.policy.plan_json import plan_from_dict, plan_to_dict
+from daqconvert.sources import parse_source
+from daqconvert.spec import Plan
+from daqconvert.state_dicts import load_checkpoint
+from daqconvert.training import Recipe, load_weights
+
+RUN = "run"
+CONFIG, FLOAT, SUMMARY = "config.json", "float.safetensors", "summary.json"
+ARTIFACT, ONNX, FLOAT_ONNX = "artifact", "model.onnx", "float.onnx"
+HINT = "Free some space or choose another --out."
+BEST = "best.safetensors"
+OWN = (CONFIG, FLOAT, SUMMARY, ARTIFACT, ONNX, FLOAT_ONNX)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What `config.json` holds.
+
+    Attributes:
+        job: Model and data.
+        plan: Which layers get how many bits.
+        recipe: How it is trained.
+        float_epochs: Epochs that the float model is trained first.
+    """
+
+    job: Job
+    plan: Plan
+    recipe: Recipe
+    float_epochs: int
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether a path is a run directory."""
+    return (Path(path) / CONFIG).is_file()
+
+
+def prepare(path: Path, overwrite: bool, resume: bool) -> None:
+    """Refuse a directory that is in use, unless the user says what to do with it; nothing is changed yet.
+
+    Args:
+        path: The run directory, there or not.
+        overwrite: Replace the run in it.
+        resume: Go on with the run in it.
+
+    Raises:
+        TrainingError: If it is in use, or no directory.
+    """
+    if overwrite and resume:
+        raise TrainingError("--overwrite and --resume: give one of them.")
+    if path.exists() and not path.is_dir():
+        raise TrainingError(f"{path} is a file; expected a directory for the run. Choose another with --out.")
+    if resume and not is_run(path):
+        raise TrainingError(f"{path}: no run to resume, it has no {CONFIG}.")
+    if path.is_dir() and any(path.iterdir()) and not (overwrite or resume):
+        hint = "Add --overwrite to replace it, --resume to go on" if is_run(path) else "Add --overwrite to use it"
+        raise TrainingError(f"{path} exists and is not empty. {hint}, or choose another with --out.")
+
+
+def clear(path: Path) -> None:
+    """Remove what an earlier run wrote; other files stay.
+
+    Args:
+        path: The run directory.
+    """
+    for name in OWN:
+        target = path / name
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target)
+        else:
+            target.unlink(missing_ok=True)
+
+
+def write_config(path: Path, config: Config) -> None:
+    """Write `config.json`, making the directory if need be.
+
+    Args:
+        path: The run directory.
+        config: What it holds.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    document = {
+        "daqconvert": __version__,
+        "job": dataclasses.asdict(config.job),
+        "recipe": config.recipe.to_dict(),
+        "float_epochs": config.float_epochs,
+        "plan": plan_to_dict(config.plan),
+    }
+    write_json(path / CONFIG, document)
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Write a JSON file in one go.
+
+    Args:
+        path: The file.
+        document: What it holds.
+    """
+    write_text(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n", TrainingError, HINT)
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds.
+
+    Args:
+        path: The file.
+
+    Raises:
+        TrainingError: If it is missing or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{path} could not be read ({error}).") from error
+
+
+def read_config(path: Path) -> Config:
+    """Return what `config.json` holds.
+
+    Args:
+        path: The run directory.
+
+    Raises:
+        TrainingError: If it is damaged.
+    """
+    found = read_json(path / CONFIG)
+    try:
+        job = job_from_dict(found["job"], path / CONFIG)
+        return Config(job, plan_from_dict(found["plan"]), Recipe(**found["recipe"]), int(found["float_epochs"]))
+    except (KeyError, TypeError) as error:
+        raise TrainingError(f"{path / CONFIG} is damaged: {error}.") from error
+
+
+def allow_code(job: Job, typed: str | None, where: str | Path) -> Job:
+    """Return the job if it may be built: an import path only if the user typed it again, for it runs code.
+
+    Args:
+        job: From a file.
+        typed: The `--model` option.
+        where: The file or directory, for the error.
+
+    Raises:
+        ConversionError: If it names code that the user did not.
+    """
+    if typed is not None and job.source != parse_source(typed):
+        raise ConversionError(f"--model {typed}: the model of {where} is {job.source}.")
+    if job.source.kind == "import" and typed is None:
+        raise ConversionError(
+            f"{where}: its model is {job.source}, code to be imported. If you trust it, add --model {job.source}."
+        )
+    return job
+
+
+def open_run(
+    path: Path, typed: str | None, batch_size: int, changes: Mapping[str, Any] | None = None
+) -> tuple[Config, Opened]:
+    """Return the configuration of a run, its data and its float model with the run's own float weights.
+
+    Args:
+        path: The run directory.
+        typed: The `--model` option.
+        batch_size: Images a batch.
+        changes: Other values of fields of the job.
+
+    Raises:
+        TrainingError: If the run has not got so far.
+    """
+    config = read_config(path)
+    job = dataclasses.replace(allow_code(config.job, typed, path), **changes or {})
+    if not (path / FLOAT).is_file():
+        raise TrainingError(f"{path}: it has no {FLOAT} yet. Go on with daqconvert finetune --out {path} --resume.")
+    opened = open_job(job, batch_size, skeleton=True)
+    load_checkpoint(opened.model, path / FLOAT)
+    return config, opened
+
+
+def quantized_model(path: Path, config: Config, opened: Opened) -> Any:
+    """Return the quantized model of a run's best epoch, in evaluation mode.
+
+    Args:
+        path: The run directory.
+        config: Its configuration.
+        opened: Its float model, which is converted in place.
+
+    Raises:
+        TrainingError: If no epoch was finished.
+    """
+    if not (path / BEST).is_file():
+        raise TrainingError(f"{path}: it has no {BEST} yet. Go on with daqconvert finetune --out {path} --resume.")
+    qmodel = apply_plan(opened.model, config.plan)
+    load_weights(qmodel, path / BEST)
+    return qmodel.eval()
+
+
+def save_float(path: Path, opened: Opened) -> None:
+    """Write the float model's state dict.
+
+    Args:
+        path: The run directory.
+        opened: Holds the model.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in opened.model.state_dict().items()}
+    with replacing(path / FLOAT, TrainingError, HINT) as temporary:
+        save_file(tensors, str(temporary))  # clones: a tied weight is written under each of its names

@@ -1,0 +1,143 @@
+"""What a command is pointed at: a run directory, an artifact, or a model by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from daqconvert.artifact import load, read_manifest
+from daqconvert.artifact.manifest import MANIFEST
+from daqconvert.calibration import calibrate
+from daqconvert.cli import rundir
+from daqconvert.cli.job import Job, Opened, open_job
+from daqconvert.convert import quantize
+from daqconvert.errors import ArtifactError, ConversionError, PolicyError
+from daqconvert.sources import build_model
+from daqconvert.spec import Policy
+
+EVAL_BATCH = 64
+RUN, ARTIFACT, MODEL = "run", "artifact", "model"
+
+
+def kind_of(target: str) -> str:
+    """Return `"run"`, `"artifact"` or `"model"`.
+
+    Args:
+        target: A path or a model's name.
+
+    Raises:
+        ConversionError: If there is such a path and it is none of them.
+
+    Example:
+        >>> kind_of("resnet18")
+        'model'
+    """
+    path = Path(target)
+    if not path.exists():
+        return MODEL
+    if rundir.is_run(path):
+        return RUN
+    if (path / MANIFEST).is_file():
+        return ARTIFACT
+    raise ConversionError(
+        f"{target}: neither a run directory (no {rundir.CONFIG}) nor an artifact (no {MANIFEST}). Give one of them, "
+        "or a model's name."
+    )
+
+
+def refuse(kind: str, **options: Any) -> None:
+    """Raise if options are set that have no effect on this kind of target.
+
+    Args:
+        kind: The kind of target.
+        options: By name; set if neither None, False nor empty.
+
+    Raises:
+        PolicyError: Names the first of them.
+    """
+    for name, value in options.items():
+        if value is not None and value is not False and value != []:
+            raise PolicyError(
+                f"--{name.replace('_', '-')} has no effect on {_article(kind)}: what it was made of is fixed."
+            )
+
+
+def _article(kind: str) -> str:
+    return f"an {kind}" if kind == ARTIFACT else f"a {kind}"
+
+
+def load_artifact(path: Path, typed: str | None) -> nn.Module:
+    """Return the frozen model of an artifact; where it names no source, of the one that the user typed.
+
+    Args:
+        path: The artifact.
+        typed: The `--model` option, with the arguments the artifact does not know.
+
+    Raises:
+        ArtifactError: If there is no model to load it into.
+    """
+    manifest = read_manifest(path)
+    if manifest.source is None and typed is None:
+        raise ArtifactError(f"{path}: it does not say how to build its {manifest.model}. Add --model module:function.")
+    skeleton = None if typed is None else build_model(typed)
+    return load(path, model=skeleton).eval()
+
+
+def open_named(job: Job, batch_size: int = EVAL_BATCH) -> Opened:
+    """Return a model that has weights, and its data.
+
+    Args:
+        job: The job.
+        batch_size: Images a batch.
+
+    Raises:
+        ConversionError: If its weights would be random ones.
+    """
+    if not job.has_weights:
+        raise ConversionError(f"{job.source} would have random weights. Give --pretrained or --checkpoint FILE.")
+    torch.manual_seed(job.seed)
+    return open_job(job, batch_size)
+
+
+def not_artifact(kind: str, target: str) -> None:
+    """Raise if what is to be frozen is an artifact already.
+
+    Args:
+        kind: The kind of target.
+        target: The path.
+
+    Raises:
+        ArtifactError: If it is one.
+    """
+    if kind == ARTIFACT:
+        raise ArtifactError(f"{target} is an artifact already. daqconvert export {target} makes an ONNX file of it.")
+
+
+def needs_out(out: Path | None, what: str) -> Path:
+    """Return where something goes.
+
+    Args:
+        out: The `--out` option.
+        what: What goes there, for the error.
+
+    Raises:
+        ArtifactError: If the user did not say.
+    """
+    if out is None:
+        raise ArtifactError(f"Say where the {what} goes: --out PATH.")
+    return out
+
+
+def calibrated(opened: Opened, policy: Policy) -> nn.Module:
+    """Return a quantized copy of a model, calibrated on its data and not trained.
+
+    Args:
+        opened: Model and data.
+        policy: Which layers get how many bits.
+    """
+    qmodel: nn.Module = quantize(opened.model, policy=policy, example_inputs=opened.example)
+    calibrate(qmodel, opened.loaders.calibration)
+    return qmodel.eval()

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import daqconvert as dq
+from daqconvert.deploy.runtime import OnnxModel
+
+
+def test_plan_of_a_model(daq):
+    found = daq("plan", "test_resnet", "--w-bits", "2", "--a-bits", "float", "--first", "float", "--json").json
+    rows = {row["site"]["name"]: row for row in found["rows"]}
+    assert rows["conv1.0"]["settings"] is None
+    assert (rows["layer1.0.conv1"]["settings"]["w_bits"], rows["layer1.0.conv1"]["settings"]["a_bits"]) == (2, None)
+    assert found["macs"] > 10**8
+    assert found["bytes"] < found["float_bytes"] / 4
+    text = daq("plan", "test_resnet").out
+    assert "layer4.0.conv2" in text
+    assert "4 channel integer" in text
+
+
+def test_plan_of_a_run_and_of_an_artifact(daq, finished):
+    of_run, of_artifact = (daq("plan", path, "--json").json for path in (finished, finished / "artifact"))
+    assert of_run["rows"] == of_artifact["rows"]
+    assert all(row["signed"] is not None for row in of_run["rows"])
+    assert "--w-bits has no effect on a run" in daq("plan", finished, "--w-bits", "2").fails()
+
+
+def test_policy_file(daq, tmp_path):
+    policy = tmp_path / "policy.toml"
+    policy.write_text('[default]\nw_bits = 4\na_bits = 4\n[[rule]]\nmatch = "layer4.*"\nw_bits = 2\n')
+    rows = {row["site"]["name"]: row for row in daq("plan", "test_resnet", "--policy", policy, "--json").json["rows"]}
+    assert rows["layer4.0.conv1"]["settings"]["w_bits"] == 2
+    policy.write_text('[[rule]]\nmatch = "layer5.*"\nw_bits = 2\n')
+    assert "layer5.*" in daq("plan", "test_resnet", "--policy", policy).fails()
+
+
+def test_eval_of_a_run(daq, finished):
+    found = daq("eval", finished, "--json").json
+    summary = json.loads((finished / "summary.json").read_text())
+    results = found["results"]
+    assert list(results) == ["float", "W4A4, quantized", "W4A4, frozen"]
+    assert results["float"]["top1"] == summary["top1"]["float"]
+    assert results["W4A4, quantized"] == results["W4A4, frozen"]
+    assert results["W4A4, frozen"]["top1"] == summary["top1"]["quantized"]
+    text = daq("eval", finished).out
+    assert "W4A4, frozen" in text
+
+
+def test_eval_of_an_artifact_and_of_other_data(daq, finished, folder, tmp_path):
+    found = daq("eval", finished / "artifact", "--data", folder, "--json").json
+    assert found["results"]["W4A4, frozen"] == daq("eval", finished, "--json").json["results"]["W4A4, frozen"]
+    other = daq("eval", finished, "--data", folder / "train", "--holdout", "0.5", "--json").json
+    assert other["results"]["float"]["images"] == 6
+
+
+def test_eval_of_a_model(daq, finished, folder):
+    weights = finished / "float.safetensors"
+    arguments = ("eval", "test_resnet", "--checkpoint", weights, "--data", folder)
+    found = daq(*arguments, "--w-bits", "8", "--a-bits", "8", "--json").json["results"]
+    assert list(found) == ["float", "W8A8, calibrated"]
+    assert found["float"]["top1"] == json.loads((finished / "summary.json").read_text())["top1"]["float"]
+    assert list(daq(*arguments, "--json").json["results"]) == ["float"]
+    assert "random weights" in daq("eval", "test_resnet", "--data", folder).fails()
+    assert "does not fit ResNet" in daq("eval", "test_resnet", "--checkpoint", weights).fails()  # ten digits
+
+
+def test_freeze_of_a_run(daq, run, tmp_path):
+    assert "artifact" in daq("freeze", run).fails()
+    assert daq("freeze", run, "--overwrite", "--json").json["bits"] == "W4A4"
+    found = daq("freeze", run, "--out", tmp_path / "other", "--json").json
+    assert found["source"] == "timm:test_resnet"
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(dq.load(run / "artifact")(x), dq.load(tmp_path / "other")(x))
+
+
+def test_freeze_and_export_of_a_model(daq, finished, folder, tmp_path):
+    pytest.importorskip("onnxruntime")
+    weights = ("test_resnet", "--checkpoint", finished / "float.safetensors", "--data", folder, "--w-bits", "8")
+    assert "--out PATH" in daq("freeze", *weights).fails()
+    assert daq("freeze", *weights, "--out", tmp_path / "artifact", "--json").json["bits"] == "W8A4"
+    assert "an artifact already" in daq("freeze", tmp_path / "artifact").fails()
+    found = daq("export", tmp_path / "artifact", "--out", tmp_path / "a.onnx", "--input-size", "32", "--json").json
+    assert found["agrees"] is True
+    assert daq("export", *weights, "--out", tmp_path / "b.onnx", "--json").json["samples"] == 9
+    x = torch.rand(1, 3, 32, 32)
+    first, second = (OnnxModel(tmp_path / name)(x) for name in ("a.onnx", "b.onnx"))
+    assert torch.allclose(first, second, atol=1e-4)
+
+
+def test_export_of_a_run(daq, run):
+    pytest.importorskip("onnxruntime")
+    assert "model.onnx" in daq("export", run).fails()
+    assert daq("export", run, "--overwrite", "--json").json["class_agreement"] == 1.0
+    assert "agrees" in daq("export", run, "--out", run / "again.onnx").out
+
+
+def test_inspect(daq, finished, run):
+    of_run = daq("inspect", finished, "--json").json
+    assert of_run["kind"] == "run"
+    assert of_run["files"]["model.onnx"] == (finished / "model.onnx").stat().st_size
+    of_artifact = daq("inspect", finished / "artifact", "--json").json
+    assert of_artifact["layers"]["layer1.0.conv1"] == ["4 channel integer", "4 unsigned"]
+    of_model = daq("inspect", "test_resnet", "--json").json
+    assert of_model["input_size"] == [3, 160, 160]
+    assert [site["name"] for site in of_model["sites"] if site["first"]] == ["conv1.0"]
+    assert "summary.json" in daq("inspect", finished).out
+    (run / "summary.json").unlink()
+    assert "not finished" in daq("inspect", run).out
+
+
+@pytest.mark.parametrize("command", ["plan", "eval", "freeze", "export", "inspect"])
+def test_targets_that_are_none(daq, tmp_path, command):
+    assert "neither a run directory" in daq(command, tmp_path).fails()
+    assert "timm has no model 'resnet1x'" in daq(command, "resnet1x", *out(command, tmp_path)).fails()
+
+
+def out(command, tmp_path):
+    weights = ("--checkpoint", tmp_path / "w.pt") if command in ("eval", "freeze", "export") else ()
+    return (*weights, "--out", tmp_path / "x") if command in ("freeze", "export") else weights
+
+
+@pytest.mark.parametrize("name", ["config.json", "best.safetensors", "float.safetensors"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "edited"])
+def test_damaged_runs(daq, run, name, damage):
+    file = run / name
+    if damage == "gone":
+        file.unlink()
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    else:
+        file.write_text('{"job": {"model": "os:system"}}')
+    message = daq("freeze", run, "--overwrite").fails()
+    assert name in message or damage == "gone"
+
+
+def test_main_and_python_m(child_env):
+    done = subprocess.run(
+        [sys.executable, "-m", "daqconvert.cli", "inspect", "nothing-here", "--json"],
+        capture_output=True,
+        text=True,
+        env=child_env,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "timm has no model 'nothing-here'" in done.stderr
+
+
+def test_usage_errors(daq):
+    assert "No such option" in daq("plan", "resnet18", "--wbits", "3").fails()
+    assert daq().code == 2
+    assert daq("plan").code == 2

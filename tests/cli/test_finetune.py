@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import daqconvert as dq
+from daqconvert.cli.rundir import read_config
+
+FILES = {
+    "config.json", "recipe.toml", "log.csv", "last.safetensors", "best.safetensors", "teacher.safetensors",
+    "float.safetensors", "float.onnx", "artifact", "model.onnx", "summary.json",
+}  # fmt: skip
+
+
+def test_run_directory_holds_everything(finished):
+    assert {entry.name for entry in finished.iterdir()} == FILES
+    assert [row["epoch"] for row in csv.DictReader((finished / "log.csv").open())] == ["1", "2"]
+    config = read_config(finished)
+    assert (str(config.job.source), config.recipe.epochs, config.float_epochs) == ("timm:test_resnet", 2, 2)
+    assert config.plan["layer1.0.conv1"].settings.w_bits == 4
+
+
+def test_json_is_the_summary_and_nothing_else(finished):
+    document = json.loads((finished.parent / "stdout.json").read_text())
+    assert document == json.loads((finished / "summary.json").read_text())
+    assert document["bits"] == "W4A4"
+    assert document["onnx_class_agreement"] == 1.0
+    assert document["onnx_images_checked"] == 8
+    assert set(document["seconds_per_image"]) == {"torch", "float_onnx", "onnx"}
+    assert all(0 < value < 5 for value in document["seconds_per_image"].values())
+    assert document["bytes"]["artifact"] < document["bytes"]["float"] / 4
+    assert document["bytes"]["onnx"] < document["bytes"]["float_onnx"] / 3
+    assert str(finished) not in (finished / "summary.json").read_text()
+
+
+def test_artifact_is_the_best_epoch(finished):
+    """What the summary says of the quantized model is true of what `load` gives, without naming the model."""
+    document = json.loads((finished / "summary.json").read_text())
+    frozen = dq.load(finished / "artifact")
+    config = read_config(finished)
+    from daqconvert.data import create_loaders
+    from daqconvert.training import evaluate
+
+    loaders = create_loaders(config.job.data, frozen, 8)
+    assert evaluate(frozen, loaders.val).top1 == document["top1"]["quantized"]
+
+
+def test_existing_directory_is_refused_and_unchanged(daq, run, tiny):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert "Add --overwrite to replace it, --resume to go on" in daq("finetune", *tiny, "--out", run).fails()
+    assert "give one of them" in daq("finetune", "--out", run, "--overwrite", "--resume").fails()
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("resnet1x",), "timm has no model 'resnet1x'. Nearest: resnet"),
+        (("test_resnet", "--data", "nowhere"), "there is no such folder or file"),
+        (("test_resnet", "--data", "{folder}"), "would start from random weights. Give --pretrained or --checkpoint"),
+        (("test_resnet", "--data", "{folder}", "--checkpoint", "none.pt"), "none.pt: no such checkpoint file"),
+        (("--w-bits", "9"), "w_bits"),
+        (("--w-bits", "2.5"), "--w-bits '2.5': expected 1 to 8, or float"),
+        (("--first", "8"), "--first '8': expected W,A bits such as 8,8, or float"),
+        (("--set", "granularty=tensor"), "granularity"),
+        (("--set", "granularity"), "--set 'granularity': expected KEY=VALUE"),
+        (("--preset", "paper-w9a9"), "paper-w"),
+        (("--policy", "none.toml"), "none.toml"),
+        (("--recipe", "paper-cifar"), "paper-cifar10"),
+        (("--epochs", "0"), "epochs"),
+        (("--exclude", "layer9.*"), "layer9.*"),
+        (("--holdout", "0.5"), "The digits have their own split"),
+        (("--pretrained",), "Name a model"),
+        (("test_resnet", "--data", "{folder}", "--holdout", "-1"), "--holdout -1"),
+        (("--model-arg", "x"), "--model-arg 'x': expected KEY=VALUE"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_mistakes_leave_an_old_run_as_it_was(daq, folder, tmp_path, arguments, message):
+    """Everything is checked before the directory that --overwrite allows to replace is touched."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text("old")
+    given = [argument.format(folder=folder) for argument in arguments]
+    assert message in daq("finetune", *given, "--out", run, "--overwrite").fails()
+    assert (run / "config.json").read_text() == "old"
+
+
+def test_overwrite_replaces_the_run_and_nothing_else(daq, run, tiny):
+    (run / "notes.txt").write_text("mine")
+    found = daq("finetune", *tiny, "--out", run, "--overwrite", "--preset", "paper-w2a2", "--no-onnx", "--json").json
+    assert (found["bits"], found["onnx"]) == ("W2A2", None)
+    assert {entry.name for entry in run.iterdir()} == FILES - {"float.onnx", "model.onnx"} | {"notes.txt"}
+    assert dq.load(run / "artifact") is not None
+
+
+def test_resume_after_an_interruption_gives_the_same_weights(daq, finished, run):
+    """Taken back to before its second epoch, a run ends where the uninterrupted one did."""
+    for name in ("artifact", "summary.json", "model.onnx", "float.onnx", "last.safetensors", "best.safetensors"):
+        target = run / name
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+    found = daq("finetune", "--out", run, "--resume", "--no-onnx", "--json")
+    assert found.json["top1"] == json.loads((finished / "summary.json").read_text())["top1"]
+    first, second = (load_file(path / "artifact" / "model.safetensors") for path in (finished, run))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("resnet18",), "has model 'test_resnet', found 'resnet18'"),
+        (("--epochs", "3"), "epochs"),
+        (("--float-epochs", "5"), "2 float epochs, found 5"),
+        (("--w-bits", "2"), "another policy"),
+        (("--workers", "1", "--input-size", "64"), "has input_size None, found 64"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_resume_refuses_another_job(daq, run, arguments, message):
+    assert message in daq("finetune", *arguments, "--out", run, "--resume", "--no-onnx").fails()
+
+
+def test_resume_needs_a_run(daq, tmp_path):
+    assert "no run to resume" in daq("finetune", "--out", tmp_path, "--resume").fails()
+    assert "is a file" in daq("finetune", "--out", __file__, "--overwrite").fails()
+
+
+def test_own_model_is_a_skeleton_that_the_user_names_again(daq, own_model, folder, tmp_path):
+    run = tmp_path / "run"
+    arguments = ("--data", folder, "--epochs", "1", "--batch-size", "6", "--no-onnx", "--w-bits", "8")
+    document = daq("finetune", own_model, *arguments, "--out", run, "--json").json
+    assert document["model"] == own_model
+    (tmp_path / "imported").unlink()
+    for command in ("eval", "freeze", "export"):
+        assert f"add --model {own_model}" in daq(command, run).fails()
+    assert not (tmp_path / "imported").exists()
+    assert daq("eval", run, "--model", own_model, "--json").json["results"]["W8A4, frozen"]["images"] == 8
+
+
+def test_interrupt(folder, tmp_path, child_env):
+    """Ctrl-C ends with 130 and one line that says how to go on; what it says works."""
+    run = tmp_path / "run"
+    options = ["--data", str(folder), "--float-epochs", "1", "--epochs", "4000", "--batch-size", "6", "--no-onnx"]
+    command = [sys.executable, "-m", "daqconvert.cli", "finetune", "test_resnet", *options, "--out", str(run)]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=child_env)
+    deadline = time.monotonic() + 120
+    while not (run / "best.safetensors").exists() and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == 130, err
+    assert out == ""
+    assert f"Interrupted. Go on with: daqconvert finetune --out {run} --resume" in err
+    assert "Traceback" not in err
