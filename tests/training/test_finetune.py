@@ -235,7 +235,7 @@ def test_guards_before_any_work(make, make_float, loader, tmp_path):
         ([torch.zeros(4, 8)], None, "train_loader, first batch: expected a target.*distill=1.0"),
         (["x"], None, "train_loader, first batch: batch: expected a tensor"),
         (None, [], "val_loader: expected at least one batch"),
-        (None, [torch.zeros(4, 8)], "val_loader, first batch: expected a target"),
+        (None, [torch.zeros(4, 8)], r"val_loader, first batch: expected a target.* alone\.$"),
     ],
     ids=["empty", "no iterable", "iterator", "no target", "text", "empty val", "no val target"],
 )

@@ -21,7 +21,7 @@ from daqconvert.calibration import CalibrationReport
 from daqconvert.errors import DataError, TrainingError
 from daqconvert.report.progress import Bar
 from daqconvert.training.evaluation import Meter, evaluate
-from daqconvert.training.loaders import inputs_count, read_batch
+from daqconvert.training.loaders import UNLABELLED, inputs_count, read_batch
 from daqconvert.training.logs import Row
 from daqconvert.training.objective import NO_TEACHER, Objective
 from daqconvert.training.optim import QUANTIZERS, WEIGHTS, Optimizers
@@ -99,7 +99,8 @@ class Run:
         done, rates = 0, {WEIGHTS: 0.0, QUANTIZERS: 0.0}
         for batch in self.train_loader:
             where = f"epoch {epoch}, step {done + 1}{f' of {self.steps}' if self.steps else ''}"
-            inputs, target = read_batch(batch, device, where, needs_target=self.objective.needs_target)
+            needs_target = self.objective.needs_target
+            inputs, target = read_batch(batch, device, where, needs_target=needs_target, hint=UNLABELLED)
             rates = self.optimizers.set_step(first + done)
             loss, outputs = self._step(inputs, target, where)
             meter.add(loss, inputs_count(inputs), outputs, target, strict=False)

@@ -14,6 +14,8 @@ from daqconvert.batches import split_batch, to_device
 from daqconvert.errors import DataError, TrainingError
 from daqconvert.training.recipes import Recipe
 
+UNLABELLED = " To train without targets, towards the float model: distill=1.0."
+
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -66,15 +68,17 @@ def steps_per_epoch(loader: Any, recipe: Recipe) -> int:
     return steps or 0
 
 
-def check_first_batch(loader: Any, name: str, *, needs_target: bool) -> None:
+def check_first_batch(loader: Any, name: str, *, needs_target: bool, hint: str = "") -> None:
     """Read one batch and raise `DataError` if there is none or it has not the right form."""
     for batch in loader:
-        read_batch(batch, torch.device("cpu"), f"{name}, first batch", needs_target=needs_target)
+        read_batch(batch, torch.device("cpu"), f"{name}, first batch", needs_target=needs_target, hint=hint)
         return
     raise DataError(f"{name}: expected at least one batch, found none. Is the data set empty?")
 
 
-def read_batch(batch: Any, device: torch.device, where: str, *, needs_target: bool) -> tuple[Inputs, Any]:
+def read_batch(
+    batch: Any, device: torch.device, where: str, *, needs_target: bool, hint: str = ""
+) -> tuple[Inputs, Any]:
     """Return a batch's inputs and target on a device.
 
     Args:
@@ -83,6 +87,7 @@ def read_batch(batch: Any, device: torch.device, where: str, *, needs_target: bo
         device: The model's.
         where: The place, for the message.
         needs_target: Whether a batch without a target is an error.
+        hint: What to do about a missing target, for the message.
 
     Returns:
         `((args, kwargs), target)`; the target is None where there is none.
@@ -102,7 +107,7 @@ def read_batch(batch: Any, device: torch.device, where: str, *, needs_target: bo
     if target is None and needs_target:
         raise DataError(
             f"{where}: expected a target: a tuple or list (input, target), or a dict with one under target, label or "
-            f"labels; found {_describe(batch)}. To train without targets, towards the float model: distill=1.0."
+            f"labels; found {_describe(batch)}.{hint}"
         )
     return (to_device(args, device), to_device(kwargs, device)), to_device(target, device)
 

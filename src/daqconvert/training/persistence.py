@@ -8,7 +8,6 @@ model in memory may have been trained on since.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +25,7 @@ from daqconvert.training.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from daqconvert.training.loaders import check_first_batch, read_batch
+from daqconvert.training.loaders import UNLABELLED, check_first_batch, read_batch
 from daqconvert.training.logs import write_log
 from daqconvert.training.objective import NO_TEACHER, OWN_TEACHER, float_teacher
 from daqconvert.training.optim import Optimizers
@@ -99,9 +98,12 @@ def meta(run: Run) -> dict[str, Any]:
 
 def _start_fresh(run: Run) -> None:
     if is_calibrated(run.model):
-        check_first_batch(run.train_loader, "train_loader", needs_target=run.objective.needs_target)
+        needs_target = run.objective.needs_target
+        check_first_batch(run.train_loader, "train_loader", needs_target=needs_target, hint=UNLABELLED)
     else:
-        run.calibration = calibrate(run.model, _calibration_batches(run), method=run.recipe.calibration_method)
+        count = min(run.recipe.calibration_batches, run.steps or run.recipe.calibration_batches)
+        batches = _calibration_batches(run)
+        run.calibration = calibrate(run.model, batches, method=run.recipe.calibration_method, max_batches=count)
     if run.teacher_kind == OWN_TEACHER:
         run.objective.teacher = float_teacher(run.model)
     run.optimizers = _optimizers(run)
@@ -115,10 +117,10 @@ def _start_fresh(run: Run) -> None:
 
 
 def _calibration_batches(run: Run) -> Iterator[Any]:
-    for i, batch in enumerate(islice(run.train_loader, run.recipe.calibration_batches)):
+    for i, batch in enumerate(run.train_loader):
         if i == 0:
-            needs_target = run.objective.needs_target
-            read_batch(batch, torch.device("cpu"), "train_loader, first batch", needs_target=needs_target)
+            cpu, needs_target = torch.device("cpu"), run.objective.needs_target
+            read_batch(batch, cpu, "train_loader, first batch", needs_target=needs_target, hint=UNLABELLED)
         yield batch
 
 
