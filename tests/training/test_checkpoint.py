@@ -10,9 +10,9 @@ from torch import nn
 
 import daqconvert as dq
 from daqconvert.errors import DataError, TrainingError
+from daqconvert.files import replacing, write_text
 from daqconvert.training import finetune, load_weights
 from daqconvert.training.checkpoint import digest, model_tensors, read_checkpoint, write_checkpoint
-from daqconvert.training.files import replacing, write_text
 
 TENSORS = {
     "a": torch.arange(6.0).reshape(2, 3),
@@ -197,8 +197,8 @@ def test_leftovers_of_a_killed_process_are_removed(make, loader, tmp_path):
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("bug")], ids=repr)
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, error):
     path = tmp_path / "log.csv"
-    write_text(path, "old")
-    with pytest.raises(type(error)), replacing(path) as temporary:
+    write_text(path, "old", TrainingError)
+    with pytest.raises(type(error)), replacing(path, TrainingError) as temporary:
         temporary.write_text("ne")
         raise error
     assert path.read_text() == "old"

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from daqconvert.convert import require_quantized
 from daqconvert.errors import TrainingError
-from daqconvert.training.files import replacing
+from daqconvert.files import replacing
 
 FORMAT, VERSION = "daqconvert-checkpoint", 1
 MODEL, OPTIMIZER = "model/", "optimizer/"
+NOT_WRITTEN = "Free some space or choose another out_dir, then go on with resume=True."
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[st
     plain = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
     text = json.dumps(meta)
     header = {"format": FORMAT, "version": str(VERSION), "json": text, "sha256": digest(plain, text)}
-    with replacing(path) as temporary:
+    with replacing(path, TrainingError, NOT_WRITTEN) as temporary:
         save_file(plain, temporary, metadata=header)
 
 

@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from daqconvert.training.files import write_text
+from daqconvert.errors import TrainingError
+from daqconvert.files import write_text
+from daqconvert.training.checkpoint import NOT_WRITTEN
 
 Row = dict[str, Any]
 
@@ -42,4 +44,4 @@ def csv_text(history: Sequence[Mapping[str, Any]]) -> str:
 
 def write_log(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
     """Write `log.csv`; raises `TrainingError` if that fails."""
-    write_text(path, csv_text(history))
+    write_text(path, csv_text(history), TrainingError, NOT_WRITTEN)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from daqconvert.errors import TrainingError
-from daqconvert.training.files import remove_leftovers, write_text
+from daqconvert.files import write_text
+from daqconvert.training.checkpoint import NOT_WRITTEN
 from daqconvert.training.recipes import Recipe
 
 
@@ -58,10 +59,13 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         self._made = missing
         for file in self.files:
-            remove_leftovers(file)
+            for leftover in file.parent.glob(f".{file.name}.*.tmp"):  # of a process that was killed
+                leftover.unlink(missing_ok=True)
         probe = self.path / ".probe"
         try:
-            write_text(probe, "")  # a directory that cannot be written to is found now, not an epoch later
+            write_text(
+                probe, "", TrainingError
+            )  # a directory that cannot be written to is found now, not an epoch later
         except TrainingError as error:
             raise error.__cause__ or error from None
         probe.unlink()
@@ -73,7 +77,7 @@ class RunDirectory:
 
     def write_recipe(self, recipe: Recipe) -> None:
         """Write `recipe.toml`, from which the run can be repeated."""
-        write_text(self.recipe, recipe.to_toml())
+        write_text(self.recipe, recipe.to_toml(), TrainingError, NOT_WRITTEN)
 
     def drop_if_empty(self) -> None:
         """Remove the directories that were made for this run, if nothing was written."""
