@@ -144,7 +144,7 @@ def test_own_model_is_a_skeleton_that_the_user_names_again(daq, own_model, folde
     for command in ("eval", "freeze", "export"):
         assert f"add --model {own_model}" in daq(command, run).fails()
     assert not (tmp_path / "imported").exists()
-    assert daq("eval", run, "--model", own_model, "--json").json["results"]["W8A4, frozen"]["images"] == 8
+    assert daq("eval", run, "--model", own_model, "--json").json["results"]["W8A8, frozen"]["images"] == 8
 
 
 def test_interrupt(folder, tmp_path, child_env):

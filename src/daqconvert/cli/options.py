@@ -48,8 +48,12 @@ Workers = Annotated[int, option("--workers", "Processes that decode images.")]
 
 PolicyFile = Annotated[str | None, option("--policy", "A policy file (TOML).")]
 Preset = Annotated[str | None, option("--preset", "A preset, such as paper-w1a1.")]
-WBits = Annotated[str | None, option("--w-bits", "Bits of the weights, 1 to 8, or float.")]
-ABits = Annotated[str | None, option("--a-bits", "Bits of the inputs, 1 to 8, or float.")]
+WBits = Annotated[
+    str | None, option("--w-bits", "Bits of the weights, 1 to 8, or float. Default: 4, or 8 beside --a-bits.")
+]
+ABits = Annotated[
+    str | None, option("--a-bits", "Bits of the inputs, 1 to 8, or float. Default: 4, or 8 beside --w-bits.")
+]
 First = Annotated[str | None, option("--first", "First layers: W,A bits or float. Default: 8,8.")]
 Last = Annotated[str | None, option("--last", "Last layers: W,A bits or float. Default: 8,8.")]
 Exclude = Annotated[list[str] | None, option("--exclude", "Layers to leave alone: a name or pattern; repeatable.")]
