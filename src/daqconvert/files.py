@@ -1,16 +1,29 @@
-"""Files and directories that are there whole or not at all: written beside their place, then renamed into it."""
+"""Files and directories that are there whole or not at all: written beside their place, then renamed into it.
+
+What is being written has the hidden name `.NAME.MACHINE-PID-RANDOM.tmp`. A process that is killed leaves it behind;
+the next one that writes to the same place on the same machine finds that its owner is gone, and removes it.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
+import re
+import secrets
 import shutil
+import sys
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from daqconvert.errors import DaqError
+
+MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"  # process ids mean nothing on another one
+LEFTOVER = re.compile(rf"\..+\.{MACHINE}-(\d+)-[0-9a-f]{{8}}\.(tmp|old)")
 
 
 @contextmanager
@@ -28,13 +41,13 @@ def replacing(path: Path, error: type[DaqError], hint: str = "") -> Iterator[Pat
     Raises:
         DaqError: Of class `error`, as on a full disk; what was there before is unchanged.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _making_parents(path, error, hint):
+    with _writing(path, error, hint) as real:
+        temporary = _beside(real, "tmp")
         try:
             yield temporary
             flush(temporary)
-            temporary.replace(path)
-            flush(path.parent)  # the new name is on the disk too
+            temporary.replace(real)
+            flush(real.parent)  # the new name is on the disk too
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -44,37 +57,30 @@ def replacing_directory(path: Path, error: type[DaqError], hint: str = "") -> It
     """Yield a temporary directory beside `path`; put it in its place if the block succeeds, remove it if not.
 
     Args:
-        path: The directory to write or replace.
+        path: The directory to write or replace; all that it holds is replaced.
         error: Class of the error raised if it cannot be written.
         hint: What to do about it, the last words of that error.
 
     Yields:
-        An empty directory to write into.
+        An empty directory to write files into.
 
     Raises:
         DaqError: Of class `error`; what was there before is unchanged.
-        OSError: Never leaves this function: it becomes `error`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    with _making_parents(path, error, hint):
+    with _writing(path, error, hint) as real:
+        temporary = _beside(real, "tmp")
+        temporary.mkdir()
         try:
-            temporary.mkdir()
             yield temporary
-            for file in temporary.iterdir():
+            for file in (*temporary.iterdir(), temporary):
                 flush(file)
-            if path.exists():
-                path.replace(old)
-            try:
-                temporary.replace(path)
-            except OSError:
-                if old.exists():
-                    old.replace(path)
-                raise
-            flush(path.parent)
+            if not real.exists():
+                temporary.rename(real)
+            elif not _exchange(temporary, real):
+                exchange_in_steps(temporary, real)
+            flush(real.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: Path, text: str, error: type[DaqError], hint: str = "") -> None:
@@ -90,6 +96,23 @@ def write_text(path: Path, text: str, error: type[DaqError], hint: str = "") -> 
         temporary.write_text(text, encoding="utf-8", newline="")
 
 
+def remove_leftovers(path: Path) -> None:
+    """Remove what processes that were killed while they wrote to `path` left beside it.
+
+    An old directory that one of them had moved aside, and not yet replaced, goes back to its place.
+
+    Args:
+        path: The file or directory that was to be written; need not exist.
+    """
+    for leftover in _leftovers(path):
+        if leftover.suffix == ".old" and not path.exists():
+            leftover.rename(path)
+        elif leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
 def flush(path: Path) -> None:
     """Make sure that a file or directory is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -100,20 +123,80 @@ def flush(path: Path) -> None:
 
 
 @contextmanager
-def _making_parents(path: Path, error: type[DaqError], hint: str) -> Iterator[None]:
-    """Make the parents of `path`; on failure remove those made, and turn file errors into `error`."""
+def _writing(path: Path, error: type[DaqError], hint: str) -> Iterator[Path]:
+    """Make the parents of `path`; on failure remove those made, and turn errors of files into `error`.
+
+    Yields:
+        The path; where it is a link, what it points to, for that is written and the link stays.
+    """
     made: list[Path] = []
     try:
-        for folder in [p for p in reversed(path.parents) if not p.exists()]:
-            folder.mkdir()
-            made.append(folder)
-        yield
+        try:
+            real = path.resolve() if path.is_symlink() else path
+            for folder in [p for p in reversed(real.parents) if not p.exists()]:
+                folder.mkdir()
+                made.append(folder)
+            remove_leftovers(real)
+            yield real
+        except BaseException:
+            for folder in reversed(made):
+                with suppress(OSError):  # somebody else has put something in it since
+                    folder.rmdir()
+            raise
     except (OSError, SafetensorError) as cause:
-        for folder in reversed(made):
-            shutil.rmtree(folder, ignore_errors=True)
         reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause).splitlines()[0]
         raise error(f"{path}: could not be written ({reason}). What was there before is unchanged. {hint}") from cause
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(f".{path.name}.{MACHINE}-{os.getpid()}-{secrets.token_hex(4)}.{suffix}")
+
+
+def _leftovers(path: Path) -> list[Path]:
+    """Temporary files and directories for `path` whose process is gone."""
+    if not path.parent.is_dir():
+        return []
+    found = [p for p in path.parent.iterdir() if p.name.startswith(f".{path.name}.")]
+    owners = {p: LEFTOVER.fullmatch(p.name) for p in found}
+    return [p for p, match in owners.items() if match and not _is_running(int(match[1]))]
+
+
+def _is_running(pid: int) -> bool:
+    if os.name != "posix":
+        return True  # elsewhere signal 0 is no question, it is sent
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step, so that there is no moment without either; False where the system cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError):
+        return False
+    at_cwd, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+    return bool(renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0)
+
+
+def exchange_in_steps(new: Path, path: Path) -> None:
+    """Put `new` in the place of `path` by two renames; what was there is removed, or is back on failure.
+
+    Args:
+        new: The directory to put there.
+        path: An existing directory beside it.
+    """
+    old = _beside(path, "old")
+    path.rename(old)
+    try:
+        new.rename(path)
     except BaseException:
-        for folder in reversed(made):
-            shutil.rmtree(folder, ignore_errors=True)
+        old.rename(path)
         raise
+    shutil.rmtree(old, ignore_errors=True)

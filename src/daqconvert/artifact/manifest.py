@@ -1,7 +1,8 @@
 """The JSON half of an artifact: what stands in the other file, for which model, made by whom; strict and checksummed.
 
 `daqconvert.json` is one object with exactly the fields of `Manifest`, and `checksum`, the SHA-256 of the same object
-without it, as JSON with sorted keys and no spaces. The checksum finds damage and careless edits; it is no signature.
+without it, as JSON with sorted keys and no spaces. The checksum finds damage and careless edits; it is no signature,
+so every field is checked as if a stranger had written it. `docs/artifact.md` specifies the bytes.
 """
 
 from __future__ import annotations
@@ -10,19 +11,23 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from daqconvert.artifact.sources import check_source
 from daqconvert.errors import ArtifactError, DaqError
 from daqconvert.policy.plan_json import plan_from_dict, plan_to_dict
 from daqconvert.spec import Plan
 
 FORMAT, VERSION = "daqconvert-artifact", 1
 MANIFEST, TENSORS = "daqconvert.json", "model.safetensors"
-LARGEST_MANIFEST = 64 << 20  # bytes; a manifest of a hundred thousand layers is smaller
+LARGEST_MANIFEST = 16 << 20  # bytes; that of a model of ten thousand layers is smaller
+FLOATS = ("float64", "float32", "float16", "bfloat16")
 DTYPES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1}
-DTYPES |= {"uint8": 1, "bool": 1, "complex64": 8, "complex128": 16}
+DTYPES |= {"uint64": 8, "uint32": 4, "uint16": 2, "uint8": 1, "bool": 1, "complex64": 8}
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,16 @@ class TensorEntry:
     bits: int | None = None
     same_as: str | None = None
 
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape in the tensor file: that of the model, or one row of `bits * ceil(N / 8)` packed bytes."""
+        return self.shape if self.bits is None else (self.bits * -(-math.prod(self.shape) // 8),)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that it takes in the tensor file; 0 where it is the same as another."""
+        return 0 if self.same_as is not None else math.prod(self.stored_shape) * DTYPES[self.dtype]
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -53,7 +68,7 @@ class Manifest:
         model: Class name of the model.
         source: Source string the model is rebuilt from, or None.
         source_kwargs: Arguments for it.
-        dtype: Dtype of the model's floating parameters.
+        dtype: Dtype of the operands of the frozen layers.
         bytes: Size of the tensor file.
         sha256: Of the tensor file.
         tensors: Entry of each key of the state dict.
@@ -80,7 +95,24 @@ class Manifest:
             key: {name: value for name, value in dataclasses.asdict(entry).items() if value is not None}
             for key, entry in self.tensors.items()
         }
-        return json.dumps({**body, "checksum": _checksum(body)}, indent=1) + "\n"
+        return json.dumps({**body, "checksum": checksum(body)}, indent=1) + "\n"
+
+
+def checksum(body: dict[str, Any]) -> str:
+    """Return the SHA-256 of a manifest's object without its checksum, as JSON with sorted keys and no spaces."""
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def largest_size(tensors: Mapping[str, TensorEntry]) -> int:
+    """Return the largest size in the shapes of the tensors that take bytes."""
+    return max((size for entry in tensors.values() if entry.stored_bytes for size in entry.shape), default=0)
+
+
+def shown(value: object) -> str:
+    """Return a value from a file as printable ASCII of at most 80 characters, for a message."""
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -93,72 +125,125 @@ def read_manifest(path: str | Path) -> Manifest:
         ArtifactError: If it is missing, damaged, edited, of another format, or from a newer version; names the file
             and the field.
     """
-    directory = Path(path)
-    file = directory / MANIFEST
-    if not file.is_file():
-        what = "no such directory" if not directory.exists() else f"it holds no {MANIFEST}"
-        raise ArtifactError(f"{directory}: not an artifact: {what}. Make one with daqconvert.save(frozen, path).")
-    if file.stat().st_size > LARGEST_MANIFEST:
-        raise ArtifactError(f"{file}: {file.stat().st_size} bytes; a manifest has at most {LARGEST_MANIFEST}.")
-    try:
-        body = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{file}: not readable as JSON ({error}). It is truncated or damaged.") from None
-    if not isinstance(body, dict) or body.get("format") != FORMAT:
+    file = Path(path) / MANIFEST
+    body = _read_object(file)
+    if body.get("format") != FORMAT:
         raise ArtifactError(f'{file}: expected an object with "format": "{FORMAT}".')
     version = body.get("version")
     if type(version) is not int or version < 1:
-        raise ArtifactError(f"{file}: version: expected a positive integer, found {version!r}.")
+        raise ArtifactError(f"{file}: version: expected a positive integer, found {shown(version)}.")
     if version > VERSION:
         raise ArtifactError(
             f"{file}: version {version} is newer than this daqconvert reads ({VERSION}). "
             "Upgrade: pip install -U daqconvert."
         )
-    checksum = body.pop("checksum", None)
-    if checksum != _checksum(body):
+    if body.pop("checksum", None) != checksum(body):
         raise ArtifactError(f"{file}: its checksum does not fit its contents: it was edited or damaged.")
     try:
         return _decode(body)
     except DaqError as error:
-        raise ArtifactError(f"{file}: {error}") from None
+        raise ArtifactError(f"{file}: {str(error)[:600]}") from None
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    directory = file.parent
+    try:
+        if not file.is_file():
+            what = f"it holds no file {MANIFEST}" if directory.is_dir() else "no such directory"
+            raise ArtifactError(f"{directory}: not an artifact: {what}. Make one with daqconvert.save(frozen, path).")
+        if file.stat().st_size > LARGEST_MANIFEST:
+            raise ArtifactError(f"{file}: {file.stat().st_size} bytes; a manifest has at most {LARGEST_MANIFEST}.")
+        content = file.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: of a path that no system can have
+        if isinstance(error, ArtifactError):
+            raise
+        raise ArtifactError(f"{shown(str(file))}: cannot be read ({error}).") from None
+    try:
+        body = json.loads(
+            content.decode(),
+            object_pairs_hook=_unique,
+            parse_int=_integer,
+            parse_float=_finite,
+            parse_constant=_finite,
+        )
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise ArtifactError(
+            f"{file}: not readable as JSON ({str(error)[:200]}). It is truncated or damaged."
+        ) from None
+    if not isinstance(body, dict):
+        raise ArtifactError(f'{file}: expected an object with "format": "{FORMAT}".')
+    return body
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key in found if sum(key == other for other, _ in pairs) > 1)
+        raise ValueError(f"field {shown(twice)} stands there twice")
+    return found
+
+
+def _integer(text: str) -> int:
+    if len(text) > 18:
+        raise ValueError(f"an integer of {len(text)} digits")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:20]}")
+    return value
 
 
 def _decode(body: dict[str, Any]) -> Manifest:
     names = [f.name for f in dataclasses.fields(Manifest)]
     wrong = sorted(set(names) ^ set(body))
     if wrong:
-        raise ArtifactError(f"field {wrong[0]!r} is {'missing' if wrong[0] in names else 'unknown'}.")
-    kinds: dict[str, Any] = {"daqconvert": str, "model": str, "source": (str, type(None))}
-    kinds |= {"source_kwargs": dict, "dtype": str, "bytes": int, "sha256": str, "tensors": dict}
-    for name, kind in kinds.items():
-        if not isinstance(body[name], kind) or isinstance(body[name], bool):
-            raise ArtifactError(f"{name}: found {type(body[name]).__name__}.")
-    if DTYPES.get(body["dtype"]) is None:
-        raise ArtifactError(f"dtype: {body['dtype']!r} is not a dtype.")
+        raise ArtifactError(f"field {shown(wrong[0])} is {'missing' if wrong[0] in names else 'unknown'}.")
+    for name, kind in {"source_kwargs": dict, "tensors": dict, "source": str | None}.items():
+        if not isinstance(body[name], kind):
+            raise ArtifactError(f"{name}: found {shown(body[name])}.")
+    for name in ("daqconvert", "model"):
+        if not isinstance(body[name], str) or not body[name].isprintable() or not 0 < len(body[name]) <= 200:
+            raise ArtifactError(f"{name}: expected a short text, found {shown(body[name])}.")
+    if body["dtype"] not in FLOATS:
+        raise ArtifactError(f"dtype: expected one of {', '.join(FLOATS)}, found {shown(body['dtype'])}.")
+    if type(body["bytes"]) is not int or body["bytes"] < 0:
+        raise ArtifactError(f"bytes: expected a count, found {shown(body['bytes'])}.")
+    if not isinstance(body["sha256"], str) or not re.fullmatch("[0-9a-f]{64}", body["sha256"]):
+        raise ArtifactError(f"sha256: expected 64 hexadecimal digits, found {shown(body['sha256'])}.")
     tensors = {key: _entry(key, value) for key, value in body["tensors"].items()}
-    for key, entry in tensors.items():
-        if entry.same_as is not None and (entry.same_as not in tensors or tensors[entry.same_as].same_as is not None):
-            raise ArtifactError(f"tensors.{key}.same_as: {entry.same_as!r} is no stored tensor.")
+    _check_aliases(tensors)
+    needed = sum(entry.stored_bytes for entry in tensors.values())
+    if needed > body["bytes"]:
+        raise ArtifactError(f"tensors: they take {needed} bytes, the tensor file has {body['bytes']}.")
+    check_source(body["source"], body["source_kwargs"], largest_size(tensors))
     return Manifest(**{**body, "tensors": tensors, "plan": plan_from_dict(body["plan"])})
 
 
 def _entry(key: str, value: object) -> TensorEntry:
-    where = f"tensors.{key}"
+    where = f"tensors.{shown(key)[1:-1]}"
     if not isinstance(value, dict) or not {"dtype", "shape"} <= set(value) <= {"dtype", "shape", "bits", "same_as"}:
-        raise ArtifactError(f"{where}: expected dtype, shape, and perhaps bits and same_as.")
+        raise ArtifactError(f"{where}: expected dtype, shape, and perhaps bits or same_as, found {shown(value)}.")
     shape, bits, same_as = value["shape"], value.get("bits"), value.get("same_as")
-    sizes_ok = isinstance(shape, list) and all(type(size) is int and 0 <= size < 2**40 for size in shape)
-    if not sizes_ok or len(shape) > 16 or math.prod(shape) >= 2**48:
-        raise ArtifactError(f"{where}.shape: expected a list of sizes, found {str(shape)[:60]}.")
-    if value["dtype"] not in DTYPES:
-        raise ArtifactError(f"{where}.dtype: {str(value['dtype'])[:40]!r} is not a dtype.")
-    if bits is not None and (type(bits) is not int or not 1 <= bits <= 8 or value["dtype"] != "uint8"):
-        raise ArtifactError(f"{where}.bits: expected 1 to 8 on a uint8 tensor, found {bits!r}.")
-    if same_as is not None and not isinstance(same_as, str):
-        raise ArtifactError(f"{where}.same_as: expected a name, found {same_as!r}.")
+    sizes_ok = isinstance(shape, list) and len(shape) <= 16
+    if not sizes_ok or not all(type(size) is int and 0 <= size < 2**40 for size in shape) or math.prod(shape) >= 2**48:
+        raise ArtifactError(f"{where}.shape: expected a list of sizes, found {shown(shape)}.")
+    if not isinstance(value["dtype"], str) or value["dtype"] not in DTYPES:
+        raise ArtifactError(f"{where}.dtype: expected one of {', '.join(DTYPES)}, found {shown(value['dtype'])}.")
+    if "bits" in value and (type(bits) is not int or not 1 <= bits <= 8 or value["dtype"] != "uint8"):
+        raise ArtifactError(f"{where}.bits: expected 1 to 8 on a uint8 tensor, found {shown(bits)}.")
+    if "same_as" in value and (not isinstance(same_as, str) or bits is not None):
+        raise ArtifactError(f"{where}.same_as: expected a name, and no bits, found {shown(same_as)}.")
     return TensorEntry(value["dtype"], tuple(shape), bits, same_as)
 
 
-def _checksum(body: dict[str, Any]) -> str:
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+def _check_aliases(tensors: dict[str, TensorEntry]) -> None:
+    for key, entry in tensors.items():
+        if entry.same_as is None:
+            continue
+        other = tensors.get(entry.same_as)
+        if other is None or other.same_as is not None or (other.dtype, other.shape) != (entry.dtype, entry.shape):
+            where = f"tensors.{shown(key)[1:-1]}.same_as"
+            raise ArtifactError(f"{where}: {shown(entry.same_as)} is no stored tensor of that dtype and shape.")

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import json
-from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
-from daqconvert.artifact.manifest import FORMAT, MANIFEST, TENSORS, VERSION, Manifest, TensorEntry
+from daqconvert.artifact.load import try_source
+from daqconvert.artifact.manifest import (
+    FLOATS,
+    FORMAT,
+    MANIFEST,
+    TENSORS,
+    VERSION,
+    Manifest,
+    TensorEntry,
+    largest_size,
+)
+from daqconvert.artifact.sources import check_source
+from daqconvert.artifact.tensors import collect, sha256
 from daqconvert.convert import current_plan
 from daqconvert.errors import ArtifactError, FrozenError
 from daqconvert.files import replacing_directory
 from daqconvert.freezing import is_frozen
-from daqconvert.functional.packing import pack
 from daqconvert.layers.frozen import FrozenLayer
-from daqconvert.sources import parse_source
 
 HINT = "Free some space or choose another path."
 
@@ -34,7 +44,7 @@ def save(
     """Write a frozen model as a directory: `model.safetensors` with packed codes, `daqconvert.json` with the plan.
 
     Codes of `b` bits take `b * ceil(N / 8)` bytes; every other parameter and buffer keeps its dtype. Tensors that two
-    names share are stored once. The directory appears whole or not at all.
+    names share are stored once. The directory appears whole or not at all; the same model gives the same bytes.
 
     Args:
         frozen: From `freeze`.
@@ -48,7 +58,8 @@ def save(
 
     Raises:
         FrozenError: If the model is not frozen.
-        ArtifactError: If `path` is in use or cannot be written, or `source` cannot be stored.
+        ArtifactError: If `path` is in use or cannot be written, a tensor cannot be stored, or `source` does not build
+            this model.
 
     Example:
         >>> import tempfile, daqconvert as dq
@@ -60,96 +71,82 @@ def save(
     """
     if not is_frozen(frozen):
         raise FrozenError(f"save: {type(frozen).__name__} is not frozen. Call daqconvert.freeze(qmodel) first.")
-    target = Path(path)
-    _check_target(target, overwrite)
-    kwargs = _check_source(source, source_kwargs or {})
-    entries, stored = _collect(frozen)
-    dtypes = Counter(e.dtype for k, e in entries.items() if e.dtype in ("float32", "float16", "bfloat16", "float64"))
+    target = _free_target(path, overwrite)
+    entries, stored = collect(frozen)
+    draft = _draft(frozen, entries, source, source_kwargs or {})
+    try:
+        try_source(draft, "save")
+    except ArtifactError as error:
+        raise ArtifactError(f"{error} Give the source and source_kwargs that build this model, or neither.") from error
     with replacing_directory(target, ArtifactError, HINT) as temporary:
         file = temporary / TENSORS
         save_file(stored, str(file))
-        manifest = Manifest(
-            format=FORMAT,
-            version=VERSION,
-            daqconvert=_own_version(),
-            model=type(frozen).__name__,
-            source=source,
-            source_kwargs=kwargs,
-            dtype=_model_dtype(frozen, dtypes),
-            bytes=file.stat().st_size,
-            sha256=sha256(file),
-            tensors=entries,
-            plan=current_plan(frozen),
-        )
-        (temporary / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        manifest = dataclasses.replace(draft, bytes=file.stat().st_size, sha256=sha256(file))
+        (temporary / MANIFEST).write_text(manifest.to_json(), encoding="utf-8", newline="")
     return target
 
 
-def sha256(file: Path) -> str:
-    """Return the SHA-256 of a file, read in pieces."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _free_target(path: str | Path, overwrite: bool) -> Path:
+    """Return where to write, once it is sure that nothing but an artifact can be lost there."""
+    target = Path(path)
+    try:
+        if not target.is_dir():
+            if target.exists():
+                raise ArtifactError(f"{target}: is a file; an artifact is a directory. Choose another path.")
+            return target
+        if target.resolve() in (Path.cwd(), *Path.cwd().parents):
+            raise ArtifactError(f"{target}: is the current directory or one above it. Name a directory to make.")
+        found = sorted(entry.name for entry in target.iterdir())
+    except (OSError, ValueError) as error:  # ValueError: of a path that no system can have
+        if isinstance(error, ArtifactError):
+            raise
+        raise ArtifactError(f"{str(target)!r}: cannot be used ({error}). Choose another path.") from None
+    foreign = [name for name in found if name not in (MANIFEST, TENSORS)]
+    if foreign:
+        what = "holds other files too" if MANIFEST in found else "is no artifact"
+        raise ArtifactError(f"{target}: exists and {what} ({foreign[0]!r}), which would be lost. Choose another path.")
+    if found and not overwrite:
+        raise ArtifactError(f"{target}: exists. Pass overwrite=True to replace it, or choose another path.")
+    return target
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
-    if target.is_file():
-        raise ArtifactError(f"{target}: is a file; an artifact is a directory. Choose another path.")
-    if target.is_dir() and any(target.iterdir()):
-        if not (target / MANIFEST).is_file():
-            raise ArtifactError(f"{target}: exists, is not empty and is no artifact. Choose another path.")
-        if not overwrite:
-            raise ArtifactError(f"{target}: exists. Pass overwrite=True to replace it, or choose another path.")
-
-
-def _check_source(source: str | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-    if source is None:
-        if kwargs:
-            raise ArtifactError("source_kwargs: have no effect without source. Pass source='timm:NAME' as well.")
-        return {}
-    if not parse_source(source).is_trusted_name:
-        raise ArtifactError(
-            f"source {source!r}: an artifact names only timm:NAME or torchvision:NAME, which load can rebuild without "
-            "running code from the file. Leave source out, and pass load(path, model=...)."
-        )
+def _draft(
+    frozen: nn.Module, entries: Mapping[str, TensorEntry], source: str | None, kwargs: Mapping[str, Any]
+) -> Manifest:
+    """Return the manifest of a tensor file that is not written yet."""
     try:
         plain: dict[str, Any] = json.loads(json.dumps(kwargs))
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"source_kwargs: expected numbers, texts, booleans and lists ({error}).") from None
-    return plain
+    check_source(source, plain, largest_size(entries))
+    return Manifest(
+        format=FORMAT,
+        version=VERSION,
+        daqconvert=_own_version(),
+        model=type(frozen).__name__,
+        source=source,
+        source_kwargs=plain,
+        dtype=_model_dtype(frozen),
+        bytes=0,
+        sha256="0" * 64,
+        tensors=dict(entries),
+        plan=current_plan(frozen),
+    )
 
 
-def _collect(frozen: nn.Module) -> tuple[dict[str, TensorEntry], dict[str, Tensor]]:
-    """Return the manifest's entries and the tensors to store, in the order of the state dict."""
-    bits = {
-        f"{name}.weight_codes".lstrip("."): module.settings.w_bits
-        for name, module in frozen.named_modules(remove_duplicate=False)
-        if isinstance(module, FrozenLayer)
-    }
-    entries: dict[str, TensorEntry] = {}
-    stored: dict[str, Tensor] = {}
-    seen: dict[tuple[Any, ...], str] = {}
-    for key, value in frozen.state_dict().items():
-        if not isinstance(value, Tensor):
-            raise ArtifactError(f"{key}: its extra state is no tensor ({type(value).__name__}) and cannot be saved.")
-        identity = (value.data_ptr(), value.dtype, tuple(value.shape), value.stride())
-        shape, dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
-        same = seen.setdefault(identity, key) if value.numel() else key
-        if same != key:
-            entries[key] = TensorEntry(dtype, shape, same_as=same)
-            continue
-        width = bits.get(key)
-        entries[key] = TensorEntry(dtype, shape, bits=width)
-        cpu = value.detach().cpu()
-        stored[key] = pack(cpu, width) if width is not None else cpu.contiguous().clone()
-    return entries, stored
-
-
-def _model_dtype(frozen: nn.Module, dtypes: Counter[str]) -> str:
-    """Dtype of the frozen layers' operands; where there is none, the commonest floating dtype."""
-    for module in frozen.modules():
-        if isinstance(module, FrozenLayer):
-            return str(module.dtype).removeprefix("torch.")
-    return dtypes.most_common(1)[0][0] if dtypes else "float32"
+def _model_dtype(frozen: nn.Module) -> str:
+    """Dtype of the frozen layers' operands, the same in all."""
+    layers = {name: module for name, module in frozen.named_modules() if isinstance(module, FrozenLayer)}
+    dtypes = {str(layer.dtype).removeprefix("torch."): name for name, layer in layers.items()}
+    if len(dtypes) > 1:
+        told = " and ".join(f"{name or '(root)'} in {dtype}" for dtype, name in sorted(dtypes.items()))
+        raise ArtifactError(
+            f"an artifact is of one dtype, found {told}. Call .float() or .half() on the frozen model."
+        )
+    dtype = next(iter(dtypes))
+    if dtype not in FLOATS:
+        raise ArtifactError(f"{dtypes[dtype]}: expected one of {', '.join(FLOATS)}, found {dtype}.")
+    return dtype
 
 
 def _own_version() -> str:

@@ -1,0 +1,119 @@
+"""A float model made ready for an artifact: the plan's sites become empty frozen layers, and all must fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from daqconvert.artifact.manifest import Manifest, TensorEntry, shown
+from daqconvert.convert import PLAN_ATTRIBUTE
+from daqconvert.errors import ArtifactError
+from daqconvert.functional.grid import levels
+from daqconvert.layers.frozen import FrozenLayer
+from daqconvert.layers.registry import frozen_class, quantized_class
+from daqconvert.spec import PlanRow
+
+
+def fit(skeleton: nn.Module, manifest: Manifest, where: str) -> nn.Module:
+    """Turn a float model, in place, into a frozen one that has the places for the artifact's values.
+
+    Args:
+        skeleton: Of the structure that was saved; its values do not matter, its dtype may differ.
+        manifest: What the artifact holds.
+        where: The artifact, for messages.
+
+    Raises:
+        ArtifactError: If a layer, shape, dtype or width is not that of the artifact; names it.
+    """
+    rows = manifest.plan.converted
+    if type(skeleton).__name__ != manifest.model and "" not in (row.name for row in rows):
+        raise ArtifactError(f"{where}: model: expected a {manifest.model}, found a {type(skeleton).__name__}.")
+    modules = dict(skeleton.named_modules(remove_duplicate=False))
+    for row in rows:
+        _check_site(modules.get(row.name), row, where)
+    dtype = getattr(torch, manifest.dtype)
+    if any(modules[row.name].weight.dtype != dtype for row in rows):
+        skeleton = skeleton.to(dtype)
+    for row in rows:
+        layer = modules[row.name]
+        if isinstance(layer, FrozenLayer):
+            raise ArtifactError(f"{where}: plan: {shown(row.name)} is a second name of {shown(layer.layer_name)}.")
+        assert row.settings is not None
+        frozen_class(type(layer)).skeleton(layer, row.settings, row.name)
+    for module in skeleton.modules():
+        module.training = False
+    object.__setattr__(skeleton, PLAN_ATTRIBUTE, manifest.plan)
+    _check_keys(skeleton, manifest, where)
+    return skeleton
+
+
+def _check_site(layer: nn.Module | None, row: PlanRow, where: str) -> None:
+    place = f"{where}: plan: {shown(row.name) if row.name else '(root)'}"
+    if layer is None or type(layer).__name__ != row.site.kind or quantized_class(type(layer)) is None:
+        found = "no such layer" if layer is None else f"a {type(layer).__name__}"
+        raise ArtifactError(f"{place}: expected a float {shown(row.site.kind)[1:-1]}, found {found}.")
+    shape = tuple(getattr(layer.weight, "shape", ()))
+    if shape != row.site.weight_shape:
+        raise ArtifactError(f"{place}: expected a weight of shape {row.site.weight_shape}, found {shape}.")
+
+
+def _check_keys(frozen: nn.Module, manifest: Manifest, where: str) -> None:
+    wanted, entries = frozen.state_dict(), manifest.tensors
+    own = {
+        f"{name}.{buffer}".lstrip("."): module.settings.w_bits if buffer == "weight_codes" else None
+        for name, module in frozen.named_modules(remove_duplicate=False)
+        if isinstance(module, FrozenLayer)
+        for buffer in ("weight_codes", "scale", "input_scale", "input_zero_point")
+    }
+    problems = [f"{key} is missing in the artifact" for key in wanted if key not in entries]
+    problems += [f"{shown(key)} is not in the model" for key in entries if key not in wanted]
+    for key in wanted.keys() & entries.keys():
+        entry, stored = entries[key], entries[entries[key].same_as or key]
+        problem = _misfit(wanted[key], entry, exact=key in own)
+        if stored.bits != own.get(key):
+            problem = f"expected {own.get(key) or 'no'} bits of packed codes, found {stored.bits or 'none'}"
+        problems += [f"{key}: {problem}"] if problem else []
+    if problems:
+        raise ArtifactError(f"{where}: tensors: do not fit {type(frozen).__name__}: {'; '.join(problems[:3])}.")
+
+
+def _misfit(value: object, entry: TensorEntry, exact: bool) -> str:
+    """What is wrong with a tensor; a model's own floating tensors may have any floating dtype."""
+    if not isinstance(value, Tensor) or is_lazy(value):
+        return "the model holds no tensor of known shape there"
+    if tuple(value.shape) != entry.shape:
+        return f"the model has shape {tuple(value.shape)}, the artifact {entry.shape}"
+    dtype = getattr(torch, entry.dtype)
+    if dtype == value.dtype or (not exact and dtype.is_floating_point and value.is_floating_point()):
+        return ""
+    return f"the model has {str(value.dtype)[6:]}, the artifact {entry.dtype}"
+
+
+def check_values(frozen: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Raise if a code or zero point is beyond the width of its layer.
+
+    Args:
+        frozen: From `fit`.
+        state: The values it is about to get.
+        where: The artifact, for messages.
+
+    Raises:
+        ArtifactError: Naming the tensor.
+    """
+    for name, module in frozen.named_modules():
+        if not isinstance(module, FrozenLayer):
+            continue
+        w_bits, a_bits = module.settings.w_bits, module.settings.a_bits
+        tops = {}
+        if w_bits is not None:
+            top = levels(w_bits, module.settings.grid)
+            tops["weight_codes"] = top if module.settings.grid == "midrise" else 2 * top
+        if a_bits is not None:
+            tops["input_zero_point"] = 2**a_bits - 1
+        for buffer, top in tops.items():
+            key = f"{name}.{buffer}".lstrip(".")
+            if state[key].numel() and int(state[key].max()) > top:
+                raise ArtifactError(f"{where}: {key}: expected 0 to {top}, found {int(state[key].max())}.")

@@ -1,0 +1,127 @@
+"""The other half of an artifact, `model.safetensors`: codes as bit planes, everything else as it is."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from daqconvert.artifact.manifest import DTYPES, Manifest, TensorEntry, shown
+from daqconvert.errors import ArtifactError
+from daqconvert.functional.packing import pack, unpack
+from daqconvert.layers.frozen import FrozenLayer
+
+
+def sha256(file: Path) -> str:
+    """Return the SHA-256 of a file, read in pieces."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def collect(frozen: nn.Module) -> tuple[dict[str, TensorEntry], dict[str, Tensor]]:
+    """Return the manifest's entries and the tensors to store, in the order of the state dict.
+
+    Args:
+        frozen: A frozen model; not changed.
+
+    Raises:
+        ArtifactError: If a value is no tensor, or of a kind that the tensor file cannot hold.
+    """
+    bits = {
+        f"{name}.weight_codes".lstrip("."): module.settings.w_bits
+        for name, module in frozen.named_modules(remove_duplicate=False)
+        if isinstance(module, FrozenLayer)
+    }
+    state = frozen.state_dict()
+    lost = [key for key, width in bits.items() if width is not None and key not in state]
+    if lost:
+        raise ArtifactError(f"{lost[0]}: is not in the model's state dict; a hook renamed or removed it.")
+    entries: dict[str, TensorEntry] = {}
+    stored: dict[str, Tensor] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    storages: set[int] = set()
+    for key, value in state.items():
+        dtype = _check_kind(key, value)
+        shape, width = tuple(value.shape), bits.get(key)
+        identity = (value.data_ptr(), value.device, dtype, shape, value.stride(), value.is_conj(), value.is_neg())
+        same = seen.setdefault(identity, key) if value.numel() else key
+        if same != key:
+            entries[key] = TensorEntry(dtype, shape, same_as=same)
+            continue
+        entries[key] = TensorEntry(dtype, shape, bits=width)
+        cpu = value.detach().cpu().resolve_conj().resolve_neg()
+        packed = cpu.contiguous() if width is None else pack(cpu, width)
+        # the tensor file takes no two tensors of one storage: views of one buffer are copied, all others are not
+        shared = packed.untyped_storage().data_ptr() in storages and packed.numel() > 0
+        storages.add(packed.untyped_storage().data_ptr())
+        stored[key] = packed.clone() if shared or _is_part(packed) else packed
+    return entries, stored
+
+
+def _check_kind(key: str, value: object) -> str:
+    if not isinstance(value, Tensor):
+        raise ArtifactError(f"{key}: its extra state is no tensor ({type(value).__name__}) and cannot be saved.")
+    dtype = str(value.dtype).removeprefix("torch.")
+    if dtype not in DTYPES or value.layout != torch.strided or value.is_meta:
+        kind = "without values (on the meta device)" if value.is_meta else f"{value.layout} {dtype}"
+        raise ArtifactError(f"{key}: expected a dense tensor of {', '.join(DTYPES)}, found one {kind}.")
+    return dtype
+
+
+def _is_part(value: Tensor) -> bool:
+    return value.untyped_storage().nbytes() != value.numel() * value.element_size()
+
+
+def read_tensors(file: Path, manifest: Manifest) -> dict[str, Tensor]:
+    """Read the tensor file, after its size, checksum, names, dtypes and shapes are found right, and unpack its codes.
+
+    Args:
+        file: The tensor file.
+        manifest: What it has to hold.
+
+    Returns:
+        The whole state dict, on the CPU; names of one entry get one tensor.
+
+    Raises:
+        ArtifactError: If it is missing, truncated, edited, or does not hold just that.
+    """
+    try:
+        _check_file(file, manifest)
+        state = _read(file, {key: entry for key, entry in manifest.tensors.items() if entry.same_as is None})
+    except ArtifactError:
+        raise
+    except (SafetensorError, OSError, RuntimeError, TypeError, ValueError, AttributeError, MemoryError) as error:
+        raise ArtifactError(f"{file}: not readable as safetensors ({str(error)[:200]}).") from None
+    return {key: state[entry.same_as or key] for key, entry in manifest.tensors.items()}
+
+
+def _check_file(file: Path, manifest: Manifest) -> None:
+    if not file.is_file():
+        raise ArtifactError(f"{file}: missing, or no file. The artifact is incomplete; save it again.")
+    size = file.stat().st_size
+    if size != manifest.bytes:
+        raise ArtifactError(f"{file}: expected {manifest.bytes} bytes, found {size}: truncated or replaced.")
+    if sha256(file) != manifest.sha256:
+        raise ArtifactError(f"{file}: its SHA-256 is not the one in the manifest: damaged or edited. Save it again.")
+
+
+def _read(file: Path, stored: dict[str, TensorEntry]) -> dict[str, Tensor]:
+    with safe_open(str(file), framework="pt") as reader:
+        difference = sorted(set(reader.keys()) ^ set(stored))
+        if difference:
+            raise ArtifactError(f"{file}: tensor {shown(difference[0])} stands in only one of file and manifest.")
+        found = {}
+        for key, entry in stored.items():
+            value = reader.get_tensor(key)
+            if tuple(value.shape) != entry.stored_shape or str(value.dtype) != f"torch.{entry.dtype}":
+                raise ArtifactError(
+                    f"{file}: {shown(key)}: expected {entry.dtype} {entry.stored_shape}, "
+                    f"found {str(value.dtype)[6:]} {tuple(value.shape)}."
+                )
+            # a copy, for the reader's tensor is a view of the file: who writes into that would change the model
+            found[key] = value.clone() if entry.bits is None else unpack(value, entry.bits, entry.shape)
+        return found
