@@ -19,8 +19,8 @@ def predict(folder: Path) -> None:
     images = np.load(folder / "images.npy")
     (scores,) = session.run(None, {session.get_inputs()[0].name: images})
     np.save(folder / "classes.npy", scores.argmax(axis=1))
-    loaded = sorted({"torch", "daqconvert"} & set(sys.modules))
-    print(f"ONNX Runtime {onnxruntime.__version__}: {len(images)} images; torch or daqconvert: {loaded or 'not loaded'}")
+    foreign = sorted({"torch", "daqconvert"} & set(sys.modules)) or "none"
+    print(f"ONNX Runtime {onnxruntime.__version__}: {len(images)} images; modules of torch or daqconvert: {foreign}")
 
 
 def convert(folder: Path) -> None:
