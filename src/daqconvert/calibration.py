@@ -157,7 +157,7 @@ def _observe(
         for name, observer in observers.items():
             handle = layers[name].register_forward_pre_hook(_observing(observer), with_kwargs=True)
             stack.callback(handle.remove)
-        for context in (evaluating(qmodel), disabled(qmodel), watching_weights(layers), torch.no_grad()):
+        for context in (evaluating(qmodel), disabled(qmodel), watching_weights(qmodel, layers), torch.no_grad()):
             stack.enter_context(context)
         for batch in track(batches, "calibrating", max_batches):
             run_batch(qmodel, batch)

@@ -202,7 +202,8 @@ def load_float(qmodel: nn.Module, state_dict: dict[str, Tensor]) -> nn.Module:
         >>> qmodel = dq.load_float(dq.quantize(model, w_bits=4, a_bits=4), model.state_dict())
     """
     layers = require_quantized(qmodel, "load_float")
-    own = {f"{name}." if name else "" for name in layers}
+    everywhere = qmodel.named_modules(remove_duplicate=False)  # a layer under two names has its keys under both
+    own = {f"{name}." if name else "" for name, module in everywhere if isinstance(module, QuantizedLayer)}
     extra = ("weight_quantizer.", "input_quantizer.", "output_scale")
     current = {
         key: value

@@ -49,19 +49,21 @@ class _Watch(TorchFunctionMode):
 
 
 @contextmanager
-def watching_weights(layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Raise as soon as a forward uses the weight of one of these layers outside that layer's own forward.
+def watching_weights(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Raise as soon as a forward uses the weight of one of these layers without calling a module that owns it.
 
     Args:
-        layers: By dotted name.
+        model: Whose forward runs inside the block.
+        layers: Of the model, by dotted name.
 
     Raises:
         ConversionError: Inside the block; names the layer and the function that used its weight.
     """
     watch = _Watch(layers)
     with ExitStack() as stack:
-        for layer in layers.values():
-            stack.callback(layer.register_forward_pre_hook(watch.enter, prepend=True).remove)
-            stack.callback(layer.register_forward_hook(watch.leave).remove)
+        for module in model.modules():  # an embedding may share the weight and use it by right
+            if any(id(p) in watch.names for p in module._parameters.values()):
+                stack.callback(module.register_forward_pre_hook(watch.enter, prepend=True).remove)
+                stack.callback(module.register_forward_hook(watch.leave).remove)
         stack.enter_context(watch)
         yield
