@@ -111,6 +111,21 @@ def test_weights_of_another_model_are_refused(make, loader, tmp_path):
         load_weights(other, tmp_path / "last.safetensors")
 
 
+def test_names_and_shapes_that_differ_are_named(make, loader, tmp_path):
+    finetune(make(), loader(), out_dir=tmp_path, epochs=1, distill=0.0)
+    more, fewer, wider = make(), make(), make()
+    more[3] = nn.BatchNorm1d(16)
+    fewer[1] = nn.Identity()
+    wider[1] = nn.BatchNorm1d(17)
+    for other, told in (
+        (more, "3.weight: only in the model"),
+        (fewer, "1.weight: only in the checkpoint"),
+        (wider, r"1.weight: shape \(16,\) in the checkpoint, \(17,\) in the model"),
+    ):
+        with pytest.raises(TrainingError, match=f"does not fit Sequential: {told}"):
+            load_weights(other, tmp_path / "last.safetensors")
+
+
 def test_state_that_is_no_tensor_is_refused_before_any_work(make, loader, tmp_path):
     class Counting(nn.ReLU):
         def get_extra_state(self):

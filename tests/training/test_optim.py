@@ -112,6 +112,8 @@ def test_state_moves_to_a_new_pair(make):
     steps(a, first, 3)
     steps(b, second, 3)
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    second.load_state_dict({})
+    assert second.state_dict() == {}
 
 
 @pytest.mark.parametrize(

@@ -138,8 +138,7 @@ class Optimizers:
         for group, named in self.named.items():
             for name, parameter in named.items():
                 for slot, value in self.optimizers[group].state.get(parameter, {}).items():
-                    if isinstance(value, Tensor):  # a momentum buffer is None until its parameter had a gradient
-                        state[f"{group}/{slot}/{name}"] = value
+                    state[f"{group}/{slot}/{name}"] = value
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
