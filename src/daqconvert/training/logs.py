@@ -37,8 +37,7 @@ def csv_text(history: Sequence[Mapping[str, Any]]) -> str:
     stream = io.StringIO()
     writer = csv.DictWriter(stream, COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
-    for row in history:
-        writer.writerow({key: "" if value is None else value for key, value in row.items()})
+    writer.writerows(history)  # None is written as nothing
     return stream.getvalue()
 
 
