@@ -72,12 +72,13 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     logging.getLogger("torch").setLevel(logging.ERROR)
     title = f"cifar10_resnet20_e{args.epochs}_s{args.seed}"
-    results = common.read(title).get("results", {})
     for name in args.only:
-        if name not in results:
-            results[name] = run(name, args)
-            common.write(title, {"epochs": args.epochs, "seed": args.seed, "results": results})
-            print(name, results[name]["top1"], flush=True)
+        if name in common.read(title).get("results", {}):
+            continue
+        result = run(name, args)
+        results = {**common.read(title).get("results", {}), name: result}  # another process may have added its own
+        common.write(title, {"epochs": args.epochs, "seed": args.seed, "results": results})
+        print(name, result["top1"], flush=True)
 
 
 if __name__ == "__main__":
