@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,10 @@ from daqconvert.quantizers.base import Quantizer
 from daqconvert.spec import Settings
 
 WEIGHT_STDS = 3.0  # the paper's start of the bounds of a normalized weight
-SEARCH_STEPS = 8  # candidates of the coarse pass of the minimum-error search; the finer one tries 4 more
-SEARCH_FLOOR = {2: 0.15, 3: 0.3, 4: 0.4, 5: 0.5, 6: 0.6, 7: 0.7, 8: 0.8}  # smallest part of max|W| tried
+SEARCH_STEPS = 10  # candidates of the coarse pass of the minimum-error search; the finer one tries 8 more
+SEARCH_FLOOR = {2: 0.06, 3: 0.1, 4: 0.2, 5: 0.3, 6: 0.4, 7: 0.5, 8: 0.6}  # smallest part of max|W|: tails are heavy
+SHORT_ROW = 128  # the error of a row this short (a depthwise kernel) jumps, and costs next to nothing to compute ...
+SHORT_FACTOR = 16  # ... so it gets this many times the candidates
 SEARCH_PIECE = 1 << 16  # elements handled at once
 
 
@@ -187,7 +190,7 @@ class WeightQuantizer(Quantizer):
 def minimum_error_bound(rows: Tensor, bits: int, grid: str) -> Tensor:
     """Return, per row, the `upper` with the least squared error among parts of `max|row|`.
 
-    A coarse pass over `SEARCH_STEPS` parts, then a finer one around the best.
+    A coarse pass over `SEARCH_STEPS` parts in geometric steps, then a finer one around the best.
 
     Args:
         rows: `(R, K)`, float32 or float64.
@@ -210,20 +213,22 @@ def minimum_error_bound(rows: Tensor, bits: int, grid: str) -> Tensor:
 
 def _search(rows: Tensor, bits: int, grid: str) -> Tensor:
     """`minimum_error_bound` for a few rows."""
-    top, floor, steps = rows.abs().amax(dim=1), SEARCH_FLOOR[bits], SEARCH_STEPS
-    width = (1.0 - floor) / (steps - 1)
+    top = rows.abs().amax(dim=1)
+    short = rows.shape[1] <= SHORT_ROW
+    steps = SEARCH_STEPS * (SHORT_FACTOR if short else 1)
+    ratio = math.pow(SEARCH_FLOOR[bits], 1.0 / (steps - 1))
     best, error = top.clone(), torch.full_like(top, float("inf"))
-    for offset in range(steps):
-        best, error = _better(rows, top * (1.0 - offset * width), best, error, bits, grid)
+    for step in range(
+        -steps // 5 if short else 0, steps
+    ):  # a grid wider than the weights may fit a few of them better
+        best, error = _better(rows, top * math.pow(ratio, step), best, error, bits, grid)
     center = best.clone()
-    for part in (-0.5, -0.25, 0.25, 0.5):
-        best, error = _better(rows, (center + top * (part * width)).minimum(top), best, error, bits, grid)
+    for part in (-0.7, -0.45, -0.25, -0.1, 0.1, 0.25, 0.45, 0.7):
+        best, error = _better(rows, center * math.pow(ratio, part), best, error, bits, grid)
     return best
 
 
-def _better(
-    rows: Tensor, upper: Tensor, best: Tensor, error: Tensor, bits: int, grid: str
-) -> tuple[Tensor, Tensor]:
+def _better(rows: Tensor, upper: Tensor, best: Tensor, error: Tensor, bits: int, grid: str) -> tuple[Tensor, Tensor]:
     """Return the bound with the smaller squared error of `upper` and `best`, per row, and that error."""
     top = levels(bits, grid)
     step = upper.clamp(min=1e-12)[:, None] / top
