@@ -1,0 +1,138 @@
+"""Gradients of whole layers against autograd of the formulas as METHOD writes them, in float64."""
+
+import pytest
+import torch
+from torch import nn
+
+import daqconvert as dq
+from cases import GEOMETRIES
+from daqconvert.functional import slope, slope_coefficients
+
+
+def rounded(x, low, high, coefficients):
+    """`round(clip(x))` whose gradient is the slope inside the clip and 0 outside; no value here lies on an end."""
+    inside = ((x >= low) & (x <= high)).detach()
+    factor = torch.ones_like(x) if coefficients is None else slope(x.detach(), *coefficients)
+    value = torch.round(x.detach().clamp(low, high))
+    return value + torch.where(inside, factor, 0.0) * (x - x.detach())
+
+
+def shaped(bound, layer):
+    """A bound against the layer's weight."""
+    return bound if bound.dim() == 0 else bound.reshape(layer.weight_quantizer.layout.bound_view)
+
+
+def literal_weight(layer, parameters, coefficients):
+    """The quantized weight, and the paper's moments held constant."""
+    bits, layout = layer.settings.w_bits, layer.weight_quantizer.layout
+    weight, upper = parameters["weight"].reshape(layout.view), shaped(parameters["weight_quantizer.upper"], layer)
+    if layer.settings.grid == "integer":
+        m = 2 ** (bits - 1) - 1
+        return (rounded(weight * m / upper, -m, m, coefficients) * upper / m).reshape(layer.weight.shape)
+    n = 2**bits - 1
+    if not layer.settings.normalize:
+        x = (weight + upper) / (2 * upper / n)
+        return ((2 * rounded(x, 0, n, coefficients) - n) / n * upper).reshape(layer.weight.shape)
+    dims = [d for d, size in enumerate(layout.bound_view) if size == 1] if upper.dim() else None
+    mean, std = weight.detach().mean(dims, keepdim=True), weight.detach().std(dims, keepdim=True)
+    lower = shaped(parameters["weight_quantizer.lower"], layer)
+    x = ((weight - mean) / std - lower) / ((upper - lower) / n)
+    return ((2 * rounded(x, 0, n, coefficients) - n) / n).reshape(layer.weight.shape)
+
+
+def literal_input(layer, x, parameters, coefficients):
+    """The quantized input; the zero point is constant for the gradient."""
+    n = 2**layer.settings.a_bits - 1
+    lower, upper = parameters["input_quantizer.lower"], parameters["input_quantizer.upper"]
+    scale = (upper - lower) / n
+    zero_point = torch.round(-lower / scale).clamp(0, n).detach()
+    operand = rounded(x / scale, -zero_point, n - zero_point, coefficients)
+    return operand / n if layer.settings.normalize else operand * scale
+
+
+SETTINGS = {
+    "integer": {"w_bits": 4, "grid": "integer", "normalize": False},
+    "midrise": {"w_bits": 3, "grid": "midrise", "normalize": False},
+    "normalized": {"w_bits": 2, "normalize": True},
+    "binary": {"w_bits": 1, "normalize": False},
+}
+
+
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+@pytest.mark.parametrize("rounding", ["ste", "daq", "daq-paper"])
+@pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=list(SETTINGS))
+@pytest.mark.parametrize("name", ["conv2d", "grouped-dilated", "transposed2d", "linear"])
+def test_value_and_gradients(name, settings, signed, rounding, granularity):
+    kind, _, slope_kind = rounding.partition("-")
+    settings = settings | {"granularity": granularity, "rounding": kind, "slope": slope_kind or "unit"}
+    cls, args, kwargs, shape = GEOMETRIES[name]
+    x = torch.randn(5, *shape, dtype=torch.float64)
+    x = x if signed else x.abs()
+    bits = {"first": {"a_bits": 3} | settings, "last": {"a_bits": 3} | settings}
+    layer = dq.quantize(cls(*args, **kwargs, dtype=torch.float64), **bits)
+    dq.calibrate(layer, [x], method="percentile")
+    with torch.no_grad():  # so that both ends clip, and no grid is symmetric by chance
+        for key, parameter in layer.named_parameters():
+            if key not in ("weight", "bias"):
+                parameter.mul_(0.6 + 0.2 * torch.rand_like(parameter))
+    layer.output_scale.data.mul_(torch.where(torch.rand_like(layer.output_scale) < 0.5, -1.0, 1.0))
+
+    parameters = {key: p.detach().clone().requires_grad_(p.requires_grad) for key, p in layer.named_parameters()}
+    c = None if kind == "ste" else slope_coefficients(2.0, 1.0, unit=slope_kind != "paper")
+    a = None if kind == "ste" else slope_coefficients(2.0, 2.0, unit=slope_kind != "paper")
+    w_q, inputs = literal_weight(layer, parameters, c), [x.clone().requires_grad_() for _ in range(2)]
+    x_q = literal_input(layer, inputs[0], parameters, a)
+    scale = parameters["output_scale"].abs()
+    expected = layer.accumulate(x_q, w_q) * (scale.reshape(-1, *[1] * layer.output_dims) if scale.dim() else scale)
+    if layer.bias is not None:
+        expected = expected + parameters["bias"].reshape(-1, *[1] * layer.output_dims)
+    out = layer(inputs[1])
+    grad = torch.randn_like(out)
+    expected.backward(grad)
+    out.backward(grad)
+
+    close = {"rtol": 1e-9, "atol": 1e-9}
+    torch.testing.assert_close(out, expected, **close)
+    torch.testing.assert_close(inputs[1].grad, inputs[0].grad, **close)
+    for key, parameter in layer.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(
+                parameter.grad, parameters[key].grad, **close, msg=lambda m, key=key: f"{key}: {m}"
+            )
+            assert parameter.grad.any(), key
+    assert layer.input_quantizer.lower.requires_grad is signed
+    if not signed:
+        assert layer.input_quantizer.lower.grad is None
+
+
+def test_the_gradient_of_upper_by_hand():
+    """One weight inside the clip, one outside; one input each; the integer grid with STE."""
+    layer = nn.Linear(2, 1, bias=False)
+    layer.weight.data = torch.tensor([[0.5, 3.0]])
+    bits = {"w_bits": 3, "a_bits": None, "rounding": "ste", "granularity": "tensor"}
+    qlayer = dq.quantize(layer, first=bits, last=bits)
+    qlayer.weight_quantizer.upper.data.fill_(1.5)  # m = 3: step 0.5, so the codes are 1 and 3
+    out = qlayer(torch.tensor([[1.0, 10.0]]))
+    out.sum().backward()
+    assert out.item() == 0.5 + 10 * 1.5
+    # inside: q / m - v / upper = 1/3 - 1/3; outside: the end of the range moves with upper
+    assert abs(qlayer.weight_quantizer.upper.grad.item() - (0.0 + 10.0)) < 1e-6
+    assert qlayer.weight.grad.tolist() == [[1.0, 0.0]]
+
+
+def test_the_gradient_at_the_ends_of_the_clip():
+    """A weight on its bound learns; an input on its bound does not, for so the authors' layer was recorded."""
+    layer = nn.Linear(4, 1, bias=False)
+    layer.weight.data = torch.tensor([[-1.5, 1.5, 1.6, 0.5]])
+    bits = {"w_bits": 3, "a_bits": 2, "rounding": "ste", "granularity": "tensor"}
+    qlayer = dq.quantize(nn.Sequential(nn.ReLU(), layer), first=bits, last=bits)[1]
+    qlayer.weight_quantizer.upper.data.fill_(1.5)
+    qlayer.input_quantizer.set_bounds(0.0, 3.0)
+    x = torch.tensor([[0.0, 1.0, 2.0, 3.0]], requires_grad=True)
+    qlayer(x).sum().backward()
+    assert x.grad.tolist() == [[0.0, 1.5, 1.5, 0.0]]
+    assert qlayer.weight.grad.tolist() == [[0.0, 1.0, 0.0, 3.0]]
+    qlayer.zero_grad()
+    qlayer(torch.ones(1, 4)).sum().backward()
+    assert qlayer.weight.grad.tolist() == [[1.0, 1.0, 0.0, 1.0]]

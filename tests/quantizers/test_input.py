@@ -1,0 +1,133 @@
+"""The input quantizer: signs, zero points and codes by hand and against ONNX's formula; bounds it has to refuse."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from daqconvert.errors import CalibrationError
+from daqconvert.quantizers import InputQuantizer
+from daqconvert.spec import Settings
+
+
+def quantizer(bits, lower, upper, signed=None):
+    made = InputQuantizer(Settings(a_bits=bits), signed, "stem")
+    made.set_bounds(lower, upper)
+    return made
+
+
+def test_unsigned_by_hand():
+    made = quantizer(2, 0.0, 1.5, signed=False)
+    x = torch.tensor([-3.0, -0.1, 0.0, 0.24, 0.26, 0.25, 0.75, 1.25, 1.4, 99.0, float("inf")])
+    assert made(x).tolist() == [0, 0, 0, 0, 1, 0, 2, 2, 3, 3, 3]  # ties to the even code
+    assert float(made.zero_point()) == 0 and made.codes(x).tolist() == made(x).tolist()
+
+
+def test_signed_by_hand():
+    made = quantizer(2, -1.0, 2.0)
+    assert made.sign is True and made.scale().item() == 1.0 and float(made.zero_point()) == 1
+    x = torch.tensor([-9.0, -1.0, -0.5, 0.0, 0.5, 1.5, 2.0, 9.0])
+    assert made(x).tolist() == [-1, -1, 0, 0, 0, 2, 2, 2]
+    assert made.codes(x).tolist() == [0, 0, 1, 1, 1, 3, 3, 3]
+
+
+@given(
+    bits=st.integers(2, 8),
+    lower=st.floats(-50, -0.125, width=32),
+    upper=st.floats(0, 50, width=32),
+    x=st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=20),
+)
+@settings(max_examples=200, deadline=None)
+def test_codes_are_those_of_onnx(bits, lower, upper, x):
+    """`QuantizeLinear`: saturate(round_half_even(x / scale) + zero_point), in float32, here with n instead of 255."""
+    made, x, n = quantizer(bits, lower, upper), torch.tensor(x), 2**bits - 1
+    scale, zero_point = made.scale().detach(), made.zero_point()
+    assert 0 <= float(zero_point) <= n and float(zero_point) == round(float(zero_point))
+    expected = (torch.round(x / scale) + zero_point).clamp(0, n)
+    assert torch.equal(made.codes(x).float(), expected)
+    assert torch.equal(made(x), expected - zero_point)
+    assert not made(torch.zeros(3)).any()
+
+
+def test_a_range_on_one_side_of_zero():
+    below = quantizer(4, -3.0, 0.0)
+    assert float(below.zero_point()) == 15 and below(torch.tensor([-3.0, 0.0, 5.0])).tolist() == [-15, 0, 0]
+    above = quantizer(4, 0.0, 3.0, signed=True)
+    assert float(above.zero_point()) == 0 and above(torch.tensor([-3.0, 3.0])).tolist() == [0, 15]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_dtypes(dtype):
+    made = quantizer(8, -1.0, 1.0)
+    x = torch.linspace(-1.2, 1.2, 301, dtype=dtype)
+    assert made(x).dtype == dtype
+    assert torch.equal(made(x).double(), made(x.double()))  # operands up to 255 are exact in every dtype
+    assert made.codes(x).dtype == torch.uint8
+
+
+@pytest.mark.parametrize(
+    ("signed", "lower", "upper", "message"),
+    [
+        (None, 1.0, 2.0, "lower <= 0 <= upper"),
+        (None, -2.0, -1.0, "lower <= 0 <= upper"),
+        (None, 0.0, 0.0, "not equal"),
+        (None, float("nan"), 1.0, "lower <= 0 <= upper"),
+        (None, 0.0, float("inf"), "lower <= 0 <= upper"),
+        (None, 0.0, float("nan"), "lower <= 0 <= upper"),
+        (False, -1.0, 1.0, "unsigned"),
+    ],
+)
+def test_bounds_that_cannot_be(signed, lower, upper, message):
+    made = InputQuantizer(Settings(a_bits=4), signed, "stem")
+    with pytest.raises(CalibrationError, match=f"stem: .*{message}"):
+        made.set_bounds(lower, upper)
+    assert not made.ready and made.sign is signed
+
+
+def test_one_bit_cannot_be_signed():
+    made = InputQuantizer(Settings(a_bits=1), None, "stem")
+    with pytest.raises(CalibrationError, match=r"signed inputs need 2 bits or more.*a_bits"):
+        made.set_bounds(-1.0, 1.0)
+    made.set_bounds(0.0, 1.0)
+    assert made.sign is False and made(torch.tensor([-1.0, 0.4, 0.6])).tolist() == [0, 0, 1]
+
+
+def test_the_sign_is_decided_once():
+    made = quantizer(4, 0.0, 1.0)
+    assert made.sign is False and not made.lower.requires_grad
+    with pytest.raises(CalibrationError, match="unsigned"):
+        made.set_bounds(-1.0, 1.0)
+    made = quantizer(4, -1.0, 1.0)
+    made.set_bounds(0.0, 2.0)
+    assert made.sign is True and made.lower.requires_grad
+
+
+def test_a_placeholder_leaves_the_sign_open():
+    made = InputQuantizer(Settings(a_bits=4), None)
+    made.set_placeholder()
+    assert made.sign is None and made.ready and int(made.signed) == -1
+    assert made(torch.tensor([-0.8, 0.0, 0.8])).tolist() == [-6.0, 0.0, 6.0]
+    made.set_bounds(0.0, 1.0)
+    assert made.sign is False
+    one_bit = InputQuantizer(Settings(a_bits=1), None)
+    one_bit.set_placeholder()
+    assert one_bit(torch.tensor([-1.0, 1.0])).tolist() == [0.0, 1.0]
+
+
+def test_learned_bounds_that_cross_zero_keep_it_inside():
+    made = quantizer(4, -1.0, 1.0)
+    made.lower.data.fill_(0.3)
+    assert float(made.zero_point()) == 0 and made(torch.tensor([-1.0, 0.0])).tolist() == [0, 0]
+    made.upper.data.fill_(-0.3)
+    assert made(torch.tensor([-1.0, 0.0, 1.0])).isfinite().all()
+
+
+@pytest.mark.parametrize("sign", [None, False, True])
+def test_the_sign_travels_in_the_state_dict(sign):
+    made, other = InputQuantizer(Settings(a_bits=4), sign), InputQuantizer(Settings(a_bits=4), None)
+    if sign is not None:
+        made.set_bounds(-1.0 if sign else 0.0, 2.0)
+    other.load_state_dict(made.state_dict())
+    assert other.sign is sign and other.ready is made.ready and other.lower.requires_grad is (sign is True)
+    assert made.state_dict().keys() == {"lower", "upper", "calibrated", "signed"}
+    assert made.signed.dtype == torch.int8 and made.calibrated.dtype == torch.bool
