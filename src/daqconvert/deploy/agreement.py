@@ -92,10 +92,10 @@ class Codes:
 
 
 class FileAgreement:
-    """A frozen model beside its ONNX file."""
+    """A frozen model beside its ONNX file, given as bytes."""
 
-    def __init__(self, model: ModuleProbe, path: str) -> None:
-        self.model, self.file = model, OnnxProbe(path, ["codes"])
+    def __init__(self, model: ModuleProbe, content: bytes) -> None:
+        self.model, self.file = model, OnnxProbe(content, ["codes"])
         self.names = [name for name, tensors in self.file.tensors.items() if tensors["codes"]]
         self.outputs, self.outputs_same = Outputs(), Outputs()
         self.codes = {name: Codes() for name in self.names}

@@ -14,12 +14,12 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 from daqconvert.batches import split_batch
 from daqconvert.deploy.agreement import FileAgreement
 from daqconvert.deploy.expansion import expand
-from daqconvert.deploy.files import check_target, written_whole
 from daqconvert.deploy.lowering import Arguments, example_arguments, float32_copy, lower, to_float32
 from daqconvert.deploy.probes import ModuleProbe
 from daqconvert.deploy.reports import ExportReport
 from daqconvert.deploy.runtime import require_packages
 from daqconvert.errors import ExportError
+from daqconvert.files import replacing
 from daqconvert.layers import FrozenLayer, QuantizedLayer
 
 if TYPE_CHECKING:
@@ -71,26 +71,39 @@ def write_onnx(
     check_batches: Iterable[Any] | None = None, overwrite: bool = False,
 ) -> ExportReport:  # fmt: skip
     """Do what `export` says, for a frozen or a float model."""
-    target = check_target(path, overwrite)
+    target = _free_target(path, overwrite)
     require_packages()
     arguments = example_arguments(example_inputs)
     twin = float32_copy(model)
     names = _output_names(twin, arguments)
     content = _serialize(expand(lower(twin, arguments, dynamic_batch), names))
-    with written_whole(target, content) as temporary:
-        agreement = FileAgreement(ModuleProbe(twin), str(temporary))
-        agreement.add(*arguments)
-        for batch in check_batches if check_batches is not None else ():
-            args, kwargs, _ = split_batch(batch)
-            agreement.add(*to_float32((args, kwargs)))
-        outputs = agreement.outputs
-        report = ExportReport(
-            str(target), len(content), agreement.layers(), outputs.samples, outputs.largest, outputs.sqnr,
-            agreement.outputs_same.sqnr, outputs.class_agreement, tuple(_notes(model)),
-        )  # fmt: skip
+    agreement = FileAgreement(ModuleProbe(twin), content)
+    agreement.add(*arguments)
+    for batch in check_batches if check_batches is not None else ():
+        args, kwargs, _ = split_batch(batch)
+        agreement.add(*to_float32((args, kwargs)))
+    outputs = agreement.outputs
+    report = ExportReport(
+        str(target), len(content), agreement.layers(), outputs.samples, outputs.largest, outputs.sqnr,
+        agreement.outputs_same.sqnr, outputs.class_agreement, tuple(_notes(model)),
+    )  # fmt: skip
+    with replacing(target, ExportError, "Make room, or choose another place.") as temporary:
+        temporary.write_bytes(content)
     if not report.agrees:
         warnings.warn(f"{target} does not agree with the model: {'; '.join(report.problems())}", stacklevel=3)
     return report
+
+
+def _free_target(path: str | Path, overwrite: bool) -> Path:
+    target = Path(path)
+    if target.is_dir():
+        raise ExportError(f"export: {target} is a directory; expected the name of a file, as {target / 'model.onnx'}.")
+    parent = next(folder for folder in target.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        raise ExportError(f"export: {target} cannot be written: {parent} is a file, not a directory.")
+    if target.exists() and not overwrite:
+        raise ExportError(f"export: {target} exists. Pass overwrite=True to replace it, or another name.")
+    return target
 
 
 def _require_frozen(model: nn.Module) -> None:

@@ -133,11 +133,11 @@ class OnnxProbe:
         tensors: Per layer, the names of its `"codes"` and `"outputs"`.
     """
 
-    def __init__(self, path: str | Path, kinds: Iterable[str] = ("codes", "outputs")) -> None:
+    def __init__(self, source: str | Path | bytes, kinds: Iterable[str] = ("codes", "outputs")) -> None:
         """Read a file.
 
         Args:
-            path: The file.
+            source: Path of the file, or its bytes.
             kinds: What to watch: `"codes"`, `"outputs"`.
 
         Raises:
@@ -146,8 +146,8 @@ class OnnxProbe:
         require_packages(["onnx", "onnxruntime"])
         import onnx
 
-        self._file = OnnxModel(path)
-        self._proto = onnx.load(str(path))
+        self._file = OnnxModel(source)
+        self._proto = onnx.load_from_string(source if isinstance(source, bytes) else Path(source).read_bytes())
         self.tensors = layer_tensors(self._file.metadata)
         self._kinds = tuple(kinds)
         self._sessions: dict[tuple[str, frozenset[str]], OnnxModel] = {}

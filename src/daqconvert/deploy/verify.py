@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -50,9 +51,7 @@ def verify(reference: Model, candidate: Model, batches: Iterable[Any], max_batch
     watch = {name for name in first.layers() if name in known}
     outputs, order = Outputs(), dict[str, tuple[Noise, Codes]]()
     count = 0
-    for batch in batches:
-        if max_batches is not None and count >= max_batches:
-            break
+    for batch in itertools.islice(batches, max_batches):
         args, kwargs, _ = split_batch(batch)
         a, b = first.run(args, kwargs, watch), second.run(args, kwargs, watch)
         outputs.add_results(a.results, b.results)
