@@ -20,14 +20,16 @@ def resolve_auto(settings: Settings, where: str = "settings") -> Settings:
 
     `normalize`: True where the weight has at most `NORMALIZE_UP_TO_BITS` bits and the grid is not asked to be
     `"integer"`, else False. `grid`: `"midrise"` where normalized or of at most `MIDRISE_UP_TO_BITS` bits, else
-    `"integer"`. A float weight gives False and `"integer"`, which nothing reads.
+    `"integer"`. A float weight gives False and `"integer"`, which nothing reads. `granularity`: `"tensor"` where
+    normalized, as in the paper - a mean per channel would take from each filter what it says of the non-negative
+    inputs' sum, and training at 1 bit ends several points lower -, else `"channel"`.
 
     Args:
         settings: Settings of one layer.
         where: The layer and the rule that decided, for the error.
 
     Returns:
-        Settings with `normalize` a bool and `grid` `"midrise"` or `"integer"`.
+        Settings with `normalize` a bool, `grid` `"midrise"` or `"integer"`, `granularity` `"tensor"` or `"channel"`.
 
     Raises:
         PolicyError: For `grid="integer"` at 1 bit, whose largest code `2**(w_bits - 1) - 1` is 0, and for
@@ -35,8 +37,8 @@ def resolve_auto(settings: Settings, where: str = "settings") -> Settings:
 
     Example:
         >>> settled = resolve_auto(Settings(w_bits=2)), resolve_auto(Settings(w_bits=4))
-        >>> [(s.grid, s.normalize) for s in settled]
-        [('midrise', True), ('integer', False)]
+        >>> [(s.grid, s.normalize, s.granularity) for s in settled]
+        [('midrise', True, 'tensor'), ('integer', False, 'channel')]
     """
     bits, grid, normalize = settings.w_bits, settings.grid, settings.normalize
     if bits is not None and bits == 1 and grid == "integer":
@@ -54,4 +56,7 @@ def resolve_auto(settings: Settings, where: str = "settings") -> Settings:
     if grid == "auto":
         low = bits is not None and bits <= MIDRISE_UP_TO_BITS
         grid = "midrise" if normalize or low else "integer"
-    return settings.replace(grid=grid, normalize=normalize)
+    granularity = settings.granularity
+    if granularity == "auto":
+        granularity = "tensor" if normalize else "channel"
+    return settings.replace(grid=grid, normalize=normalize, granularity=granularity)

@@ -16,7 +16,7 @@ from daqconvert.errors import PolicyError, nearest
 
 BIT_FIELDS = ("w_bits", "a_bits")
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "granularity": ("channel", "tensor"),
+    "granularity": ("auto", "channel", "tensor"),
     "grid": ("auto", "midrise", "integer"),
     "normalize": ("auto", True, False),
     "rounding": ("daq", "ste"),
@@ -81,7 +81,7 @@ class Settings:
     Attributes:
         w_bits: Bits of the weight, 1..8, or None for float.
         a_bits: Bits of the input, 1..8, or None for float.
-        granularity: Bounds and output scale per output `"channel"` or per `"tensor"`.
+        granularity: Bounds and output scale per output `"channel"` or per `"tensor"`, `"auto"` (by bits).
         grid: `"midrise"` (odd multiples, no zero), `"integer"` (symmetric, with zero), `"auto"` (by bits).
         normalize: Quantize `(W - mean) / std` as the paper does (True), `W` itself (False), `"auto"` (by bits).
         rounding: Gradient of the rounding: `"daq"` (DASR) or `"ste"` (1).
@@ -100,15 +100,15 @@ class Settings:
 
     w_bits: int | None = 8
     a_bits: int | None = 8
-    granularity: str = "channel"
+    granularity: str = "auto"
     grid: str = "auto"
     normalize: bool | str = "auto"
     rounding: str = "daq"
     slope: str = "unit"
     w_gamma: float = 2.0
-    w_sigma: float = 1.0
+    w_sigma: float = 0.5
     a_gamma: float = 2.0
-    a_sigma: float = 2.0
+    a_sigma: float = 0.5
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
