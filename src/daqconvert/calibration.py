@@ -32,8 +32,8 @@ Bounds = Callable[[InputObserver, int, bool], tuple[float, float]]
 def error_bounds(observer: InputObserver, bits: int, signed: bool) -> tuple[float, float]:
     """Return the bounds of least squared error; at 1 bit the paper's 3 std.
 
-    At 1 bit the least error has its upper level inside the bulk of the values, and what lies above it gets no gradient:
-    training started there ends several points lower.
+    At 1 bit the least error has its upper level inside the bulk of the values, and what lies above it gets no
+    gradient: training started there ends several points lower.
     """
     return std_bounds(observer, bits, signed) if bits == 1 else minimum_error_bounds(observer, bits, signed)
 
@@ -111,7 +111,8 @@ def calibrate(
         qmodel: From `quantize`; changed in place.
         batches: Any iterable of batches (a `DataLoader` too): a tensor, a tuple or list whose first entry is the
             input, or a dict of keyword arguments.
-        method: `"mse"` (least squared error; 3 std at 1 bit), `"minmax"`, `"percentile"` (99.99) or `"std"` (the paper's 3 std).
+        method: `"mse"` (least squared error; 3 std at 1 bit), `"minmax"`, `"percentile"` (99.99) or `"std"` (the
+            paper's 3 std).
         max_batches: Read no more than this many.
 
     Returns:
