@@ -81,7 +81,8 @@ def test_the_table_of_auto(page):
     low = int(re.search(r"^\| 1, (\d) \| true", page, re.MULTILINE)[1])
     for bits in range(1, 9):
         settled = resolve_auto(Settings(w_bits=bits))
-        assert (settled.normalize, settled.grid) == ((True, "midrise") if bits <= low else (False, "integer"))
+        expected = (True, "midrise", "tensor") if bits <= low else (False, "integer", "channel")
+        assert (settled.normalize, settled.grid, settled.granularity) == expected
 
 
 def test_the_messages(page, planned):

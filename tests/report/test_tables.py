@@ -5,7 +5,7 @@ import pytest
 from daqconvert.report.tables import plan_table, render, short_number, simple_table
 from daqconvert.spec import Plan, PlanRow, Settings, Site
 
-INTEGER = Settings(4, 4, grid="integer", normalize=False)
+INTEGER = Settings(4, 4, "channel", grid="integer", normalize=False)
 PAPER = Settings(1, 2, "tensor", grid="midrise", normalize=True)
 NOTE = "sums may pass 2**24: layouts and batch sizes may differ in the last bit"
 
