@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 BINS = 8192
+COARSE = 8  # bins merged into one for the first, coarse search of the least error
 SAMPLE = 1 << 18  # most elements of one batch that enter the histogram; range and moments see all of them
 
 
@@ -110,15 +111,15 @@ def std_bounds(observer: InputObserver, bits: int, signed: bool) -> tuple[float,
 def minimum_error_bounds(observer: InputObserver, bits: int, signed: bool) -> tuple[float, float]:
     """Return the bounds with the least squared error on the histogram.
 
-    Both ends shrink together first, then each by itself, on grids that get finer.
+    All pairs of a coarse grid first, on a coarser histogram; then each end by itself, in steps that get finer.
     """
     low, high = minmax_bounds(observer, bits, signed)
-    used = observer.histogram > 0
-    values, weights = observer.centers()[used], observer.histogram[used]
-    if not signed:
-        values = values.clamp(min=0.0)
-    parts = torch.logspace(-2.0, 0.0, 60, dtype=torch.float64)
-    best = _least(values, weights, low * parts, high * parts, bits)
+    merged = observer.histogram.reshape(-1, COARSE).sum(dim=1), observer.centers().reshape(-1, COARSE).mean(dim=1)
+    lows = low * torch.logspace(-2.0, 0.0, 10 if low < 0.0 else 1, dtype=torch.float64)
+    highs = high * torch.logspace(-2.0, 0.0, 30 if low < 0.0 else 60, dtype=torch.float64)
+    pairs = torch.cartesian_prod(lows, highs)
+    best = _least(*_used(*merged, signed), pairs[:, 0], pairs[:, 1], bits)
+    values, weights = _used(observer.histogram, observer.centers(), signed)
     for width in (0.5, 0.2, 0.1, 0.04):
         around = torch.linspace(1.0 - width, 1.0 + width, 21, dtype=torch.float64)
         low_now, high_now = best
@@ -127,6 +128,13 @@ def minimum_error_bounds(observer: InputObserver, bits: int, signed: bool) -> tu
             low_now, high_now = best
             best = _least(values, weights, low_now * around, torch.full_like(around, high_now), bits)
     return max(best[0], low) if signed else 0.0, min(best[1], high)
+
+
+def _used(histogram: Tensor, centers: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """Values and their weights, of the bins that are not empty."""
+    used = histogram > 0
+    values = centers[used]
+    return (values if signed else values.clamp(min=0.0)), histogram[used]
 
 
 def _least(values: Tensor, weights: Tensor, lows: Tensor, highs: Tensor, bits: int) -> tuple[float, float]:
