@@ -66,6 +66,7 @@ SETTINGS = {
 def test_value_and_gradients(name, settings, signed, rounding, granularity):
     kind, _, slope_kind = rounding.partition("-")
     settings = settings | {"granularity": granularity, "rounding": kind, "slope": slope_kind or "unit"}
+    settings |= {"w_gamma": 2.0, "w_sigma": 1.0, "a_gamma": 3.0, "a_sigma": 0.5}
     cls, args, kwargs, shape = GEOMETRIES[name]
     x = torch.randn(5, *shape, dtype=torch.float64)
     x = x if signed else x.abs()
@@ -80,7 +81,7 @@ def test_value_and_gradients(name, settings, signed, rounding, granularity):
 
     parameters = {key: p.detach().clone().requires_grad_(p.requires_grad) for key, p in layer.named_parameters()}
     c = None if kind == "ste" else slope_coefficients(2.0, 1.0, unit=slope_kind != "paper")
-    a = None if kind == "ste" else slope_coefficients(2.0, 2.0, unit=slope_kind != "paper")
+    a = None if kind == "ste" else slope_coefficients(3.0, 0.5, unit=slope_kind != "paper")
     w_q, inputs = literal_weight(layer, parameters, c), [x.clone().requires_grad_() for _ in range(2)]
     x_q = literal_input(layer, inputs[0], parameters, a)
     scale = parameters["output_scale"].abs()

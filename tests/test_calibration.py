@@ -1,0 +1,463 @@
+"""Bounds from data: one pass, four methods, signs decided once, and nothing changed where it cannot be done."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import awkward
+import daqconvert as dq
+from daqconvert.calibration import METHODS, is_calibrated
+from daqconvert.errors import CalibrationError, ConversionError, DataError, FrozenError
+from daqconvert.functional.grid import Rounding, input_scale, input_zero_point, quantize_input
+from daqconvert.modes import quantized_layers
+from daqconvert.observers import (
+    BINS,
+    InputObserver,
+    minimum_error_bounds,
+    minmax_bounds,
+    percentile_bounds,
+    std_bounds,
+)
+
+# ------------------------------------------------------------------------------------------------- what is observed
+
+
+def observed(*batches):
+    observer = InputObserver()
+    for batch in batches:
+        observer.observe(batch)
+    return observer
+
+
+def test_the_histogram_of_many_batches_is_the_histogram_of_all_data():
+    """Values in the middle of the finest bins, so that merging pairs of bins is the only thing that happens."""
+    fine = torch.randint(0, 2 * BINS, (40, 50)).float() + 0.5
+    batches = [
+        (row / BINS - 1.0) * 2.0**power for row, power in zip(fine, [-3, -1, 0, 0, 2, -2, 5, 1] * 5, strict=True)
+    ]
+    observer, data = observed(*batches), torch.cat(batches)
+    limit = observer.limit
+
+    assert limit >= data.abs().max() > limit / 2 and math.frexp(limit)[0] == 0.5
+    direct = torch.histc(data, bins=BINS, min=-limit, max=limit)
+    assert torch.equal(observer.histogram, direct.double())
+    assert observer.histogram.sum() == data.numel()
+    assert (observer.minimum, observer.maximum) == (float(data.min()), float(data.max()))
+
+
+def test_large_batches_are_sampled_but_their_range_is_not():
+    x = torch.zeros(3_000_000)
+    x[12345] = -7.0
+    observer = observed(x)
+    assert observer.minimum == -7.0 and abs(float(observer.histogram.sum()) - 3e6) < 100
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_other_dtypes_and_shapes_are_observed(dtype):
+    observer = observed(
+        torch.randn(2, 3, 4, dtype=dtype), torch.empty(0, 3, dtype=dtype), torch.tensor(2.0, dtype=dtype)
+    )
+    assert observer.histogram.sum() == 25 and observer.maximum >= 2.0
+
+
+def test_the_moments_are_those_of_the_first_batch():
+    first = torch.randn(100)
+    assert observed(first, torch.randn(100) * 50).first_std == pytest.approx(float(first.std()))
+
+
+# ------------------------------------------------------------------------------------------------- what is chosen
+
+
+def error(data, lower, upper, bits):
+    bounds = torch.tensor(lower, dtype=torch.float64), torch.tensor(upper, dtype=torch.float64)
+    scale = input_scale(*bounds, bits)
+    zero_point = input_zero_point(bounds[0], scale, bits)
+    return float(
+        (quantize_input(data.double(), scale, zero_point, bits, Rounding("ste")) * scale - data).square().mean()
+    )
+
+
+DATA = {
+    "normal": lambda: torch.randn(20000),
+    "relu": lambda: torch.randn(20000).relu(),
+    "gelu": lambda: F.gelu(torch.randn(20000)),
+    "shifted": lambda: torch.randn(20000) + 3.0,
+    "uniform": lambda: torch.rand(20000),
+    "outlier": lambda: torch.cat([torch.randn(20000).relu(), torch.tensor([60.0])]),
+    "heavy": lambda: torch.distributions.StudentT(3.0).sample((20000,)),
+    "negative": lambda: -torch.rand(20000) - 1.0,
+}
+
+
+NONNEGATIVE = {"relu", "uniform", "outlier"}  # the only ones that 1 bit can take
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits"), [(k, b) for k in DATA for b in (1, 2, 3, 4, 6, 8) if b > 1 or k in NONNEGATIVE]
+)
+def test_minimum_error_bounds_are_near_the_best(kind, bits):
+    """Within 5 % of the least error among 60 x 60 pairs; both sides are coarse, so it may even be below."""
+    data = DATA[kind]()
+    observer = observed(*data.split(3000))
+    signed = observer.minimum < 0
+    lows = torch.linspace(0.02, 1.0, 60) * min(observer.minimum, 0.0) if signed else torch.zeros(1)
+    highs = torch.logspace(-2.5, 0.0, 60) * max(observer.maximum, 0.0)
+    best = min(error(data, float(low), float(high), bits) for low in lows[:: 3 if bits > 4 else 1] for high in highs)
+    lower, upper = minimum_error_bounds(observer, bits, signed)
+    assert min(observer.minimum, 0.0) <= lower <= 0 <= upper <= max(observer.maximum, 0.0)
+    assert error(data, lower, upper, bits) <= best * 1.05
+
+
+def test_the_other_methods_by_hand():
+    data = torch.cat([torch.linspace(-1.0, 3.0, 40001)[:-1], torch.tensor([-50.0, 80.0])])
+    observer = observed(data)
+    assert minmax_bounds(observer, 4, True) == (-50.0, 80.0) and minmax_bounds(observer, 4, False) == (0.0, 80.0)
+    lower, upper = percentile_bounds(observer, 4, True)
+    assert lower == pytest.approx(-1.0, abs=0.05) and upper == pytest.approx(3.0, abs=0.05)
+    assert percentile_bounds(observer, 4, False)[0] == 0.0
+    std = float(data.std())
+    assert std_bounds(observer, 4, True) == pytest.approx((-3 * std, 3 * std))
+    assert std_bounds(observer, 4, False) == pytest.approx((0.0, 3 * std))
+
+
+DEGENERATE = {
+    "zeros": torch.zeros(9),
+    "constant": torch.full((9,), 5.0),
+    "negative-constant": torch.full((9,), -5.0),
+    "negative": torch.linspace(-2.0, -1.0, 9),
+    "tiny": torch.tensor([1e-30, -1e-30]),
+}
+# three standard deviations around 0 do not hold values that lie far from it
+METHODS_FOR = [(name, method) for name in DEGENERATE for method in METHODS if (name, method) != ("negative", "std")]
+
+
+@pytest.mark.parametrize(("name", "method"), METHODS_FOR)
+def test_degenerate_inputs_get_bounds_that_hold_them(name, method):
+    data = DEGENERATE[name]
+    qlayer = dq.quantize(nn.Linear(1, 2))
+    dq.calibrate(qlayer, [data[:, None]], method=method)
+    quantizer = qlayer.input_quantizer
+    assert quantizer.lower <= 0 <= quantizer.upper and quantizer.lower != quantizer.upper
+    on_grid = quantizer(data) * quantizer.scale()
+    torch.testing.assert_close(on_grid, data, rtol=0.05, atol=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------- the verb
+
+
+def chain(**settings):
+    return dq.quantize(awkward.Chain().eval(), **{"w_bits": 4, "a_bits": 4} | settings)
+
+
+def snapshot(model):
+    """Everything that a refusal must not change."""
+    modules = list(model.modules())
+    return (
+        {key: value.clone() for key, value in model.state_dict().items()},
+        [(getattr(m, "sign", None), getattr(m, "ready", None), m.training) for m in modules],
+        [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules],
+        [p.requires_grad for p in model.parameters()],
+    )
+
+
+def unchanged(model, before):
+    (state, *rest), (now, *rest_now) = before, snapshot(model)
+    return rest == rest_now and all(torch.equal(value, state[key]) for key, value in now.items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_pass_over_a_generator(method):
+    qmodel, read = chain(), []
+
+    def batches():
+        for i in range(4):
+            read.append(i)
+            yield torch.randn(2, 3, 9, 9), torch.zeros(2)
+
+    report = dq.calibrate(qmodel, batches(), method=method)
+
+    assert read == [0, 1, 2, 3] and report.batches == 4 and report.method == method
+    assert [row.name for row in report.inputs] == ["0", "3", "7"] and report.unseen == ()
+    assert [(row.signed, row.proven) for row in report.inputs] == [(True, False), (False, True), (False, True)]
+    assert is_calibrated(qmodel)
+    for row in report.inputs:
+        quantizer = qmodel.get_submodule(row.name).input_quantizer
+        assert quantizer.lower.item() == pytest.approx(row.lower) and quantizer.upper.item() == pytest.approx(
+            row.upper
+        )
+        assert row.name in str(report) and f"{row.upper:.4g}" in str(report)
+
+
+def test_no_more_than_max_batches_are_read():
+    read = []
+
+    def batches():
+        while True:
+            read.append(0)
+            yield torch.randn(2, 3, 9, 9)
+
+    assert dq.calibrate(chain(), batches(), max_batches=3).batches == 3 and len(read) == 3
+
+
+ROWS = torch.randn(2, 4)
+BATCHES = {
+    "tensor": ROWS,
+    "tuple": (ROWS, 0),
+    "list": [ROWS],
+    "dict": {"x": ROWS},
+    "labels": {"x": ROWS, "labels": torch.zeros(2)},
+}
+
+
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=list(BATCHES))
+def test_every_kind_of_batch(batch):
+    dq.calibrate(dq.quantize(awkward.Optional()), [batch])
+
+
+def test_inputs_are_observed_in_the_float_model_and_the_rest_stays():
+    model = awkward.Chain().train()
+    qmodel = dq.quantize(model, w_bits=1, a_bits=4, first=(1, 4), last=(1, 4))
+    images = torch.randn(8, 3, 9, 9)
+    seen = []
+    model[3].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        copy.deepcopy(model).eval()(images)
+    report = dq.calibrate(qmodel, [images], method="minmax")
+    assert report.inputs[1].upper == pytest.approx(float(seen[0].max()))
+    assert all(module.training for module in qmodel.modules())
+    for key, value in model.state_dict().items():  # weights and the statistics of batch norm
+        assert torch.equal(qmodel.state_dict()[key], value)
+    assert all(p.grad is None for p in qmodel.parameters())
+
+
+def test_the_sign_is_decided_once():
+    qmodel = dq.quantize(nn.Linear(4, 2))
+    assert qmodel.input_quantizer.sign is None and dq.plan(qmodel)[""].signed is None
+    first = dq.calibrate(qmodel, [torch.rand(5, 4)])
+    assert not first.inputs[0].signed and dq.plan(qmodel)[""].signed is False
+    assert "unsigned (from data)" in str(first)
+    second = dq.calibrate(qmodel, [torch.randn(5, 4)])
+    assert not second.inputs[0].signed and not second.inputs[0].proven
+    assert "negative values are clipped" in str(second)
+
+
+def test_an_undecided_sign_is_shown_once_decided():
+    qmodel = chain()
+    assert "(calibrate decides)" in str(dq.plan(qmodel))
+    dq.calibrate(qmodel, [torch.randn(2, 3, 9, 9)])
+    assert dq.plan(qmodel)["0"].signed is True and "(calibrate decides)" not in str(dq.plan(qmodel))
+
+
+def test_calibrating_again_with_the_same_data_changes_nothing():
+    qmodel, images = chain(w_bits=2), torch.randn(4, 3, 9, 9)
+    dq.calibrate(qmodel, [images])
+    before = snapshot(qmodel)
+    dq.calibrate(qmodel, [images])
+    assert unchanged(qmodel, before)
+
+
+def test_output_scales_start_as_in_the_paper():
+    settings = {"w_bits": 2, "normalize": True, "granularity": "channel", "first": (2, 4), "last": (2, 4)}
+    qmodel, images = chain(**settings), torch.randn(16, 3, 9, 9)
+    dq.calibrate(qmodel, [images, torch.randn(16, 3, 9, 9) * 9])
+    qmodel.eval()
+    for name, x in (("0", images), ("3", nn.Sequential(*list(qmodel)[:3])(images))):
+        layer = qmodel.get_submodule(name)
+        exact = F.conv2d(x, layer.weight, None, layer.stride, layer.padding)
+        quantized = layer(x) - (0 if layer.bias is None else layer.bias[:, None, None])
+        ratio = exact.abs().mean((0, 2, 3)) / quantized.abs().mean((0, 2, 3))
+        torch.testing.assert_close(ratio, torch.ones(8), rtol=1e-4, atol=0.0)
+        assert not torch.equal(layer.output_scale, torch.ones(8))
+
+
+def test_output_scales_are_one_where_the_grid_carries_units():
+    qmodel = chain()
+    qmodel[3].output_scale.data.fill_(7.0)
+    dq.calibrate(qmodel, [torch.randn(2, 3, 9, 9)])
+    assert torch.equal(qmodel[3].output_scale, torch.ones(8))
+
+
+def test_a_layer_called_twice_gets_one_scale_from_both_calls():
+    model = awkward.CalledTwice().eval()
+    qmodel = dq.quantize(model, w_bits=2, a_bits=8, first=None, last=None, granularity="tensor")
+    x = torch.randn(64, 4)
+    dq.calibrate(qmodel, [x])
+    layer = qmodel.mid
+    one = torch.relu(model.a(x))
+    two = layer(one)
+    exact = sum(F.linear(v, layer.weight).abs().mean() for v in (one, two))
+    quantized = sum((layer(v) - layer.bias).abs().mean() for v in (one, two))
+    assert (exact / quantized).item() == pytest.approx(1.0, rel=0.1)
+
+
+def test_a_channel_that_is_dead_on_the_first_batch_is_not_lost():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4, bias=False))
+    for kind in ("channel", "tensor"):
+        qmodel = dq.quantize(
+            model, first={"w_bits": 2, "a_bits": 8, "granularity": kind}, last={"w_bits": 2, "a_bits": 8}
+        )
+        dead = torch.rand(8, 4, 6, 6)
+        dead[:, 1] = 0.0
+        dq.calibrate(qmodel, [dead, torch.rand(8, 4, 6, 6)])
+        x = torch.rand(8, 4, 6, 6)
+        relative = (qmodel(x) - model(x)).square().mean((0, 2, 3)) / model(x).square().mean((0, 2, 3))
+        assert relative[1] < 1.0, kind
+        qmodel(x).square().sum().backward()
+        assert (qmodel[0].output_scale.grad != 0).all()
+
+
+class Routed(nn.Module):
+    """An auxiliary head that only training calls, as Inception's; it sees values of both signs."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.head, self.aux = nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = self.a(x)
+        return (self.head(h), self.aux(h)) if self.training else self.head(h)
+
+
+@pytest.mark.parametrize("w_bits", [2, 8])
+def test_a_layer_that_no_batch_reaches(w_bits):
+    qmodel = dq.quantize(Routed(), w_bits=w_bits, a_bits=8, first=(w_bits, 8), last=(w_bits, 8))
+    report = dq.calibrate(qmodel, [torch.randn(4, 4)])
+    assert report.unseen == ("aux",) and "aux: not reached by any batch" in str(report)
+    assert qmodel.aux.input_quantizer.sign is None
+    out = qmodel.train()(torch.randn(4, 4))[1]
+    assert out.isfinite().all() and out.std() > 0  # not everything below zero was clipped
+    frozen = dq.freeze(qmodel)
+    assert torch.equal(frozen(torch.ones(1, 4)), qmodel.eval()(torch.ones(1, 4)))
+    before = qmodel.aux.input_quantizer.upper.clone()
+    qmodel.aux.input_quantizer.upper.data.mul_(2)
+    dq.calibrate(qmodel, [torch.randn(4, 4)])
+    assert qmodel.aux.input_quantizer.upper == 2 * before  # what was trained since is kept
+
+
+# ------------------------------------------------------------------------------------------------- refusals
+
+
+def nan_batch():
+    images = torch.randn(2, 3, 9, 9)
+    images[0, 0, 0, 0] = float("nan")
+    return images
+
+
+def interrupted():
+    yield torch.randn(2, 3, 9, 9)
+    raise OSError("disk is gone")
+
+
+REFUSED = {
+    "empty": ([], {}, CalibrationError, "expected at least one batch, found none"),
+    "nan": ([torch.randn(2, 3, 9, 9), nan_batch()], {}, CalibrationError, "0: its input holds NaN or infinite"),
+    "method": ([torch.randn(2, 3, 9, 9)], {"method": "msee"}, CalibrationError, "unknown method 'msee'.*Nearest: mse"),
+    "kind": ([7], {}, DataError, "batch: expected a tensor, a tuple or list .* found int"),
+    "none": ([None], {}, DataError, "found NoneType"),
+    "empty-tuple": ([()], {}, DataError, "found tuple of length 0"),
+    "shape": ([torch.randn(2, 4, 9, 9)], {}, RuntimeError, "channels"),
+    "loader": (interrupted(), {}, OSError, "disk is gone"),
+}
+
+
+@pytest.mark.parametrize("stage", ["fresh", "calibrated"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_leave_the_model_unchanged(name, stage):
+    batches, arguments, kind, message = REFUSED[name]
+    batches = interrupted() if name == "loader" else batches
+    qmodel = chain(w_bits=2).train()
+    if stage == "calibrated":
+        dq.calibrate(qmodel, [torch.randn(2, 3, 9, 9)])
+    before = snapshot(qmodel)
+    with pytest.raises(kind, match=message):
+        dq.calibrate(qmodel, batches, **arguments)
+    assert unchanged(qmodel, before)
+
+
+def test_a_signed_input_of_one_bit_is_refused_by_name():
+    qmodel = dq.quantize(awkward.Chain(), preset="paper-w1a1", first=(1, 1))
+    before = snapshot(qmodel)
+    with pytest.raises(
+        CalibrationError, match=r'need 2 bits or more, found 1 bit at: 0 \(down to -.*match = "0", a_bits = 2'
+    ):
+        dq.calibrate(qmodel, [torch.randn(2, 3, 9, 9)])
+    assert unchanged(qmodel, before)
+    dq.calibrate(qmodel, [torch.rand(2, 3, 9, 9)])  # no negative value, no objection
+    assert qmodel[0].input_quantizer.sign is False
+
+
+def test_nan_is_seen_where_no_input_is_quantized():
+    qmodel = dq.quantize(awkward.Chain().eval(), preset="paper-w1a32", first=(1, None))
+    before = snapshot(qmodel)
+    with pytest.raises(CalibrationError, match="0: its output holds NaN"):
+        dq.calibrate(qmodel, [nan_batch()])
+    assert unchanged(qmodel, before)
+
+
+def test_a_failure_in_the_second_pass_takes_the_bounds_back():
+    class Once(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.calls = nn.Linear(4, 4), 0
+
+        def forward(self, x):
+            self.calls += 1
+            if self.calls == 2:
+                raise KeyboardInterrupt
+            return self.fc(x)
+
+    qmodel = dq.quantize(Once(), first=(2, 4), last=(2, 4))
+    before = snapshot(qmodel)
+    with pytest.raises(KeyboardInterrupt):
+        dq.calibrate(qmodel, [torch.randn(3, 4)])
+    assert unchanged(qmodel, before)
+
+
+def test_a_weight_that_went_wrong_is_named():
+    qmodel = chain()
+    qmodel[3].weight.data[0, 0] = float("inf")
+    with pytest.raises(ConversionError, match="3: 9 of 576 weights are NaN or infinite"):
+        dq.calibrate(qmodel, [torch.randn(2, 3, 9, 9)])
+
+
+def test_a_weight_that_a_forward_uses_unseen_is_refused():
+    """Control flow stops every trace here; what really runs does not lie."""
+
+    class Unseen(awkward.Projection):
+        def forward(self, x):
+            if x.sum() > 1e9:
+                return x
+            return super().forward(x)
+
+    qmodel = dq.quantize(nn.Sequential(Unseen(), nn.Linear(4, 2)))
+    before = snapshot(qmodel)
+    with pytest.raises(ConversionError, match=r'0\.qkv: another module.*\(linear\).*exclude=\["0\.qkv"\]'):
+        dq.calibrate(qmodel, [torch.randn(3, 4)])
+    assert unchanged(qmodel, before)
+    qmodel = dq.quantize(nn.Sequential(Unseen(), nn.Linear(4, 2)), exclude=["0.qkv"])
+    dq.calibrate(qmodel, [torch.randn(3, 4)])
+    assert torch.equal(dq.freeze(qmodel)(torch.ones(1, 4)), qmodel.eval()(torch.ones(1, 4)))
+
+
+def test_models_that_cannot_be_calibrated():
+    with pytest.raises(ConversionError, match="has no quantized layer. Call daqconvert.quantize"):
+        dq.calibrate(awkward.Chain(), [torch.randn(2, 3, 9, 9)])
+    qmodel = chain()
+    dq.calibrate(qmodel, [torch.randn(2, 3, 9, 9)])
+    with pytest.raises(FrozenError, match="calibrate: 0 is frozen"):
+        dq.calibrate(dq.freeze(qmodel), [torch.randn(2, 3, 9, 9)])
+
+
+def test_the_report_is_a_record():
+    report = dq.calibrate(chain(), [torch.randn(2, 3, 9, 9)])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        report.batches = 3
+    assert str(report).endswith("3 inputs calibrated on 1 batches (mse)")
+    assert len(quantized_layers(chain())) == 3

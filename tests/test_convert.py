@@ -1,0 +1,194 @@
+"""`plan` and `quantize`: what they accept, what they refuse, and that deciding and doing agree."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import awkward
+import daqconvert as dq
+from cases import BY_ID, CASES, SETTINGS
+from daqconvert.errors import ConversionError, PolicyError
+from daqconvert.layers import QuantizedLayer
+from daqconvert.modes import copy_model, quantized_layers
+
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=list(SETTINGS))
+@each_case
+def test_what_is_done_is_what_was_planned(case, settings):
+    model = case.make()
+    plan = dq.plan(model, **settings)
+    qmodel = dq.quantize(model, **settings)
+
+    assert {row.name for row in plan.converted} == set(quantized_layers(qmodel)) == set(case.converted)
+    assert str(dq.plan(qmodel)) == str(plan)
+    for row in plan.converted:
+        layer = qmodel.get_submodule(row.name)
+        assert layer.settings == row.settings and layer.layer_name == row.name
+        assert "auto" not in (row.settings.grid, row.settings.normalize, row.settings.granularity)
+        if layer.weight_quantizer is not None:
+            assert layer.weight_quantizer.bits == row.settings.w_bits and layer.weight_quantizer.ready
+        if layer.input_quantizer is not None:
+            assert layer.input_quantizer.bits == row.settings.a_bits
+            assert layer.input_quantizer.sign is row.signed is (False if row.name in case.unsigned else None)
+    for row in plan.skipped:
+        assert row.reason and row.reason in str(plan)
+    for name, module in qmodel.named_modules():
+        assert not isinstance(module, QuantizedLayer) or name in case.converted
+
+
+def test_first_and_last_get_eight_bits_and_the_rest_what_was_asked():
+    plan = dq.plan(awkward.Residual(), w_bits=3, a_bits=2)
+    assert [(row.name, row.rule, row.settings.w_bits, row.settings.a_bits) for row in plan] == [
+        ("stem", "first", 8, 8),
+        ("c1", "default", 3, 2),
+        ("c2", "default", 3, 2),
+        ("head", "last", 8, 8),
+    ]
+    plan = dq.plan(awkward.Residual(), w_bits=3, a_bits=2, first=None, last=(4, None))
+    assert not plan["stem"].converted and plan["head"].settings.w_bits == 4 and plan["head"].settings.a_bits is None
+
+
+@pytest.mark.parametrize("bits", [0, 9, 2.5, -1, True, "4", 64, float("nan")], ids=repr)
+@pytest.mark.parametrize("key", ["w_bits", "a_bits"])
+def test_impossible_widths(key, bits):
+    model = awkward.Chain()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(PolicyError, match=f"{key}: expected an integer from 1 to 8, or None .32."):
+        dq.quantize(model, **{key: bits})
+    with pytest.raises(PolicyError, match="from 1 to 8"):
+        dq.plan(model, first=(bits, 4))
+    assert all(torch.equal(value, before[k]) for k, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("bits", [None, 32])
+def test_thirty_two_bits_mean_float(bits):
+    qmodel = dq.quantize(awkward.Chain(), w_bits=4, a_bits=bits)
+    assert qmodel[3].input_quantizer is None and dq.plan(qmodel)["3"].settings.a_bits is None
+    with pytest.raises(ConversionError, match="nothing to quantize: 3 convolutions and linears found, all left alone"):
+        dq.quantize(awkward.Chain(), w_bits=bits, a_bits=bits, first=None, last=None)
+
+
+def test_unknown_names():
+    with pytest.raises(PolicyError, match=r'"layer9\.\*" matches no layer'):
+        dq.quantize(awkward.Chain(), rules=[dq.Rule({"w_bits": 2}, match="layer9.*")])
+    with pytest.raises(PolicyError, match=r"'w_bit' is not a setting.*Nearest: w_bits"):
+        dq.quantize(awkward.Chain(), w_bit=4)
+    with pytest.raises(PolicyError, match="paper-w1a1"):
+        dq.quantize(awkward.Chain(), preset="paper-w1a9")
+    with pytest.raises(PolicyError, match="matches no layer"):
+        dq.quantize(awkward.Chain(), exclude=["fc"])
+
+
+def test_a_rule_cannot_reach_what_cannot_be_converted():
+    with pytest.raises(PolicyError, match="recurrent layer"):
+        dq.quantize(awkward.Recurrent(), rules=[dq.Rule({"w_bits": 2}, match="rnn")])
+
+
+@pytest.mark.parametrize(
+    "model",
+    [nn.Sequential(nn.ReLU()), nn.Identity(), nn.LSTM(3, 3), nn.MultiheadAttention(4, 2), nn.Bilinear(2, 2, 2)],
+    ids=lambda model: type(model).__name__,
+)
+def test_nothing_to_quantize(model):
+    with pytest.raises(ConversionError, match=rf"{type(model).__name__}: nothing to quantize.*daqconvert\.plan"):
+        dq.quantize(model)
+
+
+def test_quantizing_twice_is_refused():
+    qmodel = dq.quantize(awkward.Chain())
+    with pytest.raises(ConversionError, match=r"quantize: 0 is quantized already .*original float model"):
+        dq.quantize(qmodel)
+    with pytest.raises(ConversionError, match=r"quantize: 1\.0 is quantized already"):
+        dq.quantize(nn.Sequential(nn.Linear(2, 2), qmodel))
+
+
+def test_using_bounds_that_were_never_set_is_refused_by_name():
+    qmodel = dq.quantize(awkward.Chain())
+    with pytest.raises(
+        dq.DaqError, match=r"0: the bounds of its input quantizer were never set.*daqconvert\.calibrate"
+    ):
+        qmodel(torch.randn(1, 3, 9, 9))
+
+
+def test_lazy_layers_are_planned_and_left_alone():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.LazyLinear(2))
+    qmodel = dq.quantize(model)
+    assert "lazy" in dq.plan(qmodel)["2"].reason
+    dq.calibrate(qmodel, [torch.randn(3, 4)])
+    assert qmodel(torch.randn(3, 4)).shape == (3, 2)
+
+
+@each_case
+def test_the_plan_counts_bytes_as_they_are(case):
+    model = case.make()
+    plan = dq.plan(model, w_bits=4, a_bits=4, example_inputs=case.batch())
+    state = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
+    twice = model.b.weight.numel() if case.id == "tied" else 0
+    assert plan.float_bytes == 4 * (state + twice)
+    expected = 4.0 * (state + twice)
+    for row in plan.converted:
+        expected -= (32 - row.settings.w_bits) / 8 * model.get_submodule(row.name).weight.numel()
+    assert plan.bytes == pytest.approx(expected)
+    assert plan.macs is not None and all(row.site.macs for row in plan.converted)
+    assert plan.input_size is not None
+
+
+def test_macs_of_what_is_not_called_directly_are_unknown():
+    plan = dq.plan(awkward.Attention(), example_inputs=torch.zeros(1, 3, 8))
+    assert plan["a"].site.macs == 3 * 64 and plan["attn"].site.macs is None and plan["attn.out_proj"].site.macs is None
+
+
+def test_plan_of_a_model_on_the_meta_device():
+    with torch.device("meta"):
+        model = awkward.Residual()
+    plan = dq.plan(model, example_inputs=torch.zeros(1, 3, 9, 9))
+    assert len(plan.converted) == 4 and plan.macs == 81 * 4 * 27 + 81 * 4 * 36 + 81 * 16 + 12
+
+
+def test_a_part_of_a_quantized_model_is_not_quantized_again():
+    qmodel = dq.quantize(nn.Sequential(awkward.Chain(), nn.Linear(5, 2)))
+    with pytest.raises(ConversionError, match="quantized already"):
+        dq.quantize(qmodel[0])
+
+
+def test_copies_that_cannot_be_made_are_explained():
+    model = awkward.Chain()
+    model.lock = threading.Lock()
+    with pytest.raises(ConversionError, match=r"Chain cannot be copied .*lock.*copy\.deepcopy"):
+        dq.quantize(model)
+
+
+def test_a_copy_to_look_at_shares_parameters_and_nothing_else():
+    model = awkward.Chain()
+    model[0].register_forward_hook(lambda *args: None)
+    look, full = copy_model(model, to_look_at=True), copy_model(model)
+    assert look[0].weight is model[0].weight and look[1].running_mean is not model[1].running_mean
+    assert not look[0]._forward_hooks and full[0]._forward_hooks and model[0]._forward_hooks
+    assert full[0].weight is not model[0].weight
+
+
+def test_old_weight_norm_goes_on_computing_its_weight():
+    model = BY_ID["old-weight-norm"].make()
+    qmodel = dq.quantize(model)
+    with torch.no_grad():
+        qmodel[0].weight_g.mul_(2.0)
+    x = torch.randn(3, 4)
+    with dq.disabled(qmodel):
+        bias = model[0].bias
+        torch.testing.assert_close(qmodel[0](x) - bias, 2 * (model[0](x) - bias))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_of_every_module_stays(training):
+    model = awkward.Residual().train(training)
+    model.bn.train(not training)
+    qmodel = dq.quantize(model)
+    assert qmodel.training is training and qmodel.bn.training is not training
+    assert qmodel.c1.weight_quantizer.training is qmodel.c1.input_quantizer.training is training
