@@ -18,7 +18,6 @@ PUBLIC = [
     "Settings",
     "__version__",
     "calibrate",
-    "coverage",
     "disabled",
     "evaluate",
     "export",
