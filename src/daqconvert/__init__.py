@@ -11,8 +11,7 @@ from daqconvert.freezing import freeze
 from daqconvert.modes import disabled
 from daqconvert.spec import Plan, Policy, Rule, Settings
 from daqconvert.training import Recipe, evaluate, finetune
-
-__version__ = "0.1.0"
+from daqconvert.version import __version__ as __version__
 
 __all__ = [
     # verbs

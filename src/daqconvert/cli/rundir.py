@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from daqconvert import __version__
 from daqconvert.cli.job import Job, Opened, job_from_dict, open_job
 from daqconvert.convert import apply_plan
 from daqconvert.errors import ConversionError, TrainingError
@@ -20,6 +19,7 @@ from daqconvert.sources import parse_source
 from daqconvert.spec import Plan
 from daqconvert.state_dicts import load_checkpoint
 from daqconvert.training import Recipe, load_weights
+from daqconvert.version import __version__
 
 RUN = "run"
 CONFIG, FLOAT, SUMMARY = "config.json", "float.safetensors", "summary.json"
