@@ -23,7 +23,6 @@ from safetensors import SafetensorError
 from daqconvert.errors import DaqError
 
 MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"  # process ids mean nothing on another one
-LEFTOVER = re.compile(rf"\..+\.{MACHINE}-(\d+)-[0-9a-f]{{8}}\.(tmp|old)")
 
 
 @contextmanager
@@ -156,8 +155,8 @@ def _leftovers(path: Path) -> list[Path]:
     """Temporary files and directories for `path` whose process is gone."""
     if not path.parent.is_dir():
         return []
-    found = [p for p in path.parent.iterdir() if p.name.startswith(f".{path.name}.")]
-    owners = {p: LEFTOVER.fullmatch(p.name) for p in found}
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.{MACHINE}-(\d+)-[0-9a-f]{{8}}\.(tmp|old)")
+    owners = {p: pattern.fullmatch(p.name) for p in path.parent.iterdir()}
     return [p for p, match in owners.items() if match and not _is_running(int(match[1]))]
 
 

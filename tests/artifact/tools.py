@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import daqconvert as dq
 from cases import run
+from daqconvert.errors import ArtifactError
 
 MANIFEST, TENSORS = "daqconvert.json", "model.safetensors"
 
@@ -93,3 +95,24 @@ def reseal(artifact: Path) -> None:
     """Make size, SHA-256 and checksum fit a tensor file that was changed."""
     content = (artifact / TENSORS).read_bytes()
     edit(artifact, lambda body: body.update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest()))
+
+
+def put(*path_and_value: Any) -> Callable[[dict[str, Any]], None]:
+    """A change of one field, `put("tensors", "7.bias", "shape", [3])`."""
+    *path, value = path_and_value
+
+    def change(body: Any) -> None:
+        for step in path[:-1]:
+            body = body[step]
+        body[path[-1]] = value
+
+    return change
+
+
+def refused(artifact: Path, match: str, model: nn.Module | None = None) -> str:
+    """Loading must raise an `ArtifactError`, short and printable whatever the file holds; its message."""
+    with pytest.raises(ArtifactError, match=match) as told:
+        dq.load(artifact, model=small_network() if model is None else model)
+    message = str(told.value)
+    assert len(message) < 1500 and message.isprintable()
+    return message

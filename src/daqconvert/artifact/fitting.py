@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from daqconvert.artifact.manifest import Manifest, TensorEntry, shown
 from daqconvert.convert import PLAN_ATTRIBUTE
@@ -82,8 +81,8 @@ def _check_keys(frozen: nn.Module, manifest: Manifest, where: str) -> None:
 
 def _misfit(value: object, entry: TensorEntry, exact: bool) -> str:
     """What is wrong with a tensor; a model's own floating tensors may have any floating dtype."""
-    if not isinstance(value, Tensor) or is_lazy(value):
-        return "the model holds no tensor of known shape there"
+    if not isinstance(value, Tensor):
+        return "the model holds no tensor there"
     if tuple(value.shape) != entry.shape:
         return f"the model has shape {tuple(value.shape)}, the artifact {entry.shape}"
     dtype = getattr(torch, entry.dtype)

@@ -89,6 +89,8 @@ def save(
 def _free_target(path: str | Path, overwrite: bool) -> Path:
     """Return where to write, once it is sure that nothing but an artifact can be lost there."""
     target = Path(path)
+    if "\0" in str(target):
+        raise ArtifactError(f"{str(target)!r}: no path holds a null character. Choose another path.")
     try:
         if not target.is_dir():
             if target.exists():
@@ -97,9 +99,7 @@ def _free_target(path: str | Path, overwrite: bool) -> Path:
         if target.resolve() in (Path.cwd(), *Path.cwd().parents):
             raise ArtifactError(f"{target}: is the current directory or one above it. Name a directory to make.")
         found = sorted(entry.name for entry in target.iterdir())
-    except (OSError, ValueError) as error:  # ValueError: of a path that no system can have
-        if isinstance(error, ArtifactError):
-            raise
+    except OSError as error:
         raise ArtifactError(f"{str(target)!r}: cannot be used ({error}). Choose another path.") from None
     foreign = [name for name in found if name not in (MANIFEST, TENSORS)]
     if foreign:

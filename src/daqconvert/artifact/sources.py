@@ -32,7 +32,7 @@ HARMLESS = frozenset(
 )
 LARGEST_NUMBER = 4096  # in arguments; a larger one must be a size of a stored tensor or smaller (num_classes=21843)
 MOST_VALUES = 256
-STEPS, STEPS_PER_TENSOR = 20_000, 200  # torch calls of a builder; of timm's, the most are 30 a tensor
+STEPS, STEPS_PER_TENSOR = 5_000, 200  # torch calls of a builder; of timm's, the most are 30 a tensor
 SPARE_ELEMENTS = 1 << 26  # of buffers that are not stored, as masks of attention; or 8 for each one that is
 
 
