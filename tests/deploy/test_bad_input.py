@@ -62,11 +62,12 @@ def test_example_inputs_of_another_shape(small, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_model_that_torch_cannot_follow(frozen, tmp_path):
+def test_model_that_torch_cannot_follow(frozen, tmp_path, capfd):
     x = torch.rand(4, 6)
-    with pytest.raises(ExportError, match=r"torch\.export cannot follow FrozenDeciding|Deciding.*dynamic_batch=False"):
+    with pytest.raises(ExportError, match=r"torch\.export cannot follow Deciding.*pass dynamic_batch=False"):
         dq.export(frozen(Deciding(), x), tmp_path / "new" / "model.onnx", x)
     assert not list(tmp_path.iterdir())
+    assert capfd.readouterr() == ("", "")  # torch prints its graph; the error is enough
 
 
 def test_existing_file(small, tmp_path):

@@ -5,9 +5,12 @@ A frozen layer arrives in the graph as the placeholders of `operators`; `expansi
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 
 OPSET = 21
 BATCH = "batch"
+LOGGERS = ("torch.onnx", "torch.export", "torch.fx.experimental.symbolic_shapes", "onnxscript", "onnx_ir")
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -138,16 +142,20 @@ def _open_batch(model: nn.Module, arguments: Arguments) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence what the exporter says about itself: deprecations inside it, its log; nothing of the model's own."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    """Silence what the exporter says about itself: its deprecations, its log, the graph it prints when it fails."""
+    loggers = [logging.getLogger(name) for name in LOGGERS]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
+    printed = io.StringIO()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(printed):
             for category in (DeprecationWarning, FutureWarning):
                 warnings.filterwarnings("ignore", category=category, module=r"(torch|onnxscript|onnx_ir|onnx)\b")
+            # the model stores a tensor of a forward in itself; on the copy, that is of no consequence
+            warnings.filterwarnings("ignore", message=r"The tensor attributes? .* assigned during export")
             yield
+        sys.stderr.write(printed.getvalue())  # the model's own; of a failure, the error says enough
     finally:
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
