@@ -192,3 +192,13 @@ def test_the_mode_of_every_module_stays(training):
     qmodel = dq.quantize(model)
     assert qmodel.training is training and qmodel.bn.training is not training
     assert qmodel.c1.weight_quantizer.training is qmodel.c1.input_quantizer.training is training
+
+
+@pytest.mark.parametrize(
+    "asked", [{"w_bits": 2}, {"first": None}, {"preset": "paper-w1a1"}, {"exclude": ["0"]}], ids=str
+)
+def test_the_plan_of_a_quantized_model_cannot_be_asked_to_be_another(asked):
+    qmodel = dq.quantize(awkward.Chain(), w_bits=4)
+    with pytest.raises(ConversionError, match=f"plan: Chain is quantized already .*found {next(iter(asked))}"):
+        dq.plan(qmodel, **asked)
+    assert dq.plan(qmodel)["3"].settings.w_bits == 4

@@ -50,9 +50,11 @@ def calibrated(model, batch, **settings):
 @each_setting
 @each_case
 def test_quantized_and_frozen_are_identical(case, settings):
-    qmodel = shake(calibrated(case.make(), case.batch(), **settings)).eval()
+    model = case.make().eval()
+    qmodel = shake(calibrated(model, case.batch(), **settings)).eval()
     frozen = dq.freeze(qmodel)
 
+    assert run(frozen, case.batch()).shape == run(model, case.batch()).shape
     assert sum(isinstance(m, FrozenLayer) for m in frozen.modules()) == len(case.converted)
     assert not any(isinstance(m, QuantizedLayer) for m in frozen.modules())
     for seed in (0, 1):
@@ -115,6 +117,25 @@ def test_all_widths(w_bits, signed, granularity):
                 assert torch.equal(codes, frozen[2].weight_codes) and int(codes.max()) < 2**w_bits
                 inputs = layer.input_quantizer.codes(qmodel[:2](x))
                 assert torch.equal(inputs, frozen[2].input_codes(qmodel[:2](x))) and int(inputs.max()) < 2**a_bits
+
+
+@pytest.mark.parametrize("rounding", ["daq", "ste"])
+def test_exact_ties_go_the_same_way_quantized_and_frozen(rounding):
+    """Every value lies half way between two levels; a step of 1/4 makes that exact."""
+    layer = nn.Linear(1, 32, bias=False)
+    halves = (torch.arange(32) - 15.5) / 4
+    layer.weight.data = halves[:, None].clone()
+    both = {"w_bits": 5, "a_bits": 5, "rounding": rounding, "granularity": "tensor"}
+    qlayer = dq.quantize(layer, first=both, last=both).eval()
+    qlayer.weight_quantizer.upper.data.fill_(15 / 4)
+    qlayer.input_quantizer.set_bounds(-4.0, 15 / 4)
+    frozen = dq.freeze(qlayer)
+    even = torch.round(halves * 4)
+    inputs = even.clamp(-16, 15)
+    assert torch.equal(qlayer.input_quantizer(halves), inputs) and torch.equal(frozen.input_operand(halves), inputs)
+    assert torch.equal(qlayer.weight_quantizer(layer.weight)[:, 0], even.clamp(-15, 15))
+    assert torch.equal(frozen.weight_operand()[:, 0], even.clamp(-15, 15))
+    assert same(frozen(halves[:, None]), qlayer(halves[:, None]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)

@@ -44,6 +44,8 @@ def plan(
 
     Raises:
         PolicyError: If a setting, rule or width cannot be applied; names the nearest valid name.
+        ConversionError: If the model cannot be copied or fails on the example inputs, or is quantized already and
+            anything but its plan is asked for.
 
     Example:
         >>> import daqconvert as dq
@@ -51,8 +53,15 @@ def plan(
         >>> [(row.name, row.rule) for row in rows]
         [('0', 'first'), ('2', 'last')]
     """
-    existing = getattr(model, PLAN_ATTRIBUTE, None)
-    if existing is not None:
+    if getattr(model, PLAN_ATTRIBUTE, None) is not None:
+        given = {"policy": policy, "preset": preset, "exclude": exclude or None, "rules": rules or None}
+        given |= {key: None if value is UNSET else key for key, value in (("first", first), ("last", last))}
+        asked = [*(key for key, value in given.items() if value is not None), *settings]
+        if asked:
+            raise ConversionError(
+                f"plan: {type(model).__name__} is quantized already and its plan is fixed; found {', '.join(asked)}. "
+                "Leave that out to see its plan, or plan the original float model."
+            )
         return current_plan(model)
     chosen = build(policy=policy, preset=preset, first=first, last=last, exclude=exclude, rules=rules, **settings)
     found = find_sites(model, example_inputs)

@@ -131,3 +131,10 @@ def test_the_sign_travels_in_the_state_dict(sign):
     assert other.sign is sign and other.ready is made.ready and other.lower.requires_grad is (sign is True)
     assert made.state_dict().keys() == {"lower", "upper", "calibrated", "signed"}
     assert made.signed.dtype == torch.int8 and made.calibrated.dtype == torch.bool
+
+
+def test_the_lower_bound_of_an_unsigned_input_never_learns():
+    made = quantizer(4, 0.0, 1.0, signed=False)
+    made.requires_grad_(True)  # as code that unfreezes a whole model does
+    made(torch.tensor([-1.0, 0.3, 2.0])).sum().backward()
+    assert made.lower.grad is None and made.upper.grad is not None

@@ -64,7 +64,9 @@ class InputQuantizer(Quantizer):
 
     def scale(self) -> Tensor:
         """Return the step between two levels, a scalar tensor that carries the bounds' gradient."""
-        return input_scale(self.lower, self.upper, self.bits)
+        # an unsigned `lower` stays 0 even where someone has unfrozen every parameter of the model
+        lower = self.lower.detach() if self._sign is False else self.lower
+        return input_scale(lower, self.upper, self.bits)
 
     def zero_point(self, scale: Tensor | None = None) -> Tensor:
         """Return the integer-valued zero point, a scalar tensor without gradient."""
