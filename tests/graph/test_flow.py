@@ -209,3 +209,30 @@ def test_a_class_or_function_of_the_user_with_a_known_name_proves_nothing():
 
     model = nn.Sequential(nn.Linear(4, 4), ReLU(), nn.Linear(4, 2))
     assert not any(site.nonnegative for site in find_sites(model).sites)
+
+
+def test_layers_hidden_in_a_node_are_met_where_the_node_is():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = nn.Linear(8, 8), nn.Linear(8, 2)
+            self.decoder = nn.TransformerDecoderLayer(8, 2, 16)
+
+        def forward(self, x):
+            return self.head(self.decoder(x, self.stem(x)))
+
+    sites = {s.name: s for s in find_sites(Net()).sites}
+    order = [*sites]
+    assert (order[0], order[-1]) == ("stem", "head")
+    assert {n for n, s in sites.items() if s.first} == {"stem", "decoder.self_attn"}
+    assert {n for n, s in sites.items() if s.last} == {"head"}
+    assert not sites["decoder.linear1"].reason and not sites["decoder.linear1"].notes
+    assert not any(s.nonnegative for s in sites.values())
+
+
+def test_mobilevit_hides_most_of_its_layers():
+    sites = found("timm:mobilevit_xxs")
+    assert len(sites) == 72 and not any(site.reason or site.notes for site in sites.values())
+    assert [n for n, s in sites.items() if s.first] == ["stem.conv"]
+    assert [n for n, s in sites.items() if s.last] == ["head.fc"]
+    assert all(site.macs for site in sites.values())
