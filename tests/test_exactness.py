@@ -264,7 +264,7 @@ def test_an_all_zero_channel_gives_its_bias():
         for grid in ("midrise", "integer") if w_bits > 1 else ("midrise",):
             for normalize in (True, False) if grid == "midrise" else (False,):
                 settings = {"grid": grid, "normalize": normalize, "first": (w_bits, 4), "last": (w_bits, 4)}
-                qlayer = calibrated(layer, (x,), **settings).eval()
+                qlayer = calibrated(layer, (x,), granularity="channel", **settings).eval()
                 assert torch.equal(qlayer(x)[:, 1], layer.bias[1].expand(2, 3, 3)), settings
                 assert same(dq.freeze(qlayer)(x), qlayer(x))
 

@@ -101,7 +101,15 @@ def recorded_layer(case) -> QuantConv2d:
     float_layer = nn.Conv2d(channels_in, channels_out, 3, stride=case["stride"], padding=case["padding"], bias=False)
     bits = case["bits"]
     settings = Settings(
-        w_bits=bits, a_bits=bits, granularity="tensor", grid="midrise", normalize=True, rounding="daq", slope="paper"
+        w_bits=bits,
+        a_bits=bits,
+        granularity="tensor",
+        grid="midrise",
+        normalize=True,
+        rounding="daq",
+        slope="paper",
+        w_sigma=1.0,
+        a_sigma=2.0,
     )
     layer = QuantConv2d.convert(float_layer, settings, "conv", signed=False)
     layer.input_quantizer.set_bounds(case["act_lower"], case["act_upper"])
