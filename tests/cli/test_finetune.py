@@ -23,7 +23,7 @@ FILES = {
 
 def test_run_directory_holds_everything(finished):
     assert {entry.name for entry in finished.iterdir()} == FILES
-    assert [row["epoch"] for row in csv.DictReader((finished / "log.csv").open())] == ["1", "2"]
+    assert [row["epoch"] for row in csv.DictReader((finished / "log.csv").read_text().splitlines())] == ["1", "2"]
     config = read_config(finished)
     assert (str(config.job.source), config.recipe.epochs, config.float_epochs) == ("timm:test_resnet", 2, 2)
     assert config.plan["layer1.0.conv1"].settings.w_bits == 4

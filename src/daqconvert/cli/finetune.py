@@ -78,6 +78,8 @@ def finetune_command(
 
 def _fresh(job: Job, asked: Policy | None, chosen: Recipe, float_epochs: int | None) -> tuple[Config, Opened]:
     """Check and build everything, before anything is written."""
+    torch.manual_seed(job.seed)
+    opened = open_job(job, chosen.batch_size)
     if float_epochs is None:
         float_epochs = 0 if job.has_weights else DEMO_FLOAT_EPOCHS
         if not job.has_weights and job.model is not None:
@@ -85,8 +87,6 @@ def _fresh(job: Job, asked: Policy | None, chosen: Recipe, float_epochs: int | N
                 f"{job.source} would start from random weights. Give --pretrained or --checkpoint FILE, or say how "
                 "long to train it in float first: --float-epochs N."
             )
-    torch.manual_seed(job.seed)
-    opened = open_job(job, chosen.batch_size)
     policy = asked or o.default_policy()
     found = plan(opened.model, policy=policy, example_inputs=opened.example)
     return Config(job, found, chosen, float_epochs), opened
