@@ -1,5 +1,6 @@
 """A manifest that somebody edited: refused by its checksum, or by its fields where the checksum was made right too."""
 
+import hashlib
 import json
 
 import pytest
@@ -59,7 +60,7 @@ EDITS = {
     "no rows": (put("plan", "rows", []), "3.weight is missing in the artifact|0.weight is missing"),
     "row field": (put(*ROW, "x", 1), r"plan.rows\[1\]: unknown field 'x'"),
     "row name": (put(*ROW, "site", "name", "4"), "plan: '4': expected a float Conv2d, found a ReLU"),
-    "row name long": (put(*ROW, "site", "name", "\0" * 9999), "expected a float Conv2d, found no such layer"),
+    "row name long": (put(*ROW, "site", "name", "x" * 9999), "expected a float Conv2d, found no such layer"),
     "row name dunder": (put(*ROW, "site", "name", "__class__"), "expected a float Conv2d, found no such layer"),
     "row twice": (put(*ROW, "site", "name", "0"), "expected each name once; found '0' again"),
     "row kind": (put(*ROW, "site", "kind", "Linear"), "'3': expected a float Linear, found a Conv2d"),
@@ -73,6 +74,8 @@ EDITS = {
     "granularity": (put(*ROW, "settings", "granularity", "tensor"), r"3.scale: the model has shape \(\)"),
     "grid": (put(*ROW, "settings", "grid", "auto"), r'expected nothing on "auto"'),
     "gamma": (put(*ROW, "settings", "w_gamma", -1.0), "w_gamma: expected a positive number"),
+    "reason escape": (put(*ROW, "site", "reason", "\x1b[2J"), r"plan: expected printable texts, found '\\x1b\[2J'"),
+    "note": (put(*ROW, "notes", ["a\nb"]), "plan: expected printable texts"),
     "count": (put(*ROW, "site", "params", 10**30), "an integer of 31 digits"),
     "checksum list": (put("checksum", []), None),
 }  # fmt: skip
@@ -103,6 +106,16 @@ def test_an_edited_checksum(artifact, checksum):
     del body["checksum"]
     write(artifact, body, sign=False)
     refused(artifact, "its checksum does not fit its contents")
+
+
+@pytest.mark.parametrize("levels", [10, 200, 400, 600, 800, 900, 950, 980, 990, 2000])
+def test_deep_nesting(artifact, levels):
+    body = {**read(artifact), "source_kwargs": "@"}
+    rest = json.dumps({k: v for k, v in body.items() if k != "checksum"}, sort_keys=True, separators=(",", ":"))
+    deep = "[" * levels + "]" * levels
+    body["checksum"] = hashlib.sha256(rest.replace('"@"', deep).encode()).hexdigest()
+    (artifact / MANIFEST).write_text(json.dumps(body).replace('"@"', deep))
+    refused(artifact, r"hundreds of times|source_kwargs: found \[\[")
 
 
 def test_formatting_alone_is_no_edit(artifact, frozen, batch):

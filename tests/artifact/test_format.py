@@ -132,7 +132,7 @@ def data_bytes(artifact):
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_size(bits, tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 7, 3, bias=False))
-    both = {"w_bits": bits, "a_bits": 8}
+    both = {"w_bits": bits, "a_bits": 8, "granularity": "channel"}
     frozen = frozen_of(model, (torch.randn(1, 3, 8, 8),), **both, first=both, last=both)
     packed = bits * -(-5 * 3 * 9 // 8) + bits * -(-7 * 5 * 9 // 8)
     per_layer = (4 + 1) * 2  # input scale and zero point

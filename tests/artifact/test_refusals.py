@@ -26,7 +26,7 @@ from daqconvert.errors import ArtifactError
         pytest.param(lambda p: p.write_bytes(p.read_bytes()[:-9]), "truncated or damaged", id="truncated"),
         pytest.param(lambda p: p.write_bytes(b"\xff" + p.read_bytes()), "not readable as JSON", id="not UTF-8"),
         pytest.param(lambda p: p.write_text(p.read_text(), "utf-16"), "not readable as JSON", id="UTF-16"),
-        pytest.param(lambda p: p.write_text("[" * 100_000), "not readable as JSON", id="deep"),
+        pytest.param(lambda p: p.write_text("[" * 100_000), "in one another hundreds of times", id="deep"),
         pytest.param(lambda p: p.write_text("[]"), "expected an object", id="a list"),
         pytest.param(lambda p: p.write_text('{"format": "other"}'), 'expected an object with "format"', id="format"),
         pytest.param(lambda p: p.write_text('{"a": 1, "b": 1, "a": 1}'), "'a' stands there twice", id="twice"),

@@ -1,6 +1,6 @@
 """Small frozen models, and an ONNX file's graph after ONNX Runtime's own optimization."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,15 @@ import torch
 from torch import Tensor, nn
 
 import daqconvert as dq
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small only wait for a second thread; on a busy machine, for long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -24,14 +24,15 @@ class Twice(nn.Module):
 
 
 class Attention(nn.Module):
-    """Three linears that read, and quantize, the same tensor."""
+    """Five linears that read, and quantize, the same tensor."""
 
     def __init__(self):
         super().__init__()
-        self.q, self.k, self.v, self.out = (nn.Linear(6, 6) for _ in range(4))
+        self.q, self.k, self.v, self.gate, self.other, self.out = (nn.Linear(6, 6) for _ in range(6))
 
     def forward(self, x):
-        return self.out(torch.softmax(self.q(x) @ self.k(x).transpose(1, 2), -1) @ self.v(x))
+        mixed = torch.softmax(self.q(x) @ self.k(x).transpose(1, 2), -1) @ self.v(x)
+        return self.out(mixed * torch.sigmoid(self.gate(x)) + self.other(x))
 
 
 class Branches(nn.Module):
@@ -115,13 +116,14 @@ def test_module_called_twice(frozen, tmp_path):
     assert [t.name for t in graph.initializer if "codes" in t.name] == ["conv.weight_codes", "head.weight_codes"]
 
 
-def test_equal_quantizers_of_one_tensor_are_written_once(frozen, tmp_path):
+def test_only_equal_quantizers_of_one_tensor_are_written_once(frozen, tmp_path):
     x = torch.randn(2, 5, 6)
-    model = frozen(Attention(), x)
+    model = frozen(Attention(), x, rules=[dq.Rule({"a_bits": 6}, match="gate")])
+    model.other.input_scale.mul_(1.5)
     report = check(model, x, tmp_path / "model.onnx")
-    assert [layer.name for layer in report.layers] == ["q", "k", "v", "out"]
+    assert [layer.name for layer in report.layers] == ["q", "k", "v", "gate", "other", "out"]
     nodes = [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
-    assert nodes.count("QuantizeLinear") == 2
+    assert nodes.count("QuantizeLinear") == 4  # that of q, k and v; one for each of the others
 
 
 def test_root_layer(frozen, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from daqconvert.artifact.fitting import check_values, fit
-from daqconvert.artifact.manifest import MANIFEST, TENSORS, Manifest, read_manifest
+from daqconvert.artifact.manifest import MANIFEST, TENSORS, Manifest, read_manifest, told
 from daqconvert.artifact.sources import build, outline
 from daqconvert.artifact.tensors import read_tensors
 from daqconvert.errors import ArtifactError
@@ -53,7 +53,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     try:
         frozen.load_state_dict(_placed(frozen, state, manifest), strict=True, assign=True)
     except (RuntimeError, TypeError, ValueError, KeyError) as error:  # a module may have a loading hook of its own
-        raise ArtifactError(f"{where}: does not fit {type(frozen).__name__} ({str(error)[:300]}).") from error
+        raise ArtifactError(f"{where}: does not fit {type(frozen).__name__} ({told(error)}).") from error
     frozen.requires_grad_(False)
     left = [name for name, tensor in (*frozen.named_parameters(), *frozen.named_buffers()) if tensor.is_meta]
     if left:

@@ -115,6 +115,11 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def told(error: Exception) -> str:
+    """Return an error's message in at most 600 printable characters, for it may quote the file."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error)[:600])
+
+
 def read_manifest(path: str | Path) -> Manifest:
     """Read and check the manifest of an artifact directory.
 
@@ -126,7 +131,26 @@ def read_manifest(path: str | Path) -> Manifest:
             and the field.
     """
     file = Path(path) / MANIFEST
-    body = _read_object(file)
+    return parse_manifest(_content(file), str(file))
+
+
+def parse_manifest(content: bytes, file: str) -> Manifest:
+    """Check the bytes of a manifest and return what they say.
+
+    Args:
+        content: All of the file.
+        file: What it is called in messages.
+
+    Raises:
+        ArtifactError: If anything is not as it should be; names the file and the field.
+    """
+    try:
+        return _checked(_object(content, file), file)
+    except RecursionError:
+        raise ArtifactError(f"{file}: lists or objects stand in one another hundreds of times.") from None
+
+
+def _checked(body: dict[str, Any], file: str) -> Manifest:
     if body.get("format") != FORMAT:
         raise ArtifactError(f'{file}: expected an object with "format": "{FORMAT}".')
     version = body.get("version")
@@ -142,34 +166,31 @@ def read_manifest(path: str | Path) -> Manifest:
     try:
         return _decode(body)
     except DaqError as error:
-        raise ArtifactError(f"{file}: {str(error)[:600]}") from None
+        raise ArtifactError(f"{file}: {told(error)}") from None
 
 
-def _read_object(file: Path) -> dict[str, Any]:
+def _content(file: Path) -> bytes:
     directory = file.parent
     try:
         if not file.is_file():
             what = f"it holds no file {MANIFEST}" if directory.is_dir() else "no such directory"
             raise ArtifactError(f"{directory}: not an artifact: {what}. Make one with daqconvert.save(frozen, path).")
-        if file.stat().st_size > LARGEST_MANIFEST:
-            raise ArtifactError(f"{file}: {file.stat().st_size} bytes; a manifest has at most {LARGEST_MANIFEST}.")
-        content = file.read_bytes()
+        with file.open("rb") as stream:
+            return stream.read(LARGEST_MANIFEST + 1)
     except (OSError, ValueError) as error:  # ValueError: of a path that no system can have
         if isinstance(error, ArtifactError):
             raise
-        raise ArtifactError(f"{shown(str(file))}: cannot be read ({error}).") from None
+        raise ArtifactError(f"{shown(str(file))}: cannot be read ({told(error)}).") from None
+
+
+def _object(content: bytes, file: str) -> dict[str, Any]:
+    if len(content) > LARGEST_MANIFEST:
+        raise ArtifactError(f"{file}: a manifest has at most {LARGEST_MANIFEST} bytes, this one has more.")
+    strict: dict[str, Any] = {"parse_int": _integer, "parse_float": _finite, "parse_constant": _finite}
     try:
-        body = json.loads(
-            content.decode(),
-            object_pairs_hook=_unique,
-            parse_int=_integer,
-            parse_float=_finite,
-            parse_constant=_finite,
-        )
-    except (ValueError, RecursionError, MemoryError) as error:
-        raise ArtifactError(
-            f"{file}: not readable as JSON ({str(error)[:200]}). It is truncated or damaged."
-        ) from None
+        body = json.loads(content.decode(), object_pairs_hook=_unique, **strict)
+    except (ValueError, MemoryError) as error:
+        raise ArtifactError(f"{file}: not readable as JSON ({told(error)}). It is truncated or damaged.") from None
     if not isinstance(body, dict):
         raise ArtifactError(f'{file}: expected an object with "format": "{FORMAT}".')
     return body
@@ -219,7 +240,16 @@ def _decode(body: dict[str, Any]) -> Manifest:
     if needed > body["bytes"]:
         raise ArtifactError(f"tensors: they take {needed} bytes, the tensor file has {body['bytes']}.")
     check_source(body["source"], body["source_kwargs"], largest_size(tensors))
+    _check_texts(body["plan"])
     return Manifest(**{**body, "tensors": tensors, "plan": plan_from_dict(body["plan"])})
+
+
+def _check_texts(value: object) -> None:
+    """A plan is printed: its texts must not hold what a terminal would obey."""
+    if isinstance(value, str) and not value.isprintable():
+        raise ArtifactError(f"plan: expected printable texts, found {shown(value)}.")
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_texts(item)
 
 
 def _entry(key: str, value: object) -> TensorEntry:

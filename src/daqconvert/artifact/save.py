@@ -21,6 +21,7 @@ from daqconvert.artifact.manifest import (
     Manifest,
     TensorEntry,
     largest_size,
+    parse_manifest,
 )
 from daqconvert.artifact.sources import check_source
 from daqconvert.artifact.tensors import collect, sha256
@@ -82,7 +83,9 @@ def save(
         file = temporary / TENSORS
         save_file(stored, str(file))
         manifest = dataclasses.replace(draft, bytes=file.stat().st_size, sha256=sha256(file))
-        (temporary / MANIFEST).write_text(manifest.to_json(), encoding="utf-8", newline="")
+        content = manifest.to_json().encode()
+        parse_manifest(content, str(target / MANIFEST))  # nothing is written that could not be read
+        (temporary / MANIFEST).write_bytes(content)
     return target
 
 

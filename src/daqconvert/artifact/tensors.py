@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from daqconvert.artifact.manifest import DTYPES, Manifest, TensorEntry, shown
+from daqconvert.artifact.manifest import DTYPES, Manifest, TensorEntry, shown, told
 from daqconvert.errors import ArtifactError
 from daqconvert.functional.packing import pack, unpack
 from daqconvert.layers.frozen import FrozenLayer
@@ -95,7 +95,7 @@ def read_tensors(file: Path, manifest: Manifest) -> dict[str, Tensor]:
     except ArtifactError:
         raise
     except (SafetensorError, OSError, RuntimeError, TypeError, ValueError, AttributeError, MemoryError) as error:
-        raise ArtifactError(f"{file}: not readable as safetensors ({str(error)[:200]}).") from None
+        raise ArtifactError(f"{file}: not readable as safetensors ({told(error)}).") from None
     return {key: state[entry.same_as or key] for key, entry in manifest.tensors.items()}
 
 

@@ -69,8 +69,6 @@ def float32_copy(model: nn.Module) -> nn.Module:
     twin = copy.deepcopy(model).cpu().float()
     for module in twin.modules():
         module.training = False
-        if isinstance(module, FrozenLayer):
-            module.dtype = torch.float32
     return twin
 
 
