@@ -165,3 +165,13 @@ def test_saved_over_the_artifact_it_was_loaded_from(artifact, frozen, batch):
     before = content(artifact)
     dq.save(dq.load(artifact, model=small_network()), artifact, overwrite=True)
     assert content(artifact) == before
+
+
+def test_nothing_is_saved_that_could_not_be_loaded(batch, tmp_path):
+    """A name that the manifest may not hold, for it would be printed."""
+    model = nn.Sequential()
+    model.add_module("a\x1b[2J", nn.Conv2d(3, 4, 3))
+    frozen = frozen_of(model, batch)
+    with pytest.raises(ArtifactError, match=r"a.daqconvert.json: plan: expected printable texts, found 'a\\x1b\[2J'"):
+        dq.save(frozen, tmp_path / "a")
+    assert content(tmp_path) == {}
