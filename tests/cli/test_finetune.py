@@ -152,12 +152,19 @@ def test_interrupt(folder, tmp_path, child_env):
     run = tmp_path / "run"
     options = ["--data", str(folder), "--float-epochs", "1", "--epochs", "4000", "--batch-size", "6", "--no-onnx"]
     command = [sys.executable, "-m", "daqconvert.cli", "finetune", "test_resnet", *options, "--out", str(run)]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=child_env)
-    deadline = time.monotonic() + 120
-    while not (run / "best.safetensors").exists() and child.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    child.send_signal(signal.SIGINT)
-    out, err = child.communicate(timeout=60)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite run in the background ignores it, and
+    try:  # so would its child
+        child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=child_env)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    try:
+        deadline = time.monotonic() + 120
+        while not (run / "best.safetensors").exists() and child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate(timeout=60)
+    finally:
+        child.kill()
     assert child.returncode == 130, err
     assert out == ""
     assert f"Interrupted. Go on with: daqconvert finetune --out {run} --resume" in err
