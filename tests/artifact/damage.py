@@ -17,11 +17,10 @@ HOSTILE: tuple[Any, ...] = (
     None, True, False, -1, 0, 1, 2, 3, 8, 9, 255, 2**31, 2**40 - 1, 2**40, 2**63, 10**17, 10**30, 1e308, -0.0, 0.5,
     float("nan"), float("inf"), "", "0", "x" * 5000, "\0", "\x1b[2J", "\ud800", "../../etc/passwd", "/dev/zero",
     "__class__", "forward", "float16", "bfloat16", "float64", "int64", "uint8", "bool", "complex64", "object",
-    "midrise",
-    "integer", "auto", "channel", "tensor", "Linear", "Conv2d", "timm:test_vit", "torchvision:resnet18", "os:system",
-    "hf-hub:a/b", "pretrained", "checkpoint_path", "num_classes", [], {}, [[]], [0], [1], [2**39],
-    [2**20] * 2, [1] * 20,
-    {"dtype": "float32", "shape": [2**30]}, {"dtype": "uint8", "shape": [2**36], "bits": 1}, {"a": 1},
+    "U8", "BOOL", "F4", "F6_E2M3", "F8_E8M0", "F16", "BF16", "I64", "C64", "midrise", "integer", "auto", "channel",
+    "tensor", "Linear", "Conv2d", "timm:test_vit", "torchvision:resnet18", "os:system", "hf-hub:a/b", "pretrained",
+    "checkpoint_path", "num_classes", [], {}, [[]], [0], [1], [2**39], [2**20] * 2, [1] * 20, {"a": 1},
+    {"dtype": "float32", "shape": [2**30]}, {"dtype": "uint8", "shape": [2**36], "bits": 1},
 )  # fmt: skip
 
 

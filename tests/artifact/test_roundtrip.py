@@ -89,6 +89,7 @@ class Buffers(nn.Module):
         self.register_buffer("index", torch.tensor([3, 1, 0, 2]))
         self.register_buffer("mask", torch.tensor([True, False, True, True]))
         self.register_buffer("empty", torch.zeros(0, 7))
+        self.register_buffer("empty_too", torch.zeros(0, 7))
         self.register_buffer("no_items", torch.zeros(3, 0, dtype=torch.int32))
         self.register_buffer("wide", torch.tensor([7, 2**63], dtype=torch.uint64))
         self.register_buffer("phase", torch.randn(4, dtype=torch.complex64).conj())
@@ -113,6 +114,7 @@ def test_buffers(tmp_path):
     ours, theirs = loaded.state_dict(), frozen.state_dict()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert all(torch.equal(a, b) for a, b in zip(loaded(*batch), frozen(*batch), strict=True))
+    assert shared_names(loaded) == shared_names(frozen) == [["index", "same"]]
     assert "beside" not in ours and torch.equal(loaded.beside, model.beside)
 
 
