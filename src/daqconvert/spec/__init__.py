@@ -1,6 +1,6 @@
 """The data that deciding and doing share: what a user asks for (`settings`), what was decided (`plan`)."""
 
-from daqconvert.spec.plan import Plan, PlanRow, Site
+from daqconvert.spec.plan import Call, Plan, PlanRow, Site
 from daqconvert.spec.settings import (
     BIT_FIELDS,
     CHOICES,
@@ -18,6 +18,7 @@ __all__ = [
     "CHOICES",
     "POSITIVE_FIELDS",
     "SETTING_NAMES",
+    "Call",
     "Plan",
     "PlanRow",
     "Policy",

@@ -11,8 +11,33 @@ from daqconvert.spec.settings import Settings
 
 
 @dataclass(frozen=True)
+class Call:
+    """Where a site computes, if that is not the forward of the layer it is named after.
+
+    Attributes:
+        function: Name of what is called: `"linear"`, `"conv2d"`, `"matmul"`, `"scaled_dot_product_attention"`, ...
+        module: Dotted name of the module whose forward makes the call, and is rewritten.
+        holder: Dotted name of the module that keeps the quantizers.
+        tensors: Dotted names of the parameters and buffers that the weight is computed from; none for a product of
+            activations.
+        dynamic: Whether the second operand depends on the model's inputs: it has no codes to store.
+    """
+
+    function: str
+    module: str
+    holder: str
+    tensors: tuple[str, ...] = ()
+    dynamic: bool = False
+
+    @property
+    def is_product(self) -> bool:
+        """Whether both operands are activations, as in attention."""
+        return not self.tensors
+
+
+@dataclass(frozen=True)
 class Site:
-    """One convolution or linear layer found in a model, before anything is decided about it.
+    """One convolution, linear layer or product found in a model, before anything is decided about it.
 
     Attributes:
         name: Dotted path, the first of its aliases.
@@ -27,6 +52,9 @@ class Site:
         nonnegative: Whether the dataflow proves its input non-negative.
         macs: Multiply-accumulates of one forward at batch size 1, or None where no input size is known.
         notes: Remarks for the plan's row.
+        call: Where it computes, if not in its own layer's forward.
+        one_scale: Why its bounds and scale cannot be per channel; empty if they can.
+        reads: Name of the first site that reads the same input tensor; its own where it is the first or the only one.
     """
 
     name: str
@@ -41,6 +69,14 @@ class Site:
     nonnegative: bool = False
     macs: int | None = None
     notes: tuple[str, ...] = ()
+    call: Call | None = None
+    one_scale: str = ""
+    reads: str = ""
+
+    @property
+    def is_product(self) -> bool:
+        """Whether both operands are activations, as in attention: quantized only where `attention` asks for it."""
+        return self.call is not None and self.call.is_product
 
 
 @dataclass(frozen=True)
