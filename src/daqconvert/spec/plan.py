@@ -16,7 +16,7 @@ class Call:
 
     Attributes:
         function: Name of what is called: `"linear"`, `"conv2d"`, `"matmul"`, `"scaled_dot_product_attention"`, ...
-        module: Dotted name of the module whose forward makes the call, and is rewritten.
+        modules: Dotted names of the modules whose forwards make the call, and are rewritten.
         holder: Dotted name of the module that keeps the quantizers.
         tensors: Dotted names of the parameters and buffers that the weight is computed from; none for a product of
             activations.
@@ -24,7 +24,7 @@ class Call:
     """
 
     function: str
-    module: str
+    modules: tuple[str, ...]
     holder: str
     tensors: tuple[str, ...] = ()
     dynamic: bool = False
