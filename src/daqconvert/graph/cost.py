@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
 from daqconvert.errors import ConversionError
+from daqconvert.graph.counter import Event, counting
 from daqconvert.modes import evaluating
 
 
@@ -31,71 +32,100 @@ def default_input(model: nn.Module) -> tuple[int, ...] | None:
 
 def count_macs(
     model: nn.Module,
-    names: dict[str, nn.Module],
+    names: Mapping[str, Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     *,
     required: bool = False,
+    tensors: Mapping[str, str] | None = None,
+    modules: Mapping[str, str] | None = None,
+    products: Mapping[str, str] | None = None,
 ) -> dict[str, int] | None:
     """Return multiply-accumulates per site for one element of the batch, or None where the forward cannot run so.
 
+    A weight's products count for the module that the weight is a parameter of, or for the bare parameter, whoever
+    computes them; a fused kernel's for each of its weights.
+
     Args:
         model: Any device, meta included; a copy of the user's, for its code may keep what it sees.
-        names: Sites by name.
+        names: Sites by name: dotted names of modules or of bare parameters and buffers. The values do not matter.
         args: Positional example inputs; their first dimension is the batch.
         kwargs: Keyword example inputs.
         required: The inputs are the user's own: run on their values where shapes are not enough; say if that fails.
+        tensors: Parameter or buffer -> site, for sites with another name than their weight's module.
+        modules: Module -> site, for convolutions there whose weight depends on the data.
+        products: Module -> site, for the products of activations that are computed there.
 
     Raises:
         ConversionError: If `required` and the model cannot run on these inputs.
     """
-    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-    batch = int(tensors[0].shape[0]) if tensors and tensors[0].dim() else 1
-    try:
-        macs = _count(names, lambda: _run_fake(model, args, kwargs), model)
-    except Exception:  # NOTE: the model's own code may do what fake tensors cannot (.item(), numpy): no size, no guess
-        if not required:
-            return None
+    events = observe(model, args, kwargs, required=required)
+    if events is None:
+        return None
+    found = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+    batch = int(found[0].shape[0]) if found and found[0].dim() else 1
+    macs = dict.fromkeys(names, 0)
+    for event in events:
+        if event.attention:
+            site = (products or {}).get(event.module)
+        else:
+            site = event.site(names, tensors or {}, modules or {})
+        if site is not None:
+            macs[site] = macs.get(site, 0) + event.macs
+    return {name: count // max(batch, 1) for name, count in macs.items()}
+
+
+def observe(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, required: bool = False
+) -> list[Event] | None:
+    """Return every product of one forward in evaluation mode, run on shapes alone where the model's code allows.
+
+    Args:
+        model: As for `count_macs`.
+        args: Positional example inputs.
+        kwargs: Keyword example inputs.
+        required: As for `count_macs`.
+
+    Raises:
+        ConversionError: If `required` and the model cannot run on these inputs.
+    """
+    with evaluating(model), torch.no_grad(), _unfused():
         try:
-            macs = _count(names, lambda: model(*args, **kwargs), model)
+            return _on_shapes(model, args, kwargs)
+        except Exception:  # NOTE: the model's code may do what fake tensors cannot (.item(), numpy): no guess
+            if not required:
+                return None
+        try:
+            return _run(model, (args, kwargs), {}, lambda: model(*args, **kwargs))
         except Exception as error:
             raise ConversionError(
                 f"example_inputs: {type(model).__name__} fails on them in evaluation mode: {error}"
             ) from error
-    return {name: count // max(batch, 1) for name, count in macs.items()}
 
 
-def _count(names: dict[str, nn.Module], forward: Callable[[], Any], model: nn.Module) -> dict[str, int]:
-    macs = dict.fromkeys(names, 0)
-
-    def count(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            macs[name] += _macs(module, args[0] if args else kwargs.get("input"), output)
-
-        return hook
-
-    with ExitStack() as stack:
-        for name, module in names.items():
-            handle = module.register_forward_hook(count(name), with_kwargs=True)
-            stack.callback(handle.remove)
-        stack.enter_context(evaluating(model))
-        stack.enter_context(torch.no_grad())
-        forward()
-    return macs
-
-
-def _run_fake(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _on_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Event]:
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        held = (*model.named_parameters(), *model.named_buffers())
-        state: dict[str, Tensor] = {name: mode.from_tensor(value) for name, value in held}
+        held = dict([*model.named_parameters(), *model.named_buffers()])
+        state: dict[str, Tensor] = {name: mode.from_tensor(value) for name, value in held.items()}
+        fakes = {id(held[name]): fake for name, fake in state.items()}
         fake_args, fake_kwargs = tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
-        functional_call(model, state, fake_args, fake_kwargs)
+        return _run(
+            model, (fake_args, fake_kwargs), fakes, lambda: functional_call(model, state, fake_args, fake_kwargs)
+        )
 
 
-def _macs(module: nn.Module, x: Any, output: Any) -> int:
-    weight = module._parameters.get("weight")
-    if weight is None or not isinstance(output, Tensor):
-        return 0
-    if getattr(module, "transposed", False):
-        return int(x.numel()) * int(weight[0].numel())
-    return int(output.numel()) * (int(weight.numel()) // int(weight.shape[0]))
+def _run(model: nn.Module, inputs: Any, state: dict[int, Tensor], forward: Callable[[], Any]) -> list[Event]:
+    with counting(model, inputs, state) as counter:
+        forward()
+    return counter.events
+
+
+@contextmanager
+def _unfused() -> Iterator[None]:
+    """Switch off attention's fused kernels, which fake tensors cannot run; their parts count the same."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
