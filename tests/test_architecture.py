@@ -26,7 +26,7 @@ LAYERS = (
     ("report",),
     ("batches", "observers", "state_dicts"),
     ("sources",),
-    ("convert", "calibration", "freezing"),
+    ("convert", "calibration", "freezing", "counting"),
     ("data",),
     ("artifact",),
     ("training",),

@@ -10,6 +10,7 @@ import pytest
 import daqconvert
 
 PUBLIC = [
+    "Coverage",
     "DaqError",
     "Plan",
     "Policy",
@@ -18,6 +19,7 @@ PUBLIC = [
     "Settings",
     "__version__",
     "calibrate",
+    "coverage",
     "disabled",
     "evaluate",
     "export",

@@ -4,6 +4,7 @@ from daqconvert import functional
 from daqconvert.artifact import load, save
 from daqconvert.calibration import calibrate
 from daqconvert.convert import load_float, plan, quantize
+from daqconvert.counting import Coverage, coverage
 from daqconvert.deploy.export import export
 from daqconvert.deploy.verify import verify
 from daqconvert.errors import DaqError
@@ -16,6 +17,7 @@ from daqconvert.version import __version__ as __version__
 __all__ = [
     # verbs
     "calibrate",
+    "coverage",
     "disabled",
     "evaluate",
     "export",
@@ -28,6 +30,7 @@ __all__ = [
     "save",
     "verify",
     # data
+    "Coverage",
     "DaqError",
     "Plan",
     "Policy",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,7 +39,7 @@ def count_macs(
     required: bool = False,
     tensors: Mapping[str, str] | None = None,
     modules: Mapping[str, str] | None = None,
-    products: Mapping[str, str] | None = None,
+    products: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, int] | None:
     """Return multiply-accumulates per site for one element of the batch, or None where the forward cannot run so.
 
@@ -54,7 +54,7 @@ def count_macs(
         required: The inputs are the user's own: run on their values where shapes are not enough; say if that fails.
         tensors: Parameter or buffer -> site, for sites with another name than their weight's module.
         modules: Module -> site, for convolutions there whose weight depends on the data.
-        products: Module -> site, for the products of activations that are computed there.
+        products: Module -> sites that are products of activations, in the order in which it computes them.
 
     Raises:
         ConversionError: If `required` and the model cannot run on these inputs.
@@ -65,13 +65,17 @@ def count_macs(
     found = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
     batch = int(found[0].shape[0]) if found and found[0].dim() else 1
     macs = dict.fromkeys(names, 0)
+    attention: dict[str, list[int]] = {}
     for event in events:
+        site = None if event.attention else event.site(names, tensors or {}, modules or {})
         if event.attention:
-            site = (products or {}).get(event.module)
-        else:
-            site = event.site(names, tensors or {}, modules or {})
-        if site is not None:
+            attention.setdefault(event.module, []).append(event.macs)
+        elif site is not None:
             macs[site] = macs.get(site, 0) + event.macs
+    for module, sites in (products or {}).items():
+        ran = attention.get(module, [])
+        if len(sites) == 1 or (sites and len(ran) % len(sites) == 0):  # several: in turns, call after call
+            macs |= {site: sum(ran if len(sites) == 1 else ran[i :: len(sites)]) for i, site in enumerate(sites)}
     return {name: count // max(batch, 1) for name, count in macs.items()}
 
 
