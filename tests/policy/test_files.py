@@ -61,7 +61,11 @@ def test_a_byte_order_mark_is_no_error(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        pytest.param("w_bits = 4", "unknown key 'w_bits'. Keys are: default, rule, first, last, exclude.", id="top"),
+        pytest.param(
+            "w_bits = 4",
+            "unknown key 'w_bits'. Keys are: default, rule, bits, first, last, exclude, include.",
+            id="top",
+        ),
         pytest.param("[defaults]\nx=1", "unknown key 'defaults'. Keys are: *. Nearest: default*", id="table"),
         pytest.param("default = 4", "[default]: expected a table; found 4.", id="default is a number"),
         pytest.param(
@@ -195,6 +199,7 @@ POSITIVE = st.floats(min_value=0, exclude_min=True, allow_infinity=False, allow_
 VALUES = {
     "w_bits": BITS,
     "a_bits": BITS,
+    "attention": BITS,
     **{name: st.sampled_from(choices) for name, choices in CHOICES.items()},
     **dict.fromkeys(("w_gamma", "w_sigma", "a_gamma", "a_sigma"), POSITIVE),
 }
@@ -209,6 +214,7 @@ POLICIES = st.builds(
     first=st.none() | CHANGES,
     last=st.none() | CHANGES,
     exclude=st.lists(NAMES, max_size=3).map(tuple),
+    include=st.lists(NAMES, max_size=3).map(tuple),
     name=st.just("policy text"),
 )
 
@@ -226,5 +232,6 @@ def test_the_values_above_are_all_settings():
 
 def test_what_is_written_reads_well():
     policy = from_toml(EXAMPLE)
-    assert to_toml(policy).startswith('exclude = ["head", "aux.*"]\n\n[first]\nw_bits = 8\n\n[last]\nw_bits = 8\n')
+    assert to_toml(policy).startswith('exclude = ["head", "aux.*"]\n\n[default]\nw_bits = 4\na_bits = 32\n')
+    assert "\nattention = false\nshare_inputs = false\n\n[first]\nw_bits = 8\n\n[last]\nw_bits" in to_toml(policy)
     assert to_toml(policy).endswith('[[rule]]\ntype = "Linear"\noptional = true\nrounding = "ste"\n')

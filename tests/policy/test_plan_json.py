@@ -10,11 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from daqconvert.errors import PolicyError
-from daqconvert.policy.auto import resolve_auto
+from daqconvert.policy.auto import resolve_auto, resolve_computed
 from daqconvert.policy.plan_json import plan_from_dict, plan_to_dict
-from daqconvert.spec import Plan, PlanRow, Policy, Rule, Settings, Site
+from daqconvert.spec import Call, Plan, PlanRow, Policy, Rule, Settings, Site
 
 COUNTS = st.integers(0, 2**70)
+TEXTS = st.lists(st.text(), max_size=2).map(tuple)
+CALLS = st.builds(Call, st.text(), TEXTS, st.text(), tensors=TEXTS, dynamic=st.booleans())
 SITES = st.builds(
     Site,
     name=st.text(),
@@ -28,6 +30,9 @@ SITES = st.builds(
     nonnegative=st.booleans(),
     macs=st.none() | COUNTS,
     notes=st.lists(st.text(), max_size=2).map(tuple),
+    call=st.none() | CALLS,
+    one_scale=st.text(),
+    reads=st.text(),
 )
 SETTINGS = st.builds(
     Settings,
@@ -38,8 +43,8 @@ SETTINGS = st.builds(
     rounding=st.sampled_from(("daq", "ste")),
 ).map(resolve_auto)
 SIGNS = st.none() | st.booleans()
-ROWS = st.builds(
-    PlanRow, SITES, SETTINGS, rule=st.text(), signed=SIGNS, notes=st.lists(st.text()).map(tuple)
+ROWS = st.builds(PlanRow, SITES, SETTINGS, rule=st.text(), signed=SIGNS, notes=st.lists(st.text()).map(tuple)).map(
+    lambda row: dataclasses.replace(row, settings=resolve_computed(row.settings)) if row.site.is_computed else row
 ) | st.builds(PlanRow, SITES, st.none(), rule=st.text(), reason=st.text(min_size=1), signed=SIGNS)
 PLANS = st.builds(
     Plan,
@@ -58,10 +63,10 @@ def test_there_and_back(plan):
     assert plan_from_dict(json.loads(json.dumps(plan_to_dict(plan)))) == plan
 
 
-@pytest.mark.parametrize("kind", [Site, PlanRow, Plan], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [Call, Site, PlanRow, Plan], ids=lambda kind: kind.__name__)
 def test_every_field_is_written(kind):
     """A field that `spec` gains must be of a type that JSON can hold, or this module must learn it."""
-    known = {str, bool, int, type(None), Settings, Site, PlanRow}
+    known = {str, bool, int, type(None), Call, Settings, Site, PlanRow}
 
     def leaves(hint):
         arguments = [a for a in typing.get_args(hint) if a is not ...]

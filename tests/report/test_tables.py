@@ -41,15 +41,18 @@ def test_totals_are_the_plans(plan):
     total = next(line for line in render(plan_table(plan)).splitlines() if line.startswith("| total"))
     cells = [cell.strip() for cell in total.strip("|").split("|")]
     assert cells[:2] == ["total", "3 of 5"]
-    assert cells[4:7] == ["2.39M", "40.6M", "1.28 MB"]
-    assert cells[8] == "9.55 MB in float32"
+    assert cells[4:8] == ["2.39M", "40.6M", "666M", "1.28 MB"]
+    assert cells[9] == "41.5G BOPs, 9.55 MB in float32; scales 2.13 kB besides; MACs of 1 unknown"
     assert (plan.float_bytes, plan.macs, plan.bytes) == (9547368, 40551040, 1279392)
+    bops = 442368 * 4 * 32 + 2359296 * 1 * 2 + 37748736 * 4 * 4 + 640 * 32 * 32
+    assert (plan.bops, plan.totals.float_bops) == (bops, 40551040 * 1024)
+    assert plan.totals.scale_bytes == 4 * 16 + (4 + 5) + (4 * 512 + 5)
 
 
 def test_a_plan_without_sizes_or_rows():
     text = render(plan_table(Plan((PlanRow(Site("", "Linear"), None, "-", reason="no weight"),), "Linear", "modules")))
     assert text.startswith("Linear: policy arguments, order by registration (torch.fx cannot tell)\n")
-    assert "| (root) | Linear | float  | float |      0 |    - |   0 B | -          | no weight" in text
+    assert "| (root) | Linear | float  | float |      - |    - |    - |     - | -          | no weight" in text
     assert "(others)" not in text
     assert "| total | 0 of 0 |" in render(plan_table(Plan((), "Net")))
 

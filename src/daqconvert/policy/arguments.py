@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from daqconvert.errors import PolicyError
-from daqconvert.policy.checks import checked_changes, checked_patterns, checked_policy, checked_position, checked_rule
+from daqconvert.policy.bits import bits_rules
+from daqconvert.policy.checks import (
+    checked_changes,
+    checked_include,
+    checked_patterns,
+    checked_policy,
+    checked_position,
+    checked_rule,
+)
 from daqconvert.policy.files import from_dict, from_toml, rule_from_dict
 from daqconvert.policy.presets import preset as preset_policy
 from daqconvert.policy.presets import preset_names
@@ -40,6 +48,8 @@ def build(
     last: Position | Unset = UNSET,
     exclude: str | Sequence[str] = (),
     rules: Rule | Mapping[str, Any] | Sequence[Rule | Mapping[str, Any]] = (),
+    include: str | Sequence[str] | None = None,
+    bits: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Policy:
     """Return the policy that these arguments ask for.
@@ -51,6 +61,9 @@ def build(
         last: The mirror of `first`.
         exclude: Names or patterns of layers to leave alone, besides the policy's own; one may be a plain string.
         rules: Rules after the policy's own, each a `Rule` or a dict like one `[[rule]]` table; one may stand alone.
+        include: Names or patterns of the only layers to convert, instead of the policy's own; None for the policy's.
+        bits: Name or pattern -> bits of weight and input (one number), `(w_bits, a_bits)`, or None for float; they are
+            rules after all others.
         **settings: Fields of `Settings`, which override the policy's `[default]`; those that are `UNSET` do not.
 
     Raises:
@@ -72,10 +85,11 @@ def build(
     if exclude:
         more = (exclude,) if isinstance(exclude, str) else checked_patterns(exclude, "exclude")
         changes["exclude"] = (*base.exclude, *more)
-    if rules:
-        more_rules = (rules,) if isinstance(rules, (Rule, Mapping)) else rules
-        numbered = enumerate(more_rules, start=len(base.rules) + 1)
-        changes["rules"] = (*base.rules, *(_rule(rule, f"rule {number}") for number, rule in numbered))
+    if include is not None:
+        changes["include"] = checked_include(include, "include")
+    more_rules = _rules(rules, base) + (() if bits is None else bits_rules(bits, "bits"))
+    if more_rules:
+        changes["rules"] = (*base.rules, *more_rules)
     if changes and (policy is not None or preset is not None):
         changes["name"] = f"{base.name} + arguments"
     return checked_policy(dataclasses.replace(base, **changes))
@@ -111,5 +125,11 @@ def _position(value: object, key: str) -> dict[str, Any] | None:
     )
 
 
-def _rule(rule: Rule | Mapping[str, Any], where: str) -> Rule:
-    return checked_rule(rule, where) if isinstance(rule, Rule) else rule_from_dict(rule, where)
+def _rules(rules: Rule | Mapping[str, Any] | Sequence[Rule | Mapping[str, Any]], base: Policy) -> tuple[Rule, ...]:
+    asked = (rules,) if isinstance(rules, (Rule, Mapping)) else rules
+    first = 1 + sum(not rule.place for rule in base.rules if isinstance(rule, Rule))
+    places = (f"rule {number}" for number, _ in enumerate(asked, start=first))
+    return tuple(
+        checked_rule(rule, where) if isinstance(rule, Rule) else rule_from_dict(rule, where)
+        for where, rule in zip(places, asked, strict=True)
+    )

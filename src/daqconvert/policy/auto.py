@@ -60,3 +60,19 @@ def resolve_auto(settings: Settings, where: str = "settings") -> Settings:
     if granularity == "auto":
         granularity = "tensor" if normalize else "channel"
     return settings.replace(grid=grid, normalize=normalize, granularity=granularity)
+
+
+def resolve_computed(settings: Settings) -> Settings:
+    """Return the settings of a site whose second operand is computed from the model's input.
+
+    Both operands are quantized as inputs are: per tensor, on the levels of an input's quantizer. There is no weight to
+    take a mean from, and the mid-rise grid, which has no zero, is for weights.
+
+    Args:
+        settings: Settings of one site.
+
+    Example:
+        >>> resolve_computed(Settings(w_bits=1)).granularity
+        'tensor'
+    """
+    return settings.replace(granularity="tensor", normalize=False, grid="integer")

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from daqconvert.errors import PolicyError
-from daqconvert.policy.rules import check_pattern, label
+from daqconvert.policy.rules import check_pattern, label, places
 from daqconvert.spec import Policy, Rule, Settings, check_setting
 
 
@@ -102,6 +102,28 @@ def checked_patterns(patterns: object, where: str) -> tuple[str, ...]:
     return tuple(check_pattern(pattern, where) for pattern in patterns)
 
 
+def checked_include(patterns: object, where: str) -> tuple[str, ...]:
+    """Return names and patterns of the only layers to convert as a tuple.
+
+    Args:
+        patterns: A list or tuple of texts, or one text.
+        where: The place, for the error.
+
+    Raises:
+        PolicyError: If it is neither, is empty, or holds a bad regular expression.
+
+    Example:
+        >>> checked_include("layer4.*", "arguments include")
+        ('layer4.*',)
+    """
+    checked = checked_patterns([patterns] if isinstance(patterns, str) else patterns, where)
+    if not checked:
+        raise PolicyError(
+            f"{where}: an empty list would convert nothing. Name a layer, or leave it out to convert all."
+        )
+    return checked
+
+
 def checked_policy(policy: Policy) -> Policy:
     """Return the policy with every part checked and stored as `Settings` stores it.
 
@@ -120,9 +142,10 @@ def checked_policy(policy: Policy) -> Policy:
         raise PolicyError(f"{name} [default]: expected Settings; found {reprlib.repr(policy.default)}.")
     return Policy(
         default=policy.default,
-        rules=tuple(checked_rule(rule, f"{name} rule {i}") for i, rule in enumerate(policy.rules, start=1)),
+        rules=tuple(checked_rule(rule, f"{name} {place}") for place, rule in places(policy.rules)),
         first=checked_position(policy.first, f"{name} [first]"),
         last=checked_position(policy.last, f"{name} [last]"),
         exclude=checked_patterns(policy.exclude, f"{name} exclude"),
+        include=checked_patterns(policy.include, f"{name} include"),
         name=name,
     )

@@ -1,14 +1,13 @@
 """Policies as TOML and as plain dicts; the format is described in `docs/policies.md`.
 
 TOML has no None, so bits are written 32 for "left in floating point" and `first = false` leaves first sites float;
-a dict may use None for both. What is read is never trusted: unknown keys and wrong types are errors.
-(Plans have their own form, JSON, in `plan_json`.)
+a dict may use None for both. What is read is never trusted: unknown keys and wrong types are errors. The writing side
+is `daqconvert.spec.toml`. (Plans have their own form, JSON, in `plan_json`.)
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import reprlib
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from daqconvert.errors import PolicyError, nearest
-from daqconvert.policy.checks import checked_changes, checked_patterns, checked_rule
+from daqconvert.policy.bits import bits_rules
+from daqconvert.policy.checks import checked_changes, checked_include, checked_patterns, checked_rule
 from daqconvert.policy.plan_json import plan_from_dict as plan_from_dict
 from daqconvert.policy.plan_json import plan_to_dict as plan_to_dict
-from daqconvert.spec import BIT_FIELDS, SETTING_NAMES, Policy, Rule, Settings
+from daqconvert.spec import SETTING_NAMES, Policy, Rule, Settings
+from daqconvert.spec.toml import to_dict as to_dict
+from daqconvert.spec.toml import to_toml as to_toml
 
-POLICY_KEYS = ("default", "rule", "first", "last", "exclude")
+POLICY_KEYS = ("default", "rule", "bits", "first", "last", "exclude", "include")
 RULE_KEYS = ("match", "type", "optional")
-FLOAT_BITS = 32
 
 
 def from_toml(source: str | Path) -> Policy:
@@ -47,7 +48,10 @@ def from_toml(source: str | Path) -> Policy:
     try:
         data = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        raise PolicyError(f"{name} is not valid TOML: {error}.") from None
+        hint = (
+            ' In [bits] a name that holds dots or stars stands in quotes: "layer4.*" = 2.' if "[bits]" in text else ""
+        )
+        raise PolicyError(f"{name} is not valid TOML: {error}.{hint}") from None
     policy = from_dict(data, name=name)
     return policy if name == "policy text" else dataclasses.replace(policy, name=Path(source).name)
 
@@ -72,8 +76,8 @@ def from_dict(data: Mapping[str, Any], name: str = "dict") -> Policy:
     """Return the policy that a dict of the TOML file's shape describes.
 
     Args:
-        data: `{"default": {...}, "rule": [{"match": ..., ...}], "first": {...}, "last": False, "exclude": [...]}`,
-            each key optional.
+        data: `{"default": {...}, "rule": [{"match": ..., ...}], "bits": {"layer4.*": 2}, "first": {...},
+            "last": False, "exclude": [...], "include": [...]}`, each key optional. `bits` speaks after the rules.
         name: Where it comes from, for messages.
 
     Raises:
@@ -90,7 +94,11 @@ def from_dict(data: Mapping[str, Any], name: str = "dict") -> Policy:
         raise PolicyError(f"{name} rule: expected a list of tables, each under [[rule]]; found {reprlib.repr(rules)}.")
     return Policy(
         default=Settings(**_changes(data.get("default", {}), f"{name} [default]")),
-        rules=tuple(rule_from_dict(rule, f"{name} rule {i}") for i, rule in enumerate(rules, start=1)),
+        rules=(
+            *(rule_from_dict(rule, f"{name} rule {i}") for i, rule in enumerate(rules, start=1)),
+            *bits_rules(data.get("bits", {}), f"{name} [bits]"),
+        ),
+        include=checked_include(data["include"], f"{name} include") if "include" in data else (),
         exclude=checked_patterns(data.get("exclude", []), f"{name} exclude"),
         name=name,
         **{key: _position(data[key], key, name) for key in ("first", "last") if key in data},
@@ -143,63 +151,3 @@ def _table(data: object, valid: Iterable[str], where: str) -> Mapping[str, Any]:
             close = nearest(key, valid) if isinstance(key, str) else ""
             raise PolicyError(f"{where}: unknown key {key!r}. Keys are: {', '.join(valid)}.{close}")
     return data
-
-
-def to_dict(policy: Policy) -> dict[str, Any]:
-    """Return the policy as a dict that TOML and JSON can hold; `from_dict` reads it back.
-
-    Args:
-        policy: The policy; its `name` is not part of the dict.
-
-    Example:
-        >>> to_dict(Policy(first=None, rules=(Rule({"a_bits": None}, match="fc"),)))["rule"]
-        [{'match': 'fc', 'a_bits': 32}]
-    """
-    data: dict[str, Any] = {"exclude": list(policy.exclude)}
-    for key, changes in (("first", policy.first), ("last", policy.last)):
-        data[key] = False if changes is None else _plain(changes)
-    data["default"] = _plain(dataclasses.asdict(policy.default))
-    data["rule"] = [_rule_to_dict(rule) for rule in policy.rules]
-    return data
-
-
-def _rule_to_dict(rule: Rule) -> dict[str, Any]:
-    key, text = ("match", rule.match) if rule.match is not None else ("type", rule.type)
-    return {key: text, **({"optional": True} if rule.optional else {}), **_plain(rule.changes)}
-
-
-def _plain(changes: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: FLOAT_BITS if value is None and name in BIT_FIELDS else value for name, value in changes.items()}
-
-
-def to_toml(policy: Policy) -> str:
-    """Return the policy as the text of a TOML file; `from_toml` reads it back.
-
-    Args:
-        policy: The policy; its `name` is not part of the text.
-
-    Example:
-        >>> print(to_toml(Policy(first=None, last=None)).splitlines()[:2])
-        ['exclude = []', 'first = false']
-    """
-    data = to_dict(policy)
-    tables = {key: data.pop(key) for key in ("first", "last", "default") if isinstance(data[key], dict)}
-    rules = data.pop("rule")
-    parts = ["\n".join(f"{key} = {_toml(value)}" for key, value in data.items())]
-    parts += [_write_table(f"[{key}]", table) for key, table in tables.items()]
-    parts += [_write_table("[[rule]]", rule) for rule in rules]
-    return "\n\n".join(parts) + "\n"
-
-
-def _write_table(header: str, table: Mapping[str, Any]) -> str:
-    return "\n".join([header, *(f"{key} = {_toml(value)}" for key, value in table.items())])
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):  # JSON's escapes are TOML's, but TOML wants DEL escaped too
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    return repr(value)

@@ -14,7 +14,7 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from daqconvert.errors import PolicyError, nearest
-from daqconvert.policy.auto import resolve_auto
+from daqconvert.policy.auto import resolve_auto, resolve_computed
 from daqconvert.spec import Plan, PlanRow
 
 ORDERS = ("fx", "modules")
@@ -79,9 +79,15 @@ def _check_row(row: PlanRow, where: str) -> None:
         raise PolicyError(f"{where}: {row.name!r} has settings but cannot be converted: {row.site.reason}.")
     if row.settings.w_bits is None and row.settings.a_bits is None:
         raise PolicyError(f"{where}.settings: expected w_bits or a_bits; found null for both.")
-    if "auto" in (row.settings.grid, row.settings.normalize):
+    if "auto" in (row.settings.grid, row.settings.normalize, row.settings.granularity):
         raise PolicyError(f'{where}.settings: expected nothing on "auto"; found {row.settings}.')
-    resolve_auto(row.settings, f"{where}.settings")
+    if not row.site.is_computed:
+        resolve_auto(row.settings, f"{where}.settings")
+    elif row.settings != resolve_computed(row.settings):
+        raise PolicyError(
+            f"{where}.settings: {row.name!r} is computed from the input: expected granularity 'tensor', grid "
+            f"'integer' and normalize false; found {row.settings}."
+        )
 
 
 def _decode_dataclass(kind: Any, data: object, where: str) -> Any:

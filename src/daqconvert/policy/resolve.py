@@ -1,19 +1,30 @@
 """A `Policy` and the sites of a model become a `Plan`.
 
 Precedence: exact name > pattern > type > position (first, then last) > default; among equals the later wins; `exclude`
-beats all. What speaks about a site is applied from the weakest to the strongest, field by field.
+beats all, then `include`. What speaks about a site is applied from the weakest to the strongest, field by field.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from daqconvert.policy.auto import resolve_auto
+from daqconvert.policy.auto import resolve_auto, resolve_computed
 from daqconvert.policy.checks import checked_policy
 from daqconvert.policy.presets import is_paper
-from daqconvert.policy.rules import Level, check_matches, label, name_level, rule_level
-from daqconvert.spec import BIT_FIELDS, Plan, PlanRow, Policy, Settings, Site
+from daqconvert.policy.rules import Level, check_matches, label, name_level, places, rule_level
+from daqconvert.spec import BIT_FIELDS, Plan, PlanRow, Policy, Settings, Site, input_groups
+from daqconvert.spec.row import (
+    EXCLUDED,
+    FLOAT_POSITION,
+    NO_BITS,
+    NOT_INCLUDED,
+    ONE_BIT_COMPUTED,
+    ONE_BIT_PRODUCT,
+    PRODUCT_OFF,
+    settable,
+)
 
 EXACT_SUM = 2**24
 """From here on not every integer is a float32."""
@@ -21,7 +32,7 @@ EXACT_SUM = 2**24
 SUM_NOTE = "sums may pass 2**24: layouts and batch sizes may differ in the last bit"
 PAPER_NOTE = "departs from the paper: input may be negative, signed if calibrate sees negative values"
 ONE_BIT_NOTE = "a 1-bit input must be non-negative: not proven here, calibrate checks"
-NO_BITS = "w_bits and a_bits are None"
+COMPUTED_NOTE = "its weight is computed from the input: quantized per tensor as it comes"
 
 
 class _Step(NamedTuple):
@@ -67,52 +78,102 @@ def resolve(
     """
     policy = checked_policy(policy)
     check_matches(policy, sites)
-    rows = tuple(_row(policy, site) for site in sites)
+    rows = _finished(policy, [_row(policy, site) for site in sites])
     return Plan(rows, model, order=order, other_params=other_params, input_size=input_size, policy=policy.name)
 
 
 def _row(policy: Policy, site: Site) -> PlanRow:
+    """Decide about one site; what depends on the others (sign, remarks) is not decided yet."""
     if site.reason:
         return PlanRow(site, None, "-", reason=site.reason, notes=site.notes)
     excluded = [pattern for pattern in policy.exclude if name_level(pattern, site.name) is not None]
     if excluded:
-        return PlanRow(site, None, f'exclude: "{excluded[-1]}"', reason="excluded", notes=site.notes)
+        return PlanRow(site, None, f'exclude: "{excluded[-1]}"', reason=EXCLUDED, notes=site.notes)
+    if policy.include and all(name_level(pattern, site.name) is None for pattern in policy.include):
+        return PlanRow(site, None, "include", reason=NOT_INCLUDED, notes=site.notes)
     steps = _steps(policy, site)
     setter = {name: step for step in steps for name in step.changes}
     merged = policy.default.replace(**{name: step.changes[name] for name, step in setter.items()})
+    reason, deciding = _why_not(site, merged)
+    if reason:
+        decider = max((setter.get(name, steps[0]) for name in deciding), key=steps.index)
+        reason = decider.reason if reason == NO_BITS and decider.reason else reason
+        return PlanRow(site, None, decider.label, reason=reason, notes=site.notes)
+    where = f"{policy.name}: layer {site.name or '(root)'} ({steps[-1].label})"
+    return PlanRow(site, _settled(site, merged, where), steps[-1].label, notes=site.notes)
+
+
+def _why_not(site: Site, merged: Settings) -> tuple[str, tuple[str, ...]]:
+    """Why a site that can be converted is left alone, and the settings that decided it; an empty text if it is not."""
+    if site.is_product:
+        if merged.attention is None:
+            return PRODUCT_OFF, ("attention",)
+        one_bit = merged.attention == 1 and not site.nonnegative
+        return (ONE_BIT_PRODUCT if one_bit else ""), ("attention",)
     if merged.w_bits is None and merged.a_bits is None:
-        decider = max((setter.get(name, steps[0]) for name in BIT_FIELDS), key=steps.index)
-        return PlanRow(site, None, decider.label, reason=decider.reason or NO_BITS, notes=site.notes)
-    settings = resolve_auto(merged, f"{policy.name}: layer {site.name or '(root)'} ({steps[-1].label})")
-    notes = site.notes + _notes(policy, site, settings)
-    return PlanRow(site, settings, steps[-1].label, signed=False if site.nonnegative else None, notes=notes)
+        return NO_BITS, BIT_FIELDS
+    one_bit = site.is_computed and merged.w_bits == 1
+    return (ONE_BIT_COMPUTED if one_bit else ""), ("w_bits",)
+
+
+def _settled(site: Site, merged: Settings, where: str) -> Settings:
+    """Return a site's settings with nothing left on `"auto"`."""
+    if site.is_product:
+        bits = dict.fromkeys(BIT_FIELDS, merged.attention)
+        return resolve_computed(merged.replace(**bits, share_inputs=False))
+    merged = merged.replace(attention=None)
+    if site.is_computed:
+        return resolve_computed(merged)
+    settings = resolve_auto(merged, where)
+    return settings.replace(granularity="tensor") if site.one_scale else settings
+
+
+def _finished(policy: Policy, rows: Sequence[PlanRow]) -> tuple[PlanRow, ...]:
+    """Return the rows with signs and remarks: an input that sites share has one sign, proven for all or for none."""
+    groups = input_groups(rows)
+    unproven = {groups.get(row.name, row.name) for row in rows if row.converted and not row.site.nonnegative}
+    done = []
+    for row in rows:
+        if row.settings is not None:
+            nonnegative = groups.get(row.name, row.name) not in unproven
+            notes = row.notes + _notes(policy, row.site, row.settings, nonnegative)
+            if row.name in groups:
+                notes += (f"shares the input quantizer of {groups[row.name] or '(root)'}",)
+            row = dataclasses.replace(row, signed=False if nonnegative else None, notes=notes)
+        done.append(row)
+    return tuple(done)
 
 
 def _steps(policy: Policy, site: Site) -> list[_Step]:
     """List what speaks about the site, weakest first; the default comes first and changes nothing."""
     steps = [_Step(Level.DEFAULT, "default", {})]
-    if site.first:
+    if site.first and not site.is_product:
         steps.append(_position("first", policy.first))
-    if site.last:
+    if site.last and not site.is_product:
         steps.append(_position("last", policy.last))
-    for number, rule in enumerate(policy.rules, start=1):
+    taken = settable(site)
+    for place, rule in places(policy.rules):
         level = rule_level(rule, site)
-        if level is not None:
-            steps.append(_Step(level, f"rule {number}: {label(rule)}", rule.changes))
+        if level is not None and any(name in taken for name in rule.changes):
+            steps.append(_Step(level, f"{place}: {label(rule)}", rule.changes))
     return sorted(steps, key=lambda step: step.level)  # stable: among equals the later wins
 
 
 def _position(name: str, changes: Mapping[str, Any] | None) -> _Step:
     if changes is None:
-        return _Step(Level.POSITION, name, dict.fromkeys(BIT_FIELDS), f"{name} layer ({name} = None)")
+        return _Step(Level.POSITION, name, dict.fromkeys(BIT_FIELDS), FLOAT_POSITION[name])
     return _Step(Level.POSITION, name, changes)
 
 
-def _notes(policy: Policy, site: Site, settings: Settings) -> tuple[str, ...]:
+def _notes(policy: Policy, site: Site, settings: Settings, nonnegative: bool) -> tuple[str, ...]:
     notes = []
+    if site.is_computed and not site.is_product:
+        notes.append(COMPUTED_NOTE)
+    if site.one_scale:
+        notes.append(site.one_scale)
     if largest_sum(site, settings) >= EXACT_SUM:
         notes.append(SUM_NOTE)
-    if settings.a_bits is not None and not site.nonnegative:
+    if settings.a_bits is not None and not nonnegative:
         if is_paper(policy.name):
             notes.append(PAPER_NOTE)
         if settings.a_bits == 1:
@@ -124,7 +185,7 @@ def largest_sum(site: Site, settings: Settings) -> int:
     """Return the largest absolute value that the layer's sum of integer products can reach, 0 if a side is float.
 
     `reduction * (2**a_bits - 1) * w`, with `w = 2**w_bits - 1` on the mid-rise grid, `2**(w_bits - 1) - 1` on the
-    integer one.
+    integer one, `2**w_bits - 1` again where the second operand is computed from the model's input.
 
     Args:
         site: The layer.
@@ -136,5 +197,5 @@ def largest_sum(site: Site, settings: Settings) -> int:
     """
     if settings.w_bits is None or settings.a_bits is None:
         return 0
-    weight_bits = settings.w_bits if settings.grid == "midrise" else settings.w_bits - 1
+    weight_bits = settings.w_bits if settings.grid == "midrise" or site.is_computed else settings.w_bits - 1
     return int(site.reduction * (2**settings.a_bits - 1) * (2**weight_bits - 1))

@@ -13,12 +13,13 @@ A type rule holds the class name of the layer (`"Linear"`, `"Conv2d"`), compared
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import IntEnum
 from fnmatch import fnmatchcase
 
 from daqconvert.errors import PolicyError, nearest
 from daqconvert.spec import Policy, Rule, Site
+from daqconvert.spec.row import settable
 
 REGEX_PREFIX = "re:"
 
@@ -102,8 +103,31 @@ def label(rule: Rule) -> str:
     return f'"{rule.match}"' if rule.match is not None else f'type "{rule.type}"'
 
 
+def places(rules: Iterable[Rule]) -> Iterator[tuple[str, Rule]]:
+    """Yield each rule with what messages and plans call its place: `rule 1`, `rule 2`, or `bits`.
+
+    Args:
+        rules: The rules of a policy, or of the part of it that was written as rules.
+
+    Yields:
+        The place, and the rule.
+
+    Example:
+        >>> [place for place, _ in places((Rule({}, "a"), Rule({}, "b", place="bits"), Rule({}, "c")))]
+        ['rule 1', 'bits', 'rule 2']
+    """
+    number = 0
+    for rule in rules:
+        number += not _place(rule)
+        yield _place(rule) or f"rule {number}", rule
+
+
+def _place(rule: object) -> str:
+    return rule.place if isinstance(rule, Rule) else ""  # what is no rule has its error elsewhere
+
+
 def check_matches(policy: Policy, sites: Sequence[Site]) -> None:
-    """Refuse rules and exclude entries that have nothing to act on.
+    """Refuse rules, include and exclude entries that have nothing to act on.
 
     Args:
         policy: A checked policy.
@@ -111,17 +135,26 @@ def check_matches(policy: Policy, sites: Sequence[Site]) -> None:
 
     Raises:
         PolicyError: If a rule that is not optional matches no layer or only layers that cannot be converted, if it
-            names such a layer exactly, or if an exclude entry matches no layer.
+            names such a layer exactly, if it sets what the layers that it matches do not take (`attention` of a layer,
+            `w_bits` of an attention product), or if an include or exclude entry matches no layer.
     """
     if not sites:
         return
-    for number, rule in enumerate(policy.rules, start=1):
+    for place, rule in places(policy.rules):
         if not rule.optional:
-            _check_rule(rule, sites, f"{policy.name} rule {number}: {label(rule)}")
-    for pattern in policy.exclude:
-        if not any(name_level(pattern, site.name) is not None for site in sites):
-            where = f'{policy.name} exclude: "{pattern}"'
-            raise PolicyError(f"{where} matches no layer.{_name_hint(pattern, sites)} Fix the pattern or remove it.")
+            _check_rule(rule, sites, f"{policy.name} {place}: {label(rule)}")
+    for key, patterns in (("include", policy.include), ("exclude", policy.exclude)):
+        for pattern in patterns:
+            matched = [site for site in sites if name_level(pattern, site.name) is not None]
+            where = f'{policy.name} {key}: "{pattern}"'
+            if not matched:
+                hint = _name_hint(pattern, sites)
+                raise PolicyError(f"{where} matches no layer.{hint} Fix the pattern or remove it.")
+            if key == "include" and all(site.reason for site in matched):
+                raise PolicyError(
+                    f"{where} matches only layers that cannot be converted, as {matched[0].name or '(root)'}: "
+                    f"{matched[0].reason}. Remove it."
+                )
 
 
 def _check_rule(rule: Rule, sites: Sequence[Site], where: str) -> None:
@@ -141,6 +174,23 @@ def _check_rule(rule: Rule, sites: Sequence[Site], where: str) -> None:
             f"{where} matches only layers that cannot be converted, as {site.name or '(root)'}: {site.reason}. "
             "Remove the rule or set optional = true."
         )
+    _check_effect(rule, [site for site, _ in levels if not site.reason], where)
+
+
+def _check_effect(rule: Rule, sites: Sequence[Site], where: str) -> None:
+    """Refuse a rule whose settings none of its layers takes."""
+    if not rule.changes or any(name in settable(site) for site in sites for name in rule.changes):
+        return
+    names = ", ".join(rule.changes)
+    if any(site.is_product for site in sites) and "attention" not in rule.changes:
+        raise PolicyError(
+            f"{where} sets {names} of an attention product ({sites[0].name}), whose bits are one setting. "
+            "Write attention = 8."
+        )
+    raise PolicyError(
+        f"{where} sets {names}, which {sites[0].name or '(root)'} ({sites[0].kind}) does not take. "
+        "Remove the rule or set optional = true."
+    )
 
 
 def _name_hint(pattern: str, sites: Iterable[Site]) -> str:

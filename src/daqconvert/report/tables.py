@@ -11,14 +11,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from daqconvert.spec import Plan, PlanRow
+from daqconvert.spec import Plan, PlanRow, Totals
 
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-PLAN_COLUMNS = ("layer", "type", "weight", "input", "params", "MACs", "bytes", "decided by", "remarks")
-PLAN_NUMBERS = ("params", "MACs", "bytes")
+PLAN_COLUMNS = ("layer", "type", "weight", "input", "params", "MACs", "BOPs", "bytes", "decided by", "remarks")
+PLAN_NUMBERS = ("params", "MACs", "BOPs", "bytes")
 ORDER_TEXTS = {"fx": "order by torch.fx", "modules": "order by registration (torch.fx cannot tell)"}
 WIDEST = 10_000
 """More columns than any table has; `rich` wants a number."""
@@ -47,7 +47,7 @@ def short_number(value: float | None) -> str:
 def plan_table(plan: Plan) -> Table:
     """Return a table of the plan: a row per site, those left alone dimmed, and the totals below.
 
-    A remark that several rows share is written once, below the table, and numbered in the rows.
+    BOPs are MACs times the bits of both operands, 32 for float; `-` is what nobody knows, and no sum holds it. A remark that several rows share is written once, below the table, and numbered in the rows.
 
     Args:
         plan: The plan.
@@ -64,14 +64,14 @@ def plan_table(plan: Plan) -> Table:
     shared = {note: f"({i})" for i, note in enumerate((note for note in counts if counts[note] > 1), start=1)}
     for row in plan:
         table.add_row(*map(_text, _plan_cells(row, shared)), style=None if row.converted else "dim")
-    other, everything = plan.other_params, sum(row.site.params for row in plan) + plan.other_params
+    other, totals = plan.other_params, plan.totals
     if other:
-        numbers = (short_number(other), "-", _bytes(4 * other))
+        numbers = (short_number(other), "-", "-", _bytes(4 * other))
         cells = ("(others)", "", "float", "", *numbers, "-", "parameters and buffers outside these layers")
         table.add_row(*map(_text, cells), style="dim")
-    numbers = (short_number(everything), short_number(plan.macs), _bytes(plan.bytes))
-    done = f"{len(plan.converted)} of {len(plan)}"
-    footers = ("total", done, "", "", *numbers, "", f"{_bytes(plan.float_bytes)} in float32")
+    counts = tuple(short_number(value) for value in (totals.params, totals.macs, totals.bops))
+    done = f"{totals.converted} of {totals.sites}"
+    footers = ("total", done, "", "", *counts, _bytes(totals.bytes), "", _in_float(totals))
     for column, footer in zip(table.columns, footers, strict=True):
         column.footer = _text(footer)
     table.show_footer = True
@@ -83,13 +83,30 @@ def plan_table(plan: Plan) -> Table:
 def _plan_cells(row: PlanRow, shared: Mapping[str, str]) -> tuple[str, ...]:
     site = row.site
     remarks = [shared.get(note, note) for note in (row.reason, *row.notes) if note]
-    numbers = (short_number(site.params), short_number(site.macs), _bytes(row.weight_bytes))
+    params = None if row.float_bytes is None else site.params
+    numbers = (*map(short_number, (params, site.macs, row.bops)), _bytes(row.weight_bytes))
     texts = (row.weight_text, row.input_text)
     return (row.name or "(root)", site.kind, *texts, *numbers, row.rule, "; ".join(remarks))
 
 
-def _bytes(value: float) -> str:
+def _in_float(totals: Totals) -> str:
+    """What the totals are in float32, and what they leave out."""
+    words = [f"{_bytes(totals.float_bytes)} in float32"]
+    if totals.float_bops is not None:
+        words[0] = f"{short_number(totals.float_bops)} BOPs, {words[0]}"
+    if totals.scale_bytes:
+        words.append(f"scales {_bytes(totals.scale_bytes)} besides")
+    if totals.unknown_macs and totals.macs is not None:
+        words.append(f"MACs of {totals.unknown_macs} unknown")
+    if totals.unknown_bytes:
+        words.append(f"size of {totals.unknown_bytes} unknown")
+    return "; ".join(words)
+
+
+def _bytes(value: float | None) -> str:
     text = short_number(value)
+    if value is None:
+        return text
     return f"{text[:-1]} {text[-1]}B" if text[-1].isalpha() else f"{text} B"
 
 

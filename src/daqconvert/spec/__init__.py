@@ -1,6 +1,8 @@
 """The data that deciding and doing share: what a user asks for (`settings`), what was decided (`plan`)."""
 
-from daqconvert.spec.plan import Call, Plan, PlanRow, Site
+from daqconvert.spec.diff import PlanDiff, RowChange
+from daqconvert.spec.plan import Plan
+from daqconvert.spec.row import PlanRow, input_groups
 from daqconvert.spec.settings import (
     BIT_FIELDS,
     CHOICES,
@@ -12,6 +14,8 @@ from daqconvert.spec.settings import (
     check_bits,
     check_setting,
 )
+from daqconvert.spec.site import Call, Site
+from daqconvert.spec.totals import Totals
 
 __all__ = [
     "BIT_FIELDS",
@@ -20,11 +24,15 @@ __all__ = [
     "SETTING_NAMES",
     "Call",
     "Plan",
+    "PlanDiff",
     "PlanRow",
     "Policy",
+    "RowChange",
     "Rule",
     "Settings",
     "Site",
+    "Totals",
     "check_bits",
     "check_setting",
+    "input_groups",
 ]

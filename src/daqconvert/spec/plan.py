@@ -1,136 +1,15 @@
-"""What was decided about one model: `Site`, `PlanRow`, `Plan`; immutable, printable before anything happens."""
+"""What was decided about one model: `Plan`; immutable, printable before anything happens."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from daqconvert.errors import nearest
-from daqconvert.spec.settings import Settings
-
-
-@dataclass(frozen=True)
-class Call:
-    """Where a site computes, if that is not the forward of the layer it is named after.
-
-    Attributes:
-        function: Name of what is called: `"linear"`, `"conv2d"`, `"matmul"`, `"scaled_dot_product_attention"`, ...
-        modules: Dotted names of the modules whose forwards make the call, and are rewritten.
-        holder: Dotted name of the module that keeps the quantizers.
-        tensors: Dotted names of the parameters and buffers that the weight is computed from; none for a product of
-            activations.
-        dynamic: Whether the second operand depends on the model's inputs: it has no codes to store.
-    """
-
-    function: str
-    modules: tuple[str, ...]
-    holder: str
-    tensors: tuple[str, ...] = ()
-    dynamic: bool = False
-
-    @property
-    def is_product(self) -> bool:
-        """Whether both operands are activations, as in attention."""
-        return not self.tensors
-
-
-@dataclass(frozen=True)
-class Site:
-    """One convolution, linear layer or product found in a model, before anything is decided about it.
-
-    Attributes:
-        name: Dotted path, the first of its aliases.
-        kind: Class name, as `"Conv2d"`.
-        weight_shape: Shape of the weight; empty where it has none.
-        out_channels: Number of output channels.
-        reduction: Number of products summed in one output element.
-        params: Number of parameters of this module (weight and bias).
-        reason: Why it cannot be converted; empty if it can.
-        first: Whether it is a first site.
-        last: Whether it is a last site.
-        nonnegative: Whether the dataflow proves its input non-negative.
-        macs: Multiply-accumulates of one forward at batch size 1, or None where no input size is known.
-        notes: Remarks for the plan's row.
-        call: Where it computes, if not in its own layer's forward.
-        one_scale: Why its bounds and scale cannot be per channel; empty if they can.
-        reads: Name of the first site that reads the same input tensor; its own where it is the first or the only one.
-    """
-
-    name: str
-    kind: str
-    weight_shape: tuple[int, ...] = ()
-    out_channels: int = 0
-    reduction: int = 0
-    params: int = 0
-    reason: str = ""
-    first: bool = False
-    last: bool = False
-    nonnegative: bool = False
-    macs: int | None = None
-    notes: tuple[str, ...] = ()
-    call: Call | None = None
-    one_scale: str = ""
-    reads: str = ""
-
-    @property
-    def is_product(self) -> bool:
-        """Whether both operands are activations, as in attention: quantized only where `attention` asks for it."""
-        return self.call is not None and self.call.is_product
-
-
-@dataclass(frozen=True)
-class PlanRow:
-    """What is done with one site, and why.
-
-    Attributes:
-        site: The site.
-        settings: Its settings with nothing left on `"auto"`, or None if it is left alone.
-        rule: The rule that decided, as `default`, `first`, `rule 2: "layer4.*"`, `exclude: "head"`.
-        reason: Why it is left alone; empty if it is converted.
-        signed: False: unsigned input, proven; True: signed; None: `calibrate` decides from data.
-        notes: Remarks, the site's and the resolver's.
-    """
-
-    site: Site
-    settings: Settings | None
-    rule: str
-    reason: str = ""
-    signed: bool | None = None
-    notes: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """Dotted path of the site."""
-        return self.site.name
-
-    @property
-    def converted(self) -> bool:
-        """Whether the site is quantized."""
-        return self.settings is not None
-
-    @property
-    def weight_text(self) -> str:
-        """The weight's side in a word: `4 channel integer`, `float`."""
-        s = self.settings
-        if s is None or s.w_bits is None:
-            return "float"
-        return f"{s.w_bits} {s.granularity} {s.grid}" + (" normalized" if s.normalize is True else "")
-
-    @property
-    def input_text(self) -> str:
-        """The input's side in a word: `4 unsigned`, `4 signed`, `4 (calibrate decides)`, `float`."""
-        s = self.settings
-        if s is None or s.a_bits is None:
-            return "float"
-        return f"{s.a_bits} " + {True: "signed", False: "unsigned", None: "(calibrate decides)"}[self.signed]
-
-    @property
-    def weight_bytes(self) -> float:
-        """Bytes of weight and bias at the planned bits: `n * w_bits / 8`, float32 where left alone."""
-        weight = math.prod(self.site.weight_shape) if self.site.weight_shape else 0
-        bits = 32 if self.settings is None or self.settings.w_bits is None else self.settings.w_bits
-        return weight * bits / 8 + (self.site.params - weight) * 4
+from daqconvert.spec.diff import PlanDiff
+from daqconvert.spec.reproduce import plan_toml
+from daqconvert.spec.row import PlanRow, input_groups
+from daqconvert.spec.totals import Totals
 
 
 @dataclass(frozen=True)
@@ -149,7 +28,7 @@ class Plan:
         >>> import daqconvert as dq
         >>> chosen = dq.plan(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), w_bits=4, a_bits=4)
         >>> chosen["2"].signed, len(chosen.converted), chosen.bytes, chosen.float_bytes
-        (False, 2, 48.0, 120)
+        (False, 2, 48, 120)
     """
 
     rows: tuple[PlanRow, ...]
@@ -182,20 +61,59 @@ class Plan:
         return tuple(row for row in self.rows if not row.converted)
 
     @property
-    def macs(self) -> int | None:
-        """Multiply-accumulates of all sites at batch size 1, or None where no input size is known."""
-        known = [row.site.macs for row in self.rows if row.site.macs is not None]
-        return sum(known) if known else None
+    def totals(self) -> Totals:
+        """Parameters, MACs, BOPs and bytes of all rows, as planned and in float32."""
+        return Totals.of(self.rows, self.other_params)
 
     @property
-    def bytes(self) -> float:
-        """Bytes of all parameters at the planned bits (4 for each one outside the sites)."""
-        return sum(row.weight_bytes for row in self.rows) + 4.0 * self.other_params
+    def macs(self) -> int | None:
+        """Multiply-accumulates of all sites at batch size 1, or None where no input size is known."""
+        return self.totals.macs
+
+    @property
+    def bops(self) -> int | None:
+        """Bit operations, `MACs * w_bits * a_bits` with 32 for float, or None where no input size is known."""
+        return self.totals.bops
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all parameters at the planned bits (4 for each one outside the sites), scales not counted."""
+        return self.totals.bytes
 
     @property
     def float_bytes(self) -> int:
         """Bytes of all parameters in float32."""
-        return 4 * (sum(row.site.params for row in self.rows) + self.other_params)
+        return self.totals.float_bytes
+
+    def input_groups(self) -> dict[str, str]:
+        """Return the sites that use another's input quantizer: name -> name of the site that has it."""
+        return input_groups(self.rows)
+
+    def diff(self, other: Plan) -> PlanDiff:
+        """Return what changes from this plan to another; false where nothing does, printable.
+
+        Args:
+            other: The second plan.
+        """
+        mine, others = ({row.name: row for row in plan.rows} for plan in (self, other))
+        return PlanDiff.of(mine, others, (self.totals, other.totals))
+
+    def to_toml(self) -> str:
+        """Return a policy file that gives this plan again for the same model, with comments that say whence it came.
+
+        Example:
+            >>> from daqconvert.policy.files import from_toml
+            >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+            >>> chosen = dq.plan(model, w_bits=4, a_bits=4, bits={"2": 2})
+            >>> again = dq.plan(model, policy=from_toml(chosen.to_toml()))
+            >>> bool(chosen.diff(again))
+            False
+        """
+        order = "by torch.fx" if self.order == "fx" else "by registration"
+        done = f"{len(self.converted)} of {len(self)} sites converted"
+        return plan_toml(
+            self.rows, f"Reproduces the plan of {self.model}: policy {self.policy}, {done}, order {order}"
+        )
 
     def __str__(self) -> str:
         """Return the plan as plain text, one row a line (`daqconvert.report` draws the same in colour)."""
@@ -203,6 +121,8 @@ class Plan:
         widths = [max(len(row[i]) for row in table) for i in range(5)]
         lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[5]]) for row in table]
         done, size = len(self.converted), f"{self.float_bytes / 1e6:.2f} MB -> {self.bytes / 1e6:.2f} MB"
+        if self.totals.bops is not None and self.totals.float_bops is not None:
+            size += f", {self.totals.float_bops / 1e9:.3g} -> {self.totals.bops / 1e9:.3g} GBOPs"
         return "\n".join([line.rstrip() for line in lines] + [f"{self.model}: {done} of {len(self)} sites, {size}"])
 
 

@@ -21,6 +21,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "normalize": ("auto", True, False),
     "rounding": ("daq", "ste"),
     "slope": ("unit", "paper"),
+    "share_inputs": (False, True),
 }
 POSITIVE_FIELDS = ("w_gamma", "w_sigma", "a_gamma", "a_sigma")
 
@@ -58,6 +59,8 @@ def check_setting(name: str, value: object) -> Any:
     """
     if name in BIT_FIELDS:
         return check_bits(name, value)
+    if name == "attention":
+        return _check_attention(value)
     if name in CHOICES:
         for choice in CHOICES[name]:
             if value == choice and type(value) is type(choice):
@@ -71,7 +74,21 @@ def check_setting(name: str, value: object) -> Any:
             return float(value)
         raise PolicyError(f"{name}: expected a positive number; found {value!r}.")
     valid = [f.name for f in dataclasses.fields(Settings)]
+    if name == "bits":
+        hint = 'Write bits beside them: bits = {"layer4.*": 2}, or a table [bits] at the top of a file.'
+        raise PolicyError(f"'bits' is not a setting. {hint} One layer's are w_bits and a_bits.")
     raise PolicyError(f"{name!r} is not a setting. Settings are: {', '.join(valid)}.{nearest(name, valid)}")
+
+
+def _check_attention(value: object) -> int | None:
+    if value is None or value is False or (value == 32 and type(value) is int):
+        return None
+    if type(value) is int and 1 <= value <= 8:
+        return value
+    raise PolicyError(
+        "attention: expected the bits of both operands of attention products, 1 to 8, or None (false) to leave these "
+        f"products in floating point; found {value!r}. Write attention = 8."
+    )
 
 
 @dataclass(frozen=True)
@@ -90,6 +107,8 @@ class Settings:
         w_sigma: Kernel width of the weight's soft rounding.
         a_gamma: Temperature of the input's soft rounding.
         a_sigma: Kernel width of the input's soft rounding.
+        attention: Bits of both operands of products of two activations, 1..8, or None (False) to leave them float.
+        share_inputs: Whether layers that read the same tensor at the same bits share one input quantizer.
 
     With `slope="unit"` the two gammas cancel out and change nothing.
 
@@ -109,6 +128,8 @@ class Settings:
     w_sigma: float = 0.5
     a_gamma: float = 2.0
     a_sigma: float = 0.5
+    attention: int | None = None
+    share_inputs: bool = False
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -133,6 +154,7 @@ class Rule:
         match: A dotted name, a glob on dotted names, or `re:` and a regular expression; None for a type rule.
         type: A class name such as `"Linear"`; None for a name rule.
         optional: If True, matching no layer is no error.
+        place: What messages and plans call it; `""` for `rule N`. `"bits"`: it was one line of a mapping of bits.
 
     Example:
         >>> Rule({"w_bits": 2}, match="layer4.*").changes["w_bits"]
@@ -143,13 +165,15 @@ class Rule:
     match: str | None = None
     type: str | None = None
     optional: bool = False
+    place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
 class Policy:
     """Rules that say which layers get how many bits.
 
-    Precedence: exact name > pattern > type > position > default; among equals the later wins; `exclude` beats all.
+    Precedence: exact name > pattern > type > position > default; among equals the later wins; `exclude` beats all,
+    then `include`.
 
     Attributes:
         default: Settings of every layer that no rule touches.
@@ -157,6 +181,7 @@ class Policy:
         first: Changes for first sites (a model input reaches them without passing another); None leaves them float.
         last: The mirror of `first`.
         exclude: Names, globs or `re:` patterns of layers to leave alone.
+        include: Names, globs or `re:` patterns of the only layers to convert; empty for all.
         name: Where the policy comes from, for messages: a file or preset name.
 
     Example:
@@ -169,4 +194,5 @@ class Policy:
     first: Mapping[str, Any] | None = field(default_factory=lambda: {"w_bits": 8, "a_bits": 8})
     last: Mapping[str, Any] | None = field(default_factory=lambda: {"w_bits": 8, "a_bits": 8})
     exclude: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
     name: str = "arguments"

@@ -1,0 +1,164 @@
+"""What is done with one site, and why: `PlanRow`, and the reasons for leaving a site alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from daqconvert.spec.settings import BIT_FIELDS, SETTING_NAMES, Settings
+from daqconvert.spec.site import Site
+
+FLOAT_BITS = 32
+EXCLUDED = "excluded"
+NOT_INCLUDED = "not included"
+NO_BITS = "w_bits and a_bits are None"
+FLOAT_POSITION = {key: f"{key} layer ({key} = None)" for key in ("first", "last")}
+PRODUCT_OFF = "attention product: off; attention = 8 turns it on"
+ONE_BIT_PRODUCT = "attention = 1 needs a non-negative input, not proven here; write attention = 2 or more"
+ONE_BIT_COMPUTED = (
+    "its weight is computed from the input and may be negative: w_bits = 1 cannot hold it, 2 or more can"
+)
+
+_LEVELS = ("granularity", "grid", "normalize")
+
+
+def settable(site: Site) -> tuple[str, ...]:
+    """Return the settings that a policy decides for a site; the others are what the site's kind makes them.
+
+    Args:
+        site: The site.
+
+    Example:
+        >>> "attention" in settable(Site("fc", "Linear")), "w_bits" in settable(Site("fc", "Linear"))
+        (False, True)
+    """
+    if site.is_product:  # both operands as they come, at the bits that `attention` says; nobody shares with them
+        return tuple(name for name in SETTING_NAMES if name not in (*BIT_FIELDS, *_LEVELS, "share_inputs"))
+    fixed = _LEVELS if site.is_computed else _LEVELS[:1] if site.one_scale else ()
+    return tuple(name for name in SETTING_NAMES if name not in (*fixed, "attention"))
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """What is done with one site, and why.
+
+    Attributes:
+        site: The site.
+        settings: Its settings with nothing left on `"auto"`, or None if it is left alone.
+        rule: The rule that decided, as `default`, `first`, `rule 2: "layer4.*"`, `exclude: "head"`.
+        reason: Why it is left alone; empty if it is converted.
+        signed: False: unsigned input, proven; True: signed; None: `calibrate` decides from data.
+        notes: Remarks, the site's and the resolver's.
+    """
+
+    site: Site
+    settings: Settings | None
+    rule: str
+    reason: str = ""
+    signed: bool | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Dotted path of the site."""
+        return self.site.name
+
+    @property
+    def converted(self) -> bool:
+        """Whether the site is quantized."""
+        return self.settings is not None
+
+    @property
+    def weight_text(self) -> str:
+        """The weight's side in a word: `4 channel integer`, `8 tensor computed`, `float`."""
+        s = self.settings
+        if s is None or s.w_bits is None:
+            return "float"
+        if self.site.is_computed:
+            return f"{s.w_bits} tensor computed"
+        return f"{s.w_bits} {s.granularity} {s.grid}" + (" normalized" if s.normalize is True else "")
+
+    @property
+    def input_text(self) -> str:
+        """The input's side in a word: `4 unsigned`, `4 signed`, `4 (calibrate decides)`, `float`."""
+        s = self.settings
+        if s is None or s.a_bits is None:
+            return "float"
+        return f"{s.a_bits} " + {True: "signed", False: "unsigned", None: "(calibrate decides)"}[self.signed]
+
+    @property
+    def bits(self) -> tuple[int, int]:
+        """Bits of weight and input, 32 for float."""
+        s = self.settings
+        return (FLOAT_BITS, FLOAT_BITS) if s is None else (s.w_bits or FLOAT_BITS, s.a_bits or FLOAT_BITS)
+
+    @property
+    def bops(self) -> int | None:
+        """Bit operations of one forward at batch size 1, `MACs * w_bits * a_bits`; None where the MACs are unknown."""
+        return None if self.site.macs is None else self.site.macs * self.bits[0] * self.bits[1]
+
+    @property
+    def float_bops(self) -> int | None:
+        """Bit operations in float32, `MACs * 32 * 32`; None where the MACs are unknown."""
+        return None if self.site.macs is None else self.site.macs * FLOAT_BITS**2
+
+    @property
+    def weight_bytes(self) -> int | None:
+        """Bytes of its own parameters at the planned bits; None where their size is not known (a lazy layer).
+
+        Codes of `N` weights are packed into `w_bits * ceil(N / 8)` bytes; all else, a bias say, is counted as float32.
+        What is computed from the model's input is not stored.
+        """
+        site, s = self.site, self.settings
+        weight = math.prod(site.weight_shape) if site.weight_shape else 0
+        if s is None or s.w_bits is None or not weight or site.is_computed:
+            return self.float_bytes
+        return s.w_bits * -(-weight // 8) + 4 * max(site.params - weight, 0)
+
+    @property
+    def float_bytes(self) -> int | None:
+        """Bytes of its own parameters in float32; None where their size is not known."""
+        known = self.site.is_computed or self.site.weight_shape or self.site.params
+        return 4 * self.site.params if known else None
+
+    @property
+    def scale_bytes(self) -> int | None:
+        """Bytes that its frozen form needs besides: the scales in float32, the input's zero point in a byte.
+
+        None where the second operand is computed from the model's input.
+        """
+        s = self.settings
+        if s is None:
+            return 0
+        if self.site.is_computed:
+            return None
+        return 4 * (self.site.out_channels if s.granularity == "channel" else 1) + (5 if s.a_bits is not None else 0)
+
+
+def input_groups(rows: Iterable[PlanRow]) -> dict[str, str]:
+    """Return the sites that use another's input quantizer: name -> name of the site that has it.
+
+    Sites share where all of them ask for `share_inputs`, read the same tensor (`Site.reads`), and quantize it in the
+    same way: bits, rounding, slope and temperature of the input. The first of them in the plan keeps the quantizer.
+    Products of two activations share nothing.
+
+    Args:
+        rows: All rows of a plan.
+
+    Example:
+        >>> asked = Settings(share_inputs=True)
+        >>> input_groups(PlanRow(Site(name, "Linear", reads="q"), asked, "default") for name in ("q", "k", "v"))
+        {'k': 'q', 'v': 'q'}
+    """
+    keepers: dict[tuple[object, ...], str] = {}
+    groups = {}
+    for row in rows:
+        s = row.settings
+        if s is None or s.a_bits is None or not s.share_inputs or row.site.is_product:
+            continue
+        key = (row.site.reads or row.name, s.a_bits, s.rounding, s.slope, s.a_gamma, s.a_sigma)
+        keeper = keepers.setdefault(key, row.name)
+        if keeper != row.name:
+            groups[row.name] = keeper
+    return groups

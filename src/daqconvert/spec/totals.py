@@ -1,0 +1,72 @@
+"""The sizes of a whole plan: `Totals`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from daqconvert.spec.row import PlanRow
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over the rows of a plan; what is unknown is left out of a sum and counted beside it.
+
+    Attributes:
+        sites: Number of sites.
+        converted: Number of quantized sites.
+        params: Parameters of the sites, and parameters and buffers outside them.
+        macs: Multiply-accumulates at batch size 1, or None where all are unknown.
+        bops: Bit operations, `MACs * w_bits * a_bits`, likewise.
+        float_bops: The same with 32 bits everywhere.
+        bytes: Bytes of all parameters at the planned bits, float32 outside the sites.
+        float_bytes: Bytes of all parameters in float32.
+        scale_bytes: Bytes of scales and zero points besides, or None where those of a site are unknown.
+        unknown_macs: Number of sites whose MACs are unknown.
+        unknown_bytes: Number of sites whose size is unknown.
+
+    Example:
+        >>> Totals.of((), other_params=3).bytes
+        12
+    """
+
+    sites: int
+    converted: int
+    params: int
+    macs: int | None
+    bops: int | None
+    float_bops: int | None
+    bytes: int
+    float_bytes: int
+    scale_bytes: int | None
+    unknown_macs: int
+    unknown_bytes: int
+
+    @classmethod
+    def of(cls, rows: Sequence[PlanRow], other_params: int) -> Totals:
+        """Return the sums of these rows.
+
+        Args:
+            rows: Rows of a plan.
+            other_params: Parameters and buffers outside the sites.
+        """
+        scales = [row.scale_bytes for row in rows]
+        return cls(
+            sites=len(rows),
+            converted=sum(row.converted for row in rows),
+            params=sum(row.site.params for row in rows) + other_params,
+            macs=_known(row.site.macs for row in rows),
+            bops=_known(row.bops for row in rows),
+            float_bops=_known(row.float_bops for row in rows),
+            bytes=(_known(row.weight_bytes for row in rows) or 0) + 4 * other_params,
+            float_bytes=(_known(row.float_bytes for row in rows) or 0) + 4 * other_params,
+            scale_bytes=None if None in scales else _known(scales) or 0,
+            unknown_macs=sum(row.site.macs is None for row in rows),
+            unknown_bytes=sum(row.float_bytes is None for row in rows),
+        )
+
+
+def _known(values: Iterable[int | None]) -> int | None:
+    """Sum of what is known; None where nothing is."""
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
