@@ -23,8 +23,8 @@ PLAN_ATTRIBUTE = "_daqconvert_plan"
 
 def plan(
     model: nn.Module, *, policy: Policy | str | Path | dict[str, Any] | None = None, preset: str | None = None,
-    first: Any = UNSET, last: Any = UNSET, exclude: Any = (), rules: Any = (), example_inputs: Any = None,
-    **settings: Any,
+    first: Any = UNSET, last: Any = UNSET, exclude: Any = (), include: Any = None, bits: Any = None, rules: Any = (),
+    example_inputs: Any = None, **settings: Any,
 ) -> Plan:  # fmt: skip
     """Say what `quantize` would do with a model, without doing it.
 
@@ -35,6 +35,8 @@ def plan(
         first: Bits of the first sites: `(w, a)`, a dict of settings, or None for float; default 8/8.
         last: Likewise for the last sites.
         exclude: Names, globs or `re:` patterns of layers to leave alone.
+        include: Names, globs or `re:` patterns of the only layers to convert, instead of the policy's own.
+        bits: Name or pattern -> bits: a number for both, `(w, a)`, or None for float; rules after all others.
         rules: `Rule` objects, after those of the policy.
         example_inputs: Gives MACs: a tensor, a tuple of positional or a dict of keyword arguments.
         **settings: Any field of `Settings`: `w_bits`, `a_bits`, `granularity`, `rounding`, ...
@@ -55,6 +57,7 @@ def plan(
     """
     if getattr(model, PLAN_ATTRIBUTE, None) is not None:
         given = {"policy": policy, "preset": preset, "exclude": exclude or None, "rules": rules or None}
+        given |= {"include": include, "bits": bits}
         given |= {key: None if value is UNSET else key for key, value in (("first", first), ("last", last))}
         asked = [*(key for key, value in given.items() if value is not None), *settings]
         if asked:
@@ -63,7 +66,10 @@ def plan(
                 "Leave that out to see its plan, or plan the original float model."
             )
         return current_plan(model)
-    chosen = build(policy=policy, preset=preset, first=first, last=last, exclude=exclude, rules=rules, **settings)
+    chosen = build(
+        policy=policy, preset=preset, first=first, last=last, exclude=exclude, include=include, bits=bits, rules=rules,
+        **settings,
+    )  # fmt: skip
     found = find_sites(model, example_inputs)
     return resolve(
         chosen, found.sites, model=type(model).__name__, order=found.order,
@@ -73,8 +79,8 @@ def plan(
 
 def quantize(
     model: nn.Module, *, w_bits: Any = UNSET, a_bits: Any = UNSET, policy: Any = None, preset: str | None = None,
-    first: Any = UNSET, last: Any = UNSET, exclude: Any = (), rules: Any = (), example_inputs: Any = None,
-    **settings: Any,
+    first: Any = UNSET, last: Any = UNSET, exclude: Any = (), include: Any = None, bits: Any = None, rules: Any = (),
+    example_inputs: Any = None, **settings: Any,
 ) -> Any:  # fmt: skip
     """Return a copy of a model whose convolutions and linears are quantized; needs no data.
 
@@ -90,6 +96,8 @@ def quantize(
         first: Bits of the first sites: `(w, a)`, a dict of settings, or None for float; default 8/8.
         last: Likewise for the last sites.
         exclude: Names, globs or `re:` patterns of layers to leave alone.
+        include: Names, globs or `re:` patterns of the only layers to convert, instead of the policy's own.
+        bits: Name or pattern -> bits: a number for both, `(w, a)`, or None for float; rules after all others.
         rules: `Rule` objects, after those of the policy.
         example_inputs: Gives the plan's MACs; not needed.
         **settings: Any other field of `Settings`.
@@ -118,8 +126,8 @@ def quantize(
     if a_bits is not UNSET:
         settings["a_bits"] = a_bits
     chosen = plan(
-        model, policy=policy, preset=preset, first=first, last=last, exclude=exclude, rules=rules,
-        example_inputs=example_inputs, **settings,
+        model, policy=policy, preset=preset, first=first, last=last, exclude=exclude, include=include, bits=bits,
+        rules=rules, example_inputs=example_inputs, **settings,
     )  # fmt: skip
     if not chosen.converted:
         raise ConversionError(

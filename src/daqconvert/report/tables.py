@@ -47,7 +47,8 @@ def short_number(value: float | None) -> str:
 def plan_table(plan: Plan) -> Table:
     """Return a table of the plan: a row per site, those left alone dimmed, and the totals below.
 
-    BOPs are MACs times the bits of both operands, 32 for float; `-` is what nobody knows, and no sum holds it. A remark that several rows share is written once, below the table, and numbered in the rows.
+    BOPs are MACs times the bits of both operands, 32 for float. `-` is what nobody knows, and no sum holds it. A
+    remark that several rows share is written once, below the table, and numbered in the rows.
 
     Args:
         plan: The plan.
