@@ -109,13 +109,23 @@ def observe(
 
 def _on_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Event]:
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        held = dict([*model.named_parameters(), *model.named_buffers()])
+        held = dict(_state(model))
         state: dict[str, Tensor] = {name: mode.from_tensor(value) for name, value in held.items()}
         fakes = {id(held[name]): fake for name, fake in state.items()}
         fake_args, fake_kwargs = tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
-        return _run(
-            model, (fake_args, fake_kwargs), fakes, lambda: functional_call(model, state, fake_args, fake_kwargs)
-        )
+
+        def forward() -> None:
+            functional_call(model, state, fake_args, fake_kwargs, tie_weights=False)
+
+        return _run(model, (fake_args, fake_kwargs), fakes, forward)
+
+
+def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer of every module, once a module: `functional_call` puts back no module's twice."""
+    for path, module in model.named_modules():
+        for name, value in (*module._parameters.items(), *module._buffers.items()):
+            if value is not None:
+                yield f"{path}.{name}" if path else name, value
 
 
 def _run(model: nn.Module, inputs: Any, state: dict[int, Tensor], forward: Callable[[], Any]) -> list[Event]:
