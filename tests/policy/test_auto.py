@@ -5,8 +5,8 @@ import itertools
 import pytest
 
 from daqconvert.errors import PolicyError
-from daqconvert.policy.auto import MIDRISE_UP_TO_BITS, NORMALIZE_UP_TO_BITS, resolve_auto
 from daqconvert.spec import Settings
+from daqconvert.spec.auto import MIDRISE_UP_TO_BITS, NORMALIZE_UP_TO_BITS, resolve_auto
 
 BITS = [None, *range(1, 9)]
 

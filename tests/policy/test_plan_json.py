@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from daqconvert.errors import PolicyError
-from daqconvert.policy.auto import resolve_auto, resolve_computed
 from daqconvert.policy.plan_json import plan_from_dict, plan_to_dict
 from daqconvert.spec import Call, Plan, PlanRow, Policy, Rule, Settings, Site
+from daqconvert.spec.auto import resolve_auto, resolve_computed
 
 COUNTS = st.integers(0, 2**70)
 TEXTS = st.lists(st.text(), max_size=2).map(tuple)

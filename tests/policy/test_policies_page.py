@@ -6,11 +6,11 @@ import re
 import pytest
 
 from daqconvert.errors import PolicyError
-from daqconvert.policy.auto import resolve_auto
 from daqconvert.policy.files import from_toml
 from daqconvert.policy.presets import preset, preset_names
 from daqconvert.policy.resolve import SUM_NOTE
 from daqconvert.spec import SETTING_NAMES, Policy, Settings, Site
+from daqconvert.spec.auto import resolve_auto
 
 
 @pytest.fixture(scope="module")

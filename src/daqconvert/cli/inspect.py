@@ -90,4 +90,9 @@ def _model(name: str, arguments: dict[str, Any], side: int | None) -> tuple[str,
 
 def _remarks(site: Any) -> str:
     words = ["first" * site.first, "last" * site.last, "input not negative" * site.nonnegative, site.reason]
+    if site.call is not None:
+        words.append(f"{site.call.function} in {', '.join(name or '(root)' for name in site.call.modules)}")
+    if site.reads not in ("", site.name):
+        words.append(f"reads what {site.reads} reads")
+    words.append(site.one_scale)
     return "; ".join(filter(None, (*words, *site.notes)))

@@ -57,6 +57,18 @@ ABits = Annotated[
 First = Annotated[str | None, option("--first", "First layers: W,A bits or float. Default: 8,8.")]
 Last = Annotated[str | None, option("--last", "Last layers: W,A bits or float. Default: 8,8.")]
 Exclude = Annotated[list[str] | None, option("--exclude", "Layers to leave alone: a name or pattern; repeatable.")]
+Include = Annotated[
+    list[str] | None, option("--include", "The only layers to convert: a name or pattern; repeatable.")
+]
+Bits = Annotated[
+    list[str] | None, option("--bits", "LAYER=W/A, or LAYER=BITS for both, as layer4.*=2 or fc=float; repeatable.")
+]
+Attention = Annotated[
+    str | None, option("--attention", "Bits of both operands of attention products. Default: left in floating point.")
+]
+ShareInputs = Annotated[
+    bool, option("--share-inputs", "One input quantizer for layers that read the same tensor at the same bits.")
+]
 Setting = Annotated[
     list[str] | None, option("--set", "KEY=VALUE of any other setting, as granularity=tensor; repeatable.")
 ]
@@ -94,7 +106,8 @@ def pairs(texts: list[str] | None, option: str) -> dict[str, Any]:
 def read_policy(
     policy: str | None = None, preset: str | None = None, w_bits: str | None = None, a_bits: str | None = None,
     first: str | None = None, last: str | None = None, exclude: list[str] | None = None,
-    settings: list[str] | None = None,
+    settings: list[str] | None = None, include: list[str] | None = None, bits: list[str] | None = None,
+    attention: str | None = None, share_inputs: bool = False,
 ) -> Policy | None:  # fmt: skip
     """Return the policy that these options ask for, or None if they say nothing.
 
@@ -107,6 +120,10 @@ def read_policy(
         last: Last layers as typed.
         exclude: Layers to leave alone.
         settings: KEY=VALUE of other settings.
+        include: The only layers to convert.
+        bits: LAYER=W/A as typed.
+        attention: Bits of attention products as typed.
+        share_inputs: Whether layers that read the same tensor share its quantizer.
 
     Raises:
         PolicyError: If one of them cannot be read; names the option.
@@ -117,8 +134,9 @@ def read_policy(
         (2, None, 'ste')
     """
     found: dict[str, Any] = {"policy": policy, "preset": preset, "exclude": exclude or None}
+    found |= {"include": include or None, "bits": layer_bits(bits) or None, "share_inputs": share_inputs or None}
     found = {key: value for key, value in found.items() if value is not None}
-    for key, text in (("w_bits", w_bits), ("a_bits", a_bits)):
+    for key, text in (("w_bits", w_bits), ("a_bits", a_bits), ("attention", attention)):
         if text is not None:
             found[key] = _bits(text, f"--{key.replace('_', '-')}")
     for key, text in (("first", first), ("last", last)):
@@ -128,6 +146,29 @@ def read_policy(
     if not {"policy", "preset", "w_bits", "a_bits"} & found.keys():
         found |= {"w_bits": DEFAULT_BITS, "a_bits": DEFAULT_BITS} if found else {}
     return build(**found) if found else None
+
+
+def layer_bits(texts: list[str] | None) -> dict[str, Any]:
+    """Return `["layer4.*=2", "fc=8/float"]` as `{"layer4.*": 2, "fc": (8, None)}`.
+
+    Args:
+        texts: What the user typed.
+
+    Raises:
+        PolicyError: If one of them is not of that form.
+
+    Example:
+        >>> layer_bits(["layer4.*=2", "fc=8/float", "head=float"])
+        {'layer4.*': 2, 'fc': (8, None), 'head': None}
+    """
+    found: dict[str, Any] = {}
+    for text in texts or []:
+        name, equals, value = text.rpartition("=")
+        parts = [_bits(part, f"--bits {name}=") for part in value.split("/")]
+        if not equals or len(parts) > 2:
+            raise PolicyError(f"--bits {text!r}: expected LAYER=W/A such as fc=8/8, or LAYER=BITS for both.")
+        found[name] = tuple(parts) if len(parts) == 2 else parts[0]
+    return found
 
 
 def default_policy() -> Policy:

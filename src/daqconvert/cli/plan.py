@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -17,40 +18,108 @@ from daqconvert.cli.output import Output
 from daqconvert.cli.targets import ARTIFACT, MODEL, kind_of, refuse
 from daqconvert.convert import plan
 from daqconvert.data import input_config
+from daqconvert.errors import PolicyError
+from daqconvert.files import write_text
+from daqconvert.policy.files import from_toml
 from daqconvert.policy.plan_json import plan_to_dict
 from daqconvert.report.tables import plan_table, render
 from daqconvert.sources import build_model
-from daqconvert.spec import Plan
+from daqconvert.spec import Plan, PlanDiff
 
+STDOUT = Path("-")
+SIZES = ("bops", "float_bops", "weight_bytes", "float_bytes", "scale_bytes")
 Target = Annotated[str, typer.Argument(help=f"A model ({o.FORMS}), a run directory or an artifact.")]
+Toml = Annotated[
+    Path | None, o.option("--toml", "Write a policy file that gives this plan again; - for standard output.")
+]
+Diff = Annotated[
+    Path | None, o.option("--diff", "Print what changes with this policy file, or in this run or artifact, instead.")
+]
 
 
 def plan_command(
     target: Target, model_arg: o.ModelArgs = None, input_size: o.InputSize = None, policy: o.PolicyFile = None,
     preset: o.Preset = None, w_bits: o.WBits = None, a_bits: o.ABits = None, first: o.First = None,
-    last: o.Last = None, exclude: o.Exclude = None, setting: o.Setting = None, as_json: o.Json = False,
+    last: o.Last = None, include: o.Include = None, exclude: o.Exclude = None, bits: o.Bits = None,
+    attention: o.Attention = None, share_inputs: o.ShareInputs = False, setting: o.Setting = None,
+    toml: Toml = None, overwrite: o.Overwrite = False, diff: Diff = None, as_json: o.Json = False,
 ) -> None:  # fmt: skip
     """Print a row for every convolution and linear layer: its bits and the rule that decided, or why it is left alone.
 
     Without an option on bits, 4 for weights and inputs. A run directory or artifact shows the plan it was made with.
+
+    Raises:
+        PolicyError: If options contradict each other, or the policy file to write is there already.
     """
     with Output(as_json).capturing() as output:
-        kind = kind_of(target)
+        to_file = toml if toml != STDOUT else None
+        if toml == STDOUT and diff is not None:
+            raise PolicyError("--toml - and --diff would both print. Give --toml a file, or leave one out.")
+        if to_file is not None and to_file.exists() and not overwrite:
+            raise PolicyError(f"{to_file}: exists. Pass --overwrite to replace it, or choose another file.")
+        kind, model = kind_of(target), None
         if kind == MODEL:
-            asked = o.read_policy(policy, preset, w_bits, a_bits, first, last, exclude, setting) or o.default_policy()
+            asked = o.read_policy(
+                policy, preset, w_bits, a_bits, first, last, exclude, setting, include, bits, attention, share_inputs
+            )
             model = build_model(target, **o.pairs(model_arg, "--model-arg"))
-            found = plan(model, policy=asked, example_inputs=example_image(model, target, input_size))
+            example = example_image(model, target, input_size)
+            found = plan(model, policy=asked or o.default_policy(), example_inputs=example)
         else:
             refuse(
                 kind, model_arg=model_arg, input_size=input_size, policy=policy, preset=preset, w_bits=w_bits,
-                a_bits=a_bits, first=first, last=last, exclude=exclude, set=setting,
+                a_bits=a_bits, first=first, last=last, include=include, exclude=exclude, bits=bits,
+                attention=attention, share_inputs=share_inputs, set=setting,
             )  # fmt: skip
-            found = stored_plan(Path(target), kind)
-        document = {
-            **plan_to_dict(found), "target": target, "macs": found.macs, "bytes": found.bytes,
-            "float_bytes": found.float_bytes,
-        }  # fmt: skip
-        output.show(render(plan_table(found)), document)
+            found, example = stored_plan(Path(target), kind), None
+        document, text = plan_document(found, target), render(plan_table(found))
+        if toml is not None:
+            document["toml"] = found.to_toml()
+            text = document["toml"].rstrip("\n") if to_file is None else text
+        if diff is not None:
+            change = found.diff(_second_plan(diff, model, example))
+            document["diff"], text = diff_document(change), str(change)
+        if to_file is not None:
+            write_text(to_file, document["toml"], PolicyError)
+        output.show(text, document)
+
+
+def plan_document(found: Plan, target: str) -> dict[str, Any]:
+    """Return a plan for programs: its JSON form, with the sizes of every row and of all.
+
+    Args:
+        found: The plan.
+        target: What the user asked about.
+    """
+    document = plan_to_dict(found)
+    for row, data in zip(found, document["rows"], strict=True):
+        data |= {key: getattr(row, key) for key in SIZES}
+    totals = dataclasses.asdict(found.totals)
+    return {**document, "target": target, **totals, "input_groups": found.input_groups()}
+
+
+def diff_document(change: PlanDiff) -> dict[str, Any]:
+    """Return the difference of two plans for programs.
+
+    Args:
+        change: The difference.
+    """
+    return {
+        "changed": [{"name": row.name, "what": row.what} for row in change.changed],
+        "added": [row.name for row in change.added],
+        "removed": [row.name for row in change.removed],
+        "before": dataclasses.asdict(change.before),
+        "after": dataclasses.asdict(change.after),
+    }
+
+
+def _second_plan(path: Path, model: nn.Module | None, example: Tensor | None) -> Plan:
+    """The plan that `--diff` names: of a policy file for the same model, or of a run or artifact."""
+    if path.is_dir():
+        return stored_plan(path, kind_of(str(path)))
+    if model is None:
+        raise PolicyError(f"--diff {path}: a run or artifact is compared with another one; give its directory.")
+    return plan(model, policy=from_toml(path), example_inputs=example)
 
 
 def stored_plan(path: Path, kind: str) -> Plan:

@@ -14,8 +14,8 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from daqconvert.errors import PolicyError, nearest
-from daqconvert.policy.auto import resolve_auto, resolve_computed
 from daqconvert.spec import Plan, PlanRow
+from daqconvert.spec.auto import resolve_auto, resolve_computed
 
 ORDERS = ("fx", "modules")
 _WORDS = {str: "a text", bool: "true or false", int: "a count", float: "a number", NoneType: "null"}

@@ -10,11 +10,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from daqconvert.policy.auto import resolve_auto, resolve_computed
 from daqconvert.policy.checks import checked_policy
 from daqconvert.policy.presets import is_paper
 from daqconvert.policy.rules import Level, check_matches, label, name_level, places, rule_level
 from daqconvert.spec import BIT_FIELDS, Plan, PlanRow, Policy, Settings, Site, input_groups
+from daqconvert.spec.auto import resolve_auto, resolve_computed
 from daqconvert.spec.row import (
     EXCLUDED,
     FLOAT_POSITION,

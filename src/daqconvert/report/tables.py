@@ -70,9 +70,9 @@ def plan_table(plan: Plan) -> Table:
         numbers = (short_number(other), "-", "-", _bytes(4 * other))
         cells = ("(others)", "", "float", "", *numbers, "-", "parameters and buffers outside these layers")
         table.add_row(*map(_text, cells), style="dim")
-    counts = tuple(short_number(value) for value in (totals.params, totals.macs, totals.bops))
+    sums = tuple(short_number(value) for value in (totals.params, totals.macs, totals.bops))
     done = f"{totals.converted} of {totals.sites}"
-    footers = ("total", done, "", "", *counts, _bytes(totals.bytes), "", _in_float(totals))
+    footers = ("total", done, "", "", *sums, _bytes(totals.bytes), "", _in_float(totals))
     for column, footer in zip(table.columns, footers, strict=True):
         column.footer = _text(footer)
     table.show_footer = True

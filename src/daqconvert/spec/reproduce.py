@@ -1,16 +1,18 @@
 """A policy that gives the rows of a plan again, in the form that a person would like to edit.
 
 The most common settings become `[default]`; what the first and the last sites have in common `[first]` and `[last]`;
-every other difference a rule with the exact name of its layer, or a line of `[bits]` where only bits differ. Settings
-are written as they were settled, with nothing left on `"auto"`, so that the file keeps its meaning.
+every other difference a rule with the exact name of its layer, or a line of `[bits]` where only bits differ. What
+`"auto"` would settle in the same way is written as `"auto"`, so that bits can be changed without changing more.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from daqconvert.spec.auto import resolve_auto
 from daqconvert.spec.row import (
     EXCLUDED,
     FLOAT_BITS,
@@ -46,9 +48,9 @@ def reproduce(rows: Iterable[PlanRow]) -> Policy:
         (4, [('d', {'w_bits': 2})])
     """
     candidates = [row for row in rows if not row.site.reason]
-    decided = [row for row in candidates if row.converted or row.reason in _DECIDED]
+    decided = [_loosened(row) for row in candidates if row.converted or row.reason in _DECIDED]
     others = [row for row in candidates if row.reason == NOT_INCLUDED]
-    excluded = [row for row in candidates if row not in decided and row not in others]
+    excluded = [row for row in candidates if not row.converted and row.reason not in (*_DECIDED, NOT_INCLUDED)]
     include: tuple[str, ...] = ()
     if others:
         include = tuple(exact_pattern(row.name) for row in decided or excluded)
@@ -97,6 +99,20 @@ def exact_pattern(name: str) -> str:
     """
     text = "".join(f"[{c}]" if c in "*?[" else c for c in name)
     return f"[r]{text[1:]}" if text.startswith("re:") else text
+
+
+def _loosened(row: PlanRow) -> PlanRow:
+    """The row with `"auto"` wherever that gives its settings again."""
+    settings = row.settings
+    if settings is None or row.site.is_computed:
+        return row
+    fields = [name for name in ("granularity", "grid", "normalize") if name in settable(row.site)]
+    for name in fields:
+        candidate = settings.replace(**{name: "auto"})
+        settled = resolve_auto(candidate)
+        if all(getattr(settled, field) == getattr(row.settings, field) for field in fields):
+            settings = candidate
+    return dataclasses.replace(row, settings=settings)
 
 
 def _exclude_pattern(row: PlanRow) -> str:

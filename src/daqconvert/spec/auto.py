@@ -6,7 +6,7 @@ The constants below are choices, not laws: a measurement that says otherwise cha
 from __future__ import annotations
 
 from daqconvert.errors import PolicyError
-from daqconvert.spec import Settings
+from daqconvert.spec.settings import Settings
 
 NORMALIZE_UP_TO_BITS = 2
 """Weights of at most this many bits are normalized by `normalize="auto"`, as the paper does."""
