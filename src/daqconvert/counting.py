@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -255,6 +256,8 @@ def _eager(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         if compiled:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(warnings.catch_warnings())  # hooks fire once more for the wrapper: harmless here
+            warnings.filterwarnings("ignore", "Using `torch.compile\\(module\\)` when there are global hooks")
         yield
 
 
