@@ -1,0 +1,277 @@
+"""What is checked on one network of the zoo; each check gives values for its record, or an error text.
+
+Two copies of the prepared network are compared: the float one and the one that `dq.quantize` made of it, W8A8 by
+default settings, calibrated on four random batches; SQNR is measured on batches of another seed. All comparisons are
+exact (`torch.equal` on every tensor of the output) but SQNR.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import resource
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from zoo_gradients import compare_gradients
+from zoo_inputs import call, everything, floating, inputs, leaves
+from zoo_models import Network
+from zoo_prepare import prepared
+
+import daqconvert as dq
+
+CALIBRATION = (1, 2, 3, 4)
+EVALUATION = (11, 12)
+Record = dict[str, Any]
+
+
+def run_all(network: Network, save: Callable[[Record], None]) -> Record:
+    """Run every check in order, `save` the record after each, and return it; a check that raises stops no other."""
+    record: Record = {"group": network.group, "task": network.task, "family": network.family,
+                      "params": network.params, "size": list(network.size)}  # fmt: skip
+    state = State(network)
+    for name, check in CHECKS.items():
+        if state.qmodel is None and name not in ("float", "converts"):
+            break
+        started = time.perf_counter()
+        try:
+            record[name] = check(state)
+        except Exception as error:
+            record[name] = {"error": told(error)}
+        record.setdefault("took", {})[name] = round(time.perf_counter() - started, 2)
+        record["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        save(record)
+    return record
+
+
+def told(error: BaseException) -> str:
+    """Return class and message of an error on one line, without paths of this machine."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    for folder in (Path(__file__).parents[1], Path(torch.__file__).parents[1]):
+        text = text.replace(f"{folder}/", "")
+    return text[:400]
+
+
+class State:
+    """The models of one network while it is checked.
+
+    Attributes:
+        network: Which one.
+        model: Prepared, float, in evaluation mode.
+        qmodel: Quantized, or None as long as it could not be.
+        frozen: Frozen, or None.
+    """
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self.model: nn.Module = nn.Identity()
+        self.qmodel: nn.Module | None = None
+        self.frozen: nn.Module | None = None
+
+    @property
+    def quantized(self) -> nn.Module:
+        """The quantized model in evaluation mode."""
+        assert self.qmodel is not None
+        return self.qmodel.eval()
+
+    def batch(self, seed: int, *, train: bool = False) -> Any:
+        """Return the batch of a seed."""
+        return inputs(self.network, seed, train=train)
+
+
+def seeded(function: Callable[[], Any]) -> Any:
+    """Call with the random generators at a fixed state: dropout and sampling draw the same in both models."""
+    torch.manual_seed(5)
+    random.seed(5)
+    return function()
+
+
+def equal(left: list[Tensor], right: list[Tensor]) -> Record:
+    """Say whether two lists of tensors are identical, and how far they are apart where not."""
+    if [t.shape for t in left] != [t.shape for t in right]:
+        return {"ok": False, "why": f"{len(left)} and {len(right)} outputs, or other shapes"}
+    differing = sum(int((a != b).sum()) for a, b in zip(left, right, strict=True))
+    if all(torch.equal(a, b) for a, b in zip(left, right, strict=True)):
+        return {"ok": True}
+    finite = all(bool(t.isfinite().all()) for t in left if t.is_floating_point())
+    largest = max(float((a.double() - b.double()).abs().max()) for a, b in zip(left, right, strict=True) if a.numel())
+    return {"ok": False, "elements": sum(t.numel() for t in left), "differing": differing, "largest": largest,
+            "finite": finite}  # fmt: skip
+
+
+def check_float(state: State) -> Record:
+    """Build and prepare the network; its output must be finite and not constant.
+
+    `gain_db` says how much the float network amplifies an error: noise 60 dB below the input is added, and the gain is
+    60 minus the SQNR of its output. Deep random networks with batch norm are chaotic: at 40 or so even the rounding
+    of the input to 8 bits would leave less than 20 dB.
+    """
+    state.model = prepared(state.network)
+    batch = state.batch(EVALUATION[0])
+    with torch.no_grad():
+        output = floating(state.model, batch)
+        noisy = floating(state.model, tree_map(_disturbed, batch))
+    signal = sum(float(t.double().square().sum()) for t in output)
+    noise = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(output, noisy, strict=True))
+    finite = all(bool(t.isfinite().all()) for t in output)
+    varies = all(float(t.double().std()) > 0 for t in output if t.numel() > 1)
+    gain = round(60.0 - decibel(signal, noise), 1) if finite else None
+    return {"ok": finite and varies, "outputs": len(output), "finite": finite, "varies": varies, "gain_db": gain}
+
+
+def _disturbed(value: Any) -> Any:
+    """Return a floating tensor with seeded noise 60 dB below it, anything else as it is."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    drawn = torch.randn(value.shape, generator=torch.Generator().manual_seed(3))
+    return value + 1e-3 * value.square().mean().sqrt() * drawn
+
+
+def check_converts(state: State) -> Record:
+    """Quantize with the defaults, and count the sites."""
+    started = time.perf_counter()
+    qmodel = dq.quantize(state.model)
+    seconds = round(time.perf_counter() - started, 2)
+    plan = dq.plan(qmodel)
+    reasons = Counter(row.reason or "no reason given" for row in plan.skipped)
+    state.qmodel = qmodel
+    return {"ok": isinstance(qmodel, type(state.model)), "seconds": seconds, "sites": len(plan),
+            "converted": len(plan.converted), "order": plan.order, "skipped": dict(reasons)}  # fmt: skip
+
+
+def check_calibrates(state: State) -> Record:
+    """Calibrate on random batches, read once from an iterator."""
+    started = time.perf_counter()
+    report = dq.calibrate(state.quantized, (state.batch(seed) for seed in CALIBRATION))
+    return {"ok": True, "seconds": round(time.perf_counter() - started, 2), "inputs": len(report.inputs),
+            "unseen": list(report.unseen)[:8]}  # fmt: skip
+
+
+@torch.no_grad()
+def check_identical(state: State) -> Record:
+    """Compare the disabled quantized model with the original in evaluation mode."""
+    batch = state.batch(EVALUATION[0])
+    with dq.disabled(state.quantized):
+        return equal(everything(state.model, batch), everything(state.quantized, batch))
+
+
+@torch.no_grad()
+def check_identical_train(state: State) -> Record:
+    """Likewise in training mode, on copies: batch norm's statistics move."""
+    model, qmodel = copy.deepcopy(state.model).train(), copy.deepcopy(state.quantized).train()
+    batch = state.batch(EVALUATION[0], train=True)
+    try:
+        expected = seeded(lambda: everything_in_training(model, batch))
+    except Exception as error:
+        return {"ok": True, "why": f"the original cannot be run in training mode: {told(error)}"}
+    with dq.disabled(qmodel):
+        return equal(expected, seeded(lambda: everything_in_training(qmodel, batch)))
+
+
+def everything_in_training(model: nn.Module, batch: Any) -> list[Tensor]:
+    """Return outputs in training mode and the statistics that the pass left behind."""
+    output = leaves(call(model, batch))
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return output + [m.running_var for m in norms if m.running_var is not None]
+
+
+def check_coverage(state: State) -> Record:
+    """Count the multiply-accumulates whose operands were quantized."""
+    batch = state.batch(EVALUATION[0])
+    positional = () if isinstance(batch, dict) else (batch,)
+    found = dq.coverage(state.quantized, *positional, **(batch if isinstance(batch, dict) else {}))
+    return coverage_record(found)
+
+
+def coverage_record(found: Any) -> Record:
+    """Return what `dq.coverage` found as plain values; `ok` at 99.5 %, recurrent layers aside."""
+    record = {"share": float(found.share), "share_weights": float(found.share_weights)}
+    record["share_aside"] = share_aside(found)
+    skipped = found.skipped.items() if isinstance(found.skipped, dict) else [(str(s), "") for s in found.skipped]
+    record["skipped"] = [f"{name}: {reason}"[:160] for name, reason in skipped][:8]
+    return {"ok": record["share_aside"] >= 0.995, **record}
+
+
+def share_aside(found: Any) -> float:
+    """Return the share with recurrent layers and attention products aside, where the report tells them apart."""
+    return float(getattr(found, "share_aside", found.share))
+
+
+@torch.no_grad()
+def check_sqnr(state: State) -> Record:
+    """Signal to quantization noise of the floating outputs in dB, over all and of the worst output."""
+    pairs = []
+    for seed in EVALUATION:
+        batch = state.batch(seed)
+        pairs.append(list(zip(floating(state.model, batch), floating(state.quantized, batch), strict=True)))
+    each = []
+    for both in zip(*pairs, strict=True):
+        signal = sum(float(a.double().square().sum()) for a, _ in both)
+        noise = sum(float((a.double() - b.double()).square().sum()) for a, b in both)
+        each.append((signal, noise))
+    worst = min(range(len(each)), key=lambda i: decibel(*each[i]))
+    total = decibel(sum(s for s, _ in each), sum(n for _, n in each))
+    return {"ok": total >= 20.0, "db": round(total, 2), "worst_db": round(decibel(*each[worst]), 2),
+            "worst_output": worst, "outputs": len(each)}  # fmt: skip
+
+
+def decibel(signal: float, noise: float) -> float:
+    """Return `10 log10(signal / noise)`; 200 where there is no noise."""
+    if noise == 0.0:
+        return 200.0
+    return float(10 * torch.log10(torch.tensor(signal / noise, dtype=torch.float64))) if signal > 0 else -200.0
+
+
+def check_gradients(state: State) -> Record:
+    """Compare which gradients are there after one step in training mode, and which quantizers ran in each mode."""
+    return compare_gradients(state.model, state.quantized, lambda train: state.batch(21, train=train), seeded)
+
+
+@torch.no_grad()
+def check_frozen(state: State) -> Record:
+    """Compare the frozen model with the quantized one in evaluation mode."""
+    started = time.perf_counter()
+    state.frozen = dq.freeze(state.quantized)
+    seconds = round(time.perf_counter() - started, 2)
+    batch = state.batch(EVALUATION[0])
+    return {**equal(everything(state.quantized, batch), everything(state.frozen, batch)), "seconds": seconds}
+
+
+@torch.no_grad()
+def check_saved(state: State) -> Record:
+    """Save, load with the float model as skeleton, compare outputs; save again, compare files."""
+    if state.frozen is None:
+        return {"error": "not frozen"}
+    batch = state.batch(EVALUATION[0])
+    with tempfile.TemporaryDirectory() as folder:
+        first = dq.save(state.frozen, Path(folder) / "first")
+        loaded = dq.load(first, model=state.model)
+        second = dq.save(loaded, Path(folder) / "second")
+        files = sorted(path.name for path in first.iterdir())
+        same = files == sorted(p.name for p in second.iterdir()) and all(
+            (first / name).read_bytes() == (second / name).read_bytes() for name in files
+        )
+        size = sum((first / name).stat().st_size for name in files)
+    found = equal(everything(state.frozen, batch), everything(loaded, batch))
+    return {**found, "ok": found["ok"] and same, "files": same, "megabytes": round(size / 1e6, 2)}
+
+
+CHECKS: dict[str, Callable[[State], Record]] = {
+    "float": check_float,
+    "converts": check_converts,
+    "calibrates": check_calibrates,
+    "identical": check_identical,
+    "identical_train": check_identical_train,
+    "coverage": check_coverage,
+    "sqnr": check_sqnr,
+    "gradients": check_gradients,
+    "frozen": check_frozen,
+    "saved": check_saved,
+}

@@ -1,0 +1,211 @@
+"""Which networks the zoo holds, and how to build one: timm and torchvision, random weights from a seed, no download.
+
+timm: the smallest network (by parameters) of each family; a family is the Python module that registers the name
+(`timm.list_modules()`, 98 of them in timm 1.0). torchvision: the smallest of each classification family, and all
+segmentation, detection, video and optical-flow networks, smallest first. The choice and the input sizes are kept in
+`zoo_networks.json`, so that a run starts at once; `python benchmarks/zoo_models.py` makes that file again (minutes).
+
+Input size: the smallest of 128, 160, 192, 224 pixels and the network's own that it accepts in both modes; below 128
+the last maps have so few positions that batch statistics of a batch of two mean nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+CHOICE = Path(__file__).parent / "zoo_networks.json"
+PIXELS = (128, 160, 192, 224)
+CLIPS = ((8, 112), (16, 112), (16, 224))  # frames, pixels
+CLASSIFICATION = (  # a name belongs to the first family that it starts with
+    "alexnet", "convnext", "densenet", "efficientnet_v2", "efficientnet", "googlenet", "inception", "maxvit",
+    "mnasnet", "mobilenet_v2", "mobilenet_v3", "regnet_x", "regnet_y", "resnext", "resnet", "shufflenet", "squeezenet", "swin_v2",
+    "swin", "vgg", "vit", "wide_resnet",
+)  # fmt: skip
+TWO_STAGE = {
+    "rpn_post_nms_top_n_train": 64, "rpn_post_nms_top_n_test": 64,
+    "box_score_thresh": 0.0, "box_detections_per_img": 8,
+}  # fmt: skip
+ONE_STAGE = {"score_thresh": 0.0, "topk_candidates": 64, "detections_per_img": 8}
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """One network of the zoo.
+
+    Attributes:
+        group: `"timm"` or `"torchvision"`.
+        task: `"classification"`, `"segmentation"`, `"detection"`, `"video"` or `"optical_flow"`.
+        name: As the library calls it.
+        family: What it stands for.
+        params: Number of parameters.
+        size: Shape of one input, without the batch.
+        kwargs: Further arguments of the builder.
+    """
+
+    group: str
+    task: str
+    name: str
+    family: str
+    params: int = 0
+    size: tuple[int, ...] = (3, 224, 224)
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Name with the library, as results are filed under."""
+        return f"{self.group}/{self.name}"
+
+    def build(self, seed: int = 0) -> nn.Module:
+        """Return the network in evaluation mode, its weights drawn from a seed."""
+        torch.manual_seed(seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if self.group == "timm":
+                import timm
+
+                return timm.create_model(self.name, pretrained=False, **self.kwargs).eval()
+            from torchvision.models import get_model
+
+            return get_model(self.name, weights=None, **self.kwargs).eval()
+
+
+def networks() -> list[Network]:
+    """Return the networks chosen, timm first, in each library the smallest first."""
+    rows = json.loads(CHOICE.read_text())["networks"]
+    return [Network(**{**row, "size": tuple(row["size"])}) for row in rows]
+
+
+def find(key: str) -> Network:
+    """Return the network of this name, with or without its library."""
+    for network in networks():
+        if key in (network.key, network.name):
+            return network
+    raise SystemExit(f"{key}: no network of {CHOICE.name}")
+
+
+def timm_smallest() -> list[Network]:
+    """Return the smallest network of each timm family; every name is built on `meta` (minutes)."""
+    import timm
+    from timm.models import model_entrypoint
+
+    best: dict[str, Network] = {}
+    for name in timm.list_models():
+        family = model_entrypoint(name).__module__
+        with torch.device("meta"):
+            model = timm.create_model(name, pretrained=False)
+        params = sum(p.numel() for p in model.parameters())
+        if family not in best or params < best[family].params:
+            size = tuple(model.pretrained_cfg.get("input_size") or (3, 224, 224))
+            best[family] = Network("timm", "classification", name, family.split(".")[-1], params, size)
+    return sorted(best.values(), key=lambda n: n.params)
+
+
+def torchvision_chosen() -> list[Network]:
+    """Return the smallest of every classification family and all networks of the other tasks."""
+    from torchvision import models
+
+    best: dict[str, Network] = {}
+    for name in models.list_models(module=models):
+        family = next(f for f in CLASSIFICATION if name.startswith(f))  # a new family must be added above
+        network = _counted(Network("torchvision", "classification", name, family, 0, (3, 224, 224), _kwargs(name)))
+        if family not in best or network.params < best[family].params:
+            best[family] = network
+    chosen = sorted(best.values(), key=lambda n: n.params)
+    for task in ("segmentation", "detection", "video", "optical_flow"):
+        names = models.list_models(module=getattr(models, task))
+        found = [_counted(Network("torchvision", task, n, n, 0, _own_size(n, task), _kwargs(n, task))) for n in names]
+        chosen += sorted(found, key=lambda n: n.params)
+    return chosen
+
+
+def _kwargs(name: str, task: str = "classification") -> dict[str, Any]:
+    """Arguments of a torchvision builder: no weights of a backbone, few boxes, but some even from random weights."""
+    if name in ("googlenet", "inception_v3"):
+        return {"init_weights": False}  # the draw is by SciPy, minutes long; torch's own start is as random
+    if task == "segmentation":
+        return {"weights_backbone": None}
+    if task != "detection":
+        return {}
+    if name.startswith("ssd"):
+        return {"weights_backbone": None, **ONE_STAGE}
+    size = {"min_size": 160, "max_size": 160}
+    return {"weights_backbone": None, **(ONE_STAGE if name.startswith(("fcos", "retinanet")) else TWO_STAGE), **size}
+
+
+def _own_size(name: str, task: str) -> tuple[int, ...]:
+    if task == "video":
+        return (3, 16, 224, 224)
+    if task == "detection":
+        return (
+            (3, 300, 300) if name == "ssd300_vgg16" else (3, 320, 320) if name.startswith("ssdlite") else (3, 160, 160)
+        )
+    return (3, 128, 128) if task == "optical_flow" else (3, 224, 224)
+
+
+def _counted(network: Network) -> Network:
+    from torchvision.models import get_model_weights
+
+    weights = next(iter(get_model_weights(network.name)))  # only what torchvision says of them: nothing is downloaded
+    return dataclasses.replace(network, params=int(weights.meta["num_params"]))
+
+
+def sizes(network: Network) -> list[tuple[int, ...]]:
+    """Return the input sizes to try, the smallest first, the network's own last."""
+    own = network.size
+    if network.task == "video":
+        return [(3, frames, p, p) for frames, p in CLIPS]
+    if network.task in ("detection", "optical_flow"):
+        return [own]
+    return [(own[0], p, p) for p in PIXELS if p < own[-1]] + [own]
+
+
+def accepted_size(network: Network) -> tuple[int, ...]:
+    """Return the smallest size that the network accepts in both modes."""
+    from zoo_inputs import call, inputs
+
+    model = network.build()
+    for size in sizes(network):
+        sized = dataclasses.replace(network, size=size)
+        try:
+            with torch.no_grad():
+                call(model.eval(), inputs(sized, 0))
+                call(model.train(), inputs(sized, 0, train=True))
+        except Exception:
+            continue
+        return size
+    return network.size
+
+
+def choose() -> None:
+    """Choose networks and sizes again and write `zoo_networks.json`; each size is tried in a process of its own."""
+    rows = []
+    for network in timm_smallest() + torchvision_chosen():
+        row = dataclasses.asdict(network)
+        command = [sys.executable, __file__, "--size", json.dumps(row)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1200)
+        row["size"] = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else list(network.size)
+        print(network.key, network.params, row["size"], "" if done.returncode == 0 else "NOT ACCEPTED", flush=True)
+        rows.append(row)
+    versions = {package: importlib.metadata.version(package) for package in ("timm", "torchvision")}
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    temporary = CHOICE.with_suffix(".tmp")
+    temporary.write_text(f'{{"versions": {json.dumps(versions)}, "networks": [\n{lines}\n]}}\n')
+    temporary.replace(CHOICE)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--size"]:
+        torch.set_num_threads(1)
+        print(json.dumps(accepted_size(Network(**json.loads(sys.argv[2])))))
+    else:
+        choose()

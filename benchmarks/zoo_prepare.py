@@ -1,0 +1,67 @@
+"""Random networks made fit to be measured: nothing constant, true batch-norm statistics; all from a seed.
+
+timm starts some networks at exact zeros (last gamma of a residual branch, heads, gains): then nothing that happens
+before could be seen in the output. And running statistics of a new network are not those of its activations.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from zoo_inputs import call, inputs
+
+if TYPE_CHECKING:
+    from zoo_models import Network
+
+SPREAD = 0.25  # constant parameters are drawn within +-25 % of their value
+SMALL = 0.02  # standard deviation where that value is zero
+
+
+@torch.no_grad()
+def redraw(model: nn.Module, seed: int = 0) -> int:
+    """Draw every constant floating parameter again, in place; return how many there were."""
+    generator = torch.Generator().manual_seed(seed)
+    count = 0
+    for parameter in model.parameters():
+        if not parameter.is_floating_point() or not parameter.numel():
+            continue
+        value = float(parameter.flatten()[0])
+        if bool((parameter != value).any()):
+            continue
+        drawn = torch.rand(parameter.shape, generator=generator) * 2 - 1
+        normal = torch.randn(parameter.shape, generator=generator)
+        parameter.copy_(value * (1 + SPREAD * drawn) if value else SMALL * normal)
+        count += 1
+    return count
+
+
+@torch.no_grad()
+def take_statistics(model: nn.Module, network: Network) -> int:
+    """Give every batch norm the mean statistics of two passes; return how many there are.
+
+    Only they are in training mode meanwhile: dropout would change what they see in evaluation.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [norm for norm in norms if norm.running_mean is not None]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean over passes
+        norm.training = True
+    if norms:
+        for seed in (101, 102):
+            call(model, inputs(network, seed))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.training = False
+    return len(norms)
+
+
+def prepared(network: Network, seed: int = 0) -> nn.Module:
+    """Return a network in evaluation mode: weights from a seed, nothing constant, statistics of its own."""
+    model = network.build(seed)
+    redraw(model, seed)
+    take_statistics(model, network)
+    return model
