@@ -164,10 +164,11 @@ def layer_bits(texts: list[str] | None) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for text in texts or []:
         name, equals, value = text.rpartition("=")
-        parts = [_bits(part, f"--bits {name}=") for part in value.split("/")]
+        parts = value.split("/")
         if not equals or len(parts) > 2:
             raise PolicyError(f"--bits {text!r}: expected LAYER=W/A such as fc=8/8, or LAYER=BITS for both.")
-        found[name] = tuple(parts) if len(parts) == 2 else parts[0]
+        bits = tuple(_bits(part, f"--bits {name}=") for part in parts)
+        found[name] = bits if len(bits) == 2 else bits[0]
     return found
 
 
