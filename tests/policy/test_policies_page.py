@@ -4,12 +4,14 @@ import dataclasses
 import re
 
 import pytest
+import typer.main
 
+from daqconvert.cli import app
 from daqconvert.errors import PolicyError
 from daqconvert.policy.files import from_toml
 from daqconvert.policy.presets import preset, preset_names
 from daqconvert.policy.resolve import SUM_NOTE
-from daqconvert.spec import SETTING_NAMES, Policy, Settings, Site
+from daqconvert.spec import SETTING_NAMES, Call, Policy, Settings, Site
 from daqconvert.spec.auto import resolve_auto
 
 
@@ -25,22 +27,24 @@ def policies(page) -> list[Policy]:
 
 
 def test_the_first_file(policies, planned):
-    names = ("conv1", "layer4.0.conv1", "layer4.0.fc", "aux.0", "fc")
+    names = ("conv1", "layer4.0.conv1", "layer4.0.fc", "aux.0", "fc", "head")
     sites = tuple(Site(name, "Linear" if "fc" in name else "Conv2d", first=name == "conv1") for name in names)
     rows = planned(policies[0], sites).rows
     assert [row.settings and (row.settings.w_bits, row.settings.a_bits) for row in rows] == [
         (8, 8),
-        (2, 4),
+        (3, 3),
         (2, 8),
         None,
         (4, 8),
+        (8, None),
     ]
     assert [row.rule for row in rows] == [
         "first",
-        'rule 1: "layer4.*"',
+        'bits: "layer4.0.conv1"',
         'rule 1: "layer4.*"',
         'exclude: "aux.*"',
         'rule 2: type "Linear"',
+        'bits: "head"',
     ]
 
 
@@ -57,23 +61,43 @@ def test_a_first_layer_as_the_page_says(policies, planned):
 
 
 def test_the_preset_as_a_file(policies):
-    assert dataclasses.replace(policies[3], name="paper-w1a2") == preset("paper-w1a2")
-    assert len(policies) == 4
+    assert dataclasses.replace(policies[4], name="paper-w1a2") == preset("paper-w1a2")
+    assert len(policies) == 5
 
 
-def test_the_python_example(page, capsys):
-    exec(re.search(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[1], {})
-    assert "Sequential: 3 of 3 sites" in capsys.readouterr().out
+def test_attention_as_the_page_says(policies, planned):
+    product = Call("matmul", ("attn",), "attn.qk")
+    names = ("blocks.0.qk", "blocks.1.qk", "blocks.1.q", "blocks.1.k")
+    sites = [Site(n, "matmul" if "qk" in n else "Linear", call=product if "qk" in n else None) for n in names]
+    sites[3] = dataclasses.replace(sites[3], reads="blocks.1.q")
+    plan = planned(policies[3], tuple(sites))
+    assert [row.converted for row in plan] == [False, True, True, True]
+    assert plan.input_groups() == {"blocks.1.k": "blocks.1.q"}
+
+
+def test_the_python_examples(page, capsys):
+    names = {}
+    for block in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        exec(block, names)
+    told = capsys.readouterr().out
+    assert "Sequential: 3 of 3 sites" in told
+    assert "2 of 3 layers changed; bops " in told
+
+
+def test_the_commands(page):
+    options = set(re.findall(r" (--[a-z-]+)", re.search(r"```console\n(.*?)```", page, re.DOTALL)[1]))
+    known = {o for p in typer.main.get_command(app).commands["plan"].params for o in p.opts}
+    assert options <= known and {"--bits", "--include", "--attention", "--share-inputs", "--toml", "--diff"} <= options
 
 
 def test_names_and_defaults(page):
     assert all(f"`{name}`" in page for name in (*preset_names(), *SETTING_NAMES))
     assert SUM_NOTE.startswith("sums may pass 2**24")
-    default, seen = Settings(), []
+    default, seen, shown = Settings(), [], {None: "false", False: "false"}  # as a file says it
     for names, values in re.findall(r"^\| (`\w+`(?:, `\w+`)?) \|[^|]*\| ([^|]+) \|[^|]*\|$", page, re.MULTILINE):
         for name, value in zip(names.split(", "), values.split(", "), strict=True):
             seen.append(name.strip("`"))
-            assert value.strip('"`') == str(getattr(default, seen[-1])), name
+            assert value.strip('"`') == shown.get(getattr(default, seen[-1]), str(getattr(default, seen[-1]))), name
     assert sorted(seen) == sorted(SETTING_NAMES)
 
 
