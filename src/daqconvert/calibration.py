@@ -8,14 +8,14 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from daqconvert.batches import run_batch
 from daqconvert.convert import PLAN_ATTRIBUTE, require_quantized
 from daqconvert.errors import CalibrationError, nearest
 from daqconvert.graph.watch import watching_weights
-from daqconvert.layers.base import QuantizedLayer, input_of
 from daqconvert.layers.output_scale import OutputScaleStart
+from daqconvert.layers.site import Operation, QuantizedSite, Watcher, watching
 from daqconvert.modes import disabled, evaluating, unchanged_on_error
 from daqconvert.observers import (
     InputObserver,
@@ -24,6 +24,7 @@ from daqconvert.observers import (
     percentile_bounds,
     std_bounds,
 )
+from daqconvert.quantizers import InputQuantizer, WeightQuantizer
 from daqconvert.report.progress import track
 
 Bounds = Callable[[InputObserver, int, bool], tuple[float, float]]
@@ -139,15 +140,16 @@ def calibrate(
             f"calibrate: unknown method {method!r}; expected one of {', '.join(METHODS)}.{nearest(method, METHODS)}"
         )
     for layer in layers.values():
-        if layer.weight_quantizer is not None:
-            layer.weight_quantizer.check(layer.weight)
-    observers, first, count = _observe(qmodel, layers, batches, max_batches)
+        if isinstance(layer.weight_quantizer, WeightQuantizer):
+            layer.weight_quantizer.check(layer.float_weight())
+    operands, first, count = _observe(qmodel, layers, batches, max_batches)
     proven = {row.name for row in getattr(qmodel, PLAN_ATTRIBUTE, ()) if row.signed is not None}
-    rows, unseen = _choose(layers, observers, method, proven)
+    rows = _choose(operands, method, proven)
+    unseen = tuple(dict.fromkeys(operand.name for key, operand in operands.items() if key not in rows))
     with unchanged_on_error(layers.values()):
-        _set_bounds(layers, rows, unseen)
+        _set_bounds(layers, operands, rows)
         _set_output_scales(qmodel, layers, first)
-    return CalibrationReport(tuple(rows), count, method, tuple(unseen))
+    return CalibrationReport(tuple(rows.values()), count, method, unseen)
 
 
 def is_calibrated(qmodel: nn.Module) -> bool:
@@ -156,19 +158,54 @@ def is_calibrated(qmodel: nn.Module) -> bool:
     return all(q.ready for q in quantizers)
 
 
-def _quantizers(layer: QuantizedLayer) -> list[Any]:
+def _quantizers(layer: QuantizedSite) -> list[Any]:
     return [q for q in (layer.weight_quantizer, layer.input_quantizer) if q is not None]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Operand:
+    """One quantizer whose bounds come from data: of an input, or of a weight that depends on data."""
+
+    name: str
+    role: str
+    quantizer: InputQuantizer
+    observer: InputObserver
+
+
+class _Observing(Watcher):
+    """Shows a site's operands to their observers."""
+
+    def __init__(self, of_input: InputObserver | None, of_weight: InputObserver | None) -> None:
+        self.of_input, self.of_weight = of_input, of_weight
+
+    def before(self, site: Any, x: Tensor, weight: Tensor | None, operation: Operation) -> Tensor:
+        if self.of_input is not None:
+            self.of_input.observe(x)
+        if self.of_weight is not None and weight is not None:
+            self.of_weight.observe(weight)
+        return x
+
+
+def _operands(layers: dict[str, QuantizedSite]) -> dict[int, _Operand]:
+    """Quantizers that need data, each once, by identity: layers that read one tensor may share one."""
+    found: dict[int, _Operand] = {}
+    for layer in layers.values():
+        for role, quantizer in (("input", layer.input_quantizer), ("weight", layer.weight_quantizer)):
+            if isinstance(quantizer, InputQuantizer) and id(quantizer) not in found:
+                found[id(quantizer)] = _Operand(layer.layer_name, role, quantizer, InputObserver())
+    return found
+
+
 def _observe(
-    qmodel: nn.Module, layers: dict[str, QuantizedLayer], batches: Iterable[Any], max_batches: int | None
-) -> tuple[dict[str, InputObserver], Any, int]:
-    observers = {name: InputObserver() for name, layer in layers.items() if layer.input_quantizer is not None}
+    qmodel: nn.Module, layers: dict[str, QuantizedSite], batches: Iterable[Any], max_batches: int | None
+) -> tuple[dict[int, _Operand], Any, int]:
+    operands = _operands(layers)
     first, count = None, 0
     with ExitStack() as stack:
-        for name, observer in observers.items():
-            handle = layers[name].register_forward_pre_hook(_observing(observer), with_kwargs=True)
-            stack.callback(handle.remove)
+        for layer in layers.values():
+            of_input, of_weight = (operands.get(id(q)) for q in (layer.input_quantizer, layer.weight_quantizer))
+            watcher = _Observing(of_input and of_input.observer, of_weight and of_weight.observer)
+            stack.enter_context(watching(layer, watcher))
         for context in (evaluating(qmodel), disabled(qmodel), watching_weights(qmodel, layers), torch.no_grad()):
             stack.enter_context(context)
         for batch in track(batches, "calibrating", max_batches):
@@ -179,44 +216,33 @@ def _observe(
                 break
     if count == 0:
         raise CalibrationError("calibrate: expected at least one batch, found none. Is the loader empty?")
-    return observers, first, count
+    return operands, first, count
 
 
-def _observing(observer: InputObserver) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        observer.observe(input_of(args, kwargs)[0])
-
-    return hook
-
-
-def _set_bounds(layers: dict[str, QuantizedLayer], rows: list[CalibratedInput], unseen: list[str]) -> None:
+def _set_bounds(
+    layers: dict[str, QuantizedSite], operands: dict[int, _Operand], rows: dict[int, CalibratedInput]
+) -> None:
     for layer in layers.values():
-        if layer.weight_quantizer is not None and not layer.weight_quantizer.ready:
-            layer.weight_quantizer.initialize(layer.weight)
-    for row in rows:
-        quantizer = layers[row.name].input_quantizer
-        assert quantizer is not None
-        quantizer.set_bounds(row.lower, row.upper)
-    for name in unseen:
-        quantizer = layers[name].input_quantizer
-        if quantizer is not None and not quantizer.ready:
-            quantizer.set_placeholder()
+        quantizer, weight = layer.weight_quantizer, layer.float_weight()
+        if isinstance(quantizer, WeightQuantizer) and weight is not None and not quantizer.ready:
+            quantizer.initialize(weight)
+    for key, operand in operands.items():
+        if key in rows:
+            operand.quantizer.set_bounds(rows[key].lower, rows[key].upper)
+        elif not operand.quantizer.ready:
+            operand.quantizer.set_placeholder()
 
 
-def _choose(
-    layers: dict[str, QuantizedLayer], observers: dict[str, InputObserver], method: str, proven: set[str]
-) -> tuple[list[CalibratedInput], list[str]]:
-    rows, unseen, one_bit = [], [], []
-    for name, observer in observers.items():
-        quantizer = layers[name].input_quantizer
-        assert quantizer is not None
+def _choose(operands: dict[int, _Operand], method: str, proven: set[str]) -> dict[int, CalibratedInput]:
+    rows, one_bit = {}, []
+    for key, operand in operands.items():
+        name, quantizer, observer = operand.name, operand.quantizer, operand.observer
         if not observer.finite:
             raise CalibrationError(
-                f"{name or '(root)'}: its input holds NaN or infinite values in the float model. Look for them in "
-                "the calibration data or in the layers before it."
+                f"{name or '(root)'}: its {operand.role} holds NaN or infinite values in the float model. Look for "
+                "them in the calibration data or in the layers before it."
             )
         if not observer.seen:
-            unseen.append(name)
             continue
         signed = observer.minimum < 0.0 if quantizer.sign is None else quantizer.sign
         if signed and quantizer.bits == 1:
@@ -224,22 +250,23 @@ def _choose(
         lower, upper = METHODS[method](observer, quantizer.bits, signed)
         if upper <= 0.0 and lower >= 0.0:
             upper = 1.0  # an input that is always zero: any range represents it exactly
-        rows.append(CalibratedInput(name, signed, name in proven, observer.minimum, observer.maximum, lower, upper))
+        known = operand.role == "input" and name in proven
+        shown = name if operand.role == "input" else f"{name} (weight)"
+        rows[key] = CalibratedInput(shown, signed, known, observer.minimum, observer.maximum, lower, upper)
     if one_bit:
         raise CalibrationError(
             f"calibrate: inputs with negative values need 2 bits or more, found 1 bit at: {', '.join(one_bit)}. "
             f'Give them a_bits = 2: [[rule]] match = "{one_bit[0].split(" ")[0]}", a_bits = 2.'
         )
-    return rows, unseen
+    return rows
 
 
-def _set_output_scales(qmodel: nn.Module, layers: dict[str, QuantizedLayer], first: Any) -> None:
+def _set_output_scales(qmodel: nn.Module, layers: dict[str, QuantizedSite], first: Any) -> None:
     with ExitStack() as stack:
         unitless = [layer for layer in layers.values() if layer.unitless]
         for layer in layers.values():
             if layer.unitless:
-                handle = layer.register_forward_pre_hook(OutputScaleStart(layer), with_kwargs=True)
-                stack.callback(handle.remove)
+                stack.enter_context(watching(layer, OutputScaleStart(layer)))
             else:
                 layer.output_scale.data.fill_(1.0)
         if unitless:

@@ -9,10 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from daqconvert.errors import ConversionError, FrozenError
-from daqconvert.graph import find_sites
-from daqconvert.layers.base import QuantizedLayer
-from daqconvert.layers.frozen import FrozenLayer
-from daqconvert.layers.registry import quantized_class
+from daqconvert.graph import apply_sites, find_sites
+from daqconvert.layers.frozen_site import FrozenSite
+from daqconvert.layers.site import QuantizedSite
 from daqconvert.modes import copy_model, quantized_layers
 from daqconvert.policy.arguments import UNSET, build
 from daqconvert.policy.resolve import resolve
@@ -139,14 +138,7 @@ def quantize(
 
 def apply_plan(model: nn.Module, chosen: Plan) -> nn.Module:
     """Convert the layers of a model in place as the plan says, and remember the plan."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for row in chosen.converted:
-        assert row.settings is not None
-        layer = modules[row.name]
-        cls = quantized_class(type(layer))
-        if cls is None:
-            raise ConversionError(f"{row.name}: no quantized form is registered for {type(layer).__name__}.")
-        cls.convert(layer, row.settings, row.name, row.signed)
+    apply_sites(model, chosen.converted)
     object.__setattr__(model, PLAN_ATTRIBUTE, chosen)
     return model
 
@@ -162,7 +154,7 @@ def current_plan(model: nn.Module) -> Plan:
         raise ConversionError(
             f"{type(model).__name__}: expected a model made by daqconvert.quantize, found one without a plan."
         )
-    layers = quantized_layers(model)
+    layers = {layer.layer_name: layer for layer in quantized_layers(model).values()}
     rows = []
     for row in chosen.rows:
         layer = layers.get(row.name)
@@ -175,19 +167,19 @@ def current_plan(model: nn.Module) -> Plan:
 def require_float(model: nn.Module, verb: str) -> None:
     """Raise if a model is quantized or frozen already."""
     for name, module in model.named_modules():
-        if isinstance(module, FrozenLayer):
+        if isinstance(module, FrozenSite):
             raise FrozenError(f"{verb}: {name or 'the model'} is frozen; {verb} needs the original float model.")
-        if isinstance(module, QuantizedLayer):
+        if isinstance(module, QuantizedSite):
             raise ConversionError(
                 f"{verb}: {name or 'the model'} is quantized already ({module.extra_repr()}). "
                 f"Call {verb} on the original float model."
             )
 
 
-def require_quantized(model: nn.Module, verb: str) -> dict[str, QuantizedLayer]:
+def require_quantized(model: nn.Module, verb: str) -> dict[str, QuantizedSite]:
     """Return the quantized layers by name; raise if there are none or the model is frozen."""
     for name, module in model.named_modules():
-        if isinstance(module, FrozenLayer):
+        if isinstance(module, FrozenSite):
             raise FrozenError(
                 f"{verb}: {name or 'the model'} is frozen: it holds integer codes and no trainable weights. "
                 f"Call {verb} on the quantized model it was frozen from."
@@ -220,7 +212,7 @@ def load_float(qmodel: nn.Module, state_dict: dict[str, Tensor]) -> nn.Module:
     """
     layers = require_quantized(qmodel, "load_float")
     everywhere = qmodel.named_modules(remove_duplicate=False)  # a layer under two names has its keys under both
-    own = {f"{name}." if name else "" for name, module in everywhere if isinstance(module, QuantizedLayer)}
+    own = {f"{name}." if name else "" for name, module in everywhere if isinstance(module, QuantizedSite)}
     extra = ("weight_quantizer.", "input_quantizer.", "output_scale")
     current = {
         key: value

@@ -6,9 +6,9 @@ from torch import nn
 
 from daqconvert.convert import PLAN_ATTRIBUTE, current_plan, require_quantized
 from daqconvert.errors import CalibrationError
-from daqconvert.layers.frozen import FrozenLayer
-from daqconvert.layers.registry import frozen_class
-from daqconvert.modes import copy_model, quantized_layers
+from daqconvert.graph import freeze_sites
+from daqconvert.layers.frozen_site import FrozenSite
+from daqconvert.modes import copy_model
 
 
 def freeze(qmodel: nn.Module) -> nn.Module:
@@ -49,8 +49,7 @@ def freeze(qmodel: nn.Module) -> nn.Module:
         )
     plan = current_plan(qmodel)
     frozen = copy_model(qmodel)
-    for layer in quantized_layers(frozen).values():
-        frozen_class(layer.original).freeze(layer)
+    freeze_sites(frozen)
     for module in frozen.modules():
         module.training = False
     frozen.requires_grad_(False)
@@ -60,4 +59,4 @@ def freeze(qmodel: nn.Module) -> nn.Module:
 
 def is_frozen(model: nn.Module) -> bool:
     """Whether a model holds a frozen layer."""
-    return any(isinstance(module, FrozenLayer) for module in model.modules())
+    return any(isinstance(module, FrozenSite) for module in model.modules())

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from daqconvert.errors import ConversionError, FrozenError
-from daqconvert.layers.base import QuantizedLayer
-from daqconvert.layers.frozen import FrozenLayer
+from daqconvert.layers.frozen_site import FrozenSite
+from daqconvert.layers.site import QuantizedSite
 
 
 def copy_model(model: nn.Module, *, to_look_at: bool = False) -> nn.Module:
@@ -46,12 +46,17 @@ def copy_model(model: nn.Module, *, to_look_at: bool = False) -> nn.Module:
     return found
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+def evaluating(model: nn.Module) -> AbstractContextManager[nn.Module]:
     """Put every module in evaluation mode; give each its own mode back afterwards."""
+    return in_mode(model, False)
+
+
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[nn.Module]:
+    """Put every module in one mode; give each its own mode back afterwards."""
     before = [(module, module.training) for module in model.modules()]
     for module, _ in before:
-        module.training = False
+        module.training = training
     try:
         yield model
     finally:
@@ -80,13 +85,13 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         ...     bool((qmodel(x) == model(x)).all())
         True
     """
-    frozen = [name for name, module in model.named_modules() if isinstance(module, FrozenLayer)]
+    frozen = [name for name, module in model.named_modules() if isinstance(module, FrozenSite)]
     if frozen:
         raise FrozenError(
             f"disabled: {frozen[0] or 'the model'} is frozen and holds no float weight to compute with. "
             "Use the quantized model it was frozen from, or the original."
         )
-    layers = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
+    layers = [module for module in model.modules() if isinstance(module, QuantizedSite)]
     before = [layer.enabled for layer in layers]
     for layer in layers:
         layer.enabled = False
@@ -98,7 +103,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def unchanged_on_error(layers: Iterable[QuantizedLayer]) -> Iterator[None]:
+def unchanged_on_error(layers: Iterable[QuantizedSite]) -> Iterator[None]:
     """Give bounds, flags, signs and output scales of these layers back as they were if the block raises."""
     layers = list(layers)
     quantizers = [q for layer in layers for q in (layer.weight_quantizer, layer.input_quantizer) if q is not None]
@@ -114,6 +119,6 @@ def unchanged_on_error(layers: Iterable[QuantizedLayer]) -> Iterator[None]:
         raise
 
 
-def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
-    """Return the quantized layers of a model by dotted name, each once."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedSite]:
+    """Return what holds quantizers in a model by dotted name, each once: layers, and sites that are calls."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedSite)}

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from daqconvert.artifact.manifest import Manifest, TensorEntry, shown
+from daqconvert.artifact.manifest import Manifest, TensorEntry, shown, told
 from daqconvert.convert import PLAN_ATTRIBUTE
-from daqconvert.errors import ArtifactError
+from daqconvert.errors import ArtifactError, DaqError
 from daqconvert.functional.grid import levels
-from daqconvert.layers.frozen import FrozenLayer
-from daqconvert.layers.registry import frozen_class, quantized_class
+from daqconvert.graph import apply_sites
+from daqconvert.layers.frozen_site import BUFFERS, FrozenSite
+from daqconvert.layers.registry import quantized_class
 from daqconvert.spec import PlanRow
 
 
@@ -31,17 +32,20 @@ def fit(skeleton: nn.Module, manifest: Manifest, where: str) -> nn.Module:
     if type(skeleton).__name__ != manifest.model and "" not in (row.name for row in rows):
         raise ArtifactError(f"{where}: model: expected a {manifest.model}, found a {type(skeleton).__name__}.")
     modules = dict(skeleton.named_modules(remove_duplicate=False))
+    owners: dict[int, str] = {}
     for row in rows:
-        _check_site(modules.get(row.name), row, where)
+        layer = modules.get(row.name)
+        if row.site.call is None or layer is not None:
+            _check_site(layer, row, where)
+        if layer is not None and owners.setdefault(id(layer), row.name) != row.name:
+            raise ArtifactError(f"{where}: plan: {shown(row.name)} is a second name of {shown(owners[id(layer)])}.")
     dtype = getattr(torch, manifest.dtype)
-    if any(modules[row.name].weight.dtype != dtype for row in rows):
+    if any(p.dtype != dtype for p in skeleton.parameters() if p.is_floating_point()):
         skeleton = skeleton.to(dtype)
-    for row in rows:
-        layer = modules[row.name]
-        if isinstance(layer, FrozenLayer):
-            raise ArtifactError(f"{where}: plan: {shown(row.name)} is a second name of {shown(layer.layer_name)}.")
-        assert row.settings is not None
-        frozen_class(type(layer)).skeleton(layer, row.settings, row.name)
+    try:
+        apply_sites(skeleton, rows, frozen=True)
+    except (DaqError, RuntimeError, AttributeError) as error:
+        raise ArtifactError(f"{where}: plan: {told(error)}") from error
     for module in skeleton.modules():
         module.training = False
     object.__setattr__(skeleton, PLAN_ATTRIBUTE, manifest.plan)
@@ -51,10 +55,11 @@ def fit(skeleton: nn.Module, manifest: Manifest, where: str) -> nn.Module:
 
 def _check_site(layer: nn.Module | None, row: PlanRow, where: str) -> None:
     place = f"{where}: plan: {shown(row.name) if row.name else '(root)'}"
-    if layer is None or type(layer).__name__ != row.site.kind or quantized_class(type(layer)) is None:
+    known = layer is not None and (row.site.call is not None or quantized_class(type(layer)) is not None)
+    if layer is None or type(layer).__name__ != row.site.kind or not known:
         found = "no such layer" if layer is None else f"a {type(layer).__name__}"
         raise ArtifactError(f"{place}: expected a float {shown(row.site.kind)[1:-1]}, found {found}.")
-    shape = tuple(getattr(layer.weight, "shape", ()))
+    shape = tuple(getattr(getattr(layer, "weight", None), "shape", ()))
     if shape != row.site.weight_shape:
         raise ArtifactError(f"{place}: expected a weight of shape {row.site.weight_shape}, found {shape}.")
 
@@ -64,8 +69,8 @@ def _check_keys(frozen: nn.Module, manifest: Manifest, where: str) -> None:
     own = {
         f"{name}.{buffer}".lstrip("."): module.settings.w_bits if buffer == "weight_codes" else None
         for name, module in frozen.named_modules(remove_duplicate=False)
-        if isinstance(module, FrozenLayer)
-        for buffer in ("weight_codes", "scale", "input_scale", "input_zero_point")
+        if isinstance(module, FrozenSite)
+        for buffer in BUFFERS
     }
     problems = [f"{key} is missing in the artifact" for key in wanted if key not in entries]
     problems += [f"{shown(key)} is not in the model" for key in entries if key not in wanted]
@@ -103,7 +108,7 @@ def check_values(frozen: nn.Module, state: Mapping[str, Tensor], where: str) -> 
         ArtifactError: Naming the tensor.
     """
     for name, module in frozen.named_modules():
-        if not isinstance(module, FrozenLayer):
+        if not isinstance(module, FrozenSite):
             continue
         w_bits, a_bits = module.settings.w_bits, module.settings.a_bits
         tops = {}
@@ -112,6 +117,9 @@ def check_values(frozen: nn.Module, state: Mapping[str, Tensor], where: str) -> 
             tops["weight_codes"] = top if module.settings.grid == "midrise" else 2 * top
         if a_bits is not None:
             tops["input_zero_point"] = 2**a_bits - 1
+        if "weight_scale" in module._buffers and w_bits is not None:
+            tops = {"input_zero_point": tops["input_zero_point"]} if a_bits is not None else {}
+            tops["weight_zero_point"] = 2**w_bits - 1
         for buffer, top in tops.items():
             key = f"{name}.{buffer}".lstrip(".")
             if state[key].numel() and int(state[key].max()) > top:

@@ -29,7 +29,7 @@ from daqconvert.convert import current_plan
 from daqconvert.errors import ArtifactError, FrozenError
 from daqconvert.files import replacing_directory
 from daqconvert.freezing import is_frozen
-from daqconvert.layers.frozen import FrozenLayer
+from daqconvert.layers.frozen_site import FrozenSite
 
 HINT = "Free some space or choose another path."
 
@@ -139,7 +139,7 @@ def _draft(
 
 def _model_dtype(frozen: nn.Module) -> str:
     """Dtype of the frozen layers' operands, the same in all."""
-    layers = {name: module for name, module in frozen.named_modules() if isinstance(module, FrozenLayer)}
+    layers = {name: module for name, module in frozen.named_modules() if isinstance(module, FrozenSite)}
     dtypes = {str(layer.dtype).removeprefix("torch."): name for name, layer in layers.items()}
     if len(dtypes) > 1:
         told = " and ".join(f"{name or '(root)'} in {dtype}" for dtype, name in sorted(dtypes.items()))

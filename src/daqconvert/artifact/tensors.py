@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from daqconvert.artifact.manifest import DTYPES, Manifest, TensorEntry, shown, told
 from daqconvert.errors import ArtifactError
 from daqconvert.functional.packing import pack, unpack
-from daqconvert.layers.frozen import FrozenLayer
+from daqconvert.layers.frozen_site import FrozenSite
 
 
 def sha256(file: Path) -> str:
@@ -34,7 +34,7 @@ def collect(frozen: nn.Module) -> tuple[dict[str, TensorEntry], dict[str, Tensor
     bits = {
         f"{name}.weight_codes".lstrip("."): module.settings.w_bits
         for name, module in frozen.named_modules(remove_duplicate=False)
-        if isinstance(module, FrozenLayer)
+        if isinstance(module, FrozenSite)
     }
     state = frozen.state_dict()
     lost = [key for key, width in bits.items() if width is not None and key not in state]

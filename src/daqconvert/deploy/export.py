@@ -20,7 +20,7 @@ from daqconvert.deploy.reports import ExportReport
 from daqconvert.deploy.runtime import require_packages
 from daqconvert.errors import ExportError
 from daqconvert.files import replacing
-from daqconvert.layers import FrozenLayer, QuantizedLayer
+from daqconvert.layers import FrozenSite, QuantizedSite
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -108,12 +108,12 @@ def _free_target(path: str | Path, overwrite: bool) -> Path:
 
 def _require_frozen(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedLayer):
+        if isinstance(module, QuantizedSite):
             raise ExportError(
                 f"export: {name or 'the model'} is quantized but not frozen. "
                 "Call frozen = daqconvert.freeze(model) first, then export that."
             )
-    if not any(isinstance(module, FrozenLayer) for module in model.modules()):
+    if not any(isinstance(module, FrozenSite) for module in model.modules()):
         raise ExportError(
             f"export: {type(model).__name__} has no frozen layer. Quantize and calibrate it, then call "
             "daqconvert.freeze(qmodel) and export what that returns."
@@ -158,6 +158,6 @@ def _serialize(proto: ModelProto) -> bytes:
 
 def _notes(model: nn.Module) -> list[str]:
     dtypes = {p.dtype for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()}
-    dtypes |= {module.dtype for module in model.modules() if isinstance(module, FrozenLayer)}
+    dtypes |= {module.dtype for module in model.modules() if isinstance(module, FrozenSite)}
     other = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes - {torch.float32})
     return [f"{', '.join(other)} was exported, and compared, in float32"] if other else []

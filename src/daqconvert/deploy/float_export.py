@@ -10,7 +10,7 @@ from torch import nn
 from daqconvert.deploy.export import write_onnx
 from daqconvert.deploy.reports import ExportReport
 from daqconvert.errors import ExportError
-from daqconvert.layers import FrozenLayer, QuantizedLayer
+from daqconvert.layers import FrozenSite, QuantizedSite
 
 
 def export_float(
@@ -32,6 +32,6 @@ def export_float(
         ExportError: As `export` does; also if the model has quantized or frozen layers.
     """
     for name, module in model.named_modules():
-        if isinstance(module, (QuantizedLayer, FrozenLayer)):
+        if isinstance(module, (QuantizedSite, FrozenSite)):
             raise ExportError(f"export_float: {name or 'the model'} is quantized; expected the original float model.")
     return write_onnx(model, path, example_inputs, dynamic_batch, None, overwrite)

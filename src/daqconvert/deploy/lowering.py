@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from daqconvert.deploy.operators import translations
 from daqconvert.deploy.runtime import require_packages
 from daqconvert.errors import ExportError
-from daqconvert.layers.frozen import FrozenLayer
+from daqconvert.layers.frozen_site import FrozenSite
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -111,7 +111,7 @@ def lower(model: nn.Module, arguments: Arguments, dynamic_batch: bool) -> ModelP
 @contextmanager
 def _writing_operators(model: nn.Module) -> Iterator[None]:
     """Let every frozen layer write the operators of `operators`, under its dotted name."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, FrozenLayer)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, FrozenSite)}
     try:
         for name, layer in layers.items():
             layer.qdq, layer.layer_name = True, name

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from daqconvert.functional import grid as grids
-from daqconvert.layers import base, frozen
+from daqconvert.layers import frozen_site, site
 
 DOMAIN = "daqconvert"
 
 
 @torch.library.custom_op("daqconvert::input_operand", mutates_args=())
 def input_operand(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, layer: str) -> Tensor:
-    """Return `layers.frozen.input_operand`; `layer` is a name and changes nothing."""
-    return frozen.input_operand(x, scale, zero_point, bits)
+    """Return `layers.frozen_site.input_operand`; `layer` is a name and changes nothing."""
+    return frozen_site.input_operand(x, scale, zero_point, bits)
 
 
 @torch.library.custom_op("daqconvert::weight_operand", mutates_args=())
@@ -37,8 +37,8 @@ def weight_operand(codes: Tensor, bits: int, grid: str, layer: str) -> Tensor:
 
 @torch.library.custom_op("daqconvert::rescale", mutates_args=())
 def rescale(acc: Tensor, scale: Tensor, bias: Optional[Tensor], output_dims: int, layer: str) -> Tensor:  # noqa: UP045
-    """Return `layers.base.rescale`; `layer` is a name and changes nothing."""
-    return base.rescale(acc, scale, bias, output_dims, acc.dtype)
+    """Return `layers.site.rescale`; `layer` is a name and changes nothing."""
+    return site.rescale(acc, scale, bias, output_dims, acc.dtype)
 
 
 @input_operand.register_fake

@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 from daqconvert.batches import model_device, to_device
 from daqconvert.deploy.expansion import layer_tensors
 from daqconvert.deploy.runtime import OnnxModel, require_packages
-from daqconvert.layers import FrozenLayer, QuantizedLayer, is_site_type
+from daqconvert.layers import FrozenSite, QuantizedSite, is_site_type
+from daqconvert.layers.site import Operation, Watcher, watching
 from daqconvert.modes import evaluating
 
 Calls = dict[str, list[Tensor]]
@@ -56,7 +57,7 @@ class ModuleProbe:
         self.modules = {
             name: module
             for name, module in model.named_modules()
-            if isinstance(module, (QuantizedLayer, FrozenLayer)) or is_site_type(module)
+            if isinstance(module, (QuantizedSite, FrozenSite)) or is_site_type(module)
         }
 
     def layers(self) -> list[str]:
@@ -79,9 +80,11 @@ class ModuleProbe:
         with ExitStack() as stack:
             for name in watch & self.modules.keys():
                 module = self.modules[name]
-                before = _codes_hook(recording.codes, name, forced)
-                stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-                stack.callback(module.register_forward_hook(_output_hook(recording.outputs, name)).remove)
+                if isinstance(module, (QuantizedSite, FrozenSite)):
+                    recorder = _Recorder(recording, name, (forced or {}).get(name))
+                    stack.enter_context(watching(module, recorder))
+                else:
+                    stack.callback(module.register_forward_hook(_output_hook(recording.outputs, name)).remove)
             stack.enter_context(evaluating(self.model))
             stack.enter_context(torch.no_grad())
             result = self.model(*to_device(args, device), **to_device(kwargs, device))
@@ -89,28 +92,32 @@ class ModuleProbe:
         return recording
 
 
-def _codes_hook(codes: Calls, name: str, forced: Calls | None) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x = args[0] if args else kwargs.get("input")
-        own = _input_codes(module, x) if isinstance(x, Tensor) else None
-        if x is None or own is None:
-            return None
-        calls = codes.setdefault(name, [])
-        calls.append(own.cpu())
-        if forced is None or not isinstance(module, FrozenLayer):
-            return None
-        scale, given = module.input_scale, forced[name][len(calls) - 1].to(own.device)
-        # NOTE: exact: round((code - zero_point) * scale / scale) is the code again
-        x = ((given.to(scale.dtype) - module.input_zero_point.to(scale.dtype)) * scale).to(x.dtype)
-        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "input": x})
+class _Recorder(Watcher):
+    """Records one site; a frozen one may be made to compute with given codes."""
 
-    return hook
+    def __init__(self, recording: Recording, name: str, forced: list[Tensor] | None) -> None:
+        self.recording, self.name, self.forced = recording, name, forced
+
+    def before(self, site: Any, x: Tensor, weight: Tensor | None, operation: Operation) -> Tensor:
+        own = _input_codes(site, x)
+        if own is None:
+            return x
+        calls = self.recording.codes.setdefault(self.name, [])
+        calls.append(own.cpu())
+        if self.forced is None or not isinstance(site, FrozenSite):
+            return x
+        scale, given = site.input_scale, self.forced[len(calls) - 1].to(own.device)
+        # NOTE: exact: round((code - zero_point) * scale / scale) is the code again
+        return ((given.to(scale.dtype) - site.input_zero_point.to(scale.dtype)) * scale).to(x.dtype)
+
+    def after(self, site: Any, y: Tensor) -> None:
+        self.recording.outputs.setdefault(self.name, []).append(y.detach().cpu())
 
 
 def _input_codes(module: nn.Module, x: Tensor) -> Tensor | None:
-    if isinstance(module, FrozenLayer):
+    if isinstance(module, FrozenSite):
         return module.input_codes(x) if module.settings.a_bits is not None else None
-    if isinstance(module, QuantizedLayer) and module.enabled and module.input_quantizer is not None:
+    if isinstance(module, QuantizedSite) and module.enabled and module.input_quantizer is not None:
         return module.input_quantizer.codes(x)
     return None
 

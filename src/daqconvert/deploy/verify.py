@@ -14,7 +14,7 @@ from daqconvert.deploy.agreement import Codes, Noise, Outputs
 from daqconvert.deploy.probes import ModuleProbe, OnnxProbe, Probe
 from daqconvert.deploy.reports import LayerComparison, VerifyReport
 from daqconvert.errors import DataError, ExportError
-from daqconvert.layers import FrozenLayer, QuantizedLayer
+from daqconvert.layers import FrozenSite, QuantizedSite
 
 Model = nn.Module | str | Path
 
@@ -84,6 +84,6 @@ def _probe(model: Model) -> Probe:
 def _describe(model: Model) -> str:
     if not isinstance(model, nn.Module):
         return Path(model).name
-    kinds = {FrozenLayer: "frozen", QuantizedLayer: "quantized"}
+    kinds = {FrozenSite: "frozen", QuantizedSite: "quantized"}
     kind = next((word for cls, word in kinds.items() if any(isinstance(m, cls) for m in model.modules())), "float")
     return f"{kind} {type(model).__name__}"

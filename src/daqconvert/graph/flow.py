@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx, nn
 
-from daqconvert.graph.reads import Read, is_shape
+from daqconvert.graph.reads import Read, call_name, is_shape
 from daqconvert.graph.signs import nonnegative_nodes
+from daqconvert.layers.operations import LAYER_FUNCTIONS
 
 
 @dataclass(frozen=True)
@@ -20,17 +23,20 @@ class Flow:
         first: Sites that a model input reaches without passing another site.
         last: Sites whose output reaches a model output without passing another site.
         nonnegative: Sites whose every input is proven non-negative.
+        inputs: Site -> the first site that reads the same tensor, where there is another.
     """
 
     order: tuple[str, ...] = ()
     first: frozenset[str] = frozenset()
     last: frozenset[str] = frozenset()
     nonnegative: frozenset[str] = frozenset()
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_flow(
-    graph: fx.Graph, modules: dict[str, nn.Module], sites: dict[str, str], reads: Sequence[tuple[Read, str]] = ()
-) -> Flow:
+    graph: fx.Graph, modules: dict[str, nn.Module], sites: dict[str, str], reads: Sequence[tuple[Read, str]] = (),
+    indirect: frozenset[str] = frozenset(),
+) -> Flow:  # fmt: skip
     """Read a model's dataflow.
 
     Args:
@@ -38,6 +44,7 @@ def read_flow(
         modules: `dict(model.named_modules(remove_duplicate=False))`.
         sites: Any dotted name of a site -> the name it goes by (a module may have two).
         reads: Functional calls that are sites, each with the site's name.
+        indirect: Sites whose forward may change the input before it multiplies.
     """
     functional: dict[fx.Node, list[str]] = {}
     for read, name in reads:
@@ -52,6 +59,7 @@ def read_flow(
             calls[node] = list(dict.fromkeys(inside))
     proven = nonnegative_nodes(graph, modules)
     unproven = {s for n, names in calls.items() for s in names if not _input_proven(n, proven, names, sites)}
+    unproven |= indirect
     called = list(dict.fromkeys(name for names in calls.values() for name in names))
     first = _reach([n for n in graph.nodes if n.op == "placeholder"], calls, forward=True)
     last = _reach([n for n in graph.nodes if n.op == "output"], calls, forward=False)
@@ -60,13 +68,36 @@ def read_flow(
         first=frozenset(calls[n][0] for n in first),
         last=frozenset(calls[n][-1] for n in last),
         nonnegative=frozenset(set(called) - unproven),
+        inputs=_same_inputs(calls, sites),
     )
 
 
 def _input_proven(node: fx.Node, proven: set[fx.Node], names: list[str], sites: dict[str, str]) -> bool:
-    """A site's own call with a proven input; sites hidden inside a leaf, and functional calls, prove nothing."""
-    value = node.args[0] if node.args else node.kwargs.get("input")
-    return node.op == "call_module" and str(node.target) in sites and len(names) == 1 and value in proven
+    """A site's own call with a proven input; sites hidden inside a leaf prove nothing."""
+    return _own_call(node, names, sites) and _input(node) in proven
+
+
+def _own_call(node: fx.Node, names: list[str], sites: dict[str, str]) -> bool:
+    """Whether a node computes one site and nothing else."""
+    layer = node.op == "call_module" and str(node.target) in sites
+    return len(names) == 1 and (layer or (node.op == "call_function" and call_name(node) in LAYER_FUNCTIONS))
+
+
+def _input(node: fx.Node) -> Any:
+    return node.args[0] if node.args else node.kwargs.get("input")
+
+
+def _same_inputs(calls: dict[fx.Node, list[str]], sites: dict[str, str]) -> dict[str, str]:
+    """Sites that are called once, by the tensor that they read."""
+    times = Counter(name for names in calls.values() for name in names)
+    first: dict[Any, str] = {}
+    found: dict[str, str] = {}
+    for node, names in calls.items():
+        if _own_call(node, names, sites) and times[names[0]] == 1 and isinstance(_input(node), fx.Node):
+            shared = first.setdefault(_input(node), names[0])
+            if shared != names[0]:
+                found[names[0]] = found[shared] = shared
+    return found
 
 
 def _reach(start: Iterable[fx.Node], calls: dict[fx.Node, list[str]], forward: bool) -> list[fx.Node]:

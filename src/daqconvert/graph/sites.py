@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,17 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map_only
 
 from daqconvert.errors import ConversionError
 from daqconvert.graph.cost import count_macs, default_input
+from daqconvert.graph.functional import FunctionalSite
+from daqconvert.graph.reasons import layer_reason, site_notes
 from daqconvert.graph.view import View, look
-from daqconvert.layers.registry import is_site_type, quantized_class
+from daqconvert.layers.registry import is_site_type
 from daqconvert.modes import copy_model
 from daqconvert.spec import Site
-
-FUSED_PARENTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 @dataclass(frozen=True)
@@ -55,20 +55,23 @@ def find_sites(model: nn.Module, example_inputs: Any = None) -> Found:
     args, kwargs, size = _inputs(model, example_inputs)
     required = example_inputs is not None
     view = look(model, (len(args), frozenset(kwargs)) if required else None)
-    macs = count_macs(model, view.named, args, kwargs, required=required) if size is not None else None
-    first, last = _ends(view)
-    notes, bare = _notes(view), view.bare or {}
-    order = dict.fromkeys([*(view.flow.order if view.flow else ()), *view.named, *bare])
-    sites = [
-        _bare_site(name, bare[name], model.get_parameter(name), name in first, name in last)
-        if name in bare
-        else _site(name, view, macs, name in first, name in last, notes.get(name, ()))
-        for name in order
-    ]
+    macs = _macs(model, view, args, kwargs, required) if size is not None else None
+    (first, last), notes = _ends(view), site_notes(view)
+    order = _ordered(view)
+    sites = [_functional_site(name, view) if name not in view.named else _layer_site(name, view) for name in order]
+    known = [
+        dataclasses.replace(
+            site, first=site.name in first, last=site.name in last, notes=notes.get(site.name, ()),
+            nonnegative=view.flow is not None and site.name in view.flow.nonnegative,
+            reads=view.flow.inputs.get(site.name, "") if view.flow is not None else "",
+            macs=_known(site, macs),
+        )
+        for site in sites
+    ]  # fmt: skip
     inside = {id(p) for module in view.named.values() for p in module.parameters()}
-    inside |= {id(model.get_parameter(name)) for name in bare}
+    inside |= {id(p) for site in view.functional.values() for p in _weights(view, site)}
     others = sum(t.numel() for t in _state(model) if id(t) not in inside)
-    return Found(tuple(sites), "fx" if view.flow else "modules", others, size if macs is not None else None)
+    return Found(tuple(known), "fx" if view.flow else "modules", others, size if macs is not None else None)
 
 
 def _inputs(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, Any], tuple[int, ...] | None]:
@@ -95,50 +98,106 @@ def _ends(view: View) -> tuple[frozenset[str], frozenset[str]]:
     """First and last sites: from the dataflow, else the ends of the module order."""
     if view.flow is not None:
         return view.flow.first, view.flow.last
-    names = [name for name, module in view.named.items() if quantized_class(type(module)) is not None]
+    names = [name for name, module in view.named.items() if not layer_reason(name, module, view)]
     return frozenset(names[:1]), frozenset(names[-1:])
 
 
-def _site(name: str, view: View, macs: dict[str, int] | None, first: bool, last: bool, notes: tuple[str, ...]) -> Site:
-    module = view.paths[name]
-    weight = module._parameters.get("weight")
-    shape = () if weight is None or isinstance(weight, UninitializedParameter) else tuple(weight.shape)
-    channels, reduction = _extent(module, shape)
-    reason = _reason(name, module, view)
-    calls = macs.get(name) if macs else None
-    if calls == 0 and reason:
-        calls = None  # a fused or functional call does its work, unseen
-    elif calls == 0 and shape and "not called in evaluation" not in notes:
-        notes = (*notes, "not called in evaluation with this input")
-    return Site(
-        name=name,
-        kind=type(module).__name__,
-        weight_shape=shape,
-        out_channels=channels,
-        reduction=reduction,
-        params=_own_parameters(module),
-        reason=reason,
-        first=first,
-        last=last,
-        nonnegative=view.flow is not None and name in view.flow.nonnegative,
-        macs=calls,
-        notes=notes,
+def _ordered(view: View) -> list[str]:
+    """Names in order of execution, where fx can tell; what it does not see stands behind its neighbour in the module."""
+    order = list(dict.fromkeys([*(view.flow.order if view.flow else ()), *view.named]))
+    for name, site in view.functional.items():
+        if name not in order:
+            path = f"{site.call.modules[0]}." if site.call.modules[0] else ""
+            before = [i for i, other in enumerate(order) if other.startswith(path)]
+            order.insert(before[-1] + 1 if before else len(order), name)
+    return order
+
+
+def _macs(
+    model: nn.Module, view: View, args: tuple[Any, ...], kwargs: dict[str, Any], required: bool
+) -> dict[str, int] | None:
+    """Multiply-accumulates of every site, None where the forward cannot run on these inputs."""
+    tensors: dict[str, str] = {}
+    modules, products = {}, {}
+    parts: dict[str, list[str]] = {}
+    for name, site in view.functional.items():
+        if site.is_product:
+            products.setdefault(site.call.modules[0], []).append(name)
+        elif site.call.dynamic:
+            modules[site.call.modules[0]] = name
+        for tensor in site.call.tensors if not site.call.dynamic else ():
+            parts.setdefault(tensor, []).append(name)
+            tensors[tensor] = parts[tensor][0]
+    names = dict.fromkeys([*view.named, *view.functional])
+    macs = count_macs(
+        model, names, args, kwargs, required=required, tensors=tensors, modules=modules, products=products
     )
+    for sharing in parts.values() if macs else ():
+        if macs is not None and len(sharing) > 1 and not any(macs[name] for name in sharing[1:]):
+            sizes = {name: math.prod(view.functional[name].weight_shape) for name in sharing}
+            whole = macs[sharing[0]]
+            macs |= {name: whole * size // max(sum(sizes.values()), 1) for name, size in sizes.items()}
+    return macs
 
 
-def _bare_site(name: str, call: str, weight: Tensor, first: bool, last: bool) -> Site:
-    """A functional product with a parameter of no layer: listed, so that nothing is skipped in silence."""
+def _known(site: Site, macs: dict[str, int] | None) -> int | None:
+    calls = macs.get(site.name) if macs else None
+    return None if calls == 0 and site.reason else calls  # a fused call may do its work, unseen
+
+
+def _layer_site(name: str, view: View) -> Site:
+    module = view.paths[name]
+    weight = module._parameters.get("weight", getattr(module, "weight", None))
+    shape = tuple(weight.shape) if isinstance(weight, Tensor) and not _is_lazy(weight) else ()
+    channels, reduction = _extent(module, shape)
+    functional = view.functional.get(name)
     return Site(
-        name, call, tuple(weight.shape), params=weight.numel(), first=first, last=last,
-        reason="functional call on a bare parameter",
+        name=name, kind=type(module).__name__, weight_shape=shape, out_channels=channels, reduction=reduction,
+        params=_own_parameters(module), reason=layer_reason(name, module, view),
+        call=functional.call if functional is not None else None,
+        one_scale=functional.one_scale if functional is not None else "",
     )  # fmt: skip
 
 
+def _functional_site(name: str, view: View) -> Site:
+    site = view.functional[name]
+    channels, reduction = functional_extent(site)
+    own = {id(p) for module in view.named.values() for p in module.parameters()}
+    params = sum(p.numel() for p in _weights(view, site) if id(p) not in own)
+    return Site(
+        name=name, kind=site.kind, weight_shape=site.weight_shape, out_channels=channels, reduction=reduction,
+        params=min(params, math.prod(site.weight_shape)) if site.weight_shape else params,
+        reason=site.reason, call=site.call, one_scale=site.one_scale,
+    )  # fmt: skip
+
+
+def functional_extent(site: FunctionalSite) -> tuple[int, int]:
+    """Return output channels and products per output element of a site that is a call; zeros where not known."""
+    shape, function = site.weight_shape, site.call.function
+    if len(shape) < 2:
+        return 0, 0
+    if function.startswith("conv_transpose"):
+        return shape[1] * site.groups, shape[0] // site.groups * math.prod(shape[2:])
+    if function.startswith(("conv", "linear")):
+        return shape[0], math.prod(shape[1:])
+    return (shape[-1], shape[-2]) if site.weight_at == 1 else (shape[-2], shape[-1])
+
+
+def _weights(view: View, site: FunctionalSite) -> list[Tensor]:
+    """Parameters and buffers that a call's weight is computed from."""
+    found = []
+    for name in site.call.tensors:
+        path, _, attribute = name.rpartition(".")
+        value = getattr(view.paths.get(path), attribute, None)
+        found += [value] if isinstance(value, Tensor) and not _is_lazy(value) else []
+    return found
+
+
 def _own_parameters(module: nn.Module) -> int:
-    """Number of parameters of a site, without those of sites inside it (an attention block's output projection)."""
+    """Number of parameters of a site, without those of sites inside it."""
     inside = [m for m in module.modules() if m is not module and is_site_type(m)]
     below = {id(p) for m in inside for p in m.parameters()}
-    return sum(p.numel() for p in _initialized(module.parameters()) if id(p) not in below)
+    return sum(p.numel() for p in module.parameters() if not _is_lazy(p) and id(p) not in below)
 
 
 def _extent(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -151,52 +210,9 @@ def _extent(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
-def _reason(name: str, module: nn.Module, view: View) -> str:
-    """Why a site cannot be converted; empty if it can."""
-    parent = view.paths.get(name.rpartition(".")[0]) if name else None
-    kind, weight = type(module).__name__, module._parameters.get("weight")
-    if isinstance(module, nn.MultiheadAttention):
-        return "attention block: its products run in one fused function"
-    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-        return "recurrent layer: its products run in one fused kernel"
-    if isinstance(parent, FUSED_PARENTS):
-        return f"{type(parent).__name__} uses its weight without calling it"
-    if parametrize.is_parametrized(module):
-        return "its weight is parametrized"
-    if any(isinstance(p, UninitializedParameter) for p in module.parameters()):
-        return "lazy: its weight has no shape before a first forward"
-    if weight is None:
-        return "its weight is computed from other parameters"
-    if quantized_class(type(module)) is None:
-        return f"no quantized form is registered for exactly this class ({kind})"
-    if not weight.is_floating_point():
-        return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
-    if name in view.read:
-        return "another module's forward uses its weight without calling it"
-    return ""
-
-
-def _notes(view: View) -> dict[str, tuple[str, ...]]:
-    notes: dict[str, list[str]] = {}
-    for alias, name in view.aliases.items():
-        if alias != name:
-            notes.setdefault(name, []).append(f"also named {alias}")
-    owners: dict[int, str] = {}
-    for path, module in view.paths.items():
-        for parameter in module._parameters.values():
-            owners.setdefault(id(parameter), view.aliases.get(path, path))
-    for name, module in view.named.items():
-        weight = module._parameters.get("weight")
-        if weight is not None and owners[id(weight)] != name:
-            notes.setdefault(name, []).append(f"shares its weight with {owners[id(weight)] or '(root)'}")
-        if view.flow is not None and name not in view.flow.order and not _reason(name, module, view):
-            notes.setdefault(name, []).append("not called in evaluation")
-    return {name: tuple(lines) for name, lines in notes.items()}
-
-
-def _initialized(tensors: Any) -> list[Tensor]:
-    return [t for t in tensors if not isinstance(t, UninitializedParameter)]
+def _is_lazy(value: Any) -> bool:
+    return isinstance(value, UninitializedParameter)
 
 
 def _state(model: nn.Module) -> list[Tensor]:
-    return _initialized([*model.parameters(), *model.buffers()])
+    return [t for t in (*model.parameters(), *model.buffers()) if not _is_lazy(t)]

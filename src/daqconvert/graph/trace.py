@@ -69,12 +69,13 @@ def trace(
         alone: Trace its own forward and nothing below it.
     """
     try:
-        return SiteTracer(*_timm_notrace(), given=given, alone=alone).trace(model)
+        return SiteTracer(*timm_notrace(), given=given, alone=alone).trace(model)
     except Exception:  # NOTE: the model's own code runs here with proxies and may raise anything
         return None
 
 
-def _timm_notrace() -> tuple[tuple[type, ...], tuple[Callable[..., Any], ...]]:
+def timm_notrace() -> tuple[tuple[type, ...], tuple[Callable[..., Any], ...]]:
+    """Return the modules and functions that timm registers as not traceable, where timm is in use."""
     if "timm" not in sys.modules:
         return (), ()
     from timm.layers import get_notrace_functions, get_notrace_modules

@@ -1,17 +1,20 @@
-"""What is seen of a model before anything is said about its sites: modules, dataflow, functional calls."""
+"""What is seen of a model before anything is said about its sites: modules, dataflow, calls that multiply."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from torch import fx, nn
+from torch import nn
 
 from daqconvert.graph.flow import Flow, read_flow
+from daqconvert.graph.functional import FunctionalSite, functional_sites
+from daqconvert.graph.fused import attention_sites
 from daqconvert.graph.reads import Read, find_reads
 from daqconvert.graph.trace import trace
-from daqconvert.layers.base import QuantizedLayer
-from daqconvert.layers.frozen import FrozenLayer
+from daqconvert.graph.traced import Traced, trace_modules
+from daqconvert.layers.frozen_site import FrozenSite
 from daqconvert.layers.registry import is_site_type
+from daqconvert.layers.site import QuantizedSite
 from daqconvert.modes import evaluating
 
 
@@ -21,75 +24,87 @@ class View:
 
     Attributes:
         paths: Any dotted name -> module.
-        aliases: Any dotted name of a site -> the name it goes by.
+        aliases: Any dotted name of a layer -> the name it goes by.
         flow: What the whole-model trace says, or None where fx cannot follow the model.
-        read: Sites whose weight a forward reads without calling them.
-        bare: Parameters of no site that a functional call multiplies by -> the call.
+        functional: Sites that are calls, by name.
+        traced: Modules whose own forward multiplies, by name.
+        failed: Modules that may multiply by themselves and that fx cannot follow, with the reason.
+        read: Layers whose weight a forward reads that could not be rewritten, with the reason.
     """
 
     paths: dict[str, nn.Module]
     aliases: dict[str, str]
     flow: Flow | None
-    read: frozenset[str] = frozenset()
-    bare: dict[str, str] | None = None
+    functional: dict[str, FunctionalSite] = field(default_factory=dict)
+    traced: dict[str, Traced] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    read: dict[str, str] = field(default_factory=dict)
 
     @property
     def named(self) -> dict[str, nn.Module]:
-        """Sites that are modules, in order of registration."""
+        """Layers, in order of registration."""
         return {name: self.paths[name] for name in dict.fromkeys(self.aliases.values())}
 
 
 def look(model: nn.Module, given: tuple[int, frozenset[str]] | None = None) -> View:
-    """Look at a model: walk its modules, trace it, and trace alone what the whole-model trace cannot look into.
+    """Look at a model: walk its modules, trace it, and trace alone every module that may multiply by itself.
 
     Args:
         model: A copy of the user's: its code runs here with proxies and may keep them.
         given: Number of positional arguments and names of the keyword ones; None: those without a default.
     """
     paths = dict(model.named_modules(remove_duplicate=False))
+    aliases = _aliases(paths)
+    with evaluating(model):
+        traced, failed = trace_modules(paths)
+        sites = {site.name: site for site in (*functional_sites(traced, aliases), *attention_sites(paths))}
+        graph = trace(model, given) if "" not in aliases else None
+        reads = find_reads(graph, model) if graph is not None else []
+    owners = _owners(paths, aliases, sites)
+    calls: list[tuple[Read, str]] = []
+    read_sites: dict[str, str] = {}
+    for read in reads:
+        names = owners.get(id(model.get_parameter(read.target)), [])
+        calls += [(read, name) for name in names[:1]]
+        for name in names:
+            maker = next((path for path in failed if path == "" or name.startswith(path + ".")), None)
+            if name not in sites and maker is not None:
+                read_sites[name] = f"{maker or 'the model'} uses its weight without calling it: {failed[maker]}"
+    if "" in aliases:  # the root itself is a layer: fx would look inside it
+        flow: Flow | None = Flow((aliases[""],), frozenset({""}), frozenset({""}))
+    else:
+        known = aliases | {name: name for name in sites}
+        flow = None if graph is None else read_flow(graph, paths, known, calls, _indirect(sites))
+    return View(paths, aliases, flow, sites, {one.path: one for one in traced}, failed, read_sites)
+
+
+def _aliases(paths: dict[str, nn.Module]) -> dict[str, str]:
     own: dict[int, str] = {}
     for name, module in paths.items():
-        if is_site_type(module) or isinstance(module, (QuantizedLayer, FrozenLayer)):
+        if is_site_type(module) or isinstance(module, (QuantizedSite, FrozenSite)):
             own.setdefault(id(module), name)
-    aliases = {name: own[id(module)] for name, module in paths.items() if id(module) in own}
-    if "" in aliases:  # the root itself is a site: fx would look inside it
-        return View(paths, aliases, Flow((aliases[""],), frozenset({""}), frozenset({""})))
-    with evaluating(model):
-        graph = trace(model, given)
-        reads = [(read.target, read) for read in find_reads(graph, model)] if graph is not None else []
-        reads += [item for name in _hidden(paths, aliases, graph) for item in _reads_alone(name, paths[name])]
+    return {name: own[id(module)] for name, module in paths.items() if id(module) in own}
+
+
+def _owners(
+    paths: dict[str, nn.Module], aliases: dict[str, str], sites: dict[str, FunctionalSite]
+) -> dict[int, list[str]]:
+    """Identity of a parameter -> the sites that multiply by it, calls first."""
     owners: dict[int, list[str]] = {}
+    for name, site in sites.items():
+        for tensor in site.call.tensors:
+            path, _, attribute = tensor.rpartition(".")
+            parameter = paths[path]._parameters.get(attribute) if path in paths else None
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
     for name in dict.fromkeys(aliases.values()):
         for parameter in paths[name]._parameters.values():
-            owners.setdefault(id(parameter), []).append(name)
-    read_sites: set[str] = set()
-    bare: dict[str, str] = {}
-    calls: list[tuple[Read, str]] = []
-    for target, read in reads:
-        names = owners.get(id(model.get_parameter(target)), [])
-        read_sites.update(names)
-        if not names and read.multiplies:
-            bare.setdefault(target, read.call)
-        if names or read.multiplies:
-            calls.append((read, names[0] if names else target))
-    flow = None if graph is None else read_flow(graph, paths, aliases, calls)
-    return View(paths, aliases, flow, frozenset(read_sites), bare)
+            if parameter is not None and name not in owners.get(id(parameter), ()):
+                owners.setdefault(id(parameter), []).append(name)
+    return owners
 
 
-def _hidden(paths: dict[str, nn.Module], aliases: dict[str, str], graph: fx.Graph | None) -> list[str]:
-    """Modules that the whole-model trace took as one node, or lies within one; all of them where there is no trace."""
-    leaves = {str(n.target) for n in graph.nodes if n.op == "call_module"} if graph is not None else {""}
-    inside = tuple(f"{leaf}." if leaf else "" for leaf in leaves)
-    return [
-        name
-        for name, module in paths.items()
-        if (name in leaves or name.startswith(inside))
-        and name not in aliases
-        and not type(module).__module__.startswith("torch.nn.")
-    ]
-
-
-def _reads_alone(name: str, module: nn.Module) -> list[tuple[str, Read]]:
-    graph = trace(module, alone=True)
-    prefix = f"{name}." if name else ""
-    return [] if graph is None else [(prefix + read.target, read) for read in find_reads(graph, module)]
+def _indirect(sites: dict[str, FunctionalSite]) -> frozenset[str]:
+    """Sites whose forward may change the input before it multiplies: nothing is proven about that input."""
+    inside = (site for site in sites.values() if site.call.holder in site.call.modules)
+    return frozenset(site.name for site in inside if not site.direct)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from daqconvert.errors import ConversionError
+from daqconvert.layers.base import QuantizedLayer
+from daqconvert.layers.site import Operation, QuantizedSite, Watcher, watching
 
 _QUESTIONS = ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_meta", "is_sparse")
 HARMLESS = {getattr(Tensor, name).__get__ for name in _QUESTIONS}
@@ -48,19 +50,35 @@ class _Watch(TorchFunctionMode):
         self.running -= 1
 
 
+class _Inside(Watcher):
+    """Tells the watch that a site computes: what happens there is its own business."""
+
+    def __init__(self, watch: _Watch) -> None:
+        self.watch = watch
+
+    def before(self, site: Any, x: Tensor, weight: Tensor | None, operation: Operation) -> Tensor:
+        self.watch.running += 1
+        return x
+
+    def after(self, site: Any, y: Tensor) -> None:
+        self.watch.running -= 1
+
+
 @contextmanager
-def watching_weights(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Raise as soon as a forward uses the weight of one of these layers without calling a module that owns it.
+def watching_weights(model: nn.Module, sites: Mapping[str, QuantizedSite]) -> Iterator[None]:
+    """Raise as soon as a forward uses the weight of a quantized layer without calling it or its site.
 
     Args:
         model: Whose forward runs inside the block.
-        layers: Of the model, by dotted name.
+        sites: Of the model, by dotted name.
 
     Raises:
         ConversionError: Inside the block; names the layer and the function that used its weight.
     """
-    watch = _Watch(layers)
+    watch = _Watch({name: site for name, site in sites.items() if isinstance(site, QuantizedLayer)})
     with ExitStack() as stack:
+        for site in sites.values():
+            stack.enter_context(watching(site, _Inside(watch)))
         for module in model.modules():  # an embedding may share the weight and use it by right
             if any(id(p) in watch.names for p in module._parameters.values()):
                 stack.callback(module.register_forward_pre_hook(watch.enter, prepend=True).remove)

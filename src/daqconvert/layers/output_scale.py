@@ -15,54 +15,62 @@ from torch import Tensor
 
 from daqconvert.errors import CalibrationError
 from daqconvert.functional.grid import levels
-from daqconvert.layers.base import QuantizedLayer, input_of
+from daqconvert.layers.site import Operation, QuantizedSite, Watcher, safe_products
+from daqconvert.quantizers import WeightQuantizer
 
 
-class OutputScaleStart:
-    """Sets the output scale of one layer, as its forward pre-hook, from every call of one batch.
+class OutputScaleStart(Watcher):
+    """Sets the output scale of one site, as its watcher, from every call of one batch.
 
     Args:
-        layer: A quantized layer with calibrated quantizers, whose grid carries no units (`layer.unitless`).
+        site: A quantized site with calibrated quantizers, whose grid carries no units (`site.unitless`).
     """
 
-    def __init__(self, layer: QuantizedLayer) -> None:
+    def __init__(self, site: QuantizedSite) -> None:
         with torch.no_grad():
-            layer.output_scale.copy_(_estimate(layer))
+            site.output_scale.copy_(_estimate(site))
         self.exact: Tensor | float = 0.0
         self.quantized: Tensor | float = 0.0
 
     @torch.no_grad()
-    def __call__(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Add one call to the sums and set the scale from them, just before the layer computes.
+    def before(self, site: Any, x: Tensor, weight: Tensor | None, operation: Operation) -> Tensor:
+        """Add one call to the sums and set the scale from them, just before the site computes.
+
+        Args:
+            site: The site.
+            x: Its input.
+            weight: Its weight.
+            operation: Its bare products.
 
         Raises:
-            CalibrationError: If the layer's float output holds NaN or infinite values.
+            CalibrationError: If the site's float output holds NaN or infinite values.
         """
-        x, rest, named = input_of(args, kwargs)
-        start = layer.output_scale.clone()
-        layer.output_scale.fill_(1.0)
-        w, top = layer.weight_quantizer(layer.weight), layer.combined_scale()
-        operand = x if layer.input_quantizer is None else layer.input_quantizer(x)
-        acc, scale = layer.products(operand, w, top, *rest, **named)
+        assert weight is not None
+        start = site.output_scale.clone()
+        site.output_scale.fill_(1.0)
+        w, top = site.weight_quantizer(weight), site.combined_scale()
+        operand = x if site.input_quantizer is None else site.input_quantizer(x)
+        acc, scale = safe_products(operation, operand, w, top, site.settings)
         # NOTE: in float32, for the plain sums of a float16 layer may pass 65504
-        exact = layer.accumulate(_wide(x), _wide(layer.weight), *rest, **named)
-        self.exact = self.exact + _channel_mean(exact, layer)
-        self.quantized = self.quantized + _channel_mean(acc, layer) * scale
+        exact = operation(_wide(x), _wide(weight))
+        self.exact = self.exact + _channel_mean(exact, site)
+        self.quantized = self.quantized + _channel_mean(acc, site) * scale
         ratio = self.exact / self.quantized
         if not bool((torch.isfinite(ratio) | (self.quantized == 0)).all()):
             raise CalibrationError(
-                f"{layer.layer_name or '(root)'}: its output holds NaN or infinite values in the float model. "
+                f"{site.layer_name or '(root)'}: its output holds NaN or infinite values in the float model. "
                 "Look for them in the calibration data or in the layers before it."
             )
         usable = (self.quantized > 0) & (ratio > 0)
-        layer.output_scale.copy_(torch.where(usable, ratio, start.to(ratio.dtype)))
+        site.output_scale.copy_(torch.where(usable, ratio, start.to(ratio.dtype)))
+        return x
 
 
-def _estimate(layer: QuantizedLayer) -> Tensor:
+def _estimate(layer: QuantizedSite) -> Tensor:
     """`mean|W| / mean|W_q|`, per channel where the scale is, times what the full range of the input is worth."""
-    quantizer = layer.weight_quantizer
-    assert quantizer is not None
-    weight, operand = _wide(layer.weight), _wide(quantizer(layer.weight)) / levels(quantizer.bits, quantizer.grid)
+    quantizer, weight = layer.weight_quantizer, layer.float_weight()
+    assert isinstance(quantizer, WeightQuantizer) and weight is not None  # only such a grid carries no units
+    weight, operand = _wide(weight), _wide(quantizer(weight)) / levels(quantizer.bits, quantizer.grid)
     layout, dim = quantizer.layout, layer.output_scale.dim()
     mean, mean_q = (layout.rows(t).abs().mean(dim=1) if dim else t.abs().mean() for t in (weight, operand))
     ratio = mean / mean_q.clamp(min=1e-12)
@@ -71,7 +79,7 @@ def _estimate(layer: QuantizedLayer) -> Tensor:
     return ratio * layer.input_quantizer.scale() * (2**layer.input_quantizer.bits - 1)
 
 
-def _channel_mean(y: Tensor, layer: QuantizedLayer) -> Tensor:
+def _channel_mean(y: Tensor, layer: QuantizedSite) -> Tensor:
     """Mean absolute value, per output channel where the layer has a scale per channel."""
     wide = _wide(y.detach()).abs()
     if layer.output_scale.dim() == 0:

@@ -34,14 +34,15 @@ class InputQuantizer(Quantizer):
     """
 
     signed: Tensor
-    _role = "input"
 
     def __init__(
-        self, settings: Settings, signed: bool | None = None, layer_name: str = "", like: Tensor | None = None
-    ) -> None:
+        self, settings: Settings, signed: bool | None = None, layer_name: str = "", like: Tensor | None = None,
+        role: str = "input",
+    ) -> None:  # fmt: skip
         super().__init__(layer_name)
-        assert settings.a_bits is not None  # the layer makes no quantizer for a float input
-        self.bits = settings.a_bits
+        bits = settings.a_bits if role == "input" else settings.w_bits
+        assert bits is not None  # the layer makes no quantizer for a float operand
+        self.bits, self._role = bits, role
         self.rounding = Rounding.make(settings.rounding, settings.a_gamma, settings.a_sigma, settings.slope == "unit")
         like = torch.empty(0) if like is None else like
         self.calibrated = self.calibrated.to(like.device)
@@ -67,6 +68,10 @@ class InputQuantizer(Quantizer):
         # an unsigned `lower` stays 0 even where someone has unfrozen every parameter of the model
         lower = self.lower.detach() if self._sign is False else self.lower
         return input_scale(lower, self.upper, self.bits)
+
+    def multiplier(self) -> Tensor:
+        """Return what one operand step is worth: the scale. (A weight that depends on the data is quantized so.)"""
+        return self.scale()
 
     def zero_point(self, scale: Tensor | None = None) -> Tensor:
         """Return the integer-valued zero point, a scalar tensor without gradient."""

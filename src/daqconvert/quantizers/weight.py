@@ -46,8 +46,15 @@ class ChannelLayout:
         view = (groups, shape[0] // groups, shape[1], *kernel)
         return ChannelLayout(view, (groups, 1, shape[1]) + (1,) * len(kernel), groups * shape[1])
 
+    @staticmethod
+    def columns(shape: tuple[int, ...]) -> ChannelLayout:
+        """Layout of a matrix that is multiplied from the right, `x @ W`: channels are its columns."""
+        return ChannelLayout(shape, (1, shape[1]), shape[1])
+
     def rows(self, weight: Tensor) -> Tensor:
         """Return the weight as `(C_out, everything else)`."""
+        if self.bound_view == (1, *self.view[1:]) and len(self.view) == 2:
+            return weight.t()
         if self.view == tuple(weight.shape):
             return weight.reshape(self.channels, -1)
         return weight.reshape(self.view).transpose(1, 2).reshape(self.channels, -1)

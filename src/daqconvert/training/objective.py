@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from daqconvert.batches import model_device
 from daqconvert.errors import TrainingError
-from daqconvert.layers.base import QuantizedLayer
+from daqconvert.layers.site import QuantizedSite
 from daqconvert.training.checkpoint import digest
 from daqconvert.training.loaders import Inputs
 from daqconvert.training.losses import LossFn, cross_entropy, distillation, logits_of
@@ -120,6 +120,6 @@ def float_teacher(qmodel: nn.Module) -> nn.Module:
     """Return a copy of a quantized model that computes in float, in evaluation mode and without gradients."""
     teacher = copy.deepcopy(qmodel)
     for module in teacher.modules():
-        if isinstance(module, QuantizedLayer):
+        if isinstance(module, QuantizedSite):
             module.enabled = False
     return teacher.eval().requires_grad_(False)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from daqconvert.errors import TrainingError
-from daqconvert.layers.base import QuantizedLayer
+from daqconvert.layers.site import QuantizedSite
 from daqconvert.quantizers.base import Quantizer
 from daqconvert.training.recipes import Recipe
 
@@ -62,7 +62,7 @@ def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     for module in model.modules():
         if isinstance(module, Quantizer):
             own.update(id(p) for p in module.parameters())
-        if isinstance(module, QuantizedLayer):
+        if isinstance(module, QuantizedSite):
             own.add(id(module.output_scale))
     groups: dict[str, dict[str, nn.Parameter]] = {WEIGHTS: {}, QUANTIZERS: {}}
     for name, parameter in model.named_parameters():

@@ -1,0 +1,222 @@
+"""Giving a model its sites: layers change class, calls get holders, forwards are rewritten; quantized, or empty and frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from daqconvert.errors import ConversionError
+from daqconvert.graph.functional import FunctionalSite, functional_sites
+from daqconvert.graph.fused import FUSED, attention_class, attention_sites
+from daqconvert.graph.rewrite import CODES, generate, rewritten_class
+from daqconvert.graph.traced import Traced, module_calls, trace_modules
+from daqconvert.graph.write import weight_function
+from daqconvert.layers import functional as holders
+from daqconvert.layers.attention import PROJECTIONS, projection_weight, unfused_class
+from daqconvert.layers.frozen_site import FrozenSite, empty_values
+from daqconvert.layers.operations import channel_layout, output_dims
+from daqconvert.layers.registry import frozen_class, is_site_type, quantized_class
+from daqconvert.layers.site import QuantizedSite
+from daqconvert.modes import copy_model, evaluating
+from daqconvert.quantizers import ChannelLayout
+from daqconvert.spec import PlanRow
+
+ITSELF = "itself"
+
+
+def apply_sites(model: nn.Module, rows: Iterable[PlanRow], frozen: bool = False) -> None:
+    """Give a float model the sites of a plan, in place.
+
+    Args:
+        model: The float model that the plan was made for, or one of the same structure.
+        rows: Rows of the plan that are converted.
+        frozen: Make empty frozen sites, whose values are to be loaded, instead of quantized ones.
+
+    Raises:
+        ConversionError: If a site is not there, or a weight cannot be quantized.
+    """
+    chosen = {row.name: row for row in rows}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    calls = _Calls(model, modules, chosen)
+    for name, row in chosen.items():
+        site = calls.sites.get(name)
+        if site is None or (site.call.holder == name and name not in site.call.modules):
+            _convert_layer(modules.get(name), row, frozen)
+    for one in calls.traced:
+        _rewrite(modules[one.path], one, calls, chosen, frozen)
+    for site in calls.sites.values():
+        if site.name in chosen and site.key[0] in PROJECTIONS:
+            _add_projection(modules[site.call.modules[0]], site, chosen[site.name], frozen)
+    for module in {id(m): m for m in modules.values()}.values():
+        _unfuse(module)
+
+
+class _Calls:
+    """The calls of a model that the chosen rows name, as they are in this model.
+
+    Attributes:
+        sites: By name.
+        traced: Modules that make them.
+        names: Any dotted name of a layer -> the name it goes by.
+    """
+
+    def __init__(self, model: nn.Module, modules: dict[str, nn.Module], chosen: dict[str, PlanRow]) -> None:
+        self.sites: dict[str, FunctionalSite] = {}
+        self.traced: list[Traced] = []
+        self.names: dict[str, str] = {}
+        needed = {path for row in chosen.values() if row.site.call is not None for path in row.site.call.modules}
+        if not needed:
+            return
+        copy = copy_model(model, to_look_at=True)  # a module's code may keep what it sees while it is traced
+        paths = dict(copy.named_modules(remove_duplicate=False))
+        aliases: dict[int, str] = {}
+        for name, module in paths.items():
+            if is_site_type(module):
+                aliases.setdefault(id(module), name)
+        self.names = {name: aliases[id(module)] for name, module in paths.items() if id(module) in aliases}
+        with evaluating(copy):
+            self.traced, _ = trace_modules({path: paths[path] for path in needed & paths.keys()})
+            found = (*functional_sites(self.traced, self.names), *attention_sites(paths))
+        self.sites = {site.name: site for site in found if site.name in chosen}
+        for name, row in chosen.items():
+            if row.site.call is not None and (name not in self.sites or self.sites[name].call != row.site.call):
+                raise ConversionError(
+                    f"{name}: expected {row.site.call.function} called by {', '.join(row.site.call.modules)}, found "
+                    "no such call: the library's code differs from the one that this plan was made with."
+                )
+
+
+def _convert_layer(layer: nn.Module | None, row: PlanRow, frozen: bool) -> None:
+    cls = quantized_class(type(layer)) if layer is not None else None
+    if layer is None or cls is None or row.settings is None:
+        raise ConversionError(f"{row.name}: no quantized form is registered for {type(layer).__name__}.")
+    if frozen:
+        frozen_class(type(layer)).skeleton(layer, row.settings, row.name)
+    else:
+        cls.convert(layer, row.settings, row.name, row.signed)
+
+
+def _rewrite(module: nn.Module, one: Traced, calls: _Calls, chosen: dict[str, PlanRow], frozen: bool) -> None:
+    """Give one module a generated forward, and its calls their holders."""
+    places: dict[tuple[Any, ...], str] = {}
+    coded: set[str] = set()
+    own: tuple[FunctionalSite, Any] | None = None
+    prefix = f"{one.path}." if one.path else ""
+    by_key = {site.key: site for site in functional_sites([one], calls.names) if site.name in chosen}
+    for key, call, variant in module_calls(one):
+        site = by_key.get(key)
+        if site is None:
+            continue
+        weight_of = None if call.dynamic else weight_function(variant.graph, call.weight)
+        if site.call.holder == one.path:
+            own, places[key] = (site, weight_of), ITSELF
+        else:
+            places[key] = site.call.holder.removeprefix(prefix)
+            if site.call.holder != site.name:
+                _add_holder(module, places[key], site, chosen[site.name], weight_of, frozen)
+        if chosen[site.name].settings.w_bits is not None and not call.dynamic:  # type: ignore[union-attr]
+            coded.add(places[key])
+    if not places:
+        return
+    original = type(module)
+    rewriting = generate(original, one, places, frozenset(coded))
+    if own is not None:
+        _make_own(module, original, *own, chosen[own[0].name], frozen)
+    else:
+        module.__class__ = rewritten_class(original, (), "Rewritten")
+    module.rewriting = rewriting.frozen() if frozen else rewriting  # type: ignore[assignment] # no module
+    if frozen:
+        rewriting.drop_unused(module)
+
+
+def _layout(site: FunctionalSite, row: PlanRow) -> ChannelLayout | None:
+    """Where a call's output channels are: None for a weight that depends on data; any where there is one scale."""
+    if site.call.dynamic:
+        return None
+    shape = site.weight_shape
+    return channel_layout(site.call.function, site.weight_at, shape, site.groups) or ChannelLayout.forward(shape)
+
+
+def _add_holder(
+    module: nn.Module, place: str, site: FunctionalSite, row: PlanRow, weight_of: Any, frozen: bool
+) -> None:
+    """Add the module that keeps the quantizers of a call, beside its parameter."""
+    owner, _, name = place.rpartition(".")
+    parent = module.get_submodule(owner)
+    if name in parent._modules:
+        return
+    holder = holders.FrozenFunctionalSite() if frozen else holders.FunctionalSite()
+    holder.train(module.training and not frozen)
+    holder.output_dims = output_dims(site.call.function)
+    weight = _weight(module, weight_of)
+    if isinstance(holder, holders.FunctionalSite):
+        holder.source = None if weight_of is None else (module, weight_of)
+        assert row.settings is not None
+        holder.attach(row.settings, row.name, row.signed, weight, _layout(site, row))
+    else:
+        _hold(holder, site, row, weight)
+    parent.add_module(name, holder)
+
+
+def _make_own(
+    module: Any, original: type[nn.Module], site: FunctionalSite, weight_of: Any, row: PlanRow, frozen: bool
+) -> None:
+    """Make a module with a forward of its own the holder of its quantizers."""
+    weight = _weight(module, weight_of)
+    assert row.settings is not None
+    if frozen:
+        module.__class__ = rewritten_class(original, (), "Frozen")
+        codes = holders.FrozenFunctionalSite().eval()
+        codes.output_dims = output_dims(site.call.function)
+        _hold(codes, site, row, weight)
+        module.add_module(CODES, codes)
+    else:
+        module.output_dims = output_dims(site.call.function)
+        module.__class__ = rewritten_class(original, (holders.OwnSite,), "Quant")
+        module.weight_of = weight_of
+        module.attach(row.settings, row.name, row.signed, weight, _layout(site, row))
+
+
+def _add_projection(module: Any, site: FunctionalSite, row: PlanRow, frozen: bool) -> None:
+    projection = str(site.key[0])
+    _add_holder(module, f"{projection}_site", site, row, partial(projection_weight, projection=projection), frozen)
+    if frozen:
+        drop_projection_weights(module)
+
+
+def drop_projection_weights(module: Any) -> None:
+    """Forget the weights of an attention block's projections that have codes."""
+    coded = {p for p in PROJECTIONS if "weight_codes" in getattr(module._modules.get(f"{p}_site"), "_buffers", ())}
+    if coded == {*PROJECTIONS} and module.in_proj_weight is not None:
+        module.in_proj_weight = None
+    for projection in coded if module.in_proj_weight is None else ():
+        setattr(module, f"{projection}_weight", None)
+
+
+def _hold(holder: FrozenSite, site: FunctionalSite, row: PlanRow, weight: Tensor) -> None:
+    assert row.settings is not None
+    holder.hold(row.settings, row.name, weight.dtype, empty_values(row.settings, weight, _layout(site, row)))
+
+
+@torch.no_grad()
+def _weight(module: nn.Module, weight_of: Any) -> Tensor:
+    """The float weight; for one that depends on data, an empty tensor of the module's dtype and device."""
+    if weight_of is not None:
+        found: Tensor = weight_of(module)
+        return found
+    like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+    return torch.empty(0, dtype=like.dtype, device=like.device)
+
+
+def _unfuse(module: nn.Module) -> None:
+    """Keep torch's attention blocks from a fused path that would pass over the sites inside."""
+    inside = any(isinstance(m, (QuantizedSite, FrozenSite)) for m in module.modules())
+    if isinstance(module, nn.MultiheadAttention) and inside:
+        attention = attention_class(type(module))
+        module.__class__ = attention if attention is not None else type(module)
+    elif isinstance(module, FUSED) and inside:
+        module.__class__ = unfused_class(type(module))

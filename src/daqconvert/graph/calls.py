@@ -1,0 +1,154 @@
+"""Products in one module's own forward: which call multiplies what, and where its weight comes from.
+
+Read off the graph of that forward alone, children as single nodes. A value is *data* if it depends on the forward's
+arguments; a weight is free of data and computed from parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+from torch import fx, nn
+
+from daqconvert.graph.reads import call_name, is_shape
+from daqconvert.graph.scan import function_may_multiply
+from daqconvert.layers.operations import ALIASES, METHODS, NAMES
+
+HELPER = "linear or convolution in a function"
+UNSUPPORTED = {"bilinear", "deform_conv2d", "multi_head_attention_forward"}
+
+
+@dataclass(frozen=True)
+class ProductCall:
+    """One call that multiplies.
+
+    Attributes:
+        node: The call.
+        function: A name of `daqconvert.layers.operations.FUNCTIONS`, or of `UNSUPPORTED`.
+        weight: The operand that is the weight, or the second one of a product of activations.
+        weight_at: Which of the two operands that is.
+        tensors: Parameters and buffers that the weight is computed from, by their names in the module.
+        dynamic: Whether the weight depends on data.
+    """
+
+    node: fx.Node
+    function: str
+    weight: fx.Node
+    weight_at: int
+    tensors: tuple[str, ...]
+    dynamic: bool
+
+    @property
+    def raw(self) -> str:
+        """Name of the parameter or buffer that is the weight as it stands; empty where it is computed from some."""
+        return str(self.weight.target) if self.weight.op == "get_attr" else ""
+
+    def is_parameter(self, module: nn.Module) -> bool:
+        """Whether something that can be trained is in the weight."""
+        return any(isinstance(_tensor(module, name), nn.Parameter) for name in self.tensors)
+
+
+def find_calls(graph: fx.Graph, module: nn.Module) -> list[ProductCall]:
+    """Return the products of a module's own forward, in graph order; those of constants alone are left out.
+
+    Args:
+        graph: Of `module` alone.
+        module: Owner of the parameters.
+    """
+    data, origins = _origins(graph, module)
+    found = []
+    for node in graph.nodes:
+        function = _function(node)
+        if node in data and function is None:
+            found += [
+                ProductCall(node, HELPER, weight, 1, (str(weight.target),), False)
+                for weight in node.all_input_nodes
+                if weight.op == "get_attr" and origins[weight] and _is_helper(node)
+            ]
+        if function is None or node not in data:
+            continue
+        operands = _operands(node, function)
+        if len(operands) != 2:
+            continue
+        x, weight = operands
+        weight_at = 1
+        is_layer = NAMES.get(function, ("", ""))[1:2] == ("weight",) or function in UNSUPPORTED
+        if not is_layer and x not in data and origins[x]:
+            x, weight, weight_at = weight, x, 0
+        elif not is_layer and (x not in data or (weight not in data and not origins[weight])):
+            continue  # a constant that is no weight: a mask, a table of positions
+        dynamic = weight in data
+        tensors = origins[weight] if is_layer or not dynamic else ()
+        found.append(ProductCall(node, function, weight, weight_at, tensors, dynamic))
+    return found
+
+
+def keyed(calls: list[ProductCall]) -> Iterator[tuple[tuple[Any, ...], ProductCall]]:
+    """Yield calls with a key that is the same in every trace of one forward, and the same for calls of one weight.
+
+    Args:
+        calls: From `find_calls`.
+    """
+    ordinals: dict[tuple[str, ...], dict[Any, int]] = {}
+    for call in calls:
+        known = ordinals.setdefault(call.tensors or (call.function,), {})
+        identity = call.raw or (call.weight if call.tensors else call.node)
+        yield (call.tensors, call.raw, call.function, known.setdefault(identity, len(known))), call
+
+
+def _function(node: fx.Node) -> str | None:
+    if node.op == "call_function":
+        known = ALIASES.get(node.target) if getattr(node.target, "__hash__", None) else None
+        return known or (call_name(node) if call_name(node) in UNSUPPORTED else None)
+    return METHODS.get(str(node.target)) if node.op == "call_method" else None
+
+
+def _is_helper(node: fx.Node) -> bool:
+    """Whether a node is a function that fx was told not to look into, and that may multiply."""
+    function = node.target
+    known = node.op == "call_function" and isinstance(function, FunctionType)
+    return known and not function.__module__.startswith("torch.") and function_may_multiply(function)
+
+
+def _operands(node: fx.Node, function: str) -> list[fx.Node]:
+    if function == "einsum":
+        operands = list(node.args[1:])
+        operands = list(operands[0]) if operands and isinstance(operands[0], (list, tuple)) else operands
+    else:
+        names = NAMES.get(function, ("input", "weight"))
+        values = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+        values.setdefault("input", values.get("self"))
+        if function in ("addmm", "baddbmm") and (values.get("beta", 1) != 1 or values.get("alpha", 1) != 1):
+            return []
+        operands = [values.get(name) for name in (names[1:3] if function in ("addmm", "baddbmm") else names[:2])]
+    return [operand for operand in operands if isinstance(operand, fx.Node)]
+
+
+def _origins(graph: fx.Graph, module: nn.Module) -> tuple[set[fx.Node], dict[fx.Node, tuple[str, ...]]]:
+    """Nodes that depend on arguments; per node the parameters and buffers that it is computed from."""
+    data: set[fx.Node] = set()
+    origins: dict[fx.Node, tuple[str, ...]] = {}
+    for node in graph.nodes:
+        inputs = [] if is_shape(node) else node.all_input_nodes
+        if node.op == "placeholder" or any(n in data for n in inputs):
+            data.add(node)
+        own: tuple[str, ...] = ()
+        if node.op == "get_attr" and getattr(_tensor(module, str(node.target)), "ndim", 0) > 1:
+            own = (str(node.target),)
+        elif node.op == "call_module" and node not in data:
+            child = module.get_submodule(str(node.target))
+            own = tuple(f"{node.target}.{name}" for name, p in child.named_parameters() if p.dim() > 1)
+        carried = () if node.op == "call_module" and node in data else (t for n in inputs for t in origins[n])
+        origins[node] = tuple(dict.fromkeys((*own, *carried)))
+    return data, origins
+
+
+def _tensor(module: nn.Module, name: str) -> Any:
+    owner, _, attribute = name.rpartition(".")
+    try:
+        return getattr(module.get_submodule(owner), attribute, None)
+    except AttributeError:
+        return None

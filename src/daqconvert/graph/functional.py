@@ -1,0 +1,180 @@
+"""Sites that are calls: what a forward multiplies by itself, beyond calling its layers, and what the site is named.
+
+F.linear(x, self.qkv.weight)            the layer `qkv` holds the quantizers, as if it had been called
+a convolution's subclass                the module itself, if its own weight is in what it multiplies by
+F.conv2d(x, self.kernel)                a new module beside the parameter: `kernel_site`
+q @ k.transpose(-2, -1)                 a new module in the one that multiplies: `matmul_site`
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.parameter import UninitializedParameter
+
+from daqconvert.graph.calls import HELPER, UNSUPPORTED, ProductCall
+from daqconvert.graph.reads import call_name
+from daqconvert.graph.traced import Traced, module_calls
+from daqconvert.graph.variants import Variant
+from daqconvert.graph.write import weight_function
+from daqconvert.layers.operations import LAYER_FUNCTIONS, NAMES, channel_layout
+from daqconvert.layers.registry import is_site_type, quantized_class
+from daqconvert.spec import Call
+
+FEWEST_PER_COLUMN = 16
+FIXED_FILTER = "a fixed filter: a buffer, which no training changes"
+
+
+@dataclass(frozen=True)
+class FunctionalSite:
+    """One site that is a call.
+
+    Attributes:
+        name: Of the site.
+        kind: Class of the layer that holds it, else the function.
+        call: What the plan says about it.
+        key: Of the call, in each module that makes it.
+        weight_shape: Empty where the weight depends on data.
+        groups: Of a convolution; 1 where that is not known.
+        weight_at: Which operand is the weight.
+        reason: Why it cannot be converted; empty if it can.
+        one_scale: Why it cannot have a scale per channel; empty if it can.
+        direct: Whether what is multiplied is an argument of the forward as it stands, or padded.
+    """
+
+    name: str
+    kind: str
+    call: Call
+    key: tuple[Any, ...]
+    weight_shape: tuple[int, ...] = ()
+    groups: int = 1
+    weight_at: int = 1
+    reason: str = ""
+    one_scale: str = ""
+    direct: bool = False
+
+    @property
+    def is_product(self) -> bool:
+        """Whether both operands are activations."""
+        return self.call.is_product
+
+
+def functional_sites(traced: list[Traced], aliases: dict[str, str]) -> list[FunctionalSite]:
+    """Return the sites that are calls, each once, in order of the modules.
+
+    Args:
+        traced: From `trace_modules`.
+        aliases: Any dotted name of a layer -> the name it goes by.
+    """
+    found: dict[str, FunctionalSite] = {}
+    for one in traced:
+        for site in _of_module(one, aliases):
+            known = found.get(site.name)
+            if known is None:
+                found[site.name] = site
+            else:
+                modules = tuple(dict.fromkeys((*known.call.modules, *site.call.modules)))
+                found[site.name] = replace(known, call=replace(known.call, modules=modules))
+    return list(found.values())
+
+
+def _of_module(one: Traced, aliases: dict[str, str]) -> Iterator[FunctionalSite]:
+    taken: set[str] = set()
+    for key, call, variant in module_calls(one):
+        name, holder, kind = _name(one, call, aliases, taken)
+        taken.add(holder)
+        tensors = tuple(_join(one.path, t) for t in call.tensors)
+        site = FunctionalSite(name, kind, Call(call.function, (one.path,), holder, tensors, call.dynamic), key)
+        site = replace(site, weight_at=call.weight_at, direct=_is_direct(call))
+        yield _described(site, one, call, variant)
+
+
+def _is_direct(call: ProductCall) -> bool:
+    x = call.node.args[0] if call.node.args else call.node.kwargs.get("input")
+    if isinstance(x, fx.Node) and x.op == "call_function" and call_name(x) in ("pad", "pad_same"):
+        x = x.args[0]
+    return isinstance(x, fx.Node) and x.op == "placeholder"
+
+
+def _name(one: Traced, call: ProductCall, aliases: dict[str, str], taken: set[str]) -> tuple[str, str, str]:
+    """Name of the site, its holder, its kind."""
+    owner, _, tensor = call.raw.rpartition(".")
+    child = one.module.get_submodule(owner) if owner else one.module
+    layered = call.function in LAYER_FUNCTIONS or call.function == HELPER
+    if owner and tensor == "weight" and layered and quantized_class(type(child)) is not None:
+        name = aliases.get(_join(one.path, owner), _join(one.path, owner))
+        return name, name, type(child).__name__
+    own = "weight" in call.tensors and call.function in LAYER_FUNCTIONS
+    if own and is_site_type(one.module) and one.path not in taken:
+        name = aliases.get(one.path, one.path)
+        return name, one.path, type(one.module).__name__
+    base = max(call.tensors, key=lambda t: _numel(one.module, t)) if call.tensors else call.function
+    base = _join(one.path, base)
+    number = next(i for i in range(1, 1000) if f"{base}_site{_suffix(i)}" not in taken)
+    return f"{base}{f'#{number}' if number > 1 else ''}", f"{base}_site{_suffix(number)}", call.function
+
+
+def _suffix(number: int) -> str:
+    return f"_{number}" if number > 1 else ""
+
+
+def _described(site: FunctionalSite, one: Traced, call: ProductCall, variant: Variant) -> FunctionalSite:
+    """The site with shape, groups, and the reasons for what cannot be."""
+    if call.function in UNSUPPORTED:
+        return replace(site, reason=f"no quantized form of {call.function}")
+    if call.function == HELPER:
+        if site.call.holder == site.name:
+            return replace(site, weight_shape=_raw_shape(one.module, call))
+        return replace(site, reason=f"a bare parameter that {call_name(call.node)} gets, where torch.fx cannot follow")
+    if not call.tensors:
+        return site
+    if not call.is_parameter(one.module):
+        return replace(site, reason=FIXED_FILTER, weight_shape=_raw_shape(one.module, call))
+    if call.dynamic:
+        return site
+    try:
+        with torch.no_grad():
+            weight = weight_function(variant.graph, call.weight)(one.module)
+    except Exception as error:  # NOTE: the model's own code runs here
+        return replace(site, reason=f"its weight cannot be computed alone ({str(error)[:80]})")
+    if isinstance(weight, UninitializedParameter):
+        return replace(site, reason="lazy: its weight has no shape before a first forward")
+    if not weight.is_floating_point() or weight.dim() < 2:
+        return replace(site, reason=f"its weight is {str(weight.dtype)[6:]} of {weight.dim()} dimensions")
+    groups = _groups(call)
+    site = replace(site, weight_shape=tuple(weight.shape), groups=groups or 1)
+    layout = channel_layout(call.function, call.weight_at, site.weight_shape, groups or 1)
+    if layout is None or groups is None:
+        return replace(site, one_scale=f"one scale: {call.function} has no channel of its own to scale")
+    if math.prod(site.weight_shape) < FEWEST_PER_COLUMN * layout.channels and call.function not in LAYER_FUNCTIONS:
+        return replace(site, one_scale="one scale: its columns are too short for a scale each")
+    return site
+
+
+def _groups(call: ProductCall) -> int | None:
+    """Groups of a transposed convolution, None where they depend on data; 1 for any other function."""
+    if not call.function.startswith("conv_transpose"):
+        return 1
+    values = dict(zip(NAMES[call.function], call.node.args, strict=False)) | dict(call.node.kwargs)
+    groups = values.get("groups", 1)
+    return groups if isinstance(groups, int) else None
+
+
+def _raw_shape(module: nn.Module, call: ProductCall) -> tuple[int, ...]:
+    owner, _, name = call.tensors[0].rpartition(".")
+    return tuple(getattr(module.get_submodule(owner), name).shape)
+
+
+def _numel(module: nn.Module, name: str) -> int:
+    owner, _, tensor = name.rpartition(".")
+    value = getattr(module.get_submodule(owner), tensor, None)
+    return value.numel() if isinstance(value, Tensor) and not isinstance(value, UninitializedParameter) else 0
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

@@ -1,0 +1,203 @@
+"""Rewriting one module's forward: calls that multiply go through the modules that hold their quantizers.
+
+The module's class becomes a subclass of itself, made here, whose forward is the code that torch.fx writes from the
+traced graphs; attributes, methods, signature and the `state_dict` of everything else stay.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from daqconvert.errors import ConversionError
+from daqconvert.graph.calls import HELPER, ProductCall, find_calls, keyed
+from daqconvert.graph.traced import Traced, module_calls
+from daqconvert.graph.variants import GIVEN, Signature
+from daqconvert.graph.write import Forward, ancestors, write
+from daqconvert.layers.functional import call_site
+from daqconvert.layers.handles import handle
+
+Forwards = dict[tuple[Any, ...], tuple[tuple[str, ...], Forward]]
+
+
+@dataclass(frozen=True, eq=False)
+class Rewriting:
+    """The generated forwards of one module, shared by its copies.
+
+    Attributes:
+        signature: Of the original's forward.
+        forwards: What picks one -> the arguments it takes, and the function.
+        coded: The same for the frozen form: weights that have codes are not computed any more.
+        unused: Parameters and buffers of the module that the coded forwards do not read.
+        layer_name: Of the module, for messages.
+    """
+
+    signature: Signature
+    forwards: Forwards
+    coded: Forwards
+    unused: frozenset[str]
+    layer_name: str
+
+    def __deepcopy__(self, memo: Any) -> Rewriting:
+        return self
+
+    def frozen(self) -> Rewriting:
+        """Return the rewriting of the frozen form."""
+        return dataclasses.replace(self, forwards=self.coded)
+
+    def drop_unused(self, module: nn.Module) -> None:
+        """Forget the weights that have codes now.
+
+        Args:
+            module: Frozen.
+        """
+        for name in self.unused:
+            table = module._parameters if name in module._parameters else module._buffers
+            if name in table:
+                table[name] = None
+
+
+CODES = "codes"
+"""Child that holds the codes of a frozen module's own weight: any name in the module itself may be taken."""
+
+
+class Rewritten(nn.Module):
+    """Mixin of rewritten modules."""
+
+    rewriting: Rewriting
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute what the original computes, its products by the sites.
+
+        Raises:
+            ConversionError: If the call takes a path that could not be traced.
+        """
+        rewriting = self.rewriting
+        signature = rewriting.signature
+        values = dict(zip(signature.names, args))  # noqa: B905 # too many arguments are told below
+        values.update(kwargs)
+        state = signature.state(self.training, values)
+        if state not in rewriting.forwards or len(values) != len(args) + len(kwargs):
+            raise ConversionError(_no_path(rewriting, state, args, kwargs))
+        names, function = rewriting.forwards[state]
+        return function(self, *[values[name] for name in names])
+
+    @property
+    def itself(self) -> nn.Module:
+        """Where generated code finds the quantizers of the module's own weight: the module, or its codes."""
+        return self._modules.get(CODES) or self
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        replica = self.__new__(type(self))
+        memo[id(self)] = replica
+        replica.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return replica
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ConversionError(
+            f"{self.rewriting.layer_name or '(root)'}: its forward was rewritten, and generated code is not pickled. "
+            "Save the state dict: torch.save(qmodel.state_dict(), path); or freeze the model and call daqconvert.save."
+        )
+
+
+def rewritten_class(original: type[nn.Module], mixins: tuple[type, ...], prefix: str) -> type[Any]:
+    """Return a subclass of `original` with a generated forward.
+
+    Args:
+        original: Class of the float module.
+        mixins: State of the site, where the module holds one.
+        prefix: Of the name.
+    """
+    forward = functools.wraps(original.forward)(_forward())
+    body = {"forward": forward, "__module__": original.__module__, "original": original}
+    return type(f"{prefix}{original.__name__}", (Rewritten, *mixins, original), body)
+
+
+def _forward() -> Forward:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return Rewritten.forward(self, *args, **kwargs)
+
+    return forward
+
+
+def generate(
+    original: type[nn.Module], one: Traced, places: dict[tuple[Any, ...], str], coded: frozenset[str]
+) -> Rewriting:
+    """Write the forwards of one module.
+
+    Args:
+        original: Class of the float module.
+        one: Its traces.
+        places: Key of a call (from `keyed`) -> name of its holder in the module; `"itself"` for the module.
+        coded: Holders that have codes once they are frozen.
+    """
+    forwards: Forwards = {}
+    frozen: Forwards = {}
+    read: set[str] = set()
+    for variant in one.variants:
+        for table, without in ((forwards, frozenset[str]()), (frozen, coded)):
+            graph = _with_sites(variant.graph, one.module, places, without)
+            table[variant.state] = (variant.arguments, write(graph, f"{original.__name__}.forward"))
+        read |= {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")}
+    weights = {t for key, call, _ in module_calls(one) if places.get(key) in coded for t in call.tensors}
+    return Rewriting(one.signature, forwards, frozen, frozenset(weights - read), one.path)
+
+
+def _with_sites(
+    original: fx.Graph, module: nn.Module, places: dict[tuple[Any, ...], str], coded: frozenset[str]
+) -> fx.Graph:
+    """A graph whose calls go through their holders."""
+    graph, needless = fx.Graph(), set()
+    calls = [(places[key], call) for key, call in keyed(find_calls(original, module)) if key in places]
+    found = {call.node: (place, call) for place, call in calls if call.function != HELPER}
+    handles = {(call.node, call.weight): place for place, call in calls if call.function == HELPER}
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in original.nodes:
+        if node in found:
+            place, call = found[node]
+            if place in coded and not call.dynamic:
+                needless |= ancestors(call.weight)
+            copied[node] = _site_node(graph, call, graph.create_node("get_attr", place), copied, place in coded)
+        else:
+            given = {
+                weight: graph.call_function(handle, (graph.create_node("get_attr", handles[node, weight]),))
+                for weight in node.all_input_nodes
+                if (node, weight) in handles
+            }
+            needless |= given.keys()
+            copied[node] = graph.node_copy(node, lambda n, given=given: given.get(n, copied[n]))  # type: ignore[misc]
+    # NOTE: nothing else goes, for a call whose result nobody reads may still do something
+    removable = {copied[node] for node in needless}
+    graph.eliminate_dead_code(is_impure_node=lambda node: node not in removable)
+    return graph
+
+
+def _site_node(
+    graph: fx.Graph, call: ProductCall, holder: fx.Node, copied: dict[fx.Node, fx.Node], coded: bool
+) -> fx.Node:
+    def place(node: fx.Node) -> Any:
+        return None if coded and node is call.weight and not call.dynamic else copied[node]
+
+    args = fx.map_arg(call.node.args, place)
+    kwargs = fx.map_arg(call.node.kwargs, place)
+    return graph.call_function(call_site, (holder, call.function, call.weight_at, args, kwargs))
+
+
+def _no_path(rewriting: Rewriting, state: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    names = rewriting.signature.names
+    unknown = [key for key in kwargs if key not in names]
+    if unknown or len(args) > len(names):
+        return (
+            f"{rewriting.layer_name}: forward takes {', '.join(names)}; found {unknown or f'{len(args)} arguments'}."
+        )
+    said = [f"{n} {'given' if s == GIVEN else f'= {s}'}" for n, s in zip(rewriting.signature.defaults, state[1:])]  # noqa: B905
+    mode = "training" if state[0] else "evaluation"
+    return (
+        f"{rewriting.layer_name or '(root)'}: torch.fx could not follow its forward in {mode} with {', '.join(said)}, "
+        f'so its products were not found there. Leave its layers alone: exclude=["{rewriting.layer_name}*"].'
+    )

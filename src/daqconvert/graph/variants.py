@@ -1,0 +1,162 @@
+"""Every way a module's own forward can be called, each traced by torch.fx: in training or not, with an argument or without.
+
+An fx graph is one path through the code. What usually chooses the path is `self.training`, whether an optional
+argument is given, and flags; so there is a graph for each combination, and a call picks its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from daqconvert.graph.trace import SiteTracer, timm_notrace
+from daqconvert.modes import in_mode
+
+MOST_CHOICES = 4  # arguments that are varied; with training that makes at most 32 graphs
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The arguments of a forward, sorted by what a trace does with them.
+
+    Attributes:
+        names: All, in order, without `self`.
+        defaults: Of those that have one.
+        choices: Arguments that choose a path, None or flags, with the values that are tried: `GIVEN` for a tensor.
+    """
+
+    names: tuple[str, ...]
+    defaults: dict[str, Any]
+    choices: dict[str, tuple[Any, ...]]
+
+    def state(self, training: bool, values: dict[str, Any]) -> tuple[Any, ...]:
+        """Return what picks the graph for a call with these arguments."""
+        return (training, *(_state(values.get(n, d), d) for n, d in self.defaults.items()))
+
+
+GIVEN = "given"
+
+
+def read_signature(module: nn.Module) -> Signature | None:
+    """Return the signature of a module's forward; None where it takes `*args` or `**kwargs` alone."""
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    named = [p for p in list(parameters)[1:] if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if not named:
+        return None
+    defaults = {p.name: p.default for p in named if p.default is not p.empty}
+    varied = [n for n, d in defaults.items() if d is None or isinstance(d, bool)][:MOST_CHOICES]
+    choices = {n: (None, GIVEN) if defaults[n] is None else (defaults[n], not defaults[n]) for n in varied}
+    return Signature(tuple(p.name for p in named), defaults, choices)
+
+
+def _state(value: Any, default: Any) -> Any:
+    """None or a flag as it is, `"default"` for another default, `GIVEN` for any other value."""
+    if value is None or isinstance(value, bool):
+        return value
+    same = value is default or (type(value) in (int, float, str, tuple) and value == default)
+    return "default" if same else GIVEN
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One path through a forward.
+
+    Attributes:
+        state: What picks it, as `Signature.state` returns it.
+        arguments: The arguments that the graph takes, in order.
+        graph: Of the forward alone, children as single nodes.
+    """
+
+    state: tuple[Any, ...]
+    arguments: tuple[str, ...]
+    graph: fx.Graph
+
+
+class Untraceable(Exception):
+    """The reason why fx cannot follow a forward."""
+
+
+def trace_variants(module: nn.Module, method: str = "forward") -> tuple[Signature, list[Variant]]:
+    """Trace a module's own forward in every way it can be called; the plain calls come first.
+
+    Args:
+        module: Its code runs here with proxies; a copy of the user's.
+        method: Name of the forward to trace.
+
+    Raises:
+        Untraceable: If the plain call cannot be followed, in evaluation or in training.
+    """
+    signature = read_signature(module)
+    if signature is None:
+        raise Untraceable("it takes *args or **kwargs alone")
+    found = []
+    for training, chosen in _combinations(signature):
+        plain = all(value == signature.defaults[name] for name, value in chosen.items())
+        try:
+            found.append(_trace(module, method, signature, training, chosen))
+        except Exception as error:  # NOTE: the model's own code runs here with proxies and may raise anything
+            if plain:
+                raise Untraceable(str(error).strip().split("\n")[0] or type(error).__name__) from error
+    return signature, found
+
+
+def _combinations(signature: Signature) -> Iterator[tuple[bool, dict[str, Any]]]:
+    for values in itertools.product(*signature.choices.values()):
+        for training in (False, True):
+            yield training, dict(zip(signature.choices, values, strict=True))
+
+
+def _trace(module: nn.Module, method: str, signature: Signature, training: bool, chosen: dict[str, Any]) -> Variant:
+    required = [n for n in signature.names if n not in signature.defaults]
+    given = [n for n in signature.names if n in required or chosen.get(n) == GIVEN]
+    fixed = {n: v for n, v in signature.defaults.items() if n not in given}
+    fixed |= {n: v for n, v in chosen.items() if v != GIVEN}
+    tracer = OwnForward(method, given, fixed)
+    with in_mode(module, training):
+        graph = tracer.trace(module)
+    if any(node.op == "get_attr" and str(node.target).startswith("_tensor_constant") for node in graph.nodes):
+        raise Untraceable("it makes a tensor of its own")
+    state = (training, *(GIVEN if n in given else _state(fixed[n], d) for n, d in signature.defaults.items()))
+    return Variant(state, tuple(given), graph)
+
+
+class OwnForward(SiteTracer):
+    """Traces one module's own forward: every child is a node, and every argument is either a placeholder or fixed.
+
+    Args:
+        method: Name of the forward.
+        given: Arguments that are placeholders.
+        fixed: Values of the others.
+    """
+
+    trace_asserts = True
+    proxy_buffer_attributes = True
+
+    def __init__(self, method: str, given: list[str], fixed: dict[str, Any]) -> None:
+        super().__init__(*timm_notrace(), alone=True)
+        self.traced_func_name, self.names, self.fixed = method, given, fixed
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Return what reading an attribute gives; shapes of parameters are constants, so that a forward that asks for
+        one does not need the weight.
+        """
+        self.param_shapes_constant = isinstance(attr_val, nn.Parameter)  # torch.fx can do so for parameters alone
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """Return the root's arguments, placeholders in the order of the signature."""
+        parameters = list(inspect.signature(root_fn).parameters.values())[1:]
+        args: list[Any] = [self.root]
+        for parameter in parameters:
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                continue
+            if parameter.name in self.names:
+                args.append(self.create_proxy("placeholder", parameter.name, (), {}))
+            else:
+                args.append(self.fixed[parameter.name])
+        return root_fn, args

@@ -1,0 +1,159 @@
+"""`nn.MultiheadAttention` with its projections as sites: torch's own forward never calls a layer, nor even `out_proj`.
+
+Each of the three input projections is a site of its own, `q_proj`, `k_proj`, `v_proj`, for their inputs may differ; they are
+rows of one `in_proj_weight` where torch keeps them so. `out_proj` is an ordinary layer, and is called.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from daqconvert.layers.frozen_site import FrozenSite
+from daqconvert.layers.functional import call_site
+from daqconvert.layers.site import QuantizedSite
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
+def projection_weight(module: nn.MultiheadAttention, projection: str) -> Tensor:
+    """Return the weight of one input projection, `(E, E)`, `(E, kdim)` or `(E, vdim)`.
+
+    Args:
+        module: The attention block.
+        projection: One of `PROJECTIONS`.
+    """
+    if module.in_proj_weight is None:
+        own: Tensor = getattr(module, f"{projection}_weight")
+        return own
+    rows = PROJECTIONS.index(projection) * module.embed_dim
+    return module.in_proj_weight[rows : rows + module.embed_dim]
+
+
+class QuantMultiheadAttention(nn.MultiheadAttention):
+    """`nn.MultiheadAttention` whose projections are sites, quantized or frozen; masks and results as torch has them."""
+
+    def forward(  # noqa: D102 # torch's own, argument by argument
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
+        need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        if not is_active(self):
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        if is_causal and attn_mask is None:
+            raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
+        turned = query.dim() == 3 and not self.batch_first
+        if turned:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        q, k, v = (self._project(name, x) for name, x in zip(PROJECTIONS, (query, key, value), strict=True))
+        k, v = self._extended(k, self.bias_k), self._extended(v, self.bias_v)
+        mask = merged_mask(self, attn_mask, key_padding_mask, q, k.shape[-2])
+        q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(-3, -2) for x in (q, k, v))
+        attended, weights = self._attend(q, k, v, mask, need_weights)
+        out = self.out_proj(attended.transpose(-3, -2).flatten(-2))
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(dim=-3)
+        return (out.transpose(0, 1) if turned else out), weights
+
+    def _project(self, name: str, x: Tensor) -> Tensor:
+        holder = self._modules.get(f"{name}_site")
+        coded = isinstance(holder, FrozenSite) and "weight_codes" in holder._buffers
+        start = PROJECTIONS.index(name) * self.embed_dim
+        bias = None if self.in_proj_bias is None else self.in_proj_bias[start : start + self.embed_dim]
+        return call_site(holder, "linear", 1, (x, None if coded else projection_weight(self, name), bias), {})
+
+    def _extended(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Keys or values with the learned one and the zero one behind them, where the block has such."""
+        if bias is not None:
+            x = torch.cat([x, bias.reshape(-1).expand(*x.shape[:-2], 1, -1)], dim=-2)
+        return F.pad(x, (0, 0, 0, 1)) if self.add_zero_attn else x
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, need_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        dropout = self.dropout if self.training else 0.0
+        if not need_weights:
+            return F.scaled_dot_product_attention(q, k, v, mask, dropout), None
+        scores = (q * math.sqrt(1.0 / self.head_dim)) @ k.transpose(-2, -1)
+        weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
+        weights = F.dropout(weights, dropout) if dropout else weights
+        return weights @ v, weights
+
+
+def merged_mask(
+    module: nn.MultiheadAttention, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, keys: int
+) -> Tensor | None:
+    """Return both masks as one that is added to the scores: `-inf` where a boolean one says True.
+
+    Args:
+        module: The attention block.
+        attn_mask: `(L, S)` or `(B * heads, L, S)`, boolean or floating, or None.
+        key_padding_mask: `(B, S)` or `(S,)`, likewise.
+        q: The queries, `(B, L, E)` or `(L, E)`.
+        keys: Number of keys, those that the block adds included.
+    """
+    masks = []
+    if attn_mask is not None:
+        mask = _additive(attn_mask, q.dtype)
+        masks.append(mask.unflatten(0, (-1, module.num_heads)) if mask.dim() == 3 and q.dim() == 3 else mask)
+    if key_padding_mask is not None:
+        mask = _additive(key_padding_mask, q.dtype)
+        masks.append(mask[:, None, None, :] if mask.dim() == 2 else mask)
+    if not masks:
+        return None
+    whole = masks[0] if len(masks) == 1 else masks[0] + masks[1]
+    return F.pad(whole, (0, keys - whole.shape[-1])) if keys > whole.shape[-1] else whole
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
+
+
+def is_active(module: nn.Module) -> bool:
+    """Whether a site inside a module is to compute, or is being watched: else torch's own, fused path is right."""
+    for child in module.modules():
+        if isinstance(child, FrozenSite) or (isinstance(child, QuantizedSite) and (child.enabled or child.watchers)):
+            return True
+    return False
+
+
+def unfused_class(original: type[nn.Module]) -> type[Any]:
+    """Return a subclass of an encoder (layer) that does not take torch's fused path while a site in it is active.
+
+    The fused kernel of `nn.TransformerEncoderLayer` in evaluation reads the weights and calls no layer; what it asks
+    first is an attribute, which is a question here.
+
+    Args:
+        original: A class derived from `nn.TransformerEncoderLayer` or `nn.TransformerEncoder`.
+    """
+    name = "activation_relu_or_gelu" if issubclass(original, nn.TransformerEncoderLayer) else "use_nested_tensor"
+
+    def ask(self: Any) -> Any:
+        return 0 if is_active(self) else self.__dict__.get(name, 0)
+
+    def keep(self: Any, value: Any) -> None:
+        self.__dict__[name] = value
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        return _remake, (original,), self.__dict__
+
+    body = {
+        name: property(ask, keep),
+        "original": original,
+        "__reduce_ex__": reduce,
+        "__module__": original.__module__,
+    }
+    return type(f"Unfused{original.__name__}", (original,), body)
+
+
+def _remake(original: type[nn.Module]) -> Any:
+    cls = unfused_class(original)
+    return cls.__new__(cls)

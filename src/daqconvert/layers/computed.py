@@ -1,0 +1,46 @@
+"""Weights that a layer computes from other parameters before its forward: parametrizations, weight norm, pruning.
+
+The quantized form keeps computing them: training goes on as before. A frozen layer needs the result alone, so what it
+was computed from goes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+
+def is_computed(module: nn.Module) -> bool:
+    """Whether a layer has a weight that is no parameter of its own but computed from some."""
+    return "weight" not in module._parameters and isinstance(getattr(module, "weight", None), Tensor)
+
+
+def plain_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """Return a class without the one that `torch.nn.utils.parametrize` put in front of it."""
+    injected = cls.__name__.startswith("Parametrized") and cls.__module__.startswith("torch.nn.utils.parametrize")
+    return cls.__bases__[0] if injected else cls
+
+
+@torch.no_grad()
+def settle_weight(module: Any) -> None:
+    """Make every computed tensor of a layer a parameter with the value it has now, and forget how it was computed.
+
+    Args:
+        module: A convolution or linear; changed in place. Its class is the caller's business.
+    """
+    if parametrize.is_parametrized(module):
+        values = {name: getattr(module, name).detach() for name in module.parametrizations}
+        module.__class__ = plain_class(getattr(module, "original", type(module)))
+        del module.parametrizations
+        for name, value in values.items():
+            module.register_parameter(name, nn.Parameter(value, requires_grad=value.is_floating_point()))
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if isinstance(hook, (WeightNorm, SpectralNorm, BasePruningMethod)):
+            hook.remove(module)
+            del module._forward_pre_hooks[key]

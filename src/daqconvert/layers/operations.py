@@ -1,0 +1,132 @@
+"""Product functions by name: which argument is the input, which the weight, and what remains without the bias.
+
+linear, conv1d .. conv3d, conv_transpose1d .. conv_transpose3d     (input, weight, bias, geometry ...)
+matmul, mm, bmm                                                    either operand may be the weight
+addmm, baddbmm                                                     the first argument is the bias
+einsum                                                             equation, two operands
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from daqconvert.layers.site import Operation
+from daqconvert.quantizers import ChannelLayout
+
+_CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+
+NAMES: dict[str, tuple[str, ...]] = {
+    "linear": ("input", "weight", "bias"),
+    **{f"conv{d}d": _CONV for d in (1, 2, 3)},
+    **{f"conv_transpose{d}d": _TRANSPOSED for d in (1, 2, 3)},
+    "matmul": ("input", "other"),
+    "mm": ("input", "mat2"),
+    "bmm": ("input", "mat2"),
+    "addmm": ("input", "mat1", "mat2"),
+    "baddbmm": ("input", "batch1", "batch2"),
+}
+LAYER_FUNCTIONS = frozenset(name for name, arguments in NAMES.items() if arguments[1] == "weight")
+"""Functions whose second argument is a weight by their own words."""
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    **{name: getattr(F, name) for name in NAMES if hasattr(F, name)},
+    **{name: getattr(torch, name) for name in ("matmul", "mm", "bmm", "addmm", "baddbmm", "einsum")},
+}
+ALIASES: dict[Any, str] = {function: name for name, function in FUNCTIONS.items()}
+ALIASES |= {getattr(torch, name): name for name in NAMES if name.startswith("conv")}
+ALIASES |= {operator.matmul: "matmul", torch.functional.einsum: "einsum"}
+METHODS = {
+    "matmul": "matmul",
+    "mm": "mm",
+    "bmm": "bmm",
+    "addmm": "addmm",
+    "baddbmm": "baddbmm",
+    "__matmul__": "matmul",
+}
+
+
+@dataclass(frozen=True)
+class Operands:
+    """One call taken apart.
+
+    Attributes:
+        x: The input.
+        weight: The weight.
+        bias: What is added, or None.
+        operation: The bare products.
+    """
+
+    x: Any
+    weight: Any
+    bias: Any
+    operation: Operation
+
+
+def split_call(function: str, weight_at: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operands:
+    """Take a call apart.
+
+    Args:
+        function: A name of `FUNCTIONS`.
+        weight_at: Which of the two operands is the weight, 0 or 1.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+
+    Example:
+        >>> parts = split_call("linear", 1, (torch.ones(1, 2), torch.ones(3, 2)), {"bias": None})
+        >>> parts.operation(parts.x, parts.weight).tolist()
+        [[2.0, 2.0, 2.0]]
+    """
+    call = FUNCTIONS[function]
+    if function == "einsum":
+        equation, *operands = args
+        operands = list(operands[0]) if isinstance(operands[0], (list, tuple)) else operands
+        return _pair(operands, weight_at, None, lambda a, b: call(equation, a, b))
+    names = NAMES[function]
+    values = dict(zip(names, args, strict=False)) | {_renamed(function, key): value for key, value in kwargs.items()}
+    if function in ("addmm", "baddbmm"):
+        product = torch.mm if function == "addmm" else torch.bmm
+        return _pair([values[n] for n in names[1:]], weight_at, values["input"], product)
+    if names[1] != "weight":
+        return _pair([values[n] for n in names], weight_at, None, call)
+    x, weight, bias = values.pop("input"), values.pop("weight"), values.pop("bias", None)
+    return Operands(x, weight, bias, lambda a, b: call(a, b, None, **values))
+
+
+def _renamed(function: str, key: str) -> str:
+    return "input" if key == "self" or (key == "tensor1" and function == "matmul") else key
+
+
+def _pair(operands: list[Any], weight_at: int, bias: Any, product: Callable[[Any, Any], Tensor]) -> Operands:
+    """Of a product of two matrices, the weight on either side."""
+    x, weight = operands[1 - weight_at], operands[weight_at]
+    return Operands(x, weight, bias, product if weight_at == 1 else lambda a, b: product(b, a))
+
+
+def output_dims(function: str) -> int:
+    """Return the number of dimensions after the channel in a function's output."""
+    return int(function[-2]) if function.startswith("conv") else 0
+
+
+def channel_layout(function: str, weight_at: int, shape: tuple[int, ...], groups: int = 1) -> ChannelLayout | None:
+    """Return where the output channels of a functional call's weight are, or None where they cannot be told.
+
+    Args:
+        function: A name of `FUNCTIONS`.
+        weight_at: Which operand is the weight.
+        shape: Of the weight.
+        groups: Of a transposed convolution.
+    """
+    if function.startswith("conv_transpose"):
+        return ChannelLayout.transposed(shape, groups)
+    if function.startswith(("conv", "linear")):
+        return ChannelLayout.forward(shape)
+    if function in ("matmul", "mm", "addmm") and weight_at == 1 and len(shape) == 2:
+        return ChannelLayout.columns(shape)
+    return None

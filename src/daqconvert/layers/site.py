@@ -1,0 +1,194 @@
+"""The state that every quantized site shares, whichever forward its products are computed in.
+
+    y = operation(q_x - zero_point, operand_w) * S + bias,   S = |output_scale| * weight multiplier * input multiplier
+
+The operands are integer-valued, all scales come after the sum, the bias stays float and is added last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from daqconvert.functional.grid import levels
+from daqconvert.quantizers import ChannelLayout, InputQuantizer, WeightQuantizer
+from daqconvert.spec import Settings
+
+Operation = Callable[[Tensor, Tensor], Tensor]
+"""The bare products of `x` and `w`: no bias, no scale."""
+
+
+class Watcher:
+    """Sees every computation of a site: what `watching` attaches. Both methods do nothing here."""
+
+    def before(self, site: Any, x: Tensor, weight: Tensor | None, operation: Operation) -> Tensor:
+        """Return the input to compute with; called just before the site computes, quantizers on or off.
+
+        Args:
+            site: A `QuantizedSite` or `FrozenSite`.
+            x: Its float input.
+            weight: Its float weight; None where a frozen site holds codes instead.
+            operation: Its bare products.
+        """
+        return x
+
+    def after(self, site: Any, y: Tensor) -> None:
+        """See the output."""
+
+
+@contextmanager
+def watching(site: Any, watcher: Watcher) -> Iterator[None]:
+    """Attach a watcher to a site while the context lasts."""
+    before = site.watchers
+    site.watchers = (*before, watcher)
+    try:
+        yield
+    finally:
+        site.watchers = before
+
+
+class QuantizedSite(nn.Module):
+    """Mixin of everything that holds the quantizers of a site.
+
+    Attributes:
+        weight_quantizer: Or None where the weight stays float; an `InputQuantizer` where it depends on the data.
+        input_quantizer: Or None where the input stays float.
+        output_scale: Parameter of shape `()` or `(C_out,)`.
+        settings: What the plan's row said.
+        enabled: False computes what the original computes with the current weights.
+        watchers: What `watching` has attached.
+
+    Reference: METHOD of the paper, "Distance-aware Quantization" (Kim, Lee, Ham, ICCV 2021), section 3.3.
+    """
+
+    weight_quantizer: WeightQuantizer | InputQuantizer | None
+    input_quantizer: InputQuantizer | None
+    output_scale: nn.Parameter
+    output_dims: int
+    settings: Settings
+    layer_name: str
+    enabled: bool
+    watchers: tuple[Watcher, ...]
+
+    def attach(
+        self, settings: Settings, name: str, signed: bool | None, weight: Tensor, layout: ChannelLayout | None
+    ) -> None:
+        """Add quantizers and output scale, the weight's bounds set from the weight.
+
+        Args:
+            settings: With nothing left on `"auto"`.
+            name: Dotted name of the site, for messages.
+            signed: Sign of its input, None for undecided.
+            weight: The weight; where it depends on the data any tensor of the model's dtype and device.
+            layout: Where its output channels are; None for a weight that depends on the data.
+
+        Raises:
+            ConversionError: If the weight is empty, not finite, or constant where it must be normalized.
+        """
+        self.settings, self.layer_name, self.enabled, self.watchers = settings, name, True, ()
+        self.weight_quantizer = self.input_quantizer = None
+        if settings.w_bits is not None and layout is not None:
+            self.weight_quantizer = WeightQuantizer(settings, layout, name, weight)
+        elif settings.w_bits is not None:
+            self.weight_quantizer = InputQuantizer(settings, None, name, weight, role="weight")
+        if settings.a_bits is not None:
+            self.input_quantizer = InputQuantizer(settings, signed, name, weight)
+        shape = (layout.channels,) if layout is not None and settings.granularity == "channel" else ()
+        self.output_scale = nn.Parameter(torch.ones(shape, dtype=weight.dtype, device=weight.device))
+        if isinstance(self.weight_quantizer, WeightQuantizer) and not weight.is_meta:
+            self.weight_quantizer.initialize(weight)
+        self.train(self.training)
+
+    def float_weight(self) -> Tensor | None:
+        """Return the weight as the original computes it from its parameters; None where it depends on the data."""
+        return None
+
+    @property
+    def unitless(self) -> bool:
+        """Whether operands count in parts of full range, as the paper's do, and `output_scale` carries the units."""
+        return isinstance(self.weight_quantizer, WeightQuantizer) and self.weight_quantizer.normalize
+
+    def run(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, operation: Operation, plain: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Return the site's output from integer-valued operands; the original's where `enabled` is False.
+
+        Args:
+            x: Float input.
+            weight: Float weight.
+            bias: Or None.
+            operation: The bare products.
+            plain: What the original computes from an input.
+        """
+        for watcher in self.watchers:
+            x = watcher.before(self, x, weight, operation)
+        y = self._quantized(x, weight, bias, operation) if self.enabled else plain(x)
+        for watcher in self.watchers:
+            watcher.after(self, y)
+        return y
+
+    def _quantized(self, x: Tensor, weight: Tensor, bias: Tensor | None, operation: Operation) -> Tensor:
+        operand = x if self.input_quantizer is None else self.input_quantizer(x)
+        w = weight if self.weight_quantizer is None else self.weight_quantizer(weight)
+        acc, scale = safe_products(operation, operand, w, self.combined_scale(), self.settings)
+        return rescale(acc, scale, bias, self.output_dims, acc.dtype)
+
+    def combined_scale(self) -> Tensor:
+        """Return `S = |output_scale| * weight multiplier * input multiplier`, shape of `output_scale`, float32."""
+        scale = self.output_scale.abs()
+        scale = scale if scale.dtype == torch.float64 else scale.float()
+        if self.weight_quantizer is not None:
+            scale = scale * self.weight_quantizer.multiplier()
+        if self.input_quantizer is not None:
+            n = 2**self.input_quantizer.bits - 1
+            scale = scale * (1.0 / n if self.unitless else self.input_quantizer.scale())
+        return scale
+
+
+def safe_products(
+    operation: Operation, x: Tensor, w: Tensor, scale: Tensor, settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """Return `operation(x, w)` and the scale that belongs to it.
+
+    float16 overflows at 65504, so there operands are divided into fractions first, and the scale multiplied.
+
+    Args:
+        operation: The bare products.
+        x: Operand of the input.
+        w: Operand of the weight.
+        scale: What one unit of their products is worth.
+        settings: Of the site.
+    """
+    half = x.dtype == torch.float16 or (
+        torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) == torch.float16
+    )
+    if half:
+        if settings.a_bits is not None:
+            n = 2**settings.a_bits - 1
+            x, scale = x / n, scale * n
+        if settings.w_bits is not None:
+            top = levels(settings.w_bits, settings.grid)
+            w, scale = w / top, scale * top
+    return operation(x, w), scale
+
+
+def rescale(acc: Tensor, scale: Tensor, bias: Tensor | None, output_dims: int, dtype: torch.dtype) -> Tensor:
+    """Return `acc * scale + bias` in float32 (float64 for float64), as `dtype`.
+
+    Args:
+        acc: Sums of products, channel at dimension `-1 - output_dims`.
+        scale: `()` or `(C_out,)`.
+        bias: `(C_out,)`, or anything that broadcasts where the channel is last, or None.
+        output_dims: Number of dimensions after the channel.
+        dtype: Of the result.
+    """
+    wide = acc if acc.dtype == torch.float64 else acc.float()
+    out = wide * (scale.reshape(-1, *(1,) * output_dims) if scale.dim() and output_dims else scale)
+    if bias is not None:
+        bias = bias if bias.dtype == out.dtype else bias.to(out.dtype)
+        out = out + (bias.reshape(-1, *(1,) * output_dims) if output_dims else bias)
+    return out.to(dtype)
