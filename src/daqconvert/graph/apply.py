@@ -1,7 +1,8 @@
-"""Giving a model its sites: layers change class, calls get holders, forwards are rewritten; quantized, or empty and frozen."""
+"""Giving a model its sites, quantized or frozen: layers change class, calls get holders, forwards are rewritten."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from daqconvert.errors import ConversionError
 from daqconvert.graph.functional import FunctionalSite, functional_sites
 from daqconvert.graph.fused import FUSED, attention_class, attention_sites
-from daqconvert.graph.rewrite import CODES, generate, rewritten_class
+from daqconvert.graph.rewrite import CODES, Rewriting, generate, rewritten_class
 from daqconvert.graph.traced import Traced, module_calls, trace_modules
 from daqconvert.graph.write import weight_function
 from daqconvert.layers import functional as holders
@@ -62,12 +63,14 @@ class _Calls:
         sites: By name.
         traced: Modules that make them.
         names: Any dotted name of a layer -> the name it goes by.
+        written: Forwards by what they depend on: modules that are alike share them.
     """
 
     def __init__(self, model: nn.Module, modules: dict[str, nn.Module], chosen: dict[str, PlanRow]) -> None:
         self.sites: dict[str, FunctionalSite] = {}
         self.traced: list[Traced] = []
         self.names: dict[str, str] = {}
+        self.written: dict[Any, Rewriting] = {}
         needed = {path for row in chosen.values() if row.site.call is not None for path in row.site.call.modules}
         if not needed:
             return
@@ -123,7 +126,10 @@ def _rewrite(module: nn.Module, one: Traced, calls: _Calls, chosen: dict[str, Pl
     if not places:
         return
     original = type(module)
-    rewriting = generate(original, one, places, frozenset(coded))
+    alike = (original, id(one.variants), frozenset(places.items()), frozenset(coded))
+    if alike not in calls.written:
+        calls.written[alike] = generate(original, one, places, frozenset(coded))
+    rewriting = dataclasses.replace(calls.written[alike], layer_name=one.path)
     if own is not None:
         _make_own(module, original, *own, chosen[own[0].name], frozen)
     else:

@@ -105,6 +105,7 @@ class Rewritten(nn.Module):
         )
 
 
+@functools.lru_cache(maxsize=None)
 def rewritten_class(original: type[nn.Module], mixins: tuple[type, ...], prefix: str) -> type[Any]:
     """Return a subclass of `original` with a generated forward.
 

@@ -103,7 +103,7 @@ def _ends(view: View) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def _ordered(view: View) -> list[str]:
-    """Names in order of execution, where fx can tell; what it does not see stands behind its neighbour in the module."""
+    """Names in order of execution, where fx can tell; what it does not see stands behind its module's others."""
     order = list(dict.fromkeys([*(view.flow.order if view.flow else ()), *view.named]))
     for name, site in view.functional.items():
         if name not in order:

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from daqconvert.graph.calls import ProductCall, find_calls, keyed
 from daqconvert.graph.scan import may_multiply
@@ -36,19 +38,58 @@ def multiplying_modules(paths: dict[str, nn.Module]) -> dict[str, nn.Module]:
     return dict(found.values())
 
 
-def trace_modules(paths: dict[str, nn.Module]) -> tuple[list[Traced], dict[str, str]]:
+def trace_modules(paths: dict[str, nn.Module], every: bool = True) -> tuple[list[Traced], dict[str, str]]:
     """Trace the modules that may multiply; return also, by name, why fx could not follow the others.
+
+    Modules that are alike in everything that a trace can see, as the blocks of a transformer, are traced once.
 
     Args:
         paths: Any dotted name -> module.
+        every: Trace every way they can be called, not only the plain ones.
     """
     traced, failed = [], {}
+    known: dict[Any, tuple[Signature, list[Variant]] | str] = {}
     for path, module in multiplying_modules(paths).items():
-        try:
-            traced.append(Traced(path, module, *trace_variants(module)))
-        except Untraceable as error:
-            failed[path] = str(error)
+        alike = fingerprint(module)
+        if alike not in known:
+            try:
+                known[alike] = trace_variants(module, every)
+            except Untraceable as error:
+                known[alike] = str(error)
+        found = known[alike]
+        if isinstance(found, str):
+            failed[path] = found
+        else:
+            traced.append(Traced(path, module, *found))
     return traced, failed
+
+
+def fingerprint(module: nn.Module) -> tuple[Any, ...]:
+    """Return what a trace of a module can depend on, as a value to compare: two equal ones have equal traces.
+
+    Args:
+        module: With everything in it.
+    """
+    parts: list[Any] = []
+    for name, child in module.named_modules():
+        tensors = (*child._parameters.items(), *child._buffers.items())
+        shapes = [(key, None if t is None else (type(t).__name__, t.dtype, t.dim(), _shape(t))) for key, t in tensors]
+        values = [(k, _plain(v)) for k, v in vars(child).items() if not k.startswith("_") and k != "training"]
+        parts.append((name, type(child), tuple(shapes), tuple(values)))
+    return tuple(parts)
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return () if isinstance(tensor, UninitializedParameter) else tuple(tensor.shape)
+
+
+def _plain(value: Any) -> Any:
+    """A value as itself where its text tells it, any other object by its identity."""
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, type)):
+        return (type(value), value)
+    if isinstance(value, (tuple, list)):
+        return (type(value), *map(_plain, value))
+    return id(value)
 
 
 def module_calls(one: Traced) -> Iterator[tuple[tuple[Any, ...], ProductCall, Variant]]:

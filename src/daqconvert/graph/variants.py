@@ -81,12 +81,12 @@ class Untraceable(Exception):
     """The reason why fx cannot follow a forward."""
 
 
-def trace_variants(module: nn.Module, method: str = "forward") -> tuple[Signature, list[Variant]]:
+def trace_variants(module: nn.Module, every: bool = True) -> tuple[Signature, list[Variant]]:
     """Trace a module's own forward in every way it can be called; the plain calls come first.
 
     Args:
         module: Its code runs here with proxies; a copy of the user's.
-        method: Name of the forward to trace.
+        every: False: only the plain calls, and in evaluation the one with every argument, to see what it multiplies.
 
     Raises:
         Untraceable: If the plain call cannot be followed, in evaluation or in training.
@@ -95,28 +95,33 @@ def trace_variants(module: nn.Module, method: str = "forward") -> tuple[Signatur
     if signature is None:
         raise Untraceable("it takes *args or **kwargs alone")
     found = []
-    for training, chosen in _combinations(signature):
+    for training, chosen in _combinations(signature, every):
         plain = all(value == signature.defaults[name] for name, value in chosen.items())
         try:
-            found.append(_trace(module, method, signature, training, chosen))
+            found.append(_trace(module, signature, training, chosen))
         except Exception as error:  # NOTE: the model's own code runs here with proxies and may raise anything
             if plain:
                 raise Untraceable(str(error).strip().split("\n")[0] or type(error).__name__) from error
     return signature, found
 
 
-def _combinations(signature: Signature) -> Iterator[tuple[bool, dict[str, Any]]]:
+def _combinations(signature: Signature, every: bool) -> Iterator[tuple[bool, dict[str, Any]]]:
+    if not every:
+        yield from ((training, {n: values[0] for n, values in signature.choices.items()}) for training in (False, True))
+        if GIVEN in itertools.chain.from_iterable(signature.choices.values()):
+            yield False, {n: GIVEN if GIVEN in values else values[0] for n, values in signature.choices.items()}
+        return
     for values in itertools.product(*signature.choices.values()):
         for training in (False, True):
             yield training, dict(zip(signature.choices, values, strict=True))
 
 
-def _trace(module: nn.Module, method: str, signature: Signature, training: bool, chosen: dict[str, Any]) -> Variant:
+def _trace(module: nn.Module, signature: Signature, training: bool, chosen: dict[str, Any]) -> Variant:
     required = [n for n in signature.names if n not in signature.defaults]
     given = [n for n in signature.names if n in required or chosen.get(n) == GIVEN]
     fixed = {n: v for n, v in signature.defaults.items() if n not in given}
     fixed |= {n: v for n, v in chosen.items() if v != GIVEN}
-    tracer = OwnForward(method, given, fixed)
+    tracer = OwnForward(given, fixed)
     with in_mode(module, training):
         graph = tracer.trace(module)
     if any(node.op == "get_attr" and str(node.target).startswith("_tensor_constant") for node in graph.nodes):
@@ -129,7 +134,6 @@ class OwnForward(SiteTracer):
     """Traces one module's own forward: every child is a node, and every argument is either a placeholder or fixed.
 
     Args:
-        method: Name of the forward.
         given: Arguments that are placeholders.
         fixed: Values of the others.
     """
@@ -137,9 +141,9 @@ class OwnForward(SiteTracer):
     trace_asserts = True
     proxy_buffer_attributes = True
 
-    def __init__(self, method: str, given: list[str], fixed: dict[str, Any]) -> None:
+    def __init__(self, given: list[str], fixed: dict[str, Any]) -> None:
         super().__init__(*timm_notrace(), alone=True)
-        self.traced_func_name, self.names, self.fixed = method, given, fixed
+        self.names, self.fixed = given, fixed
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Return what reading an attribute gives; shapes of parameters are constants, so that a forward that asks for

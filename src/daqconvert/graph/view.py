@@ -56,7 +56,7 @@ def look(model: nn.Module, given: tuple[int, frozenset[str]] | None = None) -> V
     paths = dict(model.named_modules(remove_duplicate=False))
     aliases = _aliases(paths)
     with evaluating(model):
-        traced, failed = trace_modules(paths)
+        traced, failed = trace_modules(paths, every=False)
         sites = {site.name: site for site in (*functional_sites(traced, aliases), *attention_sites(paths))}
         graph = trace(model, given) if "" not in aliases else None
         reads = find_reads(graph, model) if graph is not None else []
