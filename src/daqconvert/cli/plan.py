@@ -47,16 +47,9 @@ def plan_command(
     """Print a row for every convolution and linear layer: its bits and the rule that decided, or why it is left alone.
 
     Without an option on bits, 4 for weights and inputs. A run directory or artifact shows the plan it was made with.
-
-    Raises:
-        PolicyError: If options contradict each other, or the policy file to write is there already.
     """
     with Output(as_json).capturing() as output:
-        to_file = toml if toml != STDOUT else None
-        if toml == STDOUT and diff is not None:
-            raise PolicyError("--toml - and --diff would both print. Give --toml a file, or leave one out.")
-        if to_file is not None and to_file.exists() and not overwrite:
-            raise PolicyError(f"{to_file}: exists. Pass --overwrite to replace it, or choose another file.")
+        to_file = _file_to_write(toml, diff, overwrite)
         kind, model = kind_of(target), None
         if kind == MODEL:
             asked = o.read_policy(
@@ -111,6 +104,17 @@ def diff_document(change: PlanDiff) -> dict[str, Any]:
         "before": dataclasses.asdict(change.before),
         "after": dataclasses.asdict(change.after),
     }
+
+
+def _file_to_write(toml: Path | None, diff: Path | None, overwrite: bool) -> Path | None:
+    """The file that `--toml` names, if it names one."""
+    if toml == STDOUT:
+        if diff is not None:
+            raise PolicyError("--toml - and --diff would both print. Give --toml a file, or leave one out.")
+        return None
+    if toml is not None and toml.exists() and not overwrite:
+        raise PolicyError(f"{toml}: exists. Pass --overwrite to replace it, or choose another file.")
+    return toml
 
 
 def _second_plan(path: Path, model: nn.Module | None, example: Tensor | None) -> Plan:
