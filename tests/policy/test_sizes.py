@@ -26,9 +26,9 @@ LAZY = Site("z", "LazyLinear", reason="lazy")
         pytest.param(LAYER, CHANNEL.replace(a_bits=None), (88, 560, 20, 1000 * 4 * 32), id="float input"),
         pytest.param(LAYER, CHANNEL.replace(w_bits=None), (560, 560, 25, 1000 * 32 * 4), id="float weight"),
         pytest.param(LAYER, None, (560, 560, 0, 1000 * 1024), id="left alone"),
-        pytest.param(PRODUCT, Settings(8, 8), (0, 0, None, 640), id="product"),
+        pytest.param(PRODUCT, Settings(8, 8), (0, 0, 14, 640), id="product"),
         pytest.param(PRODUCT, None, (0, 0, 0, 10240), id="product, off"),
-        pytest.param(COMPUTED, CHANNEL, (60, 60, None, None), id="computed"),
+        pytest.param(COMPUTED, CHANNEL.replace(granularity="tensor"), (60, 60, 14, None), id="computed"),
         pytest.param(LAZY, None, (None, None, 0, None), id="lazy"),
         pytest.param(
             dataclasses.replace(LAYER, params=0, call=Call("linear", ("m",), "a", ("w",))),
@@ -54,7 +54,6 @@ def test_totals_leave_out_what_is_unknown_and_say_so():
     assert (totals.macs, totals.bops, totals.float_bops) == (1010, 16000 + 10240, 1010 * 1024)
     assert (totals.bytes, totals.float_bytes, totals.scale_bytes) == (88 + 28, 560 + 28, 25)
     assert (totals.unknown_macs, totals.unknown_bytes) == (1, 1)
-    assert Plan((*rows, PlanRow(COMPUTED, CHANNEL, "default")), "Net").totals.scale_bytes is None
     empty = Plan((), "Net").totals
     assert (empty.macs, empty.bops, empty.bytes, empty.scale_bytes) == (None, None, 0, 0)
 
@@ -73,3 +72,22 @@ def test_bytes_are_those_of_the_frozen_model(case, settings):
         packed = pack(codes, row.settings.w_bits).nbytes if row.settings.w_bits is not None else 0
         assert row.scale_bytes == scales
         assert row.weight_bytes == packed + sum(value.nbytes for value in stored.values())
+
+
+class Attention(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.q(x) @ self.k(x).transpose(-2, -1)
+
+
+def test_a_product_stores_scales_alone():
+    qmodel = dq.quantize(Attention(), attention=6, share_inputs=True)
+    dq.calibrate(qmodel, [torch.randn(2, 3, 8)])
+    plan, frozen = dq.plan(qmodel), dq.freeze(qmodel)
+    (row,) = (row for row in plan if row.site.is_product)
+    stored = frozen.get_submodule(row.site.call.holder).state_dict()
+    assert (row.weight_bytes, row.scale_bytes) == (0, sum(value.nbytes for value in stored.values()))
+    assert (row.bits, plan.input_groups()) == ((6, 6), {"k": "q"})

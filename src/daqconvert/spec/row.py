@@ -123,17 +123,13 @@ class PlanRow:
         return 4 * self.site.params if known else None
 
     @property
-    def scale_bytes(self) -> int | None:
-        """Bytes that its frozen form needs besides: the scales in float32, the input's zero point in a byte.
-
-        None where the second operand is computed from the model's input.
-        """
+    def scale_bytes(self) -> int:
+        """Bytes that its frozen form needs besides: every scale in float32, a zero point for each operand in a byte."""
         s = self.settings
         if s is None:
             return 0
-        if self.site.is_computed:
-            return None
-        return 4 * (self.site.out_channels if s.granularity == "channel" else 1) + (5 if s.a_bits is not None else 0)
+        as_inputs = (s.a_bits is not None) + (self.site.is_computed and s.w_bits is not None)
+        return 4 * (self.site.out_channels if s.granularity == "channel" else 1) + 5 * as_inputs
 
 
 def input_groups(rows: Iterable[PlanRow]) -> dict[str, str]:

@@ -21,7 +21,7 @@ class Totals:
         float_bops: The same with 32 bits everywhere.
         bytes: Bytes of all parameters at the planned bits, float32 outside the sites.
         float_bytes: Bytes of all parameters in float32.
-        scale_bytes: Bytes of scales and zero points besides, or None where those of a site are unknown.
+        scale_bytes: Bytes of scales and zero points besides.
         unknown_macs: Number of sites whose MACs are unknown.
         unknown_bytes: Number of sites whose size is unknown.
 
@@ -38,7 +38,7 @@ class Totals:
     float_bops: int | None
     bytes: int
     float_bytes: int
-    scale_bytes: int | None
+    scale_bytes: int
     unknown_macs: int
     unknown_bytes: int
 
@@ -50,7 +50,6 @@ class Totals:
             rows: Rows of a plan.
             other_params: Parameters and buffers outside the sites.
         """
-        scales = [row.scale_bytes for row in rows]
         return cls(
             sites=len(rows),
             converted=sum(row.converted for row in rows),
@@ -60,7 +59,7 @@ class Totals:
             float_bops=_known(row.float_bops for row in rows),
             bytes=(_known(row.weight_bytes for row in rows) or 0) + 4 * other_params,
             float_bytes=(_known(row.float_bytes for row in rows) or 0) + 4 * other_params,
-            scale_bytes=None if None in scales else _known(scales) or 0,
+            scale_bytes=sum(row.scale_bytes for row in rows),
             unknown_macs=sum(row.site.macs is None for row in rows),
             unknown_bytes=sum(row.float_bytes is None for row in rows),
         )
