@@ -1,9 +1,10 @@
 """Inputs, targets and outputs of the networks of the zoo, from seeds.
 
 Every input is what `model(**inputs)` takes, or one tensor; targets are added for detectors in training mode. What is
-compared is a list of tensors: all leaves of the output. For detectors the numbers before box selection are computed
-by calling the parts in turn: transform, backbone, head (RPN head of the two-stage ones), then box, mask and keypoint heads
-on boxes from a seed instead of on boxes that the network selected.
+compared is a list of tensors: all leaves of the output.
+
+For detectors the numbers before box selection are computed by calling the parts in turn: transform, backbone, head
+(the RPN's for the two-stage ones), then box, mask and keypoint heads on boxes from a seed, not on selected ones.
 """
 
 from __future__ import annotations

@@ -28,7 +28,8 @@ PIXELS = (128, 160, 192, 224)
 CLIPS = ((8, 112), (16, 112), (16, 224))  # frames, pixels
 CLASSIFICATION = (  # a name belongs to the first family that it starts with
     "alexnet", "convnext", "densenet", "efficientnet_v2", "efficientnet", "googlenet", "inception", "maxvit",
-    "mnasnet", "mobilenet_v2", "mobilenet_v3", "regnet_x", "regnet_y", "resnext", "resnet", "shufflenet", "squeezenet", "swin_v2",
+    "mnasnet", "mobilenet_v2", "mobilenet_v3",
+    "regnet_x", "regnet_y", "resnext", "resnet", "shufflenet", "squeezenet", "swin_v2",
     "swin", "vgg", "vit", "wide_resnet",
 )  # fmt: skip
 TWO_STAGE = {

@@ -64,7 +64,7 @@ def why(record: dict[str, Any], check: str) -> str:
         lost = [(kind, found[kind]) for kind in kinds if found.get(kind, {}).get("count")]
         return "; ".join(f"{kind}: {value['count']}, as {', '.join(value['first'][:2])}" for kind, value in lost)
     if check == "coverage":
-        return f"{found['share_aside']:.4f}, left: {'; '.join(found['skipped'][:3])}"
+        return f"{found['share_aside']:.4f}, left: {'; '.join(found['left'][:3])}"
     if check == "sqnr":
         return f"{found['db']} dB (worst output {found['worst_db']} dB)"
     return ", ".join(f"{key} {value}" for key, value in found.items() if key not in ("ok", "seconds"))
