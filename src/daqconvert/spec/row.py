@@ -124,7 +124,7 @@ class PlanRow:
 
     @property
     def scale_bytes(self) -> int:
-        """Bytes that its frozen form needs besides: every scale in float32, a zero point for each operand in a byte."""
+        """Bytes that its frozen form needs besides: scales in float32, the zero points of inputs in a byte each."""
         s = self.settings
         if s is None:
             return 0
