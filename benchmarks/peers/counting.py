@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 MOVES = {
-    "view", "_unsafe_view", "reshape", "permute", "transpose", "t", "expand", "slice", "select", "unsqueeze", "squeeze",
+    "view", "_unsafe_view", "reshape", "permute", "transpose", "t", "expand", "slice", "select", "unsqueeze",
+    "squeeze",
     "clone", "contiguous", "_to_copy", "detach", "alias", "as_strided", "constant_pad_nd", "max_pool2d_with_indices",
     "max_pool3d_with_indices", "split", "split_with_sizes", "unbind", "index_select", "index", "roll", "flip", "relu",
     "relu_", "cat", "stack", "lift_fresh", "unfold", "repeat", "pixel_unshuffle", "upsample_nearest2d",

@@ -146,7 +146,8 @@ def write(records: dict[str, Any]) -> None:
     tools = sorted({key.split(" ")[0] for key in records})
     columns = ("converts", "identical", "coverage")
     made = "Made by `python benchmarks/peers/run.py`; see `peers/README.md`."
-    lines = ["# Brevitas and NNCF on the zoo", "", made, "", "| | " + " | ".join(tools) + " |", "|" + "---|" * (len(tools) + 1)]  # fmt: skip
+    lines = ["# Brevitas and NNCF on the zoo", "", made, ""]
+    lines += ["| | " + " | ".join(tools) + " |", "|" + "---|" * (len(tools) + 1)]
     for column in columns:
         counts = []
         for tool in tools:

@@ -1,4 +1,4 @@
-"""What a user of Brevitas and of NNCF would write to quantize a network after training at W8A8, with their defaults."""
+"""What a user of Brevitas and of NNCF would write to quantize a trained network at W8A8, with their defaults."""
 
 from __future__ import annotations
 
