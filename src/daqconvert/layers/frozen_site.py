@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from daqconvert.errors import FrozenError
+from daqconvert.functional.dasr import round_half_even
 from daqconvert.functional.grid import weight_codes, weight_operand
 from daqconvert.layers.site import Operation, QuantizedSite, Watcher, rescale, safe_products
 from daqconvert.quantizers import ChannelLayout, WeightQuantizer
@@ -209,7 +210,9 @@ def input_operand(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Te
     """
     wide = x if x.dtype == torch.float64 else x.float()
     low = zero_point.to(wide.dtype)
-    return torch.clamp(wide / scale, -low, (2**bits - 1) - low).round_().to(x.dtype)
+    # NOTE: operation by operation as in training: where a size of 1 leaves the layout open, the strides decide which
+    # kernel the convolution and what follows it take, and two kernels may differ in the last bit
+    return round_half_even(torch.clamp(wide / scale, -low, (2**bits - 1) - low)).to(x.dtype)
 
 
 def no_training(name: str) -> str:
