@@ -1,9 +1,11 @@
 """Layers that read one tensor: one input quantizer where the policy asks for it."""
 
+import dataclasses
+
 import pytest
 
 from daqconvert.policy.resolve import ONE_BIT_NOTE
-from daqconvert.spec import Call, Policy, Rule, Settings, Site
+from daqconvert.spec import Call, PlanRow, Policy, Rule, Settings, Site, input_groups
 
 SHARED = Settings(4, 4, share_inputs=True)
 SITES = (
@@ -57,3 +59,13 @@ def test_notes_follow_the_shared_sign(planned):
 def test_two_roots_share_by_name(planned):
     sites = (Site("", "Linear", reads=""), Site("b", "Linear", reads=""))
     assert planned(Policy(SHARED), sites).input_groups() == {}  # an empty `reads` says that nobody knows
+
+
+def test_sharing_is_said_after_everything_else(planned):
+    noted = tuple(dataclasses.replace(site, notes=("tied",)) for site in SITES[:2])
+    assert planned(Policy(SHARED), noted)["k"].notes == ("tied", "shares the input quantizer of q")
+
+
+def test_a_product_never_shares_whatever_its_row_says():
+    rows = [PlanRow(site, SHARED, "by hand") for site in (SITES[0], SITES[-1])]
+    assert input_groups(rows) == {}
