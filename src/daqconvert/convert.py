@@ -139,6 +139,9 @@ def quantize(
 def apply_plan(model: nn.Module, chosen: Plan) -> nn.Module:
     """Convert the layers of a model in place as the plan says, and remember the plan."""
     apply_sites(model, chosen.converted)
+    sites = {site.layer_name: site for site in quantized_layers(model).values()}
+    for name, leader in chosen.input_groups().items():
+        sites[name].input_quantizer = sites[leader].input_quantizer
     object.__setattr__(model, PLAN_ATTRIBUTE, chosen)
     return model
 

@@ -34,7 +34,7 @@ def collect(frozen: nn.Module) -> tuple[dict[str, TensorEntry], dict[str, Tensor
     bits = {
         f"{name}.weight_codes".lstrip("."): module.settings.w_bits
         for name, module in frozen.named_modules(remove_duplicate=False)
-        if isinstance(module, FrozenSite)
+        if isinstance(module, FrozenSite) and "weight_codes" in module._buffers
     }
     state = frozen.state_dict()
     lost = [key for key, width in bits.items() if width is not None and key not in state]

@@ -20,6 +20,7 @@ from daqconvert.layers import functional as holders
 from daqconvert.layers.attention import PROJECTIONS, projection_weight, unfused_class
 from daqconvert.layers.frozen_site import FrozenSite, empty_values
 from daqconvert.layers.operations import channel_layout, output_dims
+from daqconvert.layers.products import SCORES, VALUES
 from daqconvert.layers.registry import frozen_class, is_site_type, quantized_class
 from daqconvert.layers.site import QuantizedSite
 from daqconvert.modes import copy_model, evaluating
@@ -50,7 +51,7 @@ def apply_sites(model: nn.Module, rows: Iterable[PlanRow], frozen: bool = False)
     for one in calls.traced:
         _rewrite(modules[one.path], one, calls, chosen, frozen)
     for site in calls.sites.values():
-        if site.name in chosen and site.key[0] in PROJECTIONS:
+        if site.name in chosen and site.key[0] in (*PROJECTIONS, SCORES, VALUES):
             _add_projection(modules[site.call.modules[0]], site, chosen[site.name], frozen)
     for module in {id(m): m for m in modules.values()}.values():
         _unfuse(module)
@@ -188,8 +189,10 @@ def _make_own(
 
 
 def _add_projection(module: Any, site: FunctionalSite, row: PlanRow, frozen: bool) -> None:
-    projection = str(site.key[0])
-    _add_holder(module, f"{projection}_site", site, row, partial(projection_weight, projection=projection), frozen)
+    """Give an attention block the holder of a projection or product."""
+    part = str(site.key[0])
+    weight_of = partial(projection_weight, projection=part) if part in PROJECTIONS else None
+    _add_holder(module, f"{part}_site", site, row, weight_of, frozen)
     if frozen:
         drop_projection_weights(module)
 

@@ -16,8 +16,10 @@ from torch import fx, nn
 from daqconvert.graph.reads import call_name, is_shape
 from daqconvert.graph.scan import function_may_multiply
 from daqconvert.layers.operations import ALIASES, METHODS, NAMES
+from daqconvert.layers.products import SCORES, VALUES
 
 HELPER = "linear or convolution in a function"
+ATTENTION = "scaled_dot_product_attention"
 UNSUPPORTED = {"bilinear", "deform_conv2d", "multi_head_attention_forward"}
 
 
@@ -68,6 +70,8 @@ def find_calls(graph: fx.Graph, module: nn.Module) -> list[ProductCall]:
                 for weight in node.all_input_nodes
                 if weight.op == "get_attr" and origins[weight] and _is_helper(node)
             ]
+        if node in data and call_name(node) == ATTENTION:
+            found += [ProductCall(node, product, node, 1, (), True) for product in (SCORES, VALUES)]
         if function is None or node not in data:
             continue
         operands = _operands(node, function)

@@ -68,7 +68,7 @@ def read_flow(
         first=frozenset(calls[n][0] for n in first),
         last=frozenset(calls[n][-1] for n in last),
         nonnegative=frozenset(set(called) - unproven),
-        inputs=_same_inputs(calls, sites),
+        inputs=_same_inputs(calls, sites, modules),
     )
 
 
@@ -87,12 +87,17 @@ def _input(node: fx.Node) -> Any:
     return node.args[0] if node.args else node.kwargs.get("input")
 
 
-def _same_inputs(calls: dict[fx.Node, list[str]], sites: dict[str, str]) -> dict[str, str]:
+def _same_inputs(
+    calls: dict[fx.Node, list[str]], sites: dict[str, str], modules: dict[str, nn.Module]
+) -> dict[str, str]:
     """Sites that are called once, by the tensor that they read."""
     times = Counter(name for names in calls.values() for name in names)
     first: dict[Any, str] = {}
     found: dict[str, str] = {}
     for node, names in calls.items():
+        block = modules.get(str(node.target)) if node.op == "call_module" else None
+        if isinstance(block, nn.MultiheadAttention) and len(set(node.args[:3])) == 1 < len(node.args):
+            found |= {name: names[0] for name in names[:3]}  # q, k and v of self-attention
         if _own_call(node, names, sites) and times[names[0]] == 1 and isinstance(_input(node), fx.Node):
             shared = first.setdefault(_input(node), names[0])
             if shared != names[0]:

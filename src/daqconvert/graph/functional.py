@@ -23,6 +23,7 @@ from daqconvert.graph.traced import Traced, module_calls
 from daqconvert.graph.variants import Variant
 from daqconvert.graph.write import weight_function
 from daqconvert.layers.operations import LAYER_FUNCTIONS, NAMES, channel_layout
+from daqconvert.layers.products import VALUES
 from daqconvert.layers.registry import is_site_type, quantized_class
 from daqconvert.spec import Call
 
@@ -45,6 +46,7 @@ class FunctionalSite:
         reason: Why it cannot be converted; empty if it can.
         one_scale: Why it cannot have a scale per channel; empty if it can.
         direct: Whether what is multiplied is an argument of the forward as it stands, or padded.
+        nonnegative: Whether its input is known to be so: the probabilities of attention.
     """
 
     name: str
@@ -57,6 +59,7 @@ class FunctionalSite:
     reason: str = ""
     one_scale: str = ""
     direct: bool = False
+    nonnegative: bool = False
 
     @property
     def is_product(self) -> bool:
@@ -90,7 +93,8 @@ def _of_module(one: Traced, aliases: dict[str, str]) -> Iterator[FunctionalSite]
         taken.add(holder)
         tensors = tuple(_join(one.path, t) for t in call.tensors)
         site = FunctionalSite(name, kind, Call(call.function, (one.path,), holder, tensors, call.dynamic), key)
-        site = replace(site, weight_at=call.weight_at, direct=_is_direct(call))
+        probabilities = call.function == VALUES
+        site = replace(site, weight_at=call.weight_at, direct=_is_direct(call), nonnegative=probabilities)
         yield _described(site, one, call, variant)
 
 

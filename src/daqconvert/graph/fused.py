@@ -9,6 +9,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from daqconvert.graph.functional import FunctionalSite
 from daqconvert.layers.attention import PROJECTIONS, QuantMultiheadAttention, projection_weight
+from daqconvert.layers.products import SCORES, VALUES
 from daqconvert.spec import Call
 
 FUSED = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
@@ -36,7 +37,14 @@ def attention_sites(paths: dict[str, nn.Module]) -> list[FunctionalSite]:
         known = isinstance(module, nn.MultiheadAttention) and attention_class(type(module)) is not None
         if known and id(module) not in found:
             found[id(module)] = [_projection(path, module, name) for name in PROJECTIONS]
+            found[id(module)] += [_product(path, name) for name in (SCORES, VALUES)]
     return [site for sites in found.values() for site in sites]
+
+
+def _product(path: str, name: str) -> FunctionalSite:
+    prefix = f"{path}." if path else ""
+    call = Call(name, (path,), f"{prefix}{name}_site", (), True)
+    return FunctionalSite(f"{prefix}{name}", name, call, (name,), nonnegative=name == VALUES)
 
 
 def _projection(path: str, module: nn.MultiheadAttention, name: str) -> FunctionalSite:

@@ -21,6 +21,7 @@ from daqconvert.graph.variants import GIVEN, Signature
 from daqconvert.graph.write import Forward, ancestors, write
 from daqconvert.layers.functional import call_site
 from daqconvert.layers.handles import handle
+from daqconvert.layers.products import SCORES, VALUES, attention
 
 Forwards = dict[tuple[Any, ...], tuple[tuple[str, ...], Forward]]
 
@@ -155,7 +156,8 @@ def _with_sites(
     """A graph whose calls go through their holders."""
     graph, needless = fx.Graph(), set()
     calls = [(places[key], call) for key, call in keyed(find_calls(original, module)) if key in places]
-    found = {call.node: (place, call) for place, call in calls if call.function != HELPER}
+    attentions = {(call.node, call.function): place for place, call in calls if call.function in (SCORES, VALUES)}
+    found = {call.node: (place, call) for place, call in calls if call.function not in (HELPER, SCORES, VALUES)}
     handles = {(call.node, call.weight): place for place, call in calls if call.function == HELPER}
     copied: dict[fx.Node, fx.Node] = {}
     for node in original.nodes:
@@ -164,6 +166,11 @@ def _with_sites(
             if place in coded and not call.dynamic:
                 needless |= ancestors(call.weight)
             copied[node] = _site_node(graph, call, graph.create_node("get_attr", place), copied, place in coded)
+        elif (node, SCORES) in attentions or (node, VALUES) in attentions:
+            parts = [attentions.get((node, product)) for product in (SCORES, VALUES)]
+            held = [None if part is None else graph.create_node("get_attr", part) for part in parts]
+            args, kwargs = fx.map_arg((node.args, node.kwargs), copied.__getitem__)
+            copied[node] = graph.call_function(attention, (*held, *args), kwargs)
         else:
             given = {
                 weight: graph.call_function(handle, (graph.create_node("get_attr", handles[node, weight]),))

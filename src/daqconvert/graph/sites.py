@@ -18,6 +18,7 @@ from daqconvert.graph.cost import count_macs, default_input
 from daqconvert.graph.functional import FunctionalSite
 from daqconvert.graph.reasons import layer_reason, site_notes
 from daqconvert.graph.view import View, look
+from daqconvert.layers.products import SCORES, VALUES
 from daqconvert.layers.registry import is_site_type
 from daqconvert.modes import copy_model
 from daqconvert.spec import Site
@@ -62,7 +63,7 @@ def find_sites(model: nn.Module, example_inputs: Any = None) -> Found:
     known = [
         dataclasses.replace(
             site, first=site.name in first, last=site.name in last, notes=notes.get(site.name, ()),
-            nonnegative=view.flow is not None and site.name in view.flow.nonnegative,
+            nonnegative=site.nonnegative or (view.flow is not None and site.name in view.flow.nonnegative),
             reads=view.flow.inputs.get(site.name, "") if view.flow is not None else "",
             macs=_known(site, macs),
         )
@@ -120,9 +121,12 @@ def _macs(
     tensors: dict[str, str] = {}
     modules, products = {}, {}
     parts: dict[str, list[str]] = {}
+    fused: dict[str, str] = {}
     for name, site in view.functional.items():
         if site.is_product:
-            products.setdefault(site.call.modules[0], []).append(name)
+            fused[name.removesuffix(VALUES) + SCORES] = name if site.call.function == VALUES else ""
+            if site.call.function != VALUES:  # counted with its scores, by one fused function
+                products.setdefault(site.call.modules[0], []).append(name)
         elif site.call.dynamic:
             modules[site.call.modules[0]] = name
         for tensor in site.call.tensors if not site.call.dynamic else ():
@@ -132,6 +136,9 @@ def _macs(
     macs = count_macs(
         model, names, args, kwargs, required=required, tensors=tensors, modules=modules, products=products
     )
+    for scores, values in fused.items() if macs else ():
+        if macs is not None and values:
+            macs |= {scores: macs[scores] // 2, values: macs[scores] - macs[scores] // 2}
     for sharing in parts.values() if macs else ():
         if macs is not None and len(sharing) > 1 and not any(macs[name] for name in sharing[1:]):
             sizes = {name: math.prod(view.functional[name].weight_shape) for name in sharing}
@@ -167,7 +174,7 @@ def _functional_site(name: str, view: View) -> Site:
     return Site(
         name=name, kind=site.kind, weight_shape=site.weight_shape, out_channels=channels, reduction=reduction,
         params=min(params, math.prod(site.weight_shape)) if site.weight_shape else params,
-        reason=site.reason, call=site.call, one_scale=site.one_scale,
+        reason=site.reason, call=site.call, one_scale=site.one_scale, nonnegative=site.nonnegative,
     )  # fmt: skip
 
 

@@ -6,7 +6,6 @@ rows of one `in_proj_weight` where torch keeps them so. `out_proj` is an ordinar
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 
 from daqconvert.layers.frozen_site import FrozenSite
 from daqconvert.layers.functional import call_site
-from daqconvert.layers.site import QuantizedSite
+from daqconvert.layers.products import SCORES, VALUES, attention, attention_probabilities, is_computing
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -78,12 +77,11 @@ class QuantMultiheadAttention(nn.MultiheadAttention):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, need_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         dropout = self.dropout if self.training else 0.0
+        scores, values = self._modules.get(f"{SCORES}_site"), self._modules.get(f"{VALUES}_site")
         if not need_weights:
-            return F.scaled_dot_product_attention(q, k, v, mask, dropout), None
-        scores = (q * math.sqrt(1.0 / self.head_dim)) @ k.transpose(-2, -1)
-        weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
-        weights = F.dropout(weights, dropout) if dropout else weights
-        return weights @ v, weights
+            return attention(scores, values, q, k, v, mask, dropout), None
+        weights = attention_probabilities(scores, q, k, mask, dropout)
+        return call_site(values, "matmul", 1, (weights, v), {}), weights
 
 
 def merged_mask(
@@ -119,10 +117,7 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 def is_active(module: nn.Module) -> bool:
     """Whether a site inside a module is to compute, or is being watched: else torch's own, fused path is right."""
-    for child in module.modules():
-        if isinstance(child, FrozenSite) or (isinstance(child, QuantizedSite) and (child.enabled or child.watchers)):
-            return True
-    return False
+    return any(is_computing(child) for child in module.modules())
 
 
 def unfused_class(original: type[nn.Module]) -> type[Any]:
