@@ -15,10 +15,11 @@ from torch import fx, nn
 
 from daqconvert.graph.reads import call_name, is_shape
 from daqconvert.graph.scan import function_may_multiply
+from daqconvert.graph.write import ancestors
 from daqconvert.layers.operations import ALIASES, METHODS, NAMES
 from daqconvert.layers.products import SCORES, VALUES
 
-HELPER = "linear or convolution in a function"
+HELPER = "helper function"
 ATTENTION = "scaled_dot_product_attention"
 UNSUPPORTED = {"bilinear", "deform_conv2d", "multi_head_attention_forward"}
 
@@ -33,7 +34,7 @@ class ProductCall:
         weight: The operand that is the weight, or the second one of a product of activations.
         weight_at: Which of the two operands that is.
         tensors: Parameters and buffers that the weight is computed from, by their names in the module.
-        dynamic: Whether the weight depends on data.
+        dynamic: Whether the weight depends on the arguments, be it on their shapes alone.
     """
 
     node: fx.Node
@@ -84,8 +85,8 @@ def find_calls(graph: fx.Graph, module: nn.Module) -> list[ProductCall]:
             x, weight, weight_at = weight, x, 0
         elif not is_layer and (x not in data or (weight not in data and not origins[weight])):
             continue  # a constant that is no weight: a mask, a table of positions
-        dynamic = weight in data
-        tensors = origins[weight] if is_layer or not dynamic else ()
+        tensors = origins[weight] if is_layer or weight not in data else ()
+        dynamic = any(n.op == "placeholder" for n in ancestors(weight))  # by value, or by shape alone
         found.append(ProductCall(node, function, weight, weight_at, tensors, dynamic))
     return found
 

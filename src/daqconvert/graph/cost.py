@@ -136,7 +136,7 @@ def _run(model: nn.Module, inputs: Any, state: dict[int, Tensor], forward: Calla
 
 @contextmanager
 def _unfused() -> Iterator[None]:
-    """Switch off attention's fused kernels, which fake tensors cannot run; their parts count the same."""
+    """Switch off attention's fused kernels: fake tensors run them on real zeros; their parts count the same."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -97,7 +97,7 @@ def _same_inputs(
     for node, names in calls.items():
         block = modules.get(str(node.target)) if node.op == "call_module" else None
         if isinstance(block, nn.MultiheadAttention) and len(set(node.args[:3])) == 1 < len(node.args):
-            found |= {name: names[0] for name in names[:3]}  # q, k and v of self-attention
+            found |= dict.fromkeys(names[:3], names[0])  # q, k and v of self-attention
         if _own_call(node, names, sites) and times[names[0]] == 1 and isinstance(_input(node), fx.Node):
             shared = first.setdefault(_input(node), names[0])
             if shared != names[0]:

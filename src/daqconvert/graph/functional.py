@@ -132,9 +132,9 @@ def _described(site: FunctionalSite, one: Traced, call: ProductCall, variant: Va
     if call.function in UNSUPPORTED:
         return replace(site, reason=f"no quantized form of {call.function}")
     if call.function == HELPER:
-        if site.call.holder == site.name:
-            return replace(site, weight_shape=_raw_shape(one.module, call))
-        return replace(site, reason=f"a bare parameter that {call_name(call.node)} gets, where torch.fx cannot follow")
+        site = replace(site, weight_shape=_raw_shape(one.module, call))
+        told = f"one scale: {call_name(call.node)} gets it, where torch.fx cannot follow"
+        return site if site.call.holder == site.name else replace(site, one_scale=told)
     if not call.tensors:
         return site
     if not call.is_parameter(one.module):

@@ -106,7 +106,7 @@ class Rewritten(nn.Module):
         )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def rewritten_class(original: type[nn.Module], mixins: tuple[type, ...], prefix: str) -> type[Any]:
     """Return a subclass of `original` with a generated forward.
 

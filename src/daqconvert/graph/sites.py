@@ -14,6 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_map_only
 
 from daqconvert.errors import ConversionError
+from daqconvert.graph.calls import HELPER
 from daqconvert.graph.cost import count_macs, default_input
 from daqconvert.graph.functional import FunctionalSite
 from daqconvert.graph.reasons import layer_reason, site_notes
@@ -22,6 +23,8 @@ from daqconvert.layers.products import SCORES, VALUES
 from daqconvert.layers.registry import is_site_type
 from daqconvert.modes import copy_model
 from daqconvert.spec import Site
+
+UNSEEN = "whether the function that gets it multiplies by it is seen when it runs: give example_inputs"
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,11 @@ def find_sites(model: nn.Module, example_inputs: Any = None) -> Found:
     view = look(model, (len(args), frozenset(kwargs)) if required else None)
     macs = _macs(model, view, args, kwargs, required) if size is not None else None
     (first, last), notes = _ends(view), site_notes(view)
-    order = _ordered(view)
-    sites = [_functional_site(name, view) if name not in view.named else _layer_site(name, view) for name in order]
+    order = [name for name in _ordered(view) if not _never_multiplied(name, view, macs)]
+    sites = [
+        _functional_site(name, view, macs is not None) if name not in view.named else _layer_site(name, view)
+        for name in order
+    ]
     known = [
         dataclasses.replace(
             site, first=site.name in first, last=site.name in last, notes=notes.get(site.name, ()),
@@ -152,6 +158,13 @@ def _known(site: Site, macs: dict[str, int] | None) -> int | None:
     return None if calls == 0 and site.reason else calls  # a fused call may do its work, unseen
 
 
+def _never_multiplied(name: str, view: View, macs: dict[str, int] | None) -> bool:
+    """Whether a bare parameter that a helper function gets is known to be in none of its products."""
+    site = view.functional.get(name)
+    helped = site is not None and site.call.function == HELPER and name not in view.named
+    return helped and (macs is None or macs.get(name) == 0) and (macs is not None or min(site.weight_shape) < 2)  # type: ignore[union-attr]
+
+
 def _layer_site(name: str, view: View) -> Site:
     module = view.paths[name]
     weight = module._parameters.get("weight", getattr(module, "weight", None))
@@ -166,7 +179,7 @@ def _layer_site(name: str, view: View) -> Site:
     )  # fmt: skip
 
 
-def _functional_site(name: str, view: View) -> Site:
+def _functional_site(name: str, view: View, known: bool) -> Site:
     site = view.functional[name]
     channels, reduction = functional_extent(site)
     own = {id(p) for module in view.named.values() for p in module.parameters()}
@@ -174,7 +187,8 @@ def _functional_site(name: str, view: View) -> Site:
     return Site(
         name=name, kind=site.kind, weight_shape=site.weight_shape, out_channels=channels, reduction=reduction,
         params=min(params, math.prod(site.weight_shape)) if site.weight_shape else params,
-        reason=site.reason, call=site.call, one_scale=site.one_scale, nonnegative=site.nonnegative,
+        reason=site.reason or (UNSEEN if site.call.function == HELPER and not known else ""), call=site.call,
+        one_scale=site.one_scale, nonnegative=site.nonnegative,
     )  # fmt: skip
 
 

@@ -107,7 +107,9 @@ def trace_variants(module: nn.Module, every: bool = True) -> tuple[Signature, li
 
 def _combinations(signature: Signature, every: bool) -> Iterator[tuple[bool, dict[str, Any]]]:
     if not every:
-        yield from ((training, {n: values[0] for n, values in signature.choices.items()}) for training in (False, True))
+        yield from (
+            (training, {n: values[0] for n, values in signature.choices.items()}) for training in (False, True)
+        )
         if GIVEN in itertools.chain.from_iterable(signature.choices.values()):
             yield False, {n: GIVEN if GIVEN in values else values[0] for n, values in signature.choices.items()}
         return

@@ -56,7 +56,8 @@ class FrozenLayer(FrozenSite):
         layer.hold(settings, name, dtype, buffers)
         return layer
 
-    def _dequantized_weight(self) -> Tensor:
+    def real_weight(self) -> Tensor:
+        """Return the weight in real units, computed from the codes where there are such."""
         stored = self._parameters.get("weight")
         if stored is not None:
             return stored
@@ -68,7 +69,7 @@ class FrozenLayer(FrozenSite):
         return values.reshape(self.weight_codes.shape).to(self.dtype)
 
     # a property in all but mypy's eyes, to whom it is the attribute that torch's classes declare
-    weight: Tensor = property(_dequantized_weight)  # type: ignore[assignment]
+    weight: Tensor = property(real_weight)  # type: ignore[assignment]
 
     def channel_layout(self, shape: tuple[int, ...]) -> ChannelLayout:
         """Return where the output channels of a weight of this shape are."""

@@ -1,7 +1,8 @@
 """A weight that is handed to a function which torch.fx cannot look into: what multiplies by it goes through its site.
 
 torchvision's `shifted_window_attention(x, self.qkv.weight, self.proj.weight, ...)` decides on shapes, so it stays one node
-of the graph. It is given handles instead of the weights, and torch asks a handle before it multiplies by one.
+of the graph. It is given handles instead of the weights, and torch asks a handle before it multiplies by one. What moves
+the elements of a weight first - `rel_pos[index]`, a transpose - moves the elements of the operand instead.
 """
 
 from __future__ import annotations
@@ -9,23 +10,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch.utils._pytree import tree_map_only
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from daqconvert.layers.frozen_site import FrozenSite
-from daqconvert.layers.functional import call_site
-from daqconvert.layers.operations import ALIASES, LAYER_FUNCTIONS
+from daqconvert.layers.operations import ALIASES, FUNCTIONS, LAYER_FUNCTIONS, split_call
 from daqconvert.layers.site import QuantizedSite
+
+Move = Callable[[Tensor], Tensor]
+MOVES = {Tensor.__getitem__, Tensor.transpose, Tensor.t, Tensor.permute, Tensor.reshape, Tensor.view, Tensor.flatten}
+MOVES |= {torch.transpose, torch.t, torch.permute, torch.reshape, torch.flatten, torch.index_select, Tensor.unsqueeze}
 
 
 class SiteWeight:
-    """Stands for the weight of a layer: `F.linear(x, handle)` is computed by the layer's site, all else by the weight.
+    """Stands for the weight of a site: products with it are computed by the site, all else by the weight itself.
 
     Args:
-        holder: A quantized or frozen layer.
+        holder: A quantized or frozen site.
+        move: How the elements of the weight have been moved so far.
     """
 
-    def __init__(self, holder: Any) -> None:
+    def __init__(self, holder: Any, move: Move | None = None) -> None:
         self.holder = holder
+        self.move: Move = move or (lambda weight: weight)
 
     @classmethod
     def __torch_function__(
@@ -34,20 +42,74 @@ class SiteWeight:
         """Compute a product by the site of its weight; any other function with the weight itself."""
         kwargs = kwargs or {}
         name = ALIASES.get(func)
-        weight = args[1] if len(args) > 1 else kwargs.get("weight")
-        if name in LAYER_FUNCTIONS and isinstance(weight, SiteWeight):
-            holder = weight.holder
-            plain = None if isinstance(holder, FrozenSite) and holder.settings.w_bits is not None else holder.weight
-            if len(args) > 1:
-                return call_site(holder, str(name), 1, (args[0], plain, *args[2:]), kwargs)
-            return call_site(holder, str(name), 1, args, {**kwargs, "weight": plain})
-        args, kwargs = tree_map_only(SiteWeight, lambda handle: handle.holder.weight, (args, kwargs))
+        if func in MOVES and isinstance(args[0], SiteWeight):
+            return args[0].moved(lambda weight: func(weight, *args[1:], **kwargs))
+        if name is not None and sum(isinstance(leaf, SiteWeight) for leaf in tree_leaves((args, kwargs))) == 1:
+            return _product(name, args, kwargs)
+        args, kwargs = tree_map_only(SiteWeight, SiteWeight.value, (args, kwargs))
         return func(*args, **kwargs)
 
+    def moved(self, move: Move) -> SiteWeight:
+        """Return a handle of the same weight with its elements moved once more."""
+        before = self.move
+        return SiteWeight(self.holder, lambda weight: move(before(weight)))
+
+    def value(self) -> Tensor:
+        """Return the weight in real units."""
+        return self.move(_weight(self.holder))
+
+    def __getitem__(self, index: Any) -> SiteWeight:
+        return self.moved(lambda weight: weight[index])
+
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.holder.weight, name)
+        return getattr(self.value(), name)
 
 
-def handle(holder: Any) -> Any:
-    """Return what stands for a layer's weight in a call: a handle, or the weight where the layer has no quantizers."""
+def _product(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """A product by the site of its weight."""
+    weight_at = 1 if name in LAYER_FUNCTIONS else _position(name, args, kwargs)
+    parts = split_call(name, weight_at, args, kwargs)
+    if not isinstance(parts.weight, SiteWeight):  # the handle is the bias, or the input
+        return FUNCTIONS[name](*args, **kwargs)
+    holder, move = parts.weight.holder, parts.weight.move
+
+    def operation(x: Tensor, weight: Tensor) -> Tensor:
+        return parts.operation(x, move(weight))
+
+    if isinstance(holder, FrozenSite):
+        float_weight = _weight(holder) if holder.settings.w_bits is None else None
+        return holder.run(parts.x, float_weight, parts.bias, operation)
+    weight = _weight(holder)
+    args, kwargs = tree_map_only(SiteWeight, SiteWeight.value, (args, kwargs))
+    return holder.run(parts.x, weight, parts.bias, operation, lambda x: FUNCTIONS[name](*args, **kwargs))
+
+
+def _position(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Which operand of a product of matrices the handle is."""
+    operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, (Tensor, SiteWeight))][-2:]
+    return int(isinstance(operands[1], SiteWeight))
+
+
+def _weight(holder: Any) -> Tensor:
+    """The weight of a layer, or of a site beside a bare parameter."""
+    if isinstance(holder, FrozenSite):
+        found: Tensor = holder.real_weight()
+        return found
+    if isinstance(holder, QuantizedSite):
+        weight = holder.float_weight()
+        assert weight is not None  # a weight that is handed over is one of the module's own
+        return weight
+    plain: Tensor = holder.weight
+    return plain
+
+
+def handle(holder: Any, weight: Any = None) -> Any:
+    """Return what stands for a weight in a call.
+
+    Args:
+        holder: Of its quantizers; a layer that has none gives its weight.
+        weight: The parameter, where there is no holder at all.
+    """
+    if holder is None:
+        return weight
     return SiteWeight(holder) if isinstance(holder, (QuantizedSite, FrozenSite)) else holder.weight
