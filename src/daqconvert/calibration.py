@@ -141,7 +141,9 @@ def calibrate(
         )
     for layer in layers.values():
         if isinstance(layer.weight_quantizer, WeightQuantizer):
-            layer.weight_quantizer.check(layer.float_weight())
+            weight = layer.float_weight()
+            assert weight is not None  # what depends on data has another quantizer
+            layer.weight_quantizer.check(weight)
     operands, first, count = _observe(qmodel, layers, batches, max_batches)
     proven = {row.name for row in getattr(qmodel, PLAN_ATTRIBUTE, ()) if row.signed is not None}
     rows = _choose(operands, method, proven)
@@ -203,9 +205,9 @@ def _observe(
     first, count = None, 0
     with ExitStack() as stack:
         for layer in layers.values():
-            of_input, of_weight = (operands.get(id(q)) for q in (layer.input_quantizer, layer.weight_quantizer))
-            watcher = _Observing(of_input and of_input.observer, of_weight and of_weight.observer)
-            stack.enter_context(watching(layer, watcher))
+            parts = [operands.get(id(q)) for q in (layer.input_quantizer, layer.weight_quantizer)]
+            observers = [None if part is None else part.observer for part in parts]
+            stack.enter_context(watching(layer, _Observing(*observers)))
         for context in (evaluating(qmodel), disabled(qmodel), watching_weights(qmodel, layers), torch.no_grad()):
             stack.enter_context(context)
         for batch in track(batches, "calibrating", max_batches):

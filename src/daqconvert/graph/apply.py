@@ -225,7 +225,6 @@ def _unfuse(module: nn.Module) -> None:
     """Keep torch's attention blocks from a fused path that would pass over the sites inside."""
     inside = any(isinstance(m, (QuantizedSite, FrozenSite)) for m in module.modules())
     if isinstance(module, nn.MultiheadAttention) and inside:
-        attention = attention_class(type(module))
-        module.__class__ = attention if attention is not None else type(module)
+        module.__class__ = attention_class(type(module)) or type(module)
     elif isinstance(module, FUSED) and inside:
         module.__class__ = unfused_class(type(module))

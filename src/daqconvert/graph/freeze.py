@@ -43,8 +43,8 @@ def _freeze_call(module: Any, values: dict[str, Tensor]) -> None:
     drop_quantizers(module)
     holder = module
     if isinstance(module, FunctionalSite):
-        del module.source
-        module.__class__ = FrozenFunctionalSite
+        del holder.source
+        holder.__class__ = FrozenFunctionalSite
     else:
         holder = FrozenFunctionalSite()
         holder.output_dims = module.output_dims

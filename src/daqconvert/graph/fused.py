@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
@@ -12,18 +10,20 @@ from daqconvert.layers.attention import PROJECTIONS, QuantMultiheadAttention, pr
 from daqconvert.layers.products import SCORES, VALUES
 from daqconvert.spec import Call
 
+_DERIVED: dict[type[nn.MultiheadAttention], type[nn.MultiheadAttention]] = {}
 FUSED = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
 
 
-@cache
-def attention_class(original: type[nn.Module]) -> type[nn.Module] | None:
+def attention_class(original: type[nn.MultiheadAttention]) -> type[nn.MultiheadAttention] | None:
     """Return the form of an attention block whose projections are sites; None where it has a forward of its own."""
     if original.forward is not nn.MultiheadAttention.forward:
         return None
     if original is nn.MultiheadAttention:
         return QuantMultiheadAttention
-    body = {"original": original, "__module__": original.__module__}
-    return type(f"Quant{original.__name__}", (QuantMultiheadAttention, original), body)
+    if original not in _DERIVED:
+        body = {"original": original, "__module__": original.__module__}
+        _DERIVED[original] = type(f"Quant{original.__name__}", (QuantMultiheadAttention, original), body)
+    return _DERIVED[original]
 
 
 def attention_sites(paths: dict[str, nn.Module]) -> list[FunctionalSite]:
@@ -34,8 +34,9 @@ def attention_sites(paths: dict[str, nn.Module]) -> list[FunctionalSite]:
     """
     found: dict[int, list[FunctionalSite]] = {}
     for path, module in paths.items():
-        known = isinstance(module, nn.MultiheadAttention) and attention_class(type(module)) is not None
-        if known and id(module) not in found:
+        if not isinstance(module, nn.MultiheadAttention) or id(module) in found:
+            continue
+        if attention_class(type(module)) is not None:
             found[id(module)] = [_projection(path, module, name) for name in PROJECTIONS]
             found[id(module)] += [_product(path, name) for name in (SCORES, VALUES)]
     return [site for sites in found.values() for site in sites]

@@ -63,6 +63,7 @@ class Rewriting:
                 table[name] = None
 
 
+_CLASSES: dict[Any, type[Any]] = {}
 CODES = "codes"
 """Child that holds the codes of a frozen module's own weight: any name in the module itself may be taken."""
 
@@ -106,7 +107,6 @@ class Rewritten(nn.Module):
         )
 
 
-@functools.cache
 def rewritten_class(original: type[nn.Module], mixins: tuple[type, ...], prefix: str) -> type[Any]:
     """Return a subclass of `original` with a generated forward.
 
@@ -115,9 +115,12 @@ def rewritten_class(original: type[nn.Module], mixins: tuple[type, ...], prefix:
         mixins: State of the site, where the module holds one.
         prefix: Of the name.
     """
-    forward = functools.wraps(original.forward)(_forward())
-    body = {"forward": forward, "__module__": original.__module__, "original": original}
-    return type(f"{prefix}{original.__name__}", (Rewritten, *mixins, original), body)
+    known = (original, mixins, prefix)
+    if known not in _CLASSES:
+        forward = functools.wraps(original.forward)(_forward())
+        body = {"forward": forward, "__module__": original.__module__, "original": original}
+        _CLASSES[known] = type(f"{prefix}{original.__name__}", (Rewritten, *mixins, original), body)
+    return _CLASSES[known]
 
 
 def _forward() -> Forward:

@@ -18,9 +18,9 @@ from daqconvert.layers.operations import METHODS, NAMES
 PRODUCT_NAMES = frozenset({*NAMES, *METHODS, "einsum", "_conv_forward", "bilinear", "deform_conv2d"})
 PRODUCT_NAMES |= {"scaled_dot_product_attention", "multi_head_attention_forward"}
 _OPERATORS = {"@", "@="}
+_KNOWN: dict[type[nn.Module], bool] = {}
 
 
-@cache
 def may_multiply(cls: type[nn.Module]) -> bool:
     """Return whether the forward of a class names a product of matrices anywhere.
 
@@ -31,7 +31,9 @@ def may_multiply(cls: type[nn.Module]) -> bool:
         >>> may_multiply(nn.Sequential), may_multiply(nn.Linear)
         (False, True)
     """
-    return _search(cls, list(_functions_of(cls, "forward")))
+    if cls not in _KNOWN:
+        _KNOWN[cls] = _search(cls, list(_functions_of(cls, "forward")))
+    return _KNOWN[cls]
 
 
 @cache

@@ -125,7 +125,8 @@ def _macs(
 ) -> dict[str, int] | None:
     """Multiply-accumulates of every site, None where the forward cannot run on these inputs."""
     tensors: dict[str, str] = {}
-    modules, products = {}, {}
+    modules: dict[str, str] = {}
+    products: dict[str, list[str]] = {}
     parts: dict[str, list[str]] = {}
     fused: dict[str, str] = {}
     for name, site in view.functional.items():

@@ -1,4 +1,4 @@
-"""Every way a module's own forward can be called, each traced by torch.fx: in training or not, with an argument or without.
+"""Every way a module's own forward can be called, each traced by torch.fx.
 
 An fx graph is one path through the code. What usually chooses the path is `self.training`, whether an optional
 argument is given, and flags; so there is a graph for each combination, and a call picks its own.
@@ -148,8 +148,9 @@ class OwnForward(SiteTracer):
         self.names, self.fixed = given, fixed
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """Return what reading an attribute gives; shapes of parameters are constants, so that a forward that asks for
-        one does not need the weight.
+        """Return what reading an attribute gives.
+
+        Shapes of parameters are constants, so that a forward that asks for one does not need the weight.
         """
         self.param_shapes_constant = isinstance(attr_val, nn.Parameter)  # torch.fx can do so for parameters alone
         return super().getattr(attr, attr_val, parameter_proxy_cache)

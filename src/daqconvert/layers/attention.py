@@ -1,7 +1,7 @@
 """`nn.MultiheadAttention` with its projections as sites: torch's own forward never calls a layer, nor even `out_proj`.
 
-Each of the three input projections is a site of its own, `q_proj`, `k_proj`, `v_proj`, for their inputs may differ; they are
-rows of one `in_proj_weight` where torch keeps them so. `out_proj` is an ordinary layer, and is called.
+Each of the three input projections is a site of its own, `q_proj`, `k_proj`, `v_proj`, for their inputs may differ;
+they are rows of one `in_proj_weight` where torch keeps them so. `out_proj` is an ordinary layer, and is called.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def projection_weight(module: nn.MultiheadAttention, projection: str) -> Tensor:
 
 
 class QuantMultiheadAttention(nn.MultiheadAttention):
-    """`nn.MultiheadAttention` whose projections are sites, quantized or frozen; masks and results as torch has them."""
+    """`nn.MultiheadAttention` whose projections and products are sites; masks and results as torch has them."""
 
     def forward(  # noqa: D102 # torch's own, argument by argument
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
@@ -150,5 +150,5 @@ def unfused_class(original: type[nn.Module]) -> type[Any]:
 
 
 def _remake(original: type[nn.Module]) -> Any:
-    cls = unfused_class(original)
+    cls: Any = unfused_class(original)
     return cls.__new__(cls)

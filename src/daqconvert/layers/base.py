@@ -16,7 +16,7 @@ class QuantizedLayer(QuantizedSite):
     """Mixin of the quantized layers: the state of a site, and the forward built from `accumulate`."""
 
     original: ClassVar[type[nn.Module]]
-    output_dims: ClassVar[int]  # type: ignore[misc] # a functional site sets it per instance
+    output_dims: ClassVar[int]
     weight: Tensor
     bias: Tensor | None
 

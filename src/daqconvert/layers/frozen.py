@@ -23,7 +23,7 @@ class FrozenLayer(FrozenSite):
     """
 
     original: ClassVar[type[nn.Module]]
-    output_dims: ClassVar[int]  # type: ignore[misc] # a functional site sets it per instance
+    output_dims: ClassVar[int]
     bias: Tensor | None
 
     @classmethod

@@ -1,7 +1,7 @@
 """Sites that are calls: `F.linear(x, self.kernel)`, `x @ self.proj`, a subclass with a convolution in its forward.
 
-A rewritten forward (`daqconvert.graph.rewrite`) calls `call_site(holder, ...)` where the original calls the function. The
-holder is a layer whose weight the call uses, the rewritten module itself, or a module of its own beside a bare parameter.
+A rewritten forward (`daqconvert.graph.rewrite`) calls `call_site(holder, ...)` where the original calls the function.
+The holder is a layer whose weight the call uses, the rewritten module itself, or a module beside a bare parameter.
 """
 
 from __future__ import annotations

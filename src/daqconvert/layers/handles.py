@@ -1,8 +1,8 @@
 """A weight that is handed to a function which torch.fx cannot look into: what multiplies by it goes through its site.
 
-torchvision's `shifted_window_attention(x, self.qkv.weight, self.proj.weight, ...)` decides on shapes, so it stays one node
-of the graph. It is given handles instead of the weights, and torch asks a handle before it multiplies by one. What moves
-the elements of a weight first - `rel_pos[index]`, a transpose - moves the elements of the operand instead.
+torchvision's `shifted_window_attention(x, self.qkv.weight, self.proj.weight, ...)` decides on shapes, so it stays one
+node of the graph. It is given handles instead of the weights, and torch asks a handle before it multiplies by one.
+What moves the elements of a weight first - `rel_pos[index]`, a transpose - moves the operand's instead.
 """
 
 from __future__ import annotations
@@ -40,7 +40,11 @@ class SiteWeight:
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Compute a product by the site of its weight; any other function with the weight itself."""
-        kwargs = kwargs or {}
+        named: dict[str, Any] = kwargs or {}
+        return cls._called(func, args, named)
+
+    @staticmethod
+    def _called(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = ALIASES.get(func)
         if func in MOVES and isinstance(args[0], SiteWeight):
             return args[0].moved(lambda weight: func(weight, *args[1:], **kwargs))

@@ -70,7 +70,7 @@ class InputQuantizer(Quantizer):
         return input_scale(lower, self.upper, self.bits)
 
     def multiplier(self) -> Tensor:
-        """Return what one operand step is worth: the scale. (A weight that depends on the data is quantized so.)"""
+        """Return what one operand step is worth, the scale: a weight that depends on the data is quantized so, too."""
         return self.scale()
 
     def zero_point(self, scale: Tensor | None = None) -> Tensor:
