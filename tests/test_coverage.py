@@ -100,7 +100,7 @@ def test_real_networks(name):
     counted = dq.coverage(qmodel, x)
     assert both(counted) == (1.0, 1.0) and counted.unassigned == ()
     assert counted.macs == dq.coverage(model, x).macs
-    assert {row.name for row in counted.sites} == {row.name for row in dq.plan(qmodel)}
+    assert {row.name for row in counted.sites} == {row.name for row in dq.plan(qmodel) if not row.site.is_product}
     assert (counted.products > 0) == (name == "vit") and counted.share_products == 0.0
 
 
@@ -124,6 +124,7 @@ def test_layers_that_stay_float_are_in_the_denominator_with_their_reason():
         pytest.param(lambda x, w: (x.clone().relu_(), w), (0.0, 1.0), id="relu in place on a copy"),
         pytest.param(lambda x, w: (torch.cat([x[:1], torch.rand(1, 4)]), w), (0.0, 1.0), id="cat with floats"),
         pytest.param(lambda x, w: (x / torch.tensor(3.0), w), (0.0, 1.0), id="divided by a tensor"),
+        pytest.param(lambda x, w: (x.div(3, rounding_mode="floor"), w), (0.0, 1.0), id="divided and rounded"),
         pytest.param(lambda x, w: (F.pad(x[:, 1:], (0, 1), value=0.5), w), (0.0, 1.0), id="padded with a value"),
         pytest.param(lambda x, w: (x.new_ones(2, 4).copy_(x), w), (0.0, 1.0), id="copied over floats"),
         pytest.param(lambda x, w: (x / 15, w), (1.0, 1.0), id="divided by a number"),
@@ -183,6 +184,9 @@ def test_a_recurrent_layer_counts_as_what_its_kernel_computes():
     assert counted.share == (counted.macs - expected) / counted.macs
 
 
+PACKED = ("1.self_attn.q_proj", "1.self_attn.k_proj", "1.self_attn.v_proj")
+
+
 @pytest.mark.parametrize("grad", [False, True], ids=["fused", "unfused"])
 def test_the_fused_encoder_kernel_counts_for_each_of_its_weights(grad):
     x = torch.randn(2, 3, 8)
@@ -191,14 +195,29 @@ def test_the_fused_encoder_kernel_counts_for_each_of_its_weights(grad):
     with torch.set_grad_enabled(grad):
         counted = dq.coverage(qmodel, x)
     macs = {row.name: row.macs for row in (*counted.sites, *counted.unassigned)}
+    packed = {name: macs.pop(name) for name in [*macs] if name in ("1.self_attn", *PACKED)}
+    assert sum(packed.values()) == 6 * 192 and len(set(packed.values())) == 1
     assert macs == {
-        "0": 6 * 64, "1.self_attn": 6 * 192, "1.self_attn.out_proj": 6 * 64, "1.linear1": 6 * 128,
+        "0": 6 * 64, "1.self_attn.out_proj": 6 * 64, "1.linear1": 6 * 128,
         "1.linear2": 6 * 128, "2": 6 * 16,
     }  # fmt: skip
     assert counted.share == counted.share_weights == 6 * (64 + 16) / counted.macs
     assert counted.products == 2 * (2 * 9 * 8)
     fused = any(row.op == "_transformer_encoder_layer_fwd" for row in counted.sites)
     assert fused is not grad  # counting must not switch the kernel off
+
+
+@pytest.mark.parametrize("settings", [{}, {"w_bits": None}, {"a_bits": None}], ids=["both", "inputs", "weights"])
+def test_the_projections_of_an_attention_block_are_sites_of_one_weight(settings):
+    x = torch.randn(2, 3, 8)
+    model = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 2))
+    qmodel = calibrated(model, x, **settings, exclude=["1.self_attn.k_proj"])
+    for counted in (dq.coverage(qmodel, x), dq.coverage(dq.freeze(qmodel), x)):
+        assert [counted[name].macs for name in PACKED] == [6 * 64] * 3 and counted.unassigned == ()
+        quantized = [counted[name].both for name in PACKED]
+        if not settings:
+            assert quantized == [6 * 64, 0, 6 * 64] and counted.share == 1 - 6 * 64 / counted.macs
+        assert sum(quantized) == (0 if settings else 2 * 6 * 64)
 
 
 def test_a_layer_called_twice_and_quantized_once():
@@ -241,12 +260,12 @@ def test_keyword_inputs_and_objects_that_hold_tensors():
             return (pair["a"][0] @ batch.x.t()) @ self.fc(batch.x)
 
     x = torch.randn(2, 4)
-    counted = dq.coverage(Model(), {"a": [x]}, batch=Batch(x))
+    counted = dq.coverage(Model(), {"a": [x]}, batch=Batch(torch.randn(2, 4)))
     assert (counted.macs, counted.products) == (32, 32)
 
 
 def test_a_cast_weight_that_autocast_kept_is_not_lost():
-    qmodel, x = calibrated(awkward.Chain(), exclude=["3"]), X
+    qmodel, x = calibrated(awkward.Chain(), exclude=["7"]), X
     with torch.autocast("cpu", torch.bfloat16):
         qmodel(x)
         assert [row.name for row in dq.coverage(qmodel, x).sites] == ["0", "3", "7"]
@@ -267,6 +286,7 @@ def test_it_prints_as_a_table():
         "2         addmm    24      float      float  " + dq.plan(qmodel)["2"].reason,
         "3.weight  addmm    12      float      float  no site; ran in 3",
         "1         mm       16      float      float  product of activations",
+        "1.matmul            -          -          -  " + dq.plan(qmodel)["1.matmul"].reason,
         "Sequential: 47.1% of 68 MACs have both operands quantized, 47.1% the weight; "
         "0.0% of 16 MACs of attention products",
     ]

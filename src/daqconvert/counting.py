@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from daqconvert.convert import PLAN_ATTRIBUTE, current_plan
-from daqconvert.graph.counter import Event, counting, owner_of
+from daqconvert.graph.attribution import assign
+from daqconvert.graph.counter import Event, counting
 from daqconvert.spec import Plan, PlanRow
 
 
@@ -170,72 +171,23 @@ def coverage(qmodel: nn.Module, *args: Any, **kwargs: Any) -> Coverage:
     torch.clear_autocast_cache()  # a weight that was cast before would come from nowhere
     with unchanged(model), _eager(model), counting(model, (args, kwargs)) as counter:
         model(*args, **kwargs)
-    name = _names(plan)
-    weighted = [part for event in counter.events if not event.attention for part in _parts(event, name, plan)]
+    weighted = assign([event for event in counter.events if not event.attention], plan)
     reasons = {row.name: row.reason for row in plan.skipped} if plan is not None else {}
-    sites = _grouped(weighted, lambda e: None if (site := name(e)) is None else (site, ""), reasons)
     return Coverage(
         type(model).__name__,
-        sites,
-        _grouped(weighted, lambda e: None if name(e) is not None else (next(iter(e.tensors), ""), e.module)),
+        _grouped([((site, ""), e) for e, site in weighted if site is not None], reasons),
+        _grouped([((next(iter(e.tensors), ""), e.module), e) for e, site in weighted if site is None]),
         plan.skipped if plan is not None else (),
-        _grouped((e for e in counter.events if e.attention), lambda e: ("", e.module)),
+        _grouped([(("", e.module), e) for e in counter.events if e.attention]),
     )
 
 
-def _names(plan: Plan | None) -> Callable[[Event], str | None]:
-    """Return the function that names the site of an event, or says None."""
-    if plan is None:
-        return lambda e: next(map(owner_of, e.tensors), e.module)
-    sites = {row.name for row in plan if not row.site.is_product}
-    tensors: dict[str, str] = {}
-    modules = {name: name for name in sites}
-    for row in plan:
-        call = row.site.call
-        if call is None or call.is_product:
-            continue
-        tensors |= dict.fromkeys((*call.tensors, *_own(row)), row.name)
-        modules[call.holder] = row.name
-        if call.dynamic:
-            modules |= dict.fromkeys(call.modules, row.name)
-    several = _several(plan)
-    tensors = {tensor: name for tensor, name in tensors.items() if tensor not in several}
-    return lambda e: e.site(sites, tensors, modules)
-
-
-def _own(row: PlanRow) -> tuple[str, str]:
-    """What the weight operand of a functional site alone is computed from: its bounds, and its codes once frozen."""
-    holder = row.site.call.holder if row.site.call is not None else row.name
-    return f"{holder}.weight_quantizer.upper", f"{holder}.weight_codes"
-
-
-def _several(plan: Plan) -> dict[str, list[PlanRow]]:
-    """Tensors that hold the weights of several sites: the packed projections of an attention block."""
-    rows: dict[str, list[PlanRow]] = {}
-    for row in plan:
-        for tensor in row.site.call.tensors if row.site.call is not None else ():
-            rows.setdefault(tensor, []).append(row)
-    return {tensor: found for tensor, found in rows.items() if len(found) > 1}
-
-
-def _parts(event: Event, name: Callable[[Event], str | None], plan: Plan | None) -> list[Event]:
-    """Divide a product with a tensor of several sites among them, where nothing says whose it is."""
-    if plan is None or name(event) is not None:
-        return [event]
-    several = _several(plan)
-    rows = next((several[tensor] for tensor in event.tensors if tensor in several), [])
-    shares = [event.macs * (i + 1) // len(rows) - event.macs * i // len(rows) for i in range(len(rows))]
-    return [replace(event, macs=m, tensors=_own(row)[1:]) for row, m in zip(rows, shares, strict=True)] or [event]
-
-
 def _grouped(
-    events: Iterable[Event], key: Callable[[Event], tuple[str, str] | None], reasons: dict[str, str] | None = None
+    placed: list[tuple[tuple[str, str], Event]], reasons: dict[str, str] | None = None
 ) -> tuple[SiteCount, ...]:
     groups: dict[tuple[str, str], list[Event]] = {}
-    for event in events:
-        place = key(event)
-        if place is not None:
-            groups.setdefault(place, []).append(event)
+    for place, event in placed:
+        groups.setdefault(place, []).append(event)
     return tuple(
         SiteCount(
             name=name,
