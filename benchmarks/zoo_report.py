@@ -84,6 +84,7 @@ def table(records: dict[str, Any]) -> list[str]:
         "input",
         *COLUMNS.values(),
         "worst output",
+        "what varies",
         "gain of noise",
         "seconds to convert",
         "peak MB",
@@ -93,7 +94,8 @@ def table(records: dict[str, Any]) -> list[str]:
         sqnr = record.get("sqnr", {})
         size = "x".join(map(str, record.get("size", [])[1:]))
         gain = record.get("float", {}).get("gain_db")
-        last = [f"{sqnr['worst_db']:.1f} dB" if "worst_db" in sqnr else "-", "-" if gain is None else f"{gain:.0f} dB",
+        numbers = (sqnr.get("worst_db"), sqnr.get("varying_db"), gain)
+        last = [*("-" if value is None else f"{value:.1f} dB" for value in numbers),
                 str(record.get("converts", {}).get("seconds", "-")), str(record.get("peak_mb", "-"))]  # fmt: skip
         cells = [key, f"{record.get('params', 0):,}", size, *(cell(record, check) for check in COLUMNS), *last]
         rows.append("| " + " | ".join(cells) + " |")
