@@ -211,3 +211,13 @@ def test_every_field_is_needed(data):
 def test_what_is_no_plan(found):
     with pytest.raises(PolicyError, match=r"^plan: "):
         plan_from_dict(found)
+
+
+def test_products_are_of_one_bit_or_refused(planned):
+    product = Site("qk", "matmul", call=Call("matmul", ("",), "qk"), nonnegative=True)
+    plan = planned(Policy(Settings(attention=1)), (product,))
+    written = plan_to_dict(plan)
+    assert plan_from_dict(json.loads(json.dumps(written))) == plan
+    written["rows"][0]["settings"]["grid"] = "midrise"
+    with pytest.raises(PolicyError, match=r"rows\[0\]\.settings: 'qk' is computed from the input: expected granul"):
+        plan_from_dict(json.loads(json.dumps(written)))

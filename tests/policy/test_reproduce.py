@@ -156,3 +156,9 @@ def test_patterns_that_match_one_name(name):
     sites = [Site(other, "Linear") for other in {*others, name}]
     plan = resolved(Policy(include=(exact_pattern(name),)), sites)
     assert [row.name for row in plan.converted] == [name]
+
+
+def test_attention_is_one_word_again():
+    policy = from_toml(resolved(Policy(Settings(4, 4, attention=6)), SITES).to_toml())
+    assert policy.default.attention == 6
+    assert not [rule for rule in policy.rules if "attention" in rule.changes]
