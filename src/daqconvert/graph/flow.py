@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from daqconvert.graph.reads import Read, call_name, is_shape
 from daqconvert.graph.signs import nonnegative_nodes
+from daqconvert.layers.attention import PROJECTIONS
 from daqconvert.layers.operations import LAYER_FUNCTIONS
 
 
@@ -65,11 +66,23 @@ def read_flow(
     last = _reach([n for n in graph.nodes if n.op == "output"], calls, forward=False)
     return Flow(
         order=tuple(called),
-        first=frozenset(calls[n][0] for n in first),
+        first=frozenset(name for n in first for name in entries(calls[n])),
         last=frozenset(calls[n][-1] for n in last),
         nonnegative=frozenset(set(called) - unproven),
         inputs=_same_inputs(calls, sites, modules),
     )
+
+
+def entries(names: list[str]) -> list[str]:
+    """Return the sites that see the inputs of one node: the first, or the three projections of an attention block.
+
+    Args:
+        names: Sites in the node, in order of execution.
+    """
+    if not names:
+        return []
+    block = names[0].removesuffix(PROJECTIONS[0])
+    return names[:3] if names[:3] == [block + projection for projection in PROJECTIONS] else names[:1]
 
 
 def _input_proven(node: fx.Node, proven: set[fx.Node], names: list[str], sites: dict[str, str]) -> bool:

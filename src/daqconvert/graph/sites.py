@@ -16,9 +16,11 @@ from torch.utils._pytree import tree_map_only
 from daqconvert.errors import ConversionError
 from daqconvert.graph.calls import HELPER
 from daqconvert.graph.cost import count_macs, default_input
+from daqconvert.graph.flow import entries
 from daqconvert.graph.functional import FunctionalSite
 from daqconvert.graph.reasons import layer_reason, site_notes
 from daqconvert.graph.view import View, look
+from daqconvert.layers.attention import PROJECTIONS
 from daqconvert.layers.products import SCORES, VALUES
 from daqconvert.layers.registry import is_site_type
 from daqconvert.modes import copy_model
@@ -105,19 +107,31 @@ def _ends(view: View) -> tuple[frozenset[str], frozenset[str]]:
     """First and last sites: from the dataflow, else the ends of the module order."""
     if view.flow is not None:
         return view.flow.first, view.flow.last
-    names = [name for name, module in view.named.items() if not layer_reason(name, module, view)]
-    return frozenset(names[:1]), frozenset(names[-1:])
+    layers = {name for name, module in view.named.items() if not layer_reason(name, module, view)}
+    names = [n for n in _ordered(view) if n in layers or (n in view.functional and _is_projection(view.functional[n]))]
+    return frozenset(entries(names)), frozenset(names[-1:])
 
 
 def _ordered(view: View) -> list[str]:
     """Names in order of execution, where fx can tell; what it does not see stands behind its module's others."""
     order = list(dict.fromkeys([*(view.flow.order if view.flow else ()), *view.named]))
     for name, site in view.functional.items():
-        if name not in order:
+        if name not in order and _in_attention(site, view):
+            order.insert(order.index(f"{name.rpartition('.')[0]}.out_proj".lstrip(".")), name)
+        elif name not in order:
             path = f"{site.call.modules[0]}." if site.call.modules[0] else ""
             before = [i for i, other in enumerate(order) if other.startswith(path)]
             order.insert(before[-1] + 1 if before else len(order), name)
     return order
+
+
+def _is_projection(site: FunctionalSite) -> bool:
+    return site.key[0] in PROJECTIONS
+
+
+def _in_attention(site: FunctionalSite, view: View) -> bool:
+    """Whether a call is one that torch's attention block makes before its `out_proj`."""
+    return isinstance(view.paths[site.call.modules[0]], nn.MultiheadAttention)
 
 
 def _macs(

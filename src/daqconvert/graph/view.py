@@ -73,7 +73,7 @@ def look(model: nn.Module, given: tuple[int, frozenset[str]] | None = None) -> V
     if "" in aliases:  # the root itself is a layer: fx would look inside it
         flow: Flow | None = Flow((aliases[""],), frozenset({""}), frozenset({""}))
     else:
-        known = aliases | {name: name for name in sites}
+        known = _in_order(paths, aliases, sites)
         flow = None if graph is None else read_flow(graph, paths, known, calls, _indirect(sites))
     return View(paths, aliases, flow, sites, {one.path: one for one in traced}, failed, read_sites)
 
@@ -84,6 +84,19 @@ def _aliases(paths: dict[str, nn.Module]) -> dict[str, str]:
         if is_site_type(module) or isinstance(module, (QuantizedSite, FrozenSite)):
             own.setdefault(id(module), name)
     return {name: own[id(module)] for name, module in paths.items() if id(module) in own}
+
+
+def _in_order(
+    paths: dict[str, nn.Module], aliases: dict[str, str], sites: dict[str, FunctionalSite]
+) -> dict[str, str]:
+    """Any dotted name of a site -> the name it goes by; an attention block's calls stand before its `out_proj`."""
+    known: dict[str, str] = {}
+    for alias, name in aliases.items():
+        block = alias.rpartition(".")[0]
+        if isinstance(paths.get(block), nn.MultiheadAttention):
+            known |= {inside: inside for inside, site in sites.items() if block in site.call.modules}
+        known[alias] = name
+    return known | {name: name for name in sites}
 
 
 def _owners(
