@@ -27,6 +27,8 @@ class Case:
         shapes: Of the positional inputs; a dict gives keyword inputs.
         converted: Sites that are quantized.
         skipped: Sites that are left alone -> part of the reason.
+        products: Products of activations: off unless they are asked for.
+        holders: Sites whose quantizers are not in the module of their name -> the module that has them.
         unsigned: Sites whose input is proven non-negative.
         first: First sites.
         last: Last sites.
@@ -39,11 +41,18 @@ class Case:
     shapes: tuple[tuple[int, ...], ...] | dict[str, tuple[int, ...]]
     converted: tuple[str, ...] = ()
     skipped: dict[str, str] = field(default_factory=dict)
+    products: tuple[str, ...] = ()
+    holders: dict[str, str] = field(default_factory=dict)
     unsigned: tuple[str, ...] = ()
     first: tuple[str, ...] = ()
     last: tuple[str, ...] = ()
     order: str = "fx"
     notes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def modules(self) -> set[str]:
+        """Names of the modules that hold the quantizers of the converted sites."""
+        return {self.holders.get(name, name) for name in self.converted}
 
     def batch(self, seed: int = 0) -> dict[str, Tensor] | tuple[Tensor, ...]:
         """Return seeded inputs: a tuple of positional ones, or a dict."""
@@ -59,9 +68,19 @@ def run(model: nn.Module, batch: dict[str, Tensor] | tuple[Tensor, ...]) -> Any:
     return model(**batch) if isinstance(batch, dict) else model(*batch)
 
 
-FUNCTIONAL = "another module's forward uses its weight without calling it"
-BARE = "functional call on a bare parameter"
-ENCODER = "TransformerEncoderLayer uses its weight without calling it"
+PRODUCT = "attention product: off"
+
+
+def projections(name: str) -> dict[str, str]:
+    """Where the quantizers of an attention block's input projections are."""
+    return {f"{name}.{x}_proj": f"{name}.{x}_proj_site" for x in "qkv"}
+
+
+def products(name: str) -> tuple[str, str]:
+    """The two products of an attention block."""
+    return f"{name}.attention_scores", f"{name}.attention_values"
+
+
 IMAGE = ((2, 3, 9, 9),)
 VECTOR = ((3, 4),)
 
@@ -80,31 +99,30 @@ CASES = (
          first=("mid",), last=("head",), notes={"head": "shares its weight with embed"}),
     Case("root-conv", lambda: nn.Conv2d(3, 4, 3), IMAGE, ("",), first=("",), last=("",)),
     Case("root-linear", lambda: nn.Linear(4, 3), VECTOR, ("",), first=("",), last=("",)),
-    Case("functional", awkward.Projection, VECTOR, ("proj",), {"qkv": FUNCTIONAL},
+    Case("functional", awkward.Projection, VECTOR, ("qkv", "proj"), notes={"qkv": "linear called by the model"},
          first=("qkv",), last=("proj",)),
-    Case("branch-on-data", awkward.BranchOnData, VECTOR, ("a", "inner.proj", "b"), {"inner.qkv": FUNCTIONAL},
+    Case("branch-on-data", awkward.BranchOnData, VECTOR, ("a", "inner.qkv", "inner.proj", "b"),
          first=("a",), last=("b",), order="modules"),
-    Case("bare-parameters", awkward.BareParameters, IMAGE, ("a", "b"),
-         {"kernel": BARE, "raw": BARE},
-         unsigned=("b",), first=("a",), last=("b",)),
+    Case("bare-parameters", awkward.BareParameters, IMAGE, ("a", "kernel", "raw", "b"),
+         holders={"kernel": "kernel_site", "raw": "raw_site"}, unsigned=("kernel", "b"), first=("a",), last=("b",)),
     Case("subclass", lambda: nn.Sequential(nn.Conv2d(3, 4, 1), awkward.ShiftedConv(4, 4, 3), nn.Conv2d(4, 2, 1)),
-         IMAGE, ("0", "2"), {"1": "no quantized form is registered for exactly this class (ShiftedConv)"},
-         first=("0",), last=("2",)),
-    Case("old-weight-norm", awkward.old_weight_norm, VECTOR, ("2",), {"0": "computed from other parameters"},
+         IMAGE, ("0", "1", "2"), first=("0",), last=("2",)),
+    Case("old-weight-norm", awkward.old_weight_norm, VECTOR, ("0", "2"),
          unsigned=("2",), first=("0",), last=("2",)),
-    Case("parametrized", awkward.parametrized, VECTOR, ("2",), {"0": "its weight is parametrized"},
+    Case("parametrized", awkward.parametrized, VECTOR, ("0", "2"),
          unsigned=("2",), first=("0",), last=("2",)),
-    Case("pruned", awkward.pruned, VECTOR, ("2",), {"0": "computed from other parameters"},
+    Case("pruned", awkward.pruned, VECTOR, ("0", "2"),
          unsigned=("2",), first=("0",), last=("2",)),
     Case("complex", awkward.complex_first, VECTOR, ("3",), {"1": "complex64"}, unsigned=("3",),
          first=("1",), last=("3",)),
-    Case("attention", awkward.Attention, ((2, 3, 8),), ("a", "b"),
-         {"attn": "attention block", "attn.out_proj": "MultiheadAttention uses its weight without calling it"},
+    Case("attention", awkward.Attention, ((2, 3, 8),), ("a", *projections("attn"), "attn.out_proj", "b"),
+         holders=projections("attn"), products=products("attn"), unsigned=("attn.attention_values",),
          first=("a",), last=("b",)),
     Case("encoder", lambda: nn.Sequential(
             nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 2)), ((2, 3, 8),),
-         ("0", "2"), {"1.self_attn": "attention block", "1.self_attn.out_proj": "MultiheadAttention uses",
-                      "1.linear1": ENCODER, "1.linear2": ENCODER}, first=("0",), last=("2",)),
+         ("0", *projections("1.self_attn"), "1.self_attn.out_proj", "1.linear1", "1.linear2", "2"),
+         holders=projections("1.self_attn"), products=products("1.self_attn"),
+         unsigned=("1.self_attn.attention_values",), first=("0",), last=("2",)),
     Case("recurrent", awkward.Recurrent, ((2, 3, 4),), ("a", "b"), {"rnn": "recurrent layer"},
          first=("a",), last=("b",)),
     Case("keywords", awkward.KeywordInputs, {"image": (3, 4), "extra": (3, 3)}, ("a", "b", "c"), unsigned=("c",),

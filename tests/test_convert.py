@@ -14,7 +14,7 @@ import awkward
 import daqconvert as dq
 from cases import BY_ID, CASES, SETTINGS
 from daqconvert.errors import ConversionError, PolicyError
-from daqconvert.layers import QuantizedLayer
+from daqconvert.layers.site import QuantizedSite
 from daqconvert.modes import copy_model, quantized_layers
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -27,10 +27,12 @@ def test_what_is_done_is_what_was_planned(case, settings):
     plan = dq.plan(model, **settings)
     qmodel = dq.quantize(model, **settings)
 
-    assert {row.name for row in plan.converted} == set(quantized_layers(qmodel)) == set(case.converted)
+    assert {row.name for row in plan.converted} == set(case.converted)
+    assert {row.name for row in plan.skipped} == {*case.skipped, *case.products}
+    assert set(quantized_layers(qmodel)) == case.modules
     assert str(dq.plan(qmodel)) == str(plan)
     for row in plan.converted:
-        layer = qmodel.get_submodule(row.name)
+        layer = qmodel.get_submodule(case.holders.get(row.name, row.name))
         assert layer.settings == row.settings and layer.layer_name == row.name
         assert "auto" not in (row.settings.grid, row.settings.normalize, row.settings.granularity)
         if layer.weight_quantizer is not None:
@@ -41,7 +43,7 @@ def test_what_is_done_is_what_was_planned(case, settings):
     for row in plan.skipped:
         assert row.reason and row.reason in str(plan)
     for name, module in qmodel.named_modules():
-        assert not isinstance(module, QuantizedLayer) or name in case.converted
+        assert not isinstance(module, QuantizedSite) or name in case.modules
 
 
 def test_first_and_last_get_eight_bits_and_the_rest_what_was_asked():

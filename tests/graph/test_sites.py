@@ -24,7 +24,8 @@ def sites_of(model, example=None):
 def test_all_sites_are_found_and_each_gets_its_answer(case):
     sites = sites_of(case.make(), case.batch())
 
-    assert {name for name, site in sites.items() if not site.reason} == set(case.converted)
+    assert {name for name, site in sites.items() if not site.reason and not site.is_product} == set(case.converted)
+    assert {name for name, site in sites.items() if site.is_product} == set(case.products)
     assert {name for name, site in sites.items() if site.reason} == set(case.skipped)
     for name, reason in case.skipped.items():
         assert reason in sites[name].reason, name
