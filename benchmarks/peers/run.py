@@ -142,7 +142,8 @@ def cell(record: dict[str, Any], column: str) -> str:
 
 def write(records: dict[str, Any]) -> None:
     """Write the records and the table."""
-    common.write(RESULT, {"networks": records})
+    command = " ".join(["python", "benchmarks/peers/run.py", *sys.argv[1:]])
+    common.write(RESULT, {"command": command, "networks": records})
     tools = sorted({key.split(" ")[0] for key in records})
     columns = ("converts", "identical", "coverage")
     made = "Made by `python benchmarks/peers/run.py`; see `peers/README.md`."
