@@ -86,8 +86,10 @@ def weight_operand(codes: Tensor, bits: int, grid: str, dtype: torch.dtype) -> T
 
 def input_scale(lower: Tensor, upper: Tensor, bits: int) -> Tensor:
     """Return `scale = (upper - lower) / n` with `lower <= 0 <= upper` enforced, float32 at least."""
-    width: Tensor = (_real(upper).clamp(min=0.0) - _real(lower).clamp(max=0.0)).clamp(min=TINY)
-    return width / float(2**bits - 1)
+    high, low = _real(upper), _real(lower)
+    # NOTE: not clamp, whose gradient at 0 itself is 0 in some versions: a bound that starts there would stay for good
+    width = torch.where(high < 0.0, 0.0, high) - torch.where(low > 0.0, 0.0, low)
+    return width.clamp(min=TINY) / float(2**bits - 1)
 
 
 def input_zero_point(lower: Tensor, scale: Tensor, bits: int) -> Tensor:
