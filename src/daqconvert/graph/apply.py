@@ -83,7 +83,7 @@ class _Calls:
                 aliases.setdefault(id(module), name)
         self.names = {name: aliases[id(module)] for name, module in paths.items() if id(module) in aliases}
         with evaluating(copy):
-            self.traced, _ = trace_modules({path: paths[path] for path in needed & paths.keys()})
+            self.traced, _ = trace_modules({path: module for path, module in paths.items() if path in needed})
             found = (*functional_sites(self.traced, self.names), *attention_sites(paths))
         self.sites = {site.name: site for site in found if site.name in chosen}
         for name, row in chosen.items():
@@ -119,8 +119,9 @@ def _rewrite(module: nn.Module, one: Traced, calls: _Calls, chosen: dict[str, Pl
         if site.call.holder == one.path:
             own, places[key] = (site, weight_of), ITSELF
         else:
-            places[key] = site.call.holder.removeprefix(prefix)
-            if site.call.holder != site.name:
+            is_layer = site.call.holder == site.name  # which this module may know by another name
+            places[key] = call.raw.rpartition(".")[0] if is_layer else site.call.holder.removeprefix(prefix)
+            if not is_layer:
                 _add_holder(module, places[key], site, chosen[site.name], weight_of, frozen)
         if chosen[site.name].settings.w_bits is not None and not call.dynamic:  # type: ignore[union-attr]
             coded.add(places[key])

@@ -19,6 +19,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from daqconvert.graph.calls import HELPER, UNSUPPORTED, ProductCall
 from daqconvert.graph.reads import call_name
+from daqconvert.graph.scan import read_weights
 from daqconvert.graph.traced import Traced, module_calls
 from daqconvert.graph.variants import Variant
 from daqconvert.graph.write import weight_function
@@ -84,6 +85,29 @@ def functional_sites(traced: list[Traced], aliases: dict[str, str]) -> list[Func
                 modules = tuple(dict.fromkeys((*known.call.modules, *site.call.modules)))
                 found[site.name] = replace(known, call=replace(known.call, modules=modules))
     return list(found.values())
+
+
+def unseen_sites(
+    path: str, module: nn.Module, why: str, aliases: dict[str, str]
+) -> Iterator[tuple[str, FunctionalSite | str]]:
+    """Yield what a forward that fx cannot follow reads by name: layers with the reason, and sites for bare parameters.
+
+    Args:
+        path: Of the module.
+        module: Its forward may multiply.
+        why: What fx says.
+        aliases: Any dotted name of a layer -> the name it goes by.
+    """
+    for tensor in sorted(read_weights(module)):
+        name = _join(path, tensor)
+        owner, _, attribute = name.rpartition(".")
+        if attribute == "weight" and owner in aliases and owner != path:
+            yield aliases[owner], f"{path or 'the model'} uses its weight without calling it: {why}"
+        elif owner not in aliases:
+            call = Call("parameter", (path,), f"{name}_site", (name,))
+            shape = tuple(module.get_parameter(tensor).shape)
+            reason = f"a bare parameter of {path or 'the model'}, whose forward torch.fx cannot follow: {why}"
+            yield name, FunctionalSite(name, "parameter", call, ("unseen",), shape, reason=reason)
 
 
 def _of_module(one: Traced, aliases: dict[str, str]) -> Iterator[FunctionalSite]:

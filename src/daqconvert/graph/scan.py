@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dis
 from collections.abc import Iterator
-from functools import cache
-from types import CodeType, FunctionType
+from functools import cache, partial
+from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import Any
 
 from torch import nn
@@ -17,6 +17,8 @@ from daqconvert.layers.operations import METHODS, NAMES
 
 PRODUCT_NAMES = frozenset({*NAMES, *METHODS, "einsum", "_conv_forward", "bilinear", "deform_conv2d"})
 PRODUCT_NAMES |= {"scaled_dot_product_attention", "multi_head_attention_forward"}
+ASKED = {"dtype", "device", "shape", "size", "ndim", "dim", "numel", "requires_grad"}
+"""What is asked of a weight without using its values."""
 _OPERATORS = {"@", "@="}
 _KNOWN: dict[type[nn.Module], bool] = {}
 
@@ -42,7 +44,67 @@ def function_may_multiply(function: FunctionType) -> bool:
     return _search(object, [function])
 
 
+def holds_product(module: nn.Module) -> bool:
+    """Whether a module keeps a function that may multiply in an attribute, as `self.function = F.linear`."""
+    for value in vars(module).values():
+        value = value.func if isinstance(value, partial) else value
+        if isinstance(value, (FunctionType, BuiltinFunctionType)) and value.__name__ in PRODUCT_NAMES:
+            return True
+        if any(function_may_multiply(function) for function in _own_function(value)):
+            return True
+    return False
+
+
+def read_weights(module: nn.Module) -> set[str]:
+    """Return the matrices that a module's forward reads by name and does not use by calling their layer alone.
+
+    Args:
+        module: Its code is read, not run.
+
+    Example:
+        >>> class Raw(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.fc, self.other = nn.Linear(2, 2), nn.Linear(2, 2)
+        ...     def forward(self, x):
+        ...         return self.other(x @ self.fc.weight)
+        >>> read_weights(Raw())
+        {'fc.weight'}
+    """
+    read, called = set[str](), set[str]()
+    for code in _reachable(type(module), list(_functions_of(type(module), "forward"))):
+        for chain in _chains(code):
+            value: Any = module
+            for depth, name in enumerate(chain, 1):
+                value = getattr(value, name, None)
+                if isinstance(value, nn.Parameter) and value.dim() > 1 and not ASKED & {*chain[depth:]}:
+                    read.add(".".join(chain[:depth]))
+                if not isinstance(value, nn.Module):
+                    break
+                if depth == len(chain):
+                    called.add(".".join(chain))
+    return {name for name in read if name.rpartition(".")[0] not in called}
+
+
+def _chains(code: CodeType) -> Iterator[tuple[str, ...]]:
+    """Yield what is read from `self`, as `("fc", "weight")`."""
+    chain: list[str] | None = None
+    for step in dis.get_instructions(code):
+        if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and chain is not None:
+            chain.append(str(step.argval))
+            continue
+        if chain:
+            yield tuple(chain)
+        own = step.opname.startswith("LOAD_FAST") and code.co_varnames[:1] == (step.argval,)
+        chain = [] if own else None
+
+
 def _search(cls: type, waiting: list[FunctionType]) -> bool:
+    return any(PRODUCT_NAMES & {*code.co_names} or _has_operator(code) for code in _reachable(cls, waiting))
+
+
+def _reachable(cls: type, waiting: list[FunctionType]) -> Iterator[CodeType]:
+    """Yield the code of functions and of those that they name."""
     seen: set[CodeType] = set()
     while waiting:
         function = waiting.pop()
@@ -50,12 +112,10 @@ def _search(cls: type, waiting: list[FunctionType]) -> bool:
             if code in seen:
                 continue
             seen.add(code)
-            if PRODUCT_NAMES & {*code.co_names} or _has_operator(code):
-                return True
+            yield code
             for name in code.co_names:
                 waiting.extend(_functions_of(cls, name))
                 waiting.extend(_own_function(function.__globals__.get(name)))
-    return False
 
 
 def _functions_of(cls: type, name: str) -> Iterator[FunctionType]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from daqconvert.graph.calls import ProductCall, find_calls, keyed
-from daqconvert.graph.scan import may_multiply
+from daqconvert.graph.scan import holds_product, may_multiply
 from daqconvert.graph.variants import Signature, Untraceable, Variant, trace_variants
 from daqconvert.layers.registry import quantized_class
 
@@ -33,7 +33,7 @@ def multiplying_modules(paths: dict[str, nn.Module]) -> dict[str, nn.Module]:
         cls = type(module)
         if cls.__module__.startswith("torch.nn.") or quantized_class(cls) is not None:
             continue
-        if may_multiply(cls):
+        if may_multiply(cls) or holds_product(module):
             found.setdefault(id(module), (path, module))
     return dict(found.values())
 

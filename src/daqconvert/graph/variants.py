@@ -86,7 +86,8 @@ def trace_variants(module: nn.Module, every: bool = True) -> tuple[Signature, li
 
     Args:
         module: Its code runs here with proxies; a copy of the user's.
-        every: False: only the plain calls, and in evaluation the one with every argument, to see what it multiplies.
+        every: False: only the plain calls, and in evaluation those with every argument and one flag, to see what it
+            multiplies.
 
     Raises:
         Untraceable: If the plain call cannot be followed, in evaluation or in training.
@@ -110,8 +111,12 @@ def _combinations(signature: Signature, every: bool) -> Iterator[tuple[bool, dic
         yield from (
             (training, {n: values[0] for n, values in signature.choices.items()}) for training in (False, True)
         )
-        if GIVEN in itertools.chain.from_iterable(signature.choices.values()):
-            yield False, {n: GIVEN if GIVEN in values else values[0] for n, values in signature.choices.items()}
+        whole = {n: GIVEN if GIVEN in values else values[0] for n, values in signature.choices.items()}
+        if GIVEN in whole.values():
+            yield False, whole
+        for name, values in signature.choices.items():
+            if GIVEN not in values:
+                yield False, whole | {name: values[1]}
         return
     for values in itertools.product(*signature.choices.values()):
         for training in (False, True):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from daqconvert.graph.flow import Flow, read_flow
-from daqconvert.graph.functional import FunctionalSite, functional_sites
+from daqconvert.graph.functional import FunctionalSite, functional_sites, unseen_sites
 from daqconvert.graph.fused import attention_sites
 from daqconvert.graph.reads import Read, find_reads
 from daqconvert.graph.trace import trace
@@ -70,6 +70,12 @@ def look(model: nn.Module, given: tuple[int, frozenset[str]] | None = None) -> V
             maker = next((path for path in failed if path == "" or name.startswith(path + ".")), None)
             if name not in sites and maker is not None:
                 read_sites[name] = f"{maker or 'the model'} uses its weight without calling it: {failed[maker]}"
+    for path, why in failed.items():
+        for name, site in unseen_sites(path, paths[path], why, aliases):
+            if name not in sites and isinstance(site, str):
+                read_sites.setdefault(name, site)
+            elif isinstance(site, FunctionalSite):
+                sites.setdefault(name, site)
     if "" in aliases:  # the root itself is a layer: fx would look inside it
         flow: Flow | None = Flow((aliases[""],), frozenset({""}), frozenset({""}))
     else:
