@@ -54,10 +54,10 @@ def test_class_and_keys(case):
     model = case.make()
     qmodel = dq.quantize(model)
     assert isinstance(qmodel, type(model))
-    if "" not in case.converted:
+    if "" not in case.converted and case.id not in ("functional", "bare-parameters"):  # there the root is rewritten
         assert type(qmodel) is type(model)
 
-    prefixes = [f"{name}." if name else "" for name in case.converted]
+    prefixes = [f"{name}." if name else "" for name in case.modules]
     extra = {prefix + key for prefix in prefixes for key in (*WEIGHT_KEYS, *INPUT_KEYS, "output_scale")}
     aliased = {"z." + key for key in (*WEIGHT_KEYS, *INPUT_KEYS, "output_scale")} if case.id == "two-names" else set()
     assert set(qmodel.state_dict()) - set(model.state_dict()) == extra | aliased

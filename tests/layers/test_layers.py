@@ -79,9 +79,21 @@ def test_output_channels_of_a_transposed_convolution(name):
 
 def test_each_registered_class_is_found_by_exact_type_alone():
     class Mine(nn.Conv2d):
-        pass
+        def __init__(self, channels):
+            super().__init__(channels, channels, 1)
 
-    assert quantized_class(nn.Conv2d) is QuantConv2d and quantized_class(Mine) is None
+    class Other(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    class Patched(nn.Conv2d):
+        def _conv_forward(self, x, weight, bias):
+            return super()._conv_forward(x, weight * 2, bias)
+
+    assert quantized_class(nn.Conv2d) is QuantConv2d
+    assert issubclass(quantized_class(Mine), Mine) and quantized_class(Mine).original is Mine  # computes as Conv2d
+    assert issubclass(frozen_class(Mine), Mine) and frozen_class(Mine) is frozen_class(Mine)
+    assert quantized_class(Other) is None and quantized_class(Patched) is None
     assert quantized_class(nn.Bilinear) is None
     for cls in (
         nn.Linear,
@@ -95,7 +107,7 @@ def test_each_registered_class_is_found_by_exact_type_alone():
         assert issubclass(quantized_class(cls), (cls, QuantizedLayer)) and quantized_class(cls).original is cls
         assert issubclass(frozen_class(cls), (cls, FrozenLayer)) and frozen_class(cls).original is cls
     with pytest.raises(ConversionError, match="expected exactly Conv2d, found Mine"):
-        QuantConv2d.convert(Mine(1, 1, 1), Settings(grid="integer", normalize=False), "conv", None)
+        QuantConv2d.convert(Mine(1), Settings(grid="integer", normalize=False), "conv", None)
 
 
 def test_timm_layers_keep_their_padding():
