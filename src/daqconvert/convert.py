@@ -217,6 +217,7 @@ def load_float(qmodel: nn.Module, state_dict: dict[str, Tensor]) -> nn.Module:
     everywhere = qmodel.named_modules(remove_duplicate=False)  # a layer under two names has its keys under both
     own = {f"{name}." if name else "" for name, module in everywhere if isinstance(module, QuantizedSite)}
     extra = ("weight_quantizer.", "input_quantizer.", "output_scale")
+    quantizers = [prefix + key for prefix in own for key in extra]
     current = {
         key: value
         for key, value in qmodel.state_dict().items()
@@ -229,6 +230,11 @@ def load_float(qmodel: nn.Module, state_dict: dict[str, Tensor]) -> nn.Module:
         for key, value in current.items()
         if key in state_dict and state_dict[key].shape != value.shape
     ]
+    problems += [
+        f"{name} is on the meta device and in no state dict: build the model on the CPU, or fill it in first"
+        for name, tensor in qmodel.named_buffers()
+        if tensor.is_meta and name not in state_dict and not any(name.startswith(prefix) for prefix in quantizers)
+    ]
     if problems:
         raise ConversionError(
             f"load_float: the state dict does not fit {type(qmodel).__name__}: {'; '.join(problems[:3])}"
@@ -236,9 +242,10 @@ def load_float(qmodel: nn.Module, state_dict: dict[str, Tensor]) -> nn.Module:
         )
     qmodel.load_state_dict(state_dict, strict=False, assign=any(v.is_meta for v in current.values()))
     known = {row.name: row.signed for row in getattr(qmodel, PLAN_ATTRIBUTE, ())}
-    for name, layer in layers.items():
+    for layer in layers.values():
+        layer.leave_meta()
         if layer.weight_quantizer is not None:
             layer.weight_quantizer.mark(False)
         if layer.input_quantizer is not None:
-            layer.input_quantizer.forget(known.get(name, layer.input_quantizer.sign))
+            layer.input_quantizer.forget(known.get(layer.layer_name, layer.input_quantizer.sign))
     return qmodel

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from daqconvert.errors import ConversionError
+from daqconvert.graph.calls import HELPER
 from daqconvert.graph.functional import FunctionalSite, functional_sites
 from daqconvert.graph.fused import FUSED, attention_class, attention_sites
 from daqconvert.graph.rewrite import CODES, Rewriting, generate, rewritten_class
@@ -123,7 +124,8 @@ def _rewrite(module: nn.Module, one: Traced, calls: _Calls, chosen: dict[str, Pl
             places[key] = call.raw.rpartition(".")[0] if is_layer else site.call.holder.removeprefix(prefix)
             if not is_layer:
                 _add_holder(module, places[key], site, chosen[site.name], weight_of, frozen)
-        if chosen[site.name].settings.w_bits is not None and not call.dynamic:  # type: ignore[union-attr]
+        kept = call.dynamic or (call.function == HELPER and not is_layer)  # the function may read it, too
+        if chosen[site.name].settings.w_bits is not None and not kept:  # type: ignore[union-attr]
             coded.add(places[key])
     if not places:
         return

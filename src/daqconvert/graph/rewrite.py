@@ -175,17 +175,21 @@ def _with_sites(
             args, kwargs = fx.map_arg((node.args, node.kwargs), copied.__getitem__)
             copied[node] = graph.call_function(attention, (*held, *args), kwargs)
         else:
-            given = {
-                weight: graph.call_function(handle, (graph.create_node("get_attr", handles[node, weight]),))
-                for weight in node.all_input_nodes
-                if (node, weight) in handles
-            }
+            weights = [weight for weight in node.all_input_nodes if (node, weight) in handles]
+            given = {weight: _handle(graph, weight, handles[node, weight], copied) for weight in weights}
             needless |= given.keys()
             copied[node] = graph.node_copy(node, lambda n, given=given: given.get(n, copied[n]))  # type: ignore[misc]
     # NOTE: nothing else goes, for a call whose result nobody reads may still do something
     removable = {copied[node] for node in needless}
     graph.eliminate_dead_code(is_impure_node=lambda node: node not in removable)
     return graph
+
+
+def _handle(graph: fx.Graph, weight: fx.Node, place: str, copied: dict[fx.Node, fx.Node]) -> fx.Node:
+    """What stands for a weight; a layer has its own, beside a bare parameter the handle keeps it."""
+    holder = graph.create_node("get_attr", place)
+    bare = str(weight.target) != f"{place}.weight"
+    return graph.call_function(handle, (holder, copied[weight]) if bare else (holder,))
 
 
 def _site_node(

@@ -26,8 +26,6 @@ from daqconvert.layers.registry import is_site_type
 from daqconvert.modes import copy_model
 from daqconvert.spec import Site
 
-UNSEEN = "whether the function that gets it multiplies by it is seen when it runs: give example_inputs"
-
 
 @dataclass(frozen=True)
 class Found:
@@ -64,10 +62,7 @@ def find_sites(model: nn.Module, example_inputs: Any = None) -> Found:
     macs = _macs(model, view, args, kwargs, required) if size is not None else None
     (first, last), notes = _ends(view), site_notes(view)
     order = [name for name in _ordered(view) if not _never_multiplied(name, view, macs)]
-    sites = [
-        _functional_site(name, view, macs is not None) if name not in view.named else _layer_site(name, view)
-        for name in order
-    ]
+    sites = [_functional_site(name, view) if name not in view.named else _layer_site(name, view) for name in order]
     known = [
         dataclasses.replace(
             site, first=site.name in first, last=site.name in last, notes=notes.get(site.name, ()),
@@ -177,7 +172,8 @@ def _never_multiplied(name: str, view: View, macs: dict[str, int] | None) -> boo
     """Whether a bare parameter that a helper function gets is known to be in none of its products."""
     site = view.functional.get(name)
     helped = site is not None and site.call.function == HELPER and name not in view.named
-    return helped and (macs is None or macs.get(name) == 0) and (macs is not None or min(site.weight_shape) < 2)  # type: ignore[union-attr]
+    # without inputs to run on, a vector is taken for none: a scale per head
+    return helped and (macs.get(name) == 0 if macs is not None else sum(n > 1 for n in site.weight_shape) < 2)  # type: ignore[union-attr]
 
 
 def _layer_site(name: str, view: View) -> Site:
@@ -194,7 +190,7 @@ def _layer_site(name: str, view: View) -> Site:
     )  # fmt: skip
 
 
-def _functional_site(name: str, view: View, known: bool) -> Site:
+def _functional_site(name: str, view: View) -> Site:
     site = view.functional[name]
     channels, reduction = functional_extent(site)
     own = {id(p) for module in view.named.values() for p in module.parameters()}
@@ -202,7 +198,7 @@ def _functional_site(name: str, view: View, known: bool) -> Site:
     return Site(
         name=name, kind=site.kind, weight_shape=site.weight_shape, out_channels=channels, reduction=reduction,
         params=min(params, math.prod(site.weight_shape)) if site.weight_shape else params,
-        reason=site.reason or (UNSEEN if site.call.function == HELPER and not known else ""), call=site.call,
+        reason=site.reason, call=site.call,
         one_scale=site.one_scale, nonnegative=site.nonnegative,
     )  # fmt: skip
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from daqconvert.graph.opaque import trace_around
 from daqconvert.graph.trace import SiteTracer, timm_notrace
 from daqconvert.modes import in_mode
 
@@ -128,9 +129,8 @@ def _trace(module: nn.Module, signature: Signature, training: bool, chosen: dict
     given = [n for n in signature.names if n in required or chosen.get(n) == GIVEN]
     fixed = {n: v for n, v in signature.defaults.items() if n not in given}
     fixed |= {n: v for n, v in chosen.items() if v != GIVEN}
-    tracer = OwnForward(given, fixed)
     with in_mode(module, training):
-        graph = tracer.trace(module)
+        graph = trace_around(lambda: OwnForward(given, fixed).trace(module))
     if any(node.op == "get_attr" and str(node.target).startswith("_tensor_constant") for node in graph.nodes):
         raise Untraceable("it makes a tensor of its own")
     state = (training, *(GIVEN if n in given else _state(fixed[n], d) for n, d in signature.defaults.items()))

@@ -117,12 +117,6 @@ class FrozenSite(nn.Module):
             return named
         return weight_operand(self.weight_codes, bits, self.settings.grid, self.dtype)
 
-    def real_weight(self) -> Tensor:
-        """Return what the codes stand for, in real units: to look at, and for code that reads the weight by itself."""
-        step = self.scale if self.settings.a_bits is None else self.scale / self.input_scale
-        values = weight_operand(self.weight_codes, self.settings.w_bits or 0, self.settings.grid, step.dtype)
-        return (values * (step.reshape(-1, *(1,) * (values.dim() - 1)) if step.dim() else step)).to(self.dtype)
-
     def _operand(self, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int | None, role: str) -> Tensor:
         assert bits is not None
         if self.qdq:

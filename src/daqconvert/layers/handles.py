@@ -28,11 +28,12 @@ class SiteWeight:
 
     Args:
         holder: A quantized or frozen site.
+        weight: The weight, where the holder is no layer that has it.
         move: How the elements of the weight have been moved so far.
     """
 
-    def __init__(self, holder: Any, move: Move | None = None) -> None:
-        self.holder = holder
+    def __init__(self, holder: Any, weight: Tensor | None = None, move: Move | None = None) -> None:
+        self.holder, self.weight = holder, weight
         self.move: Move = move or (lambda weight: weight)
 
     @classmethod
@@ -56,11 +57,16 @@ class SiteWeight:
     def moved(self, move: Move) -> SiteWeight:
         """Return a handle of the same weight with its elements moved once more."""
         before = self.move
-        return SiteWeight(self.holder, lambda weight: move(before(weight)))
+        return SiteWeight(self.holder, self.weight, lambda weight: move(before(weight)))
 
     def value(self) -> Tensor:
         """Return the weight in real units."""
-        return self.move(_weight(self.holder))
+        return self.move(self.value_before_moves())
+
+    def value_before_moves(self) -> Tensor:
+        """Return the weight as the module has it."""
+        found: Tensor = self.holder.weight if self.weight is None else self.weight
+        return found
 
     def __getitem__(self, index: Any) -> SiteWeight:
         return self.moved(lambda weight: weight[index])
@@ -80,10 +86,12 @@ def _product(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor
     def operation(x: Tensor, weight: Tensor) -> Tensor:
         return parts.operation(x, move(weight))
 
+    weight: Tensor | None = parts.weight.weight
     if isinstance(holder, FrozenSite):
-        float_weight = _weight(holder) if holder.settings.w_bits is None else None
-        return holder.run(parts.x, float_weight, parts.bias, operation)
-    weight = _weight(holder)
+        if holder.settings.w_bits is None:
+            weight = parts.weight.value_before_moves()
+        return holder.run(parts.x, weight, parts.bias, operation)
+    weight = parts.weight.value_before_moves()
     args, kwargs = tree_map_only(SiteWeight, SiteWeight.value, (args, kwargs))
     return holder.run(parts.x, weight, parts.bias, operation, lambda x: FUNCTIONS[name](*args, **kwargs))
 
@@ -94,26 +102,13 @@ def _position(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     return int(isinstance(operands[1], SiteWeight))
 
 
-def _weight(holder: Any) -> Tensor:
-    """The weight of a layer, or of a site beside a bare parameter."""
-    if isinstance(holder, FrozenSite):
-        found: Tensor = holder.real_weight()
-        return found
-    if isinstance(holder, QuantizedSite):
-        weight = holder.float_weight()
-        assert weight is not None  # a weight that is handed over is one of the module's own
-        return weight
-    plain: Tensor = holder.weight
-    return plain
-
-
-def handle(holder: Any, weight: Any = None) -> Any:
+def handle(holder: Any, weight: Tensor | None = None) -> Any:
     """Return what stands for a weight in a call.
 
     Args:
         holder: Of its quantizers; a layer that has none gives its weight.
-        weight: The parameter, where there is no holder at all.
+        weight: The weight, where the holder is no layer that has it.
     """
-    if holder is None:
-        return weight
-    return SiteWeight(holder) if isinstance(holder, (QuantizedSite, FrozenSite)) else holder.weight
+    if isinstance(holder, (QuantizedSite, FrozenSite)):
+        return SiteWeight(holder, weight)
+    return holder.weight if weight is None else weight

@@ -103,6 +103,22 @@ class QuantizedSite(nn.Module):
             self.weight_quantizer.initialize(weight)
         self.train(self.training)
 
+    def leave_meta(self) -> None:
+        """Give bounds, flags and scale a place where the model's weights are by now; they wait for `calibrate`."""
+        weight = self.float_weight()
+        places = [t.device for t in (*self.parameters(), *self.buffers()) if not t.is_meta]
+        device = weight.device if weight is not None else places[0] if places else torch.device("cpu")
+        for owner in (self, self.weight_quantizer, self.input_quantizer):
+            parameters: dict[str, Any] = {} if owner is None else owner._parameters
+            for name, tensor in list(parameters.items()):
+                if tensor is not None and tensor.is_meta and (owner is not self or name == "output_scale"):
+                    found = torch.ones_like(tensor, device=device)
+                    parameters[name] = nn.Parameter(found, requires_grad=tensor.requires_grad)
+            buffers: dict[str, Any] = {} if owner is None or owner is self else owner._buffers
+            for name, tensor in list(buffers.items()):
+                if tensor is not None and tensor.is_meta:
+                    buffers[name] = torch.zeros_like(tensor, device=device)
+
     def float_weight(self) -> Tensor | None:
         """Return the weight as the original computes it from its parameters; None where it depends on the data."""
         return None
