@@ -1,12 +1,13 @@
 """Helper functions that torch.fx cannot look into: found by the error that they cause, and taken as one node.
 
 `pad_same(x, ...)` decides on sizes, so a trace of the forward that calls it fails. It computes no product, as a rule:
-the trace is made again with that function as a node. (One that multiplies by a weight it is given: see `layers.handles`.)
+the trace is made again with that function as a node. (One that multiplies by a weight it is given: `layers.handles`.)
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FunctionType, TracebackType
@@ -71,7 +72,7 @@ def _culprit(trace: TracebackType | None) -> Place | None:
     while trace is not None:
         frames.append(trace.tb_frame)
         trace = trace.tb_next
-    for caller, callee in reversed(list(zip(frames, frames[1:], strict=False))):
+    for caller, callee in reversed(list(itertools.pairwise(frames))):
         name = callee.f_code.co_name
         function = caller.f_globals.get(name)
         known = isinstance(function, FunctionType) and function.__code__ is callee.f_code
