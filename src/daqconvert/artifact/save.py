@@ -122,18 +122,19 @@ def _draft(
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"source_kwargs: expected numbers, texts, booleans and lists ({error}).") from None
     check_source(source, plain, largest_size(entries))
+    plan = current_plan(frozen)
     return Manifest(
         format=FORMAT,
         version=VERSION,
         daqconvert=_own_version(),
-        model=type(frozen).__name__,
+        model=plan.model,  # the root's own class may be one that was made for its rewritten forward
         source=source,
         source_kwargs=plain,
         dtype=_model_dtype(frozen),
         bytes=0,
         sha256="0" * 64,
         tensors=dict(entries),
-        plan=current_plan(frozen),
+        plan=plan,
     )
 
 

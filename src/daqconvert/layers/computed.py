@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
 from torch.nn.utils.weight_norm import WeightNorm
 
 
@@ -41,6 +41,8 @@ def settle_weight(module: Any) -> None:
         for name, value in values.items():
             module.register_parameter(name, nn.Parameter(value, requires_grad=value.is_floating_point()))
     for key, hook in list(module._forward_pre_hooks.items()):
-        if isinstance(hook, (WeightNorm, SpectralNorm, BasePruningMethod)):
+        if isinstance(hook, SpectralNorm):
+            remove_spectral_norm(module, hook.name)  # its hooks on loading and saving go too
+        elif isinstance(hook, (WeightNorm, BasePruningMethod)):
             hook.remove(module)
             del module._forward_pre_hooks[key]
