@@ -2,6 +2,6 @@
 
 From the bottom up: `operators` (a frozen layer as three operators while torch exports it), `lowering` (torch to an
 ONNX graph of those operators), `expansion` and `unpacking` (those operators in standard ONNX), `runtime` (ONNX
-Runtime), `probes` (layers' codes and outputs of any kind of model), `agreement`, and the verbs `export` and `verify`
-with their `reports`.
+Runtime), `sites` (names), `probes` (layers' codes and outputs of any kind of model), `agreement`, and the verbs
+`export` and `verify` with their `reports`.
 """

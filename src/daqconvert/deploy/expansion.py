@@ -4,9 +4,10 @@
     WeightOperand  packed bit planes and the nodes of `unpacking`
     Rescale        Mul(sum, scale) -> Add(bias)
 
-`NAME.input_codes` is the uint8 tensor of the input's codes, `NAME.output` the layer's output; the `k`-th further call
-of one layer appends `.k`. The model's metadata says under `daqconvert.layers` which tensors belong to which layer:
-two layers that quantize the same tensor alike share its codes.
+`NAME.input_codes` is the uint8 tensor of the input's codes, `NAME.output` the layer's output; a weight that depends on
+the data has `NAME.weight_codes` likewise. The `k`-th further call of one layer appends `.k`. The model's metadata says
+under `daqconvert.layers` which tensors belong to which layer: two layers that quantize the same tensor alike share its
+codes.
 """
 
 from __future__ import annotations
@@ -63,13 +64,15 @@ class Expansion:
 
     def _input(self, node: NodeProto, given: dict[str, Any]) -> None:
         """Write an input quantizer; one that reads the same tensor with the same numbers is shared."""
-        x, layer, bits = node.input[0], given["layer"], given["bits"]
+        x, bits = node.input[0], given["bits"]
+        layer, _, role = given["layer"].partition("::")  # written by `layers.frozen_site`: whose operand it is
+        role = role or "input"
         scale, zero_point = (self.read(self.values[name]) for name in node.input[1:3])
         key = (x, bits, scale.item(), zero_point.item())
         if key not in self.operands:
-            scale_name = self.parts.constant(_join(layer, "input_scale"), scale)
-            zero_name = self.parts.constant(_join(layer, "input_zero_point"), zero_point)
-            codes = self._unused(layer, "codes", "input_codes")
+            scale_name = self.parts.constant(_join(layer, f"{role}_scale"), scale)
+            zero_name = self.parts.constant(_join(layer, f"{role}_zero_point"), zero_point)
+            codes = self._unused(layer, "codes", f"{role}_codes")
             first = codes if bits == 8 else f"{codes}.unclipped"
             self.parts.node("QuantizeLinear", [x, scale_name, zero_name], first)
             if bits < 8:
@@ -120,8 +123,9 @@ class Expansion:
 
     def _unused(self, layer: str, kind: str, key: str) -> str:
         """Return `NAME.key`, or `NAME.key.k` for a further call of the same layer."""
-        calls = len(self._entry(layer)[kind])
-        return _join(layer, f"{key}.{calls}" if calls else key)
+        first = _join(layer, key)
+        calls = sum(name == first or name.startswith(f"{first}.") for name in self._entry(layer)[kind])
+        return f"{first}.{calls}" if calls else first
 
     def _finish(self) -> None:
         graph, parts = self.model.graph, self.parts

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from daqconvert.deploy.operators import translations
 from daqconvert.deploy.runtime import require_packages
+from daqconvert.deploy.sites import named_layers
 from daqconvert.errors import ExportError
 from daqconvert.layers.frozen_site import FrozenSite
 
@@ -85,6 +86,7 @@ def lower(model: nn.Module, arguments: Arguments, dynamic_batch: bool) -> ModelP
     """
     require_packages()
     what = type(model).__name__
+    hint = " If its batch size is fixed, pass dynamic_batch=False." if dynamic_batch else ""
     if dynamic_batch:
         arguments = _at_least_two(arguments)
     with _writing_operators(model), quiet():
@@ -96,7 +98,6 @@ def lower(model: nn.Module, arguments: Arguments, dynamic_batch: bool) -> ModelP
                 strict=False,
             )
         except Exception as error:  # NOTE: the model's own code runs here under tracing and may raise anything
-            hint = " If its batch size is fixed, pass dynamic_batch=False." if dynamic_batch else ""
             raise ExportError(f"export: torch.export cannot follow {what}: {_first_lines(error)}{hint}") from error
         try:
             result = torch.onnx.export(
@@ -105,13 +106,13 @@ def lower(model: nn.Module, arguments: Arguments, dynamic_batch: bool) -> ModelP
             assert result is not None
             return result.model_proto
         except Exception as error:  # NOTE: the exporter wraps any exception of a translation in its own
-            raise ExportError(f"export: torch.onnx cannot write {what}: {_first_lines(error)}") from error
+            raise ExportError(f"export: torch.onnx cannot write {what}: {_first_lines(error)}{hint}") from error
 
 
 @contextmanager
 def _writing_operators(model: nn.Module) -> Iterator[None]:
     """Let every frozen layer write the operators of `operators`, under its dotted name."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, FrozenSite)}
+    layers = {name: module for name, module in named_layers(model).items() if isinstance(module, FrozenSite)}
     try:
         for name, layer in layers.items():
             layer.qdq, layer.layer_name = True, name

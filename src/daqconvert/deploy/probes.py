@@ -15,9 +15,11 @@ from torch.utils._pytree import tree_leaves
 from daqconvert.batches import model_device, to_device
 from daqconvert.deploy.expansion import layer_tensors
 from daqconvert.deploy.runtime import OnnxModel, require_packages
-from daqconvert.layers import FrozenSite, QuantizedSite, is_site_type
+from daqconvert.deploy.sites import named_layers
+from daqconvert.layers import FrozenSite, QuantizedSite
 from daqconvert.layers.site import Operation, Watcher, watching
 from daqconvert.modes import evaluating
+from daqconvert.quantizers import InputQuantizer
 
 Calls = dict[str, list[Tensor]]
 
@@ -28,7 +30,8 @@ class Recording:
 
     Attributes:
         results: The model's output tensors, on the CPU.
-        codes: Input codes of each quantized layer, uint8, one tensor per call, in order of execution.
+        codes: Input codes of each quantized layer, uint8, one tensor per call, in order of execution; where the weight
+            depends on the data, its codes follow those of the input.
         outputs: Outputs of each layer, likewise.
     """
 
@@ -54,11 +57,7 @@ class ModuleProbe:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.modules = {
-            name: module
-            for name, module in model.named_modules()
-            if isinstance(module, (QuantizedSite, FrozenSite)) or is_site_type(module)
-        }
+        self.modules = named_layers(model)
 
     def layers(self) -> list[str]:
         """Return the names of all convolutions and linears."""
@@ -99,14 +98,14 @@ class _Recorder(Watcher):
         self.recording, self.name, self.forced = recording, name, forced
 
     def before(self, site: Any, x: Tensor, weight: Tensor | None, operation: Operation) -> Tensor:
-        own = _input_codes(site, x)
-        if own is None:
+        own, of_weight = _input_codes(site, x), _weight_codes(site, weight)
+        found = [codes.cpu() for codes in (own, of_weight) if codes is not None]
+        calls = self.recording.codes.setdefault(self.name, []) if found else []
+        at = len(calls)
+        calls += found
+        if own is None or self.forced is None or not isinstance(site, FrozenSite):
             return x
-        calls = self.recording.codes.setdefault(self.name, [])
-        calls.append(own.cpu())
-        if self.forced is None or not isinstance(site, FrozenSite):
-            return x
-        scale, given = site.input_scale, self.forced[len(calls) - 1].to(own.device)
+        scale, given = site.input_scale, self.forced[at].to(own.device)
         # NOTE: exact: round((code - zero_point) * scale / scale) is the code again
         return ((given.to(scale.dtype) - site.input_zero_point.to(scale.dtype)) * scale).to(x.dtype)
 
@@ -119,6 +118,15 @@ def _input_codes(module: nn.Module, x: Tensor) -> Tensor | None:
         return module.input_codes(x) if module.settings.a_bits is not None else None
     if isinstance(module, QuantizedSite) and module.enabled and module.input_quantizer is not None:
         return module.input_quantizer.codes(x)
+    return None
+
+
+def _weight_codes(module: nn.Module, weight: Tensor | None) -> Tensor | None:
+    """Codes of a weight that depends on the data; None for any other."""
+    if isinstance(module, FrozenSite) and "weight_scale" in module._buffers:
+        return (module.weight_operand(weight) + module.weight_zero_point).to(torch.uint8)
+    if isinstance(module, QuantizedSite) and module.enabled and isinstance(module.weight_quantizer, InputQuantizer):
+        return None if weight is None else module.weight_quantizer.codes(weight)
     return None
 
 

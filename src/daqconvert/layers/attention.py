@@ -6,6 +6,7 @@ they are rows of one `in_proj_weight` where torch keeps them so. `out_proj` is a
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -82,6 +83,10 @@ class QuantMultiheadAttention(nn.MultiheadAttention):
             return attention(scores, values, q, k, v, mask, dropout), None
         weights = attention_probabilities(scores, q, k, mask, dropout)
         return call_site(values, "matmul", 1, (weights, v), {}), weights
+
+
+# `inspect.signature` says what torch's says, annotations included
+functools.update_wrapper(QuantMultiheadAttention.forward, nn.MultiheadAttention.forward, assigned=())
 
 
 def merged_mask(
