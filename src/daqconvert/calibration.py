@@ -198,6 +198,14 @@ def _operands(layers: dict[str, QuantizedSite]) -> dict[int, _Operand]:
     return found
 
 
+def _sources(qmodel: nn.Module) -> set[str]:
+    """Layers whose weight other sites are computed from."""
+    rows = getattr(qmodel, PLAN_ATTRIBUTE, ())
+    calls = [row.site.call for row in rows if row.converted and row.site.call is not None]
+    layers = ((tensor.removesuffix(".weight"), call.holder) for call in calls for tensor in call.tensors)
+    return {layer for layer, holder in layers if layer != holder}
+
+
 def _observe(
     qmodel: nn.Module, layers: dict[str, QuantizedSite], batches: Iterable[Any], max_batches: int | None
 ) -> tuple[dict[int, _Operand], Any, int]:
@@ -208,7 +216,8 @@ def _observe(
             parts = [operands.get(id(q)) for q in (layer.input_quantizer, layer.weight_quantizer)]
             observers = [None if part is None else part.observer for part in parts]
             stack.enter_context(watching(layer, _Observing(*observers)))
-        for context in (evaluating(qmodel), disabled(qmodel), watching_weights(qmodel, layers), torch.no_grad()):
+        watch = watching_weights(qmodel, layers, _sources(qmodel))
+        for context in (evaluating(qmodel), disabled(qmodel), watch, torch.no_grad()):
             stack.enter_context(context)
         for batch in track(batches, "calibrating", max_batches):
             run_batch(qmodel, batch)

@@ -6,7 +6,7 @@ beside such a weight would do nothing, and the frozen model would compute someth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -65,17 +65,20 @@ class _Inside(Watcher):
 
 
 @contextmanager
-def watching_weights(model: nn.Module, sites: Mapping[str, QuantizedSite]) -> Iterator[None]:
+def watching_weights(
+    model: nn.Module, sites: Mapping[str, QuantizedSite], shared: Collection[str] = ()
+) -> Iterator[None]:
     """Raise as soon as a forward uses the weight of a quantized layer without calling it or its site.
 
     Args:
         model: Whose forward runs inside the block.
         sites: Of the model, by dotted name.
+        shared: Layers whose weight other sites are computed from: a decoder by the transposed weight of its encoder.
 
     Raises:
         ConversionError: Inside the block; names the layer and the function that used its weight.
     """
-    watch = _Watch({name: site for name, site in sites.items() if isinstance(site, QuantizedLayer)})
+    watch = _Watch({n: site for n, site in sites.items() if isinstance(site, QuantizedLayer) and n not in shared})
     with ExitStack() as stack:
         for site in sites.values():
             stack.enter_context(watching(site, _Inside(watch)))
