@@ -10,7 +10,10 @@ import torch
 import daqconvert as dq
 from depth.networks import NETWORKS, batch, float_network, quantized
 
-each_network = pytest.mark.parametrize("name", NETWORKS)
+LARGE = ("resnet", "nfnet")  # twelve seconds for these two
+each_network = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in NETWORKS]
+)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 
 
