@@ -107,7 +107,8 @@ class _Recorder(Watcher):
             return x
         scale, given = site.input_scale, self.forced[at].to(own.device)
         # NOTE: exact: round((code - zero_point) * scale / scale) is the code again
-        return ((given.to(scale.dtype) - site.input_zero_point.to(scale.dtype)) * scale).to(x.dtype)
+        forced = (given.to(scale.dtype) - site.input_zero_point.to(scale.dtype)) * scale
+        return torch.empty_like(x).copy_(forced)  # in the layout of `x`, which picks the kernel
 
     def after(self, site: Any, y: Tensor) -> None:
         self.recording.outputs.setdefault(self.name, []).append(y.detach().cpu())
