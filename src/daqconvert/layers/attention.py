@@ -17,6 +17,7 @@ from daqconvert.layers.frozen_site import FrozenSite
 from daqconvert.layers.functional import call_site
 from daqconvert.layers.products import SCORES, VALUES, attention, attention_probabilities, is_computing
 
+_UNFUSED: dict[type[nn.Module], type[Any]] = {}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 

@@ -182,12 +182,13 @@ def empty_values(settings: Settings, weight: Tensor, layout: ChannelLayout | Non
     zero = torch.zeros((), dtype=torch.uint8, device=weight.device)
     per_channel = settings.granularity == "channel" and layout is not None
     values = {"scale": one.expand(layout.channels).clone() if per_channel and layout is not None else one.clone()}
+    # NOTE: in the order of `frozen_values`, so that a loaded model is saved as the same bytes
     if settings.w_bits is not None and layout is not None:
         values["weight_codes"] = torch.zeros(weight.shape, dtype=torch.uint8, device=weight.device)
-    elif settings.w_bits is not None:
-        values |= {"weight_scale": one.clone(), "weight_zero_point": zero.clone()}
     if settings.a_bits is not None:
         values |= {"input_scale": one.clone(), "input_zero_point": zero.clone()}
+    if settings.w_bits is not None and layout is None:
+        values |= {"weight_scale": one.clone(), "weight_zero_point": zero.clone()}
     return values
 
 
