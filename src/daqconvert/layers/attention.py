@@ -146,13 +146,11 @@ def unfused_class(original: type[nn.Module]) -> type[Any]:
     def reduce(self: Any, protocol: Any) -> Any:
         return _remake, (original,), self.__dict__
 
-    body = {
-        name: property(ask, keep),
-        "original": original,
-        "__reduce_ex__": reduce,
-        "__module__": original.__module__,
-    }
-    return type(f"Unfused{original.__name__}", (original,), body)
+    if original not in _UNFUSED:
+        body = {name: property(ask, keep), "original": original, "__reduce_ex__": reduce}
+        body["__module__"] = original.__module__
+        _UNFUSED[original] = type(f"Unfused{original.__name__}", (original,), body)
+    return _UNFUSED[original]
 
 
 def _remake(original: type[nn.Module]) -> Any:
