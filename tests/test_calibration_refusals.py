@@ -121,13 +121,17 @@ def test_a_weight_that_went_wrong_is_named():
 
 
 def test_a_weight_that_a_forward_uses_unseen_is_refused():
-    """Control flow stops every trace here; what really runs does not lie."""
+    """Control flow stops every trace here, and no name says whose weight it is; what really runs does not lie."""
 
-    class Unseen(awkward.Projection):
+    class Unseen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.proj = nn.Linear(4, 4, bias=False), nn.Linear(4, 4)
+
         def forward(self, x):
             if x.sum() > 1e9:
                 return x
-            return super().forward(x)
+            return self.proj(nn.functional.linear(x, self.get_submodule("qkv").weight))
 
     qmodel = dq.quantize(nn.Sequential(Unseen(), nn.Linear(4, 2)))
     before = snapshot(qmodel)

@@ -170,10 +170,9 @@ def test_the_bound_of_zero_rows():
     [
         (torch.full((4, 4), float("nan")), "16 of 16 weights are NaN or infinite"),
         (torch.tensor([[1.0, float("inf")]]), "1 of 2 weights are NaN or infinite"),
-        (torch.empty(0, 4), r"its weight of shape \(0, 4\) is empty"),
         (torch.full((4, 4), 0.5), "its weight is constant"),
     ],
-    ids=["nan", "inf", "empty", "constant"],
+    ids=["nan", "inf", "constant"],
 )
 def test_weights_that_cannot_be_quantized(weight, message):
     layer = nn.Linear(weight.shape[1], max(weight.shape[0], 1))
@@ -183,6 +182,16 @@ def test_weights_that_cannot_be_quantized(weight, message):
     with pytest.raises(ConversionError, match=f"2: .*{message}"):
         dq.quantize(model, last={"w_bits": 2, "normalize": True, "granularity": "tensor"})
     assert all(torch.equal(v.nan_to_num(), state[k].nan_to_num()) for k, v in model.state_dict().items())
+
+
+def test_an_empty_weight_is_left_alone():
+    layer = nn.Linear(4, 1)
+    layer.weight, layer.bias = nn.Parameter(torch.empty(0, 4)), None
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), layer)
+    assert dq.plan(model)["2"].reason == "its weight is empty" and dq.quantize(model)[2].weight.shape == (0, 4)
+    made = WeightQuantizer(Settings(w_bits=4, grid="integer", normalize=False), ChannelLayout.forward((0, 4)), "2")
+    with pytest.raises(ConversionError, match=r"2: its weight of shape \(0, 4\) is empty"):
+        made.initialize(layer.weight)
 
 
 def test_a_constant_weight_is_no_obstacle_where_it_is_not_normalized():
