@@ -148,6 +148,14 @@ def test_timm_beit_is_seen_through():
     assert not any(site.reason for site in sites.values())
 
 
+def test_a_forward_that_was_replaced_on_the_object_leaves_its_layers_alone():
+    model = nn.Sequential(nn.Linear(4, 4), awkward.Projection(), nn.Linear(4, 2))
+    model[0].forward, model[1].forward = lambda x: x * 2, lambda x: x @ model[1].qkv.weight
+    sites = sites_of(model)
+    assert {name for name, site in sites.items() if not site.reason} == {"1.proj", "2"}
+    assert all("replaced on the object itself" in sites[name].reason for name in ("0", "1.qkv"))
+
+
 def test_lazy_layers_are_left_alone():
     assert "lazy" in sites_of(nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(2)))["1"].reason
 

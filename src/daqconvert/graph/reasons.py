@@ -8,6 +8,7 @@ from torch.nn.parameter import UninitializedParameter
 from daqconvert.graph.view import View
 from daqconvert.layers.registry import quantized_class
 
+REPLACED = "its forward was replaced on the object itself, so a quantized class would never run"
 RECURRENT = "recurrent layer: its products run in one fused kernel"
 
 
@@ -23,6 +24,8 @@ def layer_reason(name: str, module: nn.Module, view: View) -> str:
     kind, weight = type(module).__name__, getattr(module, "weight", None)
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         return RECURRENT
+    if "forward" in vars(module):
+        return REPLACED
     if any(isinstance(p, UninitializedParameter) for p in module.parameters()):
         return "lazy: its weight has no shape before a first forward"
     if isinstance(parent, nn.MultiheadAttention) and type(parent).forward is not nn.MultiheadAttention.forward:
