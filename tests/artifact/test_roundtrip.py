@@ -241,3 +241,22 @@ def test_extra_state_that_is_no_tensor_is_named(tmp_path):
     frozen = frozen_of(nn.Sequential(nn.Linear(3, 3), Extra(3, 3)), (torch.randn(2, 3),))
     with pytest.raises(dq.errors.ArtifactError, match="1._extra_state: its extra state is no tensor"):
         dq.save(frozen, tmp_path / "a")
+
+
+class Versioned(nn.Linear):
+    """Asks for the version of its format when it is loaded, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        if local_metadata.get("version") != 2:
+            raise ValueError("version should be 2")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def test_a_module_that_asks_for_the_version_of_its_format(tmp_path):
+    model, x = nn.Sequential(Versioned(4, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(8, 4)
+    qmodel = dq.quantize(model, w_bits=4, a_bits=4)
+    dq.calibrate(qmodel, [x])
+    frozen = dq.freeze(qmodel)
+    assert torch.equal(dq.load(dq.save(frozen, tmp_path / "a"), model=model)(x), frozen(x))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -101,9 +102,12 @@ def try_source(manifest: Manifest, where: str) -> None:
 def _placed(frozen: nn.Module, state: dict[str, Tensor], manifest: Manifest) -> dict[str, Tensor]:
     """Return the state dict on the model's devices; parameters of one tensor stay one parameter."""
     parameters = {name for name, _ in frozen.named_parameters(remove_duplicate=False)}
-    placed: dict[str, Tensor] = {}
+    state_dict = frozen.state_dict()
+    placed: OrderedDict[str, Tensor] = OrderedDict()
+    # NOTE: a module may ask for the version of its own format, as torchvision's MNASNet does
+    placed._metadata = getattr(state_dict, "_metadata", OrderedDict())  # type: ignore[attr-defined]
     shared: dict[tuple[str, torch.device, bool], Tensor] = {}
-    for key, place in frozen.state_dict().items():
+    for key, place in state_dict.items():
         device = torch.device("cpu") if place.is_meta else place.device
         identity = (manifest.tensors[key].same_as or key, device, key in parameters)
         if identity not in shared:
