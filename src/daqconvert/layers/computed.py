@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
+from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook, remove_spectral_norm
 from torch.nn.utils.weight_norm import WeightNorm
 
 
@@ -42,7 +42,11 @@ def settle_weight(module: Any) -> None:
             module.register_parameter(name, nn.Parameter(value, requires_grad=value.is_floating_point()))
     for key, hook in list(module._forward_pre_hooks.items()):
         if isinstance(hook, SpectralNorm):
-            remove_spectral_norm(module, hook.name)  # its hooks on loading and saving go too
+            remove_spectral_norm(module, hook.name)
+            for number, loading in list(module._load_state_dict_pre_hooks.items()):
+                # NOTE: torch wraps the hook and then does not recognize it: it stays, and asks for what has gone
+                if isinstance(getattr(loading, "hook", loading), SpectralNormLoadStateDictPreHook):
+                    del module._load_state_dict_pre_hooks[number]
         elif isinstance(hook, (WeightNorm, BasePruningMethod)):
             hook.remove(module)
             del module._forward_pre_hooks[key]
