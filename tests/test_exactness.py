@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 import awkward
 import daqconvert as dq
 from cases import CASES, GEOMETRIES, NETWORKS, SETTINGS, run
-from daqconvert.layers import FrozenLayer, QuantizedLayer
+from daqconvert.layers.frozen_site import FrozenSite
+from daqconvert.layers.site import QuantizedSite
 from daqconvert.modes import quantized_layers
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -55,8 +56,8 @@ def test_quantized_and_frozen_are_identical(case, settings):
     frozen = dq.freeze(qmodel)
 
     assert run(frozen, case.batch()).shape == run(model, case.batch()).shape
-    assert sum(isinstance(m, FrozenLayer) for m in frozen.modules()) == len(case.converted)
-    assert not any(isinstance(m, QuantizedLayer) for m in frozen.modules())
+    assert sorted(m.layer_name for m in frozen.modules() if isinstance(m, FrozenSite)) == sorted(case.converted)
+    assert not any(isinstance(m, QuantizedSite) for m in frozen.modules())
     for seed in (0, 1):
         with torch.no_grad():
             assert same(run(frozen, case.batch(seed)), run(qmodel, case.batch(seed)))
