@@ -201,3 +201,9 @@ def test_the_answer_is_the_same_with_and_without_inputs():
     with_inputs, without = find_sites(case.make(), case.batch()), find_sites(case.make())
     assert without.input_size is None and all(site.macs is None for site in without.sites)
     assert [dataclasses.replace(site, macs=None) for site in with_inputs.sites] == list(without.sites)
+
+
+def test_two_fused_attentions_in_one_module_are_counted_apart():
+    model = timm_network("vit_dwee_patch16_reg1_gap_256", depth=1)
+    rows = {site.name: site.macs for site in find_sites(model).sites if site.is_product}
+    assert len(rows) == 4 and all(rows.values())

@@ -140,7 +140,7 @@ def _macs(
     fused: dict[str, str] = {}
     for name, site in view.functional.items():
         if site.is_product:
-            fused[name.removesuffix(VALUES) + SCORES] = name if site.call.function == VALUES else ""
+            fused[name.replace(VALUES, SCORES)] = name if site.call.function == VALUES else ""
             if site.call.function != VALUES:  # counted with its scores, by one fused function
                 products.setdefault(site.call.modules[0], []).append(name)
         elif site.call.dynamic:
