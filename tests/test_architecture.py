@@ -17,6 +17,7 @@ LAYERS = (
     ("errors", "version"),
     ("files",),
     ("spec",),
+    ("kernels",),
     ("functional",),
     ("quantizers",),
     ("layers",),
@@ -38,7 +39,8 @@ LAYERS = (
 KNOWS_ONLY = {
     "errors": (),
     "spec": ("errors",),
-    "functional": ("errors", "spec"),
+    "kernels": (),
+    "functional": ("errors", "spec", "kernels"),
     "policy": ("errors", "spec"),
     "report": ("errors", "spec"),
 }

@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from daqconvert.errors import ConversionError
-from daqconvert.layers.site import QuantizedSite
+from daqconvert.layers.site import Operation, QuantizedSite
 from daqconvert.quantizers import ChannelLayout
 from daqconvert.spec import Settings
+
+
+def bare_operation(layer: Any, *args: Any, **kwargs: Any) -> Operation:
+    """Return the bare operation of one call of a quantized or frozen layer.
+
+    A family that gives `products(*args)` beside `accumulate(x, w, *args)` says what its gradients are; where somebody
+    put another `accumulate` over it, that is what runs.
+
+    Args:
+        layer: The layer.
+        args: Of the call, after the input.
+        kwargs: Of the call.
+    """
+    cls: Any = type(layer)
+    if "accumulate" not in layer.__dict__ and _gives_products(cls):
+        found: Operation = layer.products(*args, **kwargs)
+        return found
+    return lambda x, w: layer.accumulate(x, w, *args, **kwargs)
+
+
+@cache
+def _gives_products(cls: Any) -> bool:
+    owner = next(c for c in cls.__mro__ if "accumulate" in vars(c) or "products" in vars(c))
+    return "products" in vars(owner)
 
 
 class QuantizedLayer(QuantizedSite):
@@ -53,8 +78,7 @@ class QuantizedLayer(QuantizedSite):
         """Return the layer's output from integer-valued operands; the original's where `enabled` is False."""
         original = super().forward
         return self.run(
-            input, self.weight, self.bias,
-            lambda x, w: self.accumulate(x, w, *args, **kwargs),
+            input, self.weight, self.bias, bare_operation(self, *args, **kwargs),
             lambda x: original(x, *args, **kwargs),
         )  # fmt: skip
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from daqconvert.functional.products import ConvolutionProducts, PaddedProducts
 from daqconvert.layers.base import QuantizedLayer
 from daqconvert.layers.frozen import FrozenLayer
 from daqconvert.layers.registry import register
+from daqconvert.layers.site import Operation
 
 
 class ConvOp:
@@ -17,6 +20,17 @@ class ConvOp:
     def accumulate(self, x: Tensor, w: Tensor, *args: Any) -> Tensor:
         """Return the convolution of `x` with `w`, without bias."""
         return self._conv_forward(x, w, None)  # type: ignore[attr-defined]
+
+    def products(self: Any, *args: Any) -> Operation:
+        """Return the same with its gradients."""
+        if isinstance(self.padding, str) and self.padding_mode == "zeros":
+            return self.accumulate  # torch decides where an odd padding goes
+        padding = self.padding if self.padding_mode == "zeros" else (0,) * self.output_dims
+        known = ConvolutionProducts(self.stride, padding, self.dilation, self.groups)
+        if self.padding_mode == "zeros":
+            return known
+        sides, mode = self._reversed_padding_repeated_twice, self.padding_mode
+        return PaddedProducts(lambda x: F.pad(x, sides, mode=mode), known)
 
 
 class Conv1dOp(ConvOp):

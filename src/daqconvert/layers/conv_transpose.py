@@ -7,9 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from daqconvert.functional.products import ConvolutionProducts
 from daqconvert.layers.base import QuantizedLayer
 from daqconvert.layers.frozen import FrozenLayer
 from daqconvert.layers.registry import register
+from daqconvert.layers.site import Operation
 from daqconvert.quantizers import ChannelLayout
 
 
@@ -26,6 +28,12 @@ class ConvTransposeOp:
         )
         op = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
         return op(x, w, None, self.stride, self.padding, padding, self.groups, self.dilation)
+
+    def products(self: Any, output_size: list[int] | None = None) -> Operation:
+        """Return the same with its gradients."""
+        if output_size is not None:
+            return lambda x, w: self.accumulate(x, w, output_size)
+        return ConvolutionProducts(self.stride, self.padding, self.dilation, self.groups, True, self.output_padding)
 
     def channel_layout(self: Any, shape: tuple[int, ...]) -> ChannelLayout:
         """Return where the output channels of a weight of this shape are."""

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from daqconvert.functional.grid import weight_operand
-from daqconvert.layers.base import QuantizedLayer
+from daqconvert.layers.base import QuantizedLayer, bare_operation
 from daqconvert.layers.computed import settle_weight
 from daqconvert.layers.frozen_site import FrozenSite, drop_quantizers, empty_values, frozen_values
 from daqconvert.quantizers import ChannelLayout
@@ -82,11 +82,9 @@ class FrozenLayer(FrozenSite):
             FrozenError: In training mode.
         """
         weight = self._parameters.get("weight")
-        return self.run(input, weight, self.bias, lambda x, w: self.accumulate(x, w, *args, **kwargs))
+        return self.run(input, weight, self.bias, bare_operation(self, *args, **kwargs))
 
-    def accumulate(self, x: Tensor, w: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the bare operation, without bias or scale; given by the family's mixin."""
-        raise NotImplementedError
+    accumulate = QuantizedLayer.accumulate
 
     def extra_repr(self) -> str:
         """Return the original's text and the bits."""

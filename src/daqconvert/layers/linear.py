@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from daqconvert.functional.products import LinearProducts
 from daqconvert.layers.base import QuantizedLayer
 from daqconvert.layers.frozen import FrozenLayer
 from daqconvert.layers.registry import register
@@ -21,6 +22,10 @@ class LinearOp:
     def accumulate(self, x: Tensor, w: Tensor, *args: Any) -> Tensor:
         """Return `x W^T`."""
         return F.linear(x, w)
+
+    def products(self, *args: Any) -> LinearProducts:
+        """Return the same with its gradients."""
+        return LinearProducts()
 
 
 @register(nn.Linear)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from daqconvert.functional.products import ConvolutionProducts, LinearProducts
 from daqconvert.layers.site import Operation
 from daqconvert.quantizers import ChannelLayout
 
@@ -96,7 +97,25 @@ def split_call(function: str, weight_at: int, args: tuple[Any, ...], kwargs: dic
     if names[1] != "weight":
         return _pair([values[n] for n in names], weight_at, None, call)
     x, weight, bias = values.pop("input"), values.pop("weight"), values.pop("bias", None)
-    return Operands(x, weight, bias, lambda a, b: call(a, b, None, **values))
+    known = _known(function, values)
+    return Operands(x, weight, bias, known or (lambda a, b: call(a, b, None, **values)))
+
+
+def _known(function: str, values: dict[str, Any]) -> Operation | None:
+    """The products of a layer's function, where they are known; not with `padding="same"`."""
+    if function == "linear":
+        return LinearProducts()
+    dims, defaults = output_dims(function), {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
+    if isinstance(values.get("padding"), str):
+        return None
+    sizes = {}
+    for key, default in defaults.items():
+        value = values.get(key, default)
+        sizes[key] = (
+            tuple(value) * (dims if len(value) == 1 else 1) if isinstance(value, (tuple, list)) else (value,) * dims
+        )
+    transposed = function.startswith("conv_transpose")
+    return ConvolutionProducts(groups=values.get("groups", 1), transposed=transposed, **sizes)
 
 
 def _renamed(function: str, key: str) -> str:

@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from daqconvert.functional.coded import InputCodes, codes_of, pad_operand
 from daqconvert.functional.grid import levels
+from daqconvert.functional.products import PaddedProducts
+from daqconvert.functional.scaled import can_fuse, scaled_products
 from daqconvert.quantizers import ChannelLayout, InputQuantizer, WeightQuantizer
 from daqconvert.spec import Settings
 
@@ -150,18 +153,29 @@ class QuantizedSite(nn.Module):
     def _quantized(self, x: Tensor, weight: Tensor, bias: Tensor | None, operation: Operation) -> Tensor:
         operand = x if self.input_quantizer is None else self.input_quantizer(x)
         w = weight if self.weight_quantizer is None else self.weight_quantizer(weight)
-        acc, scale = safe_products(operation, operand, w, self.combined_scale(), self.settings)
+        scale = self.combined_scale(operand)
+        if isinstance(operation, PaddedProducts):
+            operand, operation = pad_operand(operation.pad, operand), operation.products
+        if can_fuse(operation, operand, w, scale, bias):
+            return scaled_products(operation, operand, w, scale, bias)  # type: ignore[arg-type] # one that can
+        acc, scale = safe_products(operation, operand, w, scale, self.settings)
         return rescale(acc, scale, bias, self.output_dims, acc.dtype)
 
-    def combined_scale(self) -> Tensor:
-        """Return `S = |output_scale| * weight multiplier * input multiplier`, shape of `output_scale`, float32."""
+    def combined_scale(self, operand: Tensor | None = None) -> Tensor:
+        """Return `S = |output_scale| * weight multiplier * input multiplier`, shape of `output_scale`, float32.
+
+        Args:
+            operand: What the input quantizer has just returned: its scale is known then.
+        """
         scale = self.output_scale.abs()
         scale = scale if scale.dtype == torch.float64 else scale.float()
         if self.weight_quantizer is not None:
             scale = scale * self.weight_quantizer.multiplier()
         if self.input_quantizer is not None:
             n = 2**self.input_quantizer.bits - 1
-            scale = scale * (1.0 / n if self.unitless else self.input_quantizer.scale())
+            coded = None if operand is None else codes_of(operand)
+            of_input = coded.scale if isinstance(coded, InputCodes) else self.input_quantizer.scale()
+            scale = scale * (1.0 / n if self.unitless else of_input)
         return scale
 
 

@@ -8,8 +8,8 @@ from timm.layers import Conv2dSame
 from timm.layers.linear import Linear as TimmLinear
 from timm.layers.padding import pad_same
 from torch import Tensor
-from torch.nn import functional as F
 
+from daqconvert.functional.products import ConvolutionProducts, PaddedProducts
 from daqconvert.layers.base import QuantizedLayer
 from daqconvert.layers.frozen import FrozenLayer
 from daqconvert.layers.linear import LinearOp
@@ -24,8 +24,14 @@ class Conv2dSameOp:
 
     def accumulate(self: Any, x: Tensor, w: Tensor, *args: Any) -> Tensor:
         """Return the convolution of the padded `x` with `w`, without bias."""
-        x = pad_same(x, list(w.shape[-2:]), self.stride, self.dilation)
-        return F.conv2d(x, w, None, self.stride, (0, 0), self.dilation, self.groups)
+        found: Tensor = self.products(*args)(x, w)
+        return found
+
+    def products(self: Any, *args: Any) -> PaddedProducts:
+        """Return the same with its gradients."""
+        kernel, stride, dilation = list(self.kernel_size), self.stride, self.dilation
+        known = ConvolutionProducts(stride, (0, 0), dilation, self.groups)
+        return PaddedProducts(lambda x: pad_same(x, kernel, stride, dilation), known)
 
 
 class TimmLinearOp(LinearOp):

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from daqconvert.errors import CalibrationError
+from daqconvert.functional import fused_input
+from daqconvert.functional.coded import InputCodes, attach
 from daqconvert.functional.grid import Rounding, input_scale, input_zero_point, quantize_input
 from daqconvert.quantizers.base import Quantizer
 from daqconvert.spec import Settings
@@ -60,14 +62,21 @@ class InputQuantizer(Quantizer):
     def forward(self, x: Tensor) -> Tensor:
         """Return the integer-valued operand `q - zero_point`, shape and dtype of `x`."""
         self.require_ready()
-        scale = self.scale()
-        return quantize_input(x, scale, self.zero_point(scale), self.bits, self.rounding)
+        if torch.compiler.is_compiling():  # the compiler fuses plain operations, and cannot look into an operator
+            scale = self.scale()
+            return quantize_input(x, scale, self.zero_point(scale), self.bits, self.rounding)
+        operand, codes, scale, zero_point = fused_input.quantize_input(
+            x, self._lower(), self.upper, self.bits, self.rounding, codes=torch.is_grad_enabled()
+        )
+        return attach(operand, InputCodes(codes, zero_point, scale))
 
     def scale(self) -> Tensor:
         """Return the step between two levels, a scalar tensor that carries the bounds' gradient."""
-        # an unsigned `lower` stays 0 even where someone has unfrozen every parameter of the model
-        lower = self.lower.detach() if self._sign is False else self.lower
-        return input_scale(lower, self.upper, self.bits)
+        return input_scale(self._lower(), self.upper, self.bits)
+
+    def _lower(self) -> Tensor:
+        """Return `lower`; where unsigned it stays 0 even if someone has unfrozen every parameter of the model."""
+        return self.lower.detach() if self._sign is False and self.lower.requires_grad else self.lower
 
     def multiplier(self) -> Tensor:
         """Return what one operand step is worth, the scale: a weight that depends on the data is quantized so, too."""

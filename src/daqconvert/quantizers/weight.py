@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from daqconvert.errors import ConversionError
+from daqconvert.functional import fused_weight
+from daqconvert.functional.coded import View, attach
 from daqconvert.functional.grid import Rounding, levels, quantize_weight, weight_codes
 from daqconvert.quantizers.base import Quantizer
+from daqconvert.quantizers.layout import ChannelLayout
+from daqconvert.quantizers.memory import KnownWeight, value_key
 from daqconvert.spec import Settings
 
 WEIGHT_STDS = 3.0  # the paper's start of the bounds of a normalized weight
@@ -20,44 +23,6 @@ SEARCH_FLOOR = {2: 0.06, 3: 0.1, 4: 0.2, 5: 0.3, 6: 0.4, 7: 0.5, 8: 0.6}  # smal
 SHORT_ROW = 128  # the error of a row this short (a depthwise kernel) jumps, and costs next to nothing to compute ...
 SHORT_FACTOR = 16  # ... so it gets this many times the candidates
 SEARCH_PIECE = 1 << 16  # elements handled at once
-
-
-@dataclass(frozen=True)
-class ChannelLayout:
-    """Where the output channels of a weight are: `weight.reshape(view)` against `bound.reshape(bound_view)`.
-
-    For `Linear` and `Conv*` the channel is dim 0. For `ConvTranspose*`, `(C_in, C_out / groups, *kernel)`, it is
-    (group, column of dim 1): `view = (groups, C_in / groups, C_out / groups, *kernel)`.
-    """
-
-    view: tuple[int, ...]
-    bound_view: tuple[int, ...]
-    channels: int
-
-    @staticmethod
-    def forward(shape: tuple[int, ...]) -> ChannelLayout:
-        """Layout of a `Linear` or `Conv*` weight."""
-        return ChannelLayout(shape, (shape[0],) + (1,) * (len(shape) - 1), shape[0])
-
-    @staticmethod
-    def transposed(shape: tuple[int, ...], groups: int) -> ChannelLayout:
-        """Layout of a `ConvTranspose*` weight."""
-        kernel = shape[2:]
-        view = (groups, shape[0] // groups, shape[1], *kernel)
-        return ChannelLayout(view, (groups, 1, shape[1]) + (1,) * len(kernel), groups * shape[1])
-
-    @staticmethod
-    def columns(shape: tuple[int, ...]) -> ChannelLayout:
-        """Layout of a matrix that is multiplied from the right, `x @ W`: channels are its columns."""
-        return ChannelLayout(shape, (1, shape[1]), shape[1])
-
-    def rows(self, weight: Tensor) -> Tensor:
-        """Return the weight as `(C_out, everything else)`."""
-        if self.bound_view == (1, *self.view[1:]) and len(self.view) == 2:
-            return weight.t()
-        if self.view == tuple(weight.shape):
-            return weight.reshape(self.channels, -1)
-        return weight.reshape(self.view).transpose(1, 2).reshape(self.channels, -1)
 
 
 class WeightQuantizer(Quantizer):
@@ -89,6 +54,7 @@ class WeightQuantizer(Quantizer):
         self.bits = settings.w_bits
         self.grid = settings.grid
         self.normalize = settings.normalize is True
+        self._memory: KnownWeight | None = None
         self.per_channel = settings.granularity == "channel"
         self.layout = layout
         self.rounding = Rounding.make(settings.rounding, settings.w_gamma, settings.w_sigma, settings.slope == "unit")
@@ -104,7 +70,9 @@ class WeightQuantizer(Quantizer):
     def forward(self, weight: Tensor) -> Tensor:
         """Return the integer-valued operand, shape and dtype of `weight`."""
         self.require_ready()
-        v = _real(weight).reshape(self.layout.view)
+        if not torch.compiler.is_compiling():
+            return self._fused(weight)
+        v = _real(weight).reshape(self.layout.view)  # the compiler fuses plain operations
         if self.normalize:
             mean, std = self._moments(v)
             v = (v - mean) / std
@@ -112,6 +80,32 @@ class WeightQuantizer(Quantizer):
         lower = self._expand(self.lower) if self.normalize else -upper
         operand = quantize_weight(v, lower, upper, self.bits, self.grid, self.rounding)
         return operand.reshape(weight.shape).to(weight.dtype)
+
+    def _fused(self, weight: Tensor) -> Tensor:
+        """What `forward` returns; from known codes where weight and bounds hold the values that they had."""
+        key = value_key(weight, self.lower, self.upper)
+        memory = self._memory
+        known = memory if memory is not None and memory.key == key else None
+        mean = std = None
+        if known is not None:
+            mean, std = known.mean, known.std
+        elif self.normalize:
+            mean, std = (t.reshape(-1) for t in self._moments(_real(weight).reshape(self.layout.view)))
+        operand, coded = fused_weight.quantize_weight(
+            weight, self.lower if self.normalize else None, self.upper, mean, std, self._view, self.bits, self.grid,
+            self.rounding, None if known is None else known.codes,
+        )  # fmt: skip
+        if known is None and key is not None:
+            self._memory = KnownWeight(key, coded.codes, mean, std)
+        return attach(operand, coded)
+
+    @property
+    def _view(self) -> View:
+        """The weight as the fused operator sees it; one bound for all where the quantizer has one."""
+        return self.layout.memory_view if self.per_channel else (1, 1, 1, math.prod(self.layout.view))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_memory": None}  # a copy quantizes its weight again
 
     def multiplier(self) -> Tensor | float:
         """Return what one operand step is worth: `1 / n` (normalized), `upper / n` (midrise), or `upper / m`."""

@@ -1,0 +1,49 @@
+"""The codes of a weight, kept until the weight or its bounds hold other values.
+
+What tells is a 64-bit fingerprint of the values themselves, read at every call at the speed of memory: an optimizer's
+step, `load_state_dict`, a write through `.data` or through NumPy, a swap with an average, another module's weight. A
+version counter would miss some of them. Without the compiled kernels there is no cheap fingerprint: nothing is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from daqconvert.functional.native import dense, kernels
+
+
+@dataclass(frozen=True)
+class KnownWeight:
+    """What was computed from one weight; never changed, so that threads may share it.
+
+    Attributes:
+        key: From `value_key`.
+        codes: uint8.
+        mean: Where the weight is normalized.
+        std: Likewise.
+    """
+
+    key: tuple[object, ...]
+    codes: Tensor
+    mean: Tensor | None
+    std: Tensor | None
+
+
+def value_key(weight: Tensor, lower: Tensor, upper: Tensor) -> tuple[object, ...] | None:
+    """Return what stands for the values of a weight and its bounds, or None where it cannot be told cheaply.
+
+    Example:
+        >>> weight, bound = torch.ones(3), torch.ones(())
+        >>> before = value_key(weight, -bound, bound)
+        >>> weight.data.mul_(2.0).sum().item(), before is None or value_key(weight, -bound, bound) != before
+        (6.0, True)
+    """
+    library = kernels(weight, lower, upper)
+    if library is None:
+        return None
+    threads = torch.get_num_threads()
+    prints = (library.daq_fingerprint(t.data_ptr(), t.numel(), threads) for t in map(dense, (weight, lower, upper)))
+    return (weight.shape, weight.stride(), *prints)
