@@ -1,0 +1,111 @@
+"""Step times of `qat_step.py`: all contenders of a network and a mode in one process, in turns.
+
+Every round each contender makes the same number of steps, in an order drawn anew; what is compared is the time of a
+contender with that of the float network *in the same round*, so that a machine that is slower for a minute is so for
+both. Before that each must learn its one batch by heart: a contender whose loss does not fall is not timed.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from qat_contenders import CONTENDERS, Refused, Trainee, told
+from qat_networks import Task, task
+
+LEARNING_STEPS = 20
+FALL = 0.9
+"""The mean loss of the last three steps must be below this part of the first three's."""
+
+
+def measure(
+    network: str, mode: str, contenders: list[str], rounds: int, steps: int, seed: int, tick: Callable[[str], None]
+) -> dict[str, Any]:
+    """Return, per contender, losses and step times; or the reason why there are none.
+
+    Args:
+        network: Key of `qat_networks.NETWORKS`.
+        mode: `"eager"` or `"compile"`.
+        contenders: Keys of `qat_contenders.CONTENDERS`, `"float"` among them.
+        rounds: Rounds that count, after one that does not.
+        steps: Steps of one contender in one round.
+        seed: Of the order.
+        tick: Called with a word after each contender's learning and each round.
+    """
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = 64  # several networks of one class: each compiles the same code objects
+    given = task(network)
+    records: dict[str, Any] = {}
+    trainees: dict[str, Trainee] = {}
+    for name in contenders:
+        try:
+            trainees[name], records[name] = _learned(name, given, mode == "compile")
+        except Exception as error:
+            records[name] = {"failed": told(error)}
+        tick(f"{name} learns")
+    if "float" not in trainees:
+        raise SystemExit(f"{network}, {mode}: the float network itself failed: {records['float']['failed']}")
+    times = _rounds(trainees, rounds, steps, seed, tick)
+    for name, found in times.items():
+        ratios = [own / base for own, base in zip(found, times["float"], strict=True)]
+        records[name] |= {
+            "ms": round(statistics.median(found) * 1e3, 2),
+            "ratio": round(statistics.median(ratios), 4),
+            "ratio_quartiles": [round(q, 4) for q in _quartiles(ratios)],
+            "ms_rounds": [round(value * 1e3, 2) for value in found],
+        }
+    return {"layers": len(given.names), "rounds": rounds, "steps": steps, "seed": seed, "contenders": records}
+
+
+def _learned(name: str, given: Task, compiled: bool) -> tuple[Trainee, dict[str, Any]]:
+    """Return a contender after its first steps, and what they showed.
+
+    Raises:
+        Refused: If the loss is not finite or does not fall.
+    """
+    torch.manual_seed(0)
+    started = time.perf_counter()
+    trainee = Trainee(CONTENDERS[name], given, compiled)
+    first = trainee.step().item()
+    seconds = time.perf_counter() - started
+    losses = [first, *(trainee.step().item() for _ in range(LEARNING_STEPS - 1))]
+    shown = [round(loss, 4) for loss in losses]
+    if not all(map(math.isfinite, losses)):
+        raise Refused(f"loss not finite: {shown}")
+    before, after = statistics.mean(losses[:3]), statistics.mean(losses[-3:])
+    if not after < FALL * before:
+        raise Refused(f"loss does not fall: {before:.3f} to {after:.3f} in {LEARNING_STEPS} steps")
+    return trainee, {"loss": [round(before, 4), round(after, 4)], "seconds_to_first_step": round(seconds, 1)}
+
+
+def _rounds(
+    trainees: dict[str, Trainee], rounds: int, steps: int, seed: int, tick: Callable[[str], None]
+) -> dict[str, list[float]]:
+    """Return the seconds per step of each round."""
+    order, draw = list(trainees), random.Random(seed)
+    times: dict[str, list[float]] = {name: [] for name in order}
+    for number in range(rounds + 1):
+        draw.shuffle(order)
+        for name in order:
+            gc.collect()
+            trainees[name].step()  # the caches are full of another contender's tensors
+            started = time.perf_counter()
+            for _ in range(steps):
+                trainees[name].step()
+            if number:
+                times[name].append((time.perf_counter() - started) / steps)
+        tick(f"round {number}")
+    return times
+
+
+def _quartiles(values: list[float]) -> list[float]:
+    if len(values) < 2:
+        return [values[0], values[0]]
+    quarters = statistics.quantiles(values, n=4, method="inclusive")
+    return [quarters[0], quarters[2]]
