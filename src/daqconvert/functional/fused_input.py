@@ -57,9 +57,10 @@ def quantize_input(
     return found
 
 
-def _forward(
+def forward(
     x: Tensor, lower: Tensor, upper: Tensor, bits: int, ste: bool, c: float, a: float, codes: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what the operator returns, without gradient; arguments as in `quantize_input`."""
     top, library = 2**bits - 1, kernels(x, lower, upper)
     if library is None:
         scale = input_scale(lower, upper, bits)
@@ -79,10 +80,26 @@ def _forward(
     return operand, stored, scale, zero_point
 
 
-def _backward(
+def backward(
     grad: Tensor | None, grad_scale: Tensor | None, x: Tensor, lower: Tensor, upper: Tensor, scale: Tensor,
-    zero_point: Tensor, bits: int, ste: bool, c: float, a: float,
+    zero_point: Tensor, bits: int, ste: bool, c: float, a: float, in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients to `x`, `lower` and `upper`.
+
+    Args:
+        grad: Of the operand.
+        grad_scale: Of the scale.
+        x: As it went in, like the others.
+        lower: Bound.
+        upper: Bound.
+        scale: As it came out.
+        zero_point: Likewise.
+        bits: 1 to 8.
+        ste: Whether the slope of the rounding is 1.
+        c: Else its height.
+        a: And its offset.
+        in_place: Nobody else holds `grad`: its memory may take the gradient to `x`.
+    """
     top = 2**bits - 1
     if grad is None:
         grad = torch.zeros_like(x)  # the operand was not used, its scale was
@@ -91,13 +108,18 @@ def _backward(
         return _plain_backward(grad, grad_scale, x, lower, upper, scale, zero_point, top, ste, c, a)
     x = dense(x)
     grad = in_memory_order(grad, x)
-    grad_x, grad_lower, grad_upper = torch.empty_like(x), torch.empty_like(lower), torch.empty_like(upper)
+    grad_x = grad if in_place else torch.empty_like(x)
+    grad_lower, grad_upper = torch.empty_like(lower), torch.empty_like(upper)
     library.daq_quantize_input_backward(
         grad.data_ptr(), address(grad_scale), x.data_ptr(), grad_x.data_ptr(), x.numel(), lower.data_ptr(),
         upper.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), grad_lower.data_ptr(), grad_upper.data_ptr(),
         top, ste, c, *slope_constants(a), torch.get_num_threads(),
     )  # fmt: skip
     return grad_x, grad_lower, grad_upper
+
+
+def _operator_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return backward(*args)
 
 
 def _plain_backward(
@@ -144,10 +166,10 @@ def _fake_backward(
 register(
     "quantize_input(Tensor x, Tensor lower, Tensor upper, int bits, bool ste, float c, float a, bool codes)"
     " -> (Tensor operand, Tensor codes, Tensor scale, Tensor zero_point)",
-    _forward, _fake, _gradients, _remember,
+    forward, _fake, _gradients, _remember,
 )  # fmt: skip
 register(
     "quantize_input_backward(Tensor? grad, Tensor? grad_scale, Tensor x, Tensor lower, Tensor upper, Tensor scale,"
     " Tensor zero_point, int bits, bool ste, float c, float a) -> (Tensor, Tensor, Tensor)",
-    _backward, _fake_backward, refuse,
+    _operator_backward, _fake_backward, refuse,
 )  # fmt: skip

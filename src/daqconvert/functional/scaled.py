@@ -1,24 +1,26 @@
-"""Products of two operands, their scale and the bias as one step that keeps bytes for its backward.
+"""A whole quantized layer as one step that keeps bytes for its backward: input quantizer, products, scale, bias.
 
-    y = products(operand_x, operand_w) * S + bias
+    y = products(operand_x, operand_w) * S + bias,    operand_x = clip(round(x / s) ...)   and   S = scale * s
 
-Kept are the codes of both operands and `S`, not the sums: with `G = products_backward(grad, operand_x)` the gradients
-are
+Kept are `x`, the codes of both operands, and `S`: not the operands, and not the sums. With
+`G = products_backward(grad, operand_x)` the gradients are
 
     to S, per channel    sum(G * operand_w)      for the sums are linear in the weight, channel by channel
     to operand_w         S * G
     to operand_x         products_backward(grad, S * operand_w)
 
-so that no gradient is scaled at the size of the output, and nothing of that size is kept.
+so that nothing of the output's size is scaled, and the gradient to `x` takes the memory of that to its operand.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from daqconvert.functional import fused_input
 from daqconvert.functional.coded import (
     InputCodes,
     View,
@@ -29,9 +31,30 @@ from daqconvert.functional.coded import (
     expand_weight,
     scale_channels,
 )
+from daqconvert.functional.grid import Rounding
 from daqconvert.functional.native import address, in_memory_order, kernels, row_major, view_argument
 from daqconvert.functional.products import ConvolutionProducts, KnownProducts, LinearProducts
 from daqconvert.functional.registration import refuse
+from daqconvert.functional.rescale import rescale_
+
+
+@dataclass(frozen=True)
+class InputGrid:
+    """How an input is still to be quantized.
+
+    Attributes:
+        lower: Scalar bound.
+        upper: Scalar bound.
+        bits: 1 to 8.
+        rounding: Gradient of the rounding.
+        unitless: The operand counts in parts of its full range: `1 / n` belongs to the scale, not the step.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    bits: int
+    rounding: Rounding
+    unitless: bool
 
 
 def can_fuse(operation: Any, x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None) -> bool:
@@ -43,15 +66,18 @@ def can_fuse(operation: Any, x: Tensor, w: Tensor, scale: Tensor, bias: Tensor |
     return same and wide and operation.accepts(x, w) and not torch.is_autocast_enabled(x.device.type)
 
 
-def scaled_products(operation: KnownProducts, x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """Return `operation(x, w) * scale + bias`; gradients reach all four.
+def scaled_products(
+    operation: KnownProducts, x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None, grid: InputGrid | None = None
+) -> Tensor:
+    """Return `operation(x, w) * scale + bias`; gradients reach all four, and the bounds of the input.
 
     Args:
         operation: The bare products.
-        x: Operand of the input.
+        x: Operand of the input; the input itself where its grid is given.
         w: Operand of the weight.
-        scale: `()` or `(C_out,)`.
+        scale: `()` or `(C_out,)`; without the input's where its grid is given.
         bias: `(C_out,)` or None.
+        grid: How the input is quantized.
 
     Raises:
         DaqError: On a second derivative.
@@ -62,32 +88,55 @@ def scaled_products(operation: KnownProducts, x: Tensor, w: Tensor, scale: Tenso
         >>> scaled_products(LinearProducts(), x, w, torch.tensor(0.5), torch.tensor([1.0])).tolist()
         [[1.5]]
     """
-    out: Tensor = _ScaledProducts.apply(x, w, scale, bias, operation)
+    lower, upper = (None, None) if grid is None else (grid.lower, grid.upper)
+    out: Tensor = _ScaledProducts.apply(x, w, scale, bias, lower, upper, operation, grid)
     return out
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a backward needs beside tensors."""
+
+    operation: KnownProducts
+    shape: torch.Size
+    weight: tuple[float, float] | None
+    grid: InputGrid | None
+    needs: tuple[bool, ...]
 
 
 class _ScaledProducts(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None, operation: KnownProducts
-    ) -> Tensor:
-        coded_x, coded_w = codes_of(x), codes_of(w)
-        ctx.operation, ctx.shape = operation, x.shape
-        ctx.weight = (coded_w.step, coded_w.offset) if isinstance(coded_w, WeightCodes) else None
-        bytes_x = isinstance(coded_x, InputCodes) and coded_x.codes.numel() == x.numel()
-        kept_x = (coded_x.codes, coded_x.zero_point) if bytes_x and isinstance(coded_x, InputCodes) else (x, None)
-        kept_w = coded_w.codes if isinstance(coded_w, WeightCodes) else w
-        ctx.save_for_backward(*kept_x, kept_w, scale)
-        return rescale_(operation(x, w), scale, bias, operation.output_dims)
+        ctx: Any, x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None, lower: Any, upper: Any,
+        operation: KnownProducts, grid: InputGrid | None,
+    ) -> Tensor:  # fmt: skip
+        training = any(ctx.needs_input_grad)
+        input, step, zero_point, codes, total = None, None, None, None, scale
+        if grid is not None:
+            r = grid.rounding
+            input = x
+            x, codes, step, zero_point = fused_input.forward(
+                x, lower, upper, grid.bits, r.kind == "ste", r.c, r.a, training
+            )
+            total = scale * (1.0 / (2**grid.bits - 1) if grid.unitless else step)
+        y = rescale_(operation(x, w), total, bias, operation.output_dims)
+        if training:
+            coded = codes_of(x) if grid is None else None
+            if isinstance(coded, InputCodes) and coded.codes.numel() == x.numel():
+                codes, zero_point = coded.codes, coded.zero_point
+            coded_w = codes_of(w)
+            known_w = coded_w if isinstance(coded_w, WeightCodes) else None
+            kept = x if codes is None else codes, w if known_w is None else known_w.codes
+            ctx.save_for_backward(*kept, total, zero_point, input, lower, upper, step, scale)
+            on_weight = None if known_w is None else (known_w.step, known_w.offset)
+            ctx.known = _Known(operation, x.shape, on_weight, grid, ctx.needs_input_grad[:6])
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, zero_point, w, scale = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:4]
-        known = (ctx.operation, ctx.shape, ctx.weight, needs)
         if torch.is_grad_enabled():  # create_graph=True
-            return (*_ScaledProductsBackward.apply(grad, x, zero_point, w, scale, known), None)
-        return (*_gradients(grad, x, zero_point, w, scale, known), None)
+            return (*_ScaledProductsBackward.apply(ctx.known, grad, *ctx.saved_tensors), None, None)
+        return (*_gradients(ctx.known, grad, *ctx.saved_tensors), None, None)
 
 
 class _ScaledProductsBackward(torch.autograd.Function):
@@ -101,22 +150,40 @@ class _ScaledProductsBackward(torch.autograd.Function):
 
 
 def _gradients(
-    grad: Tensor, x: Tensor, zero_point: Tensor | None, w: Tensor, scale: Tensor, known: Any
-) -> tuple[Tensor | None, ...]:
-    operation, shape, weight, needs = known
+    known: _Known, grad: Tensor, x: Tensor, w: Tensor, total: Tensor, zero_point: Tensor | None, input: Tensor | None,
+    lower: Tensor | None, upper: Tensor | None, step: Tensor | None, scale: Tensor,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients to input, weight operand, scale, bias, lower and upper."""
+    operation, needs, grid = known.operation, known.needs, known.grid
     view = operation.view(w.shape)
-    coded = None if weight is None else WeightCodes(w, *weight)
-    of_weight = needs[1] or needs[2]
+    coded = None if known.weight is None else WeightCodes(w, *known.weight)
+    bounds = needs[4] or needs[5]
+    of_input, of_weight = needs[0] or bounds, needs[1] or needs[2] or bounds
     operand = None
     if of_weight:
         operand = x if zero_point is None else expand_input(x, zero_point)
-    scaled = scale_channels(w, view, scale) if coded is None else expand_weight(coded, view, scale, scale.dtype)
-    of_x, of_w, of_bias = operation.gradients(grad, operand, scaled, shape, (needs[0], of_weight, needs[3]))
+    scaled = scale_channels(w, view, total) if coded is None else expand_weight(coded, view, total, total.dtype)
+    grad_x, grad_w, grad_bias = operation.gradients(
+        grad, operand, scaled, known.shape, (of_input, of_weight, needs[3])
+    )
     del operand, scaled
-    if of_w is None:
-        return of_x, None, None, of_bias
-    of_w, of_scale = _split(of_w, coded, w, view, scale)
-    return of_x, of_w, of_scale, of_bias
+    grad_total = None
+    if grad_w is not None:
+        grad_w, grad_total = _split(grad_w, coded, w, view, total)
+    if grid is None or step is None:
+        return grad_x, grad_w, grad_total, grad_bias, None, None
+    grad_scale, grad_step = grad_total, None
+    if grad_total is not None:
+        grad_scale = grad_total * (1.0 / (2**grid.bits - 1) if grid.unitless else step)
+        grad_step = None if grid.unitless else (grad_total * scale).sum()
+    if grad_x is None:
+        return None, grad_w, grad_scale, grad_bias, None, None
+    assert input is not None and lower is not None and upper is not None and zero_point is not None
+    r = grid.rounding
+    to_input = fused_input.backward(
+        grad_x, grad_step, input, lower, upper, step, zero_point, grid.bits, r.kind == "ste", r.c, r.a, in_place=True
+    )
+    return to_input[0], grad_w, grad_scale, grad_bias, to_input[1], to_input[2]
 
 
 def _split(grad: Tensor, coded: WeightCodes | None, w: Tensor, view: View, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,45 +199,3 @@ def _split(grad: Tensor, coded: WeightCodes | None, w: Tensor, view: View, scale
         of_scale.data_ptr(), scale.dim() > 0, torch.get_num_threads(),
     )  # fmt: skip
     return grad, of_scale
-
-
-def rescale_(acc: Tensor, scale: Tensor, bias: Tensor | None, output_dims: int) -> Tensor:
-    """Compute `acc * scale + bias` in place, and return it.
-
-    Args:
-        acc: Sums that nobody else holds, float32 or float64; the channel at dimension `-1 - output_dims`.
-        scale: `()` or `(C_out,)`.
-        bias: `(C_out,)` or None.
-        output_dims: Number of dimensions after the channel.
-
-    Example:
-        >>> rescale_(torch.tensor([[1.0, 2.0]]), torch.tensor([2.0, 3.0]), None, 0).tolist()
-        [[2.0, 6.0]]
-    """
-    sizes = _memory_sizes(acc, output_dims)
-    library = None if sizes is None else kernels(acc, scale, bias)
-    if sizes is not None and library is not None and (bias is None or bias.is_contiguous()):
-        library.daq_rescale(
-            acc.data_ptr(), acc.data_ptr(), *sizes, scale.data_ptr(), scale.dim() > 0, address(bias),
-            torch.get_num_threads(),
-        )  # fmt: skip
-        return acc
-    trailing = (1,) * output_dims
-    acc.mul_(scale.reshape(-1, *trailing) if scale.dim() else scale)
-    return acc if bias is None else acc.add_(bias.reshape(-1, *trailing))
-
-
-def _memory_sizes(acc: Tensor, output_dims: int) -> tuple[int, int, int] | None:
-    """Return (outer, channels, inner) as they lie in memory, None where they do not lie so."""
-    if acc.numel() == 0:
-        return None
-    channels = acc.shape[-1 - output_dims]
-    inner = 1
-    for size in acc.shape[acc.dim() - output_dims :]:
-        inner *= size
-    if acc.is_contiguous():
-        return acc.numel() // (channels * inner), channels, inner
-    last = torch.channels_last if output_dims == 2 else torch.channels_last_3d
-    if output_dims in (2, 3) and acc.is_contiguous(memory_format=last):
-        return acc.numel() // channels, channels, 1
-    return None

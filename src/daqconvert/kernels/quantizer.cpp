@@ -90,6 +90,7 @@ uint64_t fingerprint_block(const float* x, int64_t n) {
 template <bool CODES>
 void input_block(const float* x, float* out, uint8_t* codes, int64_t n, float scale, float zero_point, float top) {
   const float low = -zero_point, high = top - zero_point;
+#pragma omp simd
   for (int64_t i = 0; i < n; i++) {
     const float q = std::rint(clip(x[i] / scale, low, high));
     out[i] = q;
@@ -138,6 +139,7 @@ void weight_block(const float* w, float* out, uint8_t* codes, int64_t n, const W
   const float scale = weight_scale(p, c), lower = weight_lower(p, c), top = p.top;
   const float mean = NORMALIZE ? p.mean[c] : 0.0f, std = NORMALIZE ? p.std[c] : 1.0f;
   const float low = MIDRISE ? 0.0f : -top;
+#pragma omp simd
   for (int64_t i = 0; i < n; i++) {
     const float q = std::rint(clip(weight_level<NORMALIZE, MIDRISE>(w[i], mean, std, lower, scale), low, top));
     out[i] = MIDRISE ? 2.0f * q - top : q;
@@ -224,6 +226,7 @@ void daq_expand_input(const uint8_t* codes, float* out, int64_t n, const float* 
 #pragma omp parallel for num_threads(used(threads, n)) schedule(static)
   for (int64_t b = 0; b < blocks; b++) {
     const int64_t from = b * BLOCK, to = n - from < BLOCK ? n : from + BLOCK;
+#pragma omp simd
     for (int64_t i = from; i < to; i++) out[i] = static_cast<float>(codes[i]) - z;
   }
 }
@@ -311,6 +314,7 @@ void daq_expand_weight(
   for (int64_t t = 0; t < tasks; t++) {
     const int64_t at = rows.begin(t), n = rows.size(t);
     const float s = scale ? scale[per_channel ? rows.channel(t) : 0] : 1.0f;
+#pragma omp simd
     for (int64_t i = 0; i < n; i++) out[at + i] = (static_cast<float>(codes[at + i]) * step + offset) * s;
   }
 }
@@ -350,9 +354,11 @@ void daq_rescale(
     for (int64_t o = 0; o < outer; o++) {
       const float* a = acc + o * channels;
       float* y = out + o * channels;
+#pragma omp simd
       for (int64_t c = 0; c < channels; c++) y[c] = a[c] * scale[per_channel ? c : 0];
-      if (bias)
-        for (int64_t c = 0; c < channels; c++) y[c] = y[c] + bias[c];
+      if (!bias) continue;
+#pragma omp simd
+      for (int64_t c = 0; c < channels; c++) y[c] = y[c] + bias[c];
     }
     return;
   }
@@ -364,8 +370,10 @@ void daq_rescale(
     const float s = scale[per_channel ? c : 0];
     if (bias) {
       const float b = bias[c];
+#pragma omp simd
       for (int64_t i = 0; i < inner; i++) y[i] = a[i] * s + b;
     } else {
+#pragma omp simd
       for (int64_t i = 0; i < inner; i++) y[i] = a[i] * s;
     }
   }

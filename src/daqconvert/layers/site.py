@@ -151,8 +151,13 @@ class QuantizedSite(nn.Module):
         return y
 
     def _quantized(self, x: Tensor, weight: Tensor, bias: Tensor | None, operation: Operation) -> Tensor:
-        operand = x if self.input_quantizer is None else self.input_quantizer(x)
         w = weight if self.weight_quantizer is None else self.weight_quantizer(weight)
+        if self.input_quantizer is not None and self.input_quantizer.is_plain():
+            scale = self.weight_scale()
+            if can_fuse(operation, x, w, scale, bias):
+                grid = self.input_quantizer.grid(self.unitless)
+                return scaled_products(operation, x, w, scale, bias, grid)  # type: ignore[arg-type] # one that can
+        operand = x if self.input_quantizer is None else self.input_quantizer(x)
         scale = self.combined_scale(operand)
         if isinstance(operation, PaddedProducts):
             operand, operation = pad_operand(operation.pad, operand), operation.products
@@ -167,16 +172,19 @@ class QuantizedSite(nn.Module):
         Args:
             operand: What the input quantizer has just returned: its scale is known then.
         """
-        scale = self.output_scale.abs()
-        scale = scale if scale.dtype == torch.float64 else scale.float()
-        if self.weight_quantizer is not None:
-            scale = scale * self.weight_quantizer.multiplier()
+        scale = self.weight_scale()
         if self.input_quantizer is not None:
             n = 2**self.input_quantizer.bits - 1
             coded = None if operand is None else codes_of(operand)
             of_input = coded.scale if isinstance(coded, InputCodes) else self.input_quantizer.scale()
             scale = scale * (1.0 / n if self.unitless else of_input)
         return scale
+
+    def weight_scale(self) -> Tensor:
+        """Return `|output_scale| * weight multiplier`: the part of `combined_scale` that is not the input's."""
+        scale = self.output_scale.abs()
+        scale = scale if scale.dtype == torch.float64 else scale.float()
+        return scale if self.weight_quantizer is None else scale * self.weight_quantizer.multiplier()
 
 
 def safe_products(

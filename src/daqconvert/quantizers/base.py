@@ -6,8 +6,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from daqconvert.errors import CalibrationError
+
+_GLOBAL_HOOKS = tuple(
+    f"_global_{kind}_hooks" for kind in ("forward", "forward_pre", "backward", "backward_pre")
+)  # of torch.nn.modules.module
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a call of a module does more than its `forward`: hooks of its own or of all modules."""
+    own = module.__dict__
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return bool(hooks) or any(getattr(torch_module, name) for name in _GLOBAL_HOOKS)
 
 
 class Quantizer(nn.Module):
