@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -216,13 +217,9 @@ def load_float(qmodel: nn.Module, state_dict: dict[str, Tensor]) -> nn.Module:
     layers = require_quantized(qmodel, "load_float")
     everywhere = qmodel.named_modules(remove_duplicate=False)  # a layer under two names has its keys under both
     own = {f"{name}." if name else "" for name, module in everywhere if isinstance(module, QuantizedSite)}
-    extra = ("weight_quantizer.", "input_quantizer.", "output_scale")
-    quantizers = [prefix + key for prefix in own for key in extra]
-    current = {
-        key: value
-        for key, value in qmodel.state_dict().items()
-        if not any(key.startswith(prefix) and key[len(prefix) :].startswith(extra) for prefix in own)
-    }
+    quantizers = {p + key for p in own for key in ("weight_quantizer", "input_quantizer", "output_scale")}
+    state = qmodel.state_dict()
+    current = {key: value for key, value in state.items() if not any(o in quantizers for o in _outer(key))}
     problems = [f"missing {key}" for key in current if key not in state_dict]
     problems += [f"unexpected {key}" for key in state_dict if key not in current]
     problems += [
@@ -233,7 +230,7 @@ def load_float(qmodel: nn.Module, state_dict: dict[str, Tensor]) -> nn.Module:
     problems += [
         f"{name} is on the meta device and in no state dict: build the model on the CPU, or fill it in first"
         for name, tensor in qmodel.named_buffers()
-        if tensor.is_meta and name not in state_dict and not any(name.startswith(prefix) for prefix in quantizers)
+        if tensor.is_meta and name not in state_dict and not any(o in quantizers for o in _outer(name))
     ]
     if problems:
         raise ConversionError(
@@ -249,3 +246,10 @@ def load_float(qmodel: nn.Module, state_dict: dict[str, Tensor]) -> nn.Module:
         if layer.input_quantizer is not None:
             layer.input_quantizer.forget(known.get(layer.layer_name, layer.input_quantizer.sign))
     return qmodel
+
+
+def _outer(key: str) -> Iterator[str]:
+    """Yield a state dict's key, and the dotted names of the modules that it is inside of."""
+    while key:
+        yield key
+        key = key.rpartition(".")[0]

@@ -226,8 +226,11 @@ def _weight(module: nn.Module, weight_of: Any) -> Tensor:
 
 def _unfuse(module: nn.Module) -> None:
     """Keep torch's attention blocks from a fused path that would pass over the sites inside."""
-    inside = any(isinstance(m, (QuantizedSite, FrozenSite)) for m in module.modules())
-    if isinstance(module, nn.MultiheadAttention) and inside:
+    if not isinstance(module, (nn.MultiheadAttention, *FUSED)):
+        return
+    if not any(isinstance(m, (QuantizedSite, FrozenSite)) for m in module.modules()):
+        return
+    if isinstance(module, nn.MultiheadAttention):
         module.__class__ = attention_class(type(module)) or type(module)
-    elif isinstance(module, FUSED) and inside:
+    else:
         module.__class__ = unfused_class(type(module))

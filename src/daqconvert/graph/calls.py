@@ -15,7 +15,6 @@ from torch import fx, nn
 
 from daqconvert.graph.reads import call_name, is_shape
 from daqconvert.graph.scan import function_may_multiply
-from daqconvert.graph.write import ancestors
 from daqconvert.layers.operations import ALIASES, METHODS, NAMES
 from daqconvert.layers.products import SCORES, VALUES
 
@@ -62,6 +61,7 @@ def find_calls(graph: fx.Graph, module: nn.Module) -> list[ProductCall]:
         module: Owner of the parameters.
     """
     data, origins = _origins(graph, module)
+    given = _given(graph)
     found = []
     for node in graph.nodes:
         function = _function(node)
@@ -86,9 +86,17 @@ def find_calls(graph: fx.Graph, module: nn.Module) -> list[ProductCall]:
         elif not is_layer and (x not in data or (weight not in data and not origins[weight])):
             continue  # a constant that is no weight: a mask, a table of positions
         tensors = origins[weight] if is_layer or weight not in data else ()
-        dynamic = any(n.op == "placeholder" for n in ancestors(weight))  # by value, or by shape alone
-        found.append(ProductCall(node, function, weight, weight_at, tensors, dynamic))
+        found.append(ProductCall(node, function, weight, weight_at, tensors, weight in given))
     return found
+
+
+def _given(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that depend on an argument, by value or by shape alone."""
+    given: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or not given.isdisjoint(node.all_input_nodes):
+            given.add(node)
+    return given
 
 
 def keyed(calls: list[ProductCall]) -> Iterator[tuple[tuple[Any, ...], ProductCall]]:

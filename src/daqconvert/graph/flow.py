@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,11 +51,11 @@ def read_flow(
     for read, name in reads:
         functional.setdefault(read.node, []).append(name)
     calls: dict[fx.Node, list[str]] = {}
+    within = _within(sites)
     for node in graph.nodes:
         inside = list(functional.get(node, ()))
         if node.op == "call_module":
-            target = str(node.target)
-            inside += [own for name, own in sites.items() if name == target or name.startswith(target + ".")]
+            inside += within.get(str(node.target), ())
         if inside:
             calls[node] = list(dict.fromkeys(inside))
     proven = nonnegative_nodes(graph, modules)
@@ -71,6 +71,32 @@ def read_flow(
         nonnegative=frozenset(set(called) - unproven),
         inputs=_same_inputs(calls, sites, modules),
     )
+
+
+def _within(sites: dict[str, str]) -> dict[str, list[str]]:
+    """Dotted name of a module -> the sites that it is or that are inside it, in order."""
+    within: dict[str, list[str]] = {}
+    for name, own in sites.items():
+        for path in (name, *above(name)):
+            within.setdefault(path, []).append(own)
+    return within
+
+
+def above(name: str) -> Iterator[str]:
+    """Yield the dotted names of the modules that something is inside of, from the nearest to the root.
+
+    Args:
+        name: Dotted name; the root's own is inside itself.
+
+    Example:
+        >>> list(above("layer4.0.conv1"))
+        ['layer4.0', 'layer4', '']
+    """
+    while name:
+        name = name.rpartition(".")[0]
+        if name:
+            yield name
+    yield ""
 
 
 def entries(names: list[str]) -> list[str]:

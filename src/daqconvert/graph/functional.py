@@ -8,6 +8,7 @@ q @ k.transpose(-2, -1)                 a new module in the one that multiplies:
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -143,7 +144,7 @@ def _name(one: Traced, call: ProductCall, aliases: dict[str, str], taken: set[st
         return name, one.path, type(one.module).__name__
     base = max(call.tensors, key=lambda t: _numel(one.module, t)) if call.tensors else call.function
     base = _join(one.path, base)
-    number = next(i for i in range(1, 1000) if f"{base}_site{_suffix(i)}" not in taken)
+    number = next(i for i in itertools.count(1) if f"{base}_site{_suffix(i)}" not in taken)
     return f"{base}{f'#{number}' if number > 1 else ''}", f"{base}_site{_suffix(number)}", call.function
 
 

@@ -57,11 +57,12 @@ def site_notes(view: View) -> dict[str, tuple[str, ...]]:
     for path, module in view.paths.items():
         for parameter in module._parameters.values():
             owners.setdefault(id(parameter), view.aliases.get(path, path))
+    called = None if view.flow is None else set(view.flow.order)
     for name, module in view.named.items():
         weight = module._parameters.get("weight")
         if weight is not None and owners[id(weight)] != name:
             notes.setdefault(name, []).append(f"shares its weight with {owners[id(weight)] or '(root)'}")
-        if view.flow is not None and name not in view.flow.order and not layer_reason(name, module, view):
+        if called is not None and name not in called and not layer_reason(name, module, view):
             notes.setdefault(name, []).append("not called in evaluation")
     for name, site in view.functional.items():
         if not site.reason and site.call.tensors:

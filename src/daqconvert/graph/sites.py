@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 from daqconvert.errors import ConversionError
 from daqconvert.graph.calls import HELPER
 from daqconvert.graph.cost import count_macs, default_input
-from daqconvert.graph.flow import entries
+from daqconvert.graph.flow import above, entries
 from daqconvert.graph.functional import FunctionalSite
 from daqconvert.graph.reasons import layer_reason, site_notes
 from daqconvert.graph.view import View, look
@@ -62,7 +63,8 @@ def find_sites(model: nn.Module, example_inputs: Any = None) -> Found:
     macs = _macs(model, view, args, kwargs, required) if size is not None else None
     (first, last), notes = _ends(view), site_notes(view)
     order = [name for name in _ordered(view) if not _never_multiplied(name, view, macs)]
-    sites = [_functional_site(name, view) if name not in view.named else _layer_site(name, view) for name in order]
+    inside = {id(p) for module in view.named.values() for p in module.parameters()}
+    sites = [_layer_site(name, view) if name in view.named else _functional_site(name, view, inside) for name in order]
     known = [
         dataclasses.replace(
             site, first=site.name in first, last=site.name in last, notes=notes.get(site.name, ()),
@@ -72,7 +74,6 @@ def find_sites(model: nn.Module, example_inputs: Any = None) -> Found:
         )
         for site in sites
     ]  # fmt: skip
-    inside = {id(p) for module in view.named.values() for p in module.parameters()}
     inside |= {id(p) for site in view.functional.values() for p in _weights(view, site)}
     others = sum(t.numel() for t in _state(model) if id(t) not in inside)
     return Found(tuple(known), "fx" if view.flow else "modules", others, size if macs is not None else None)
@@ -109,15 +110,38 @@ def _ends(view: View) -> tuple[frozenset[str], frozenset[str]]:
 
 def _ordered(view: View) -> list[str]:
     """Names in order of execution, where fx can tell; what it does not see stands behind its module's others."""
-    order = list(dict.fromkeys([*(view.flow.order if view.flow else ()), *view.named]))
+    known = dict.fromkeys([*(view.flow.order if view.flow else ()), *view.named])
+    before: dict[str, list[str]] = {}
+    late: list[tuple[str, str]] = []
     for name, site in view.functional.items():
-        if name not in order and _in_attention(site, view):
-            order.insert(order.index(f"{name.rpartition('.')[0]}.out_proj".lstrip(".")), name)
-        elif name not in order:
-            path = f"{site.call.modules[0]}." if site.call.modules[0] else ""
-            before = [i for i, other in enumerate(order) if other.startswith(path)]
-            order.insert(before[-1] + 1 if before else len(order), name)
-    return order
+        out = f"{name.rpartition('.')[0]}.out_proj".lstrip(".")
+        if name not in known and _in_attention(site, view) and out in known:
+            before.setdefault(out, []).append(name)
+        elif name not in known:
+            late.append((name, site.call.modules[0]))
+    return _behind([n for name in known for n in (*before.get(name, ()), name)], late)
+
+
+def _behind(order: list[str], late: list[tuple[str, str]]) -> list[str]:
+    """Put each late name behind the last one that is inside its module, or at the end where there is none.
+
+    Args:
+        order: Names in order.
+        late: Name and module; a name is inside its module.
+    """
+    following: dict[str | None, str | None] = dict(itertools.pairwise([None, *order, None]))
+    last: dict[str, str] = {path: name for name in order for path in above(name)}
+    for name, module in late:
+        behind = last.get(module, last.get(""))
+        following[name], following[behind] = following.get(behind), name
+        for path in above(name):
+            if module not in last or len(path) > len(module) or last.get(path) == behind:
+                last[path] = name
+    found, at = [], following.get(None)
+    while at is not None:
+        found.append(at)
+        at = following[at]
+    return found
 
 
 def _is_projection(site: FunctionalSite) -> bool:
@@ -190,11 +214,11 @@ def _layer_site(name: str, view: View) -> Site:
     )  # fmt: skip
 
 
-def _functional_site(name: str, view: View) -> Site:
+def _functional_site(name: str, view: View, inside: set[int]) -> Site:
+    """A site that is a call; parameters `inside` layers, by identity, are counted there."""
     site = view.functional[name]
     channels, reduction = functional_extent(site)
-    own = {id(p) for module in view.named.values() for p in module.parameters()}
-    params = sum(p.numel() for p in _weights(view, site) if id(p) not in own)
+    params = sum(p.numel() for p in _weights(view, site) if id(p) not in inside)
     return Site(
         name=name, kind=site.kind, weight_shape=site.weight_shape, out_channels=channels, reduction=reduction,
         params=min(params, math.prod(site.weight_shape)) if site.weight_shape else params,

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.fx.proxy import ParameterProxy
 
 from daqconvert.layers.registry import is_site_type
 
@@ -31,12 +32,49 @@ class SiteTracer(fx.Tracer):
     ) -> None:
         super().__init__(autowrap_functions=notrace_functions)
         self.notrace_modules, self.given, self.alone = notrace_modules, given, alone
+        self._named: dict[int, tuple[Tensor, str]] | None = None
+        self._constants = 0
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Return whether `m` becomes one node."""
         if self.alone or is_site_type(m) or isinstance(m, self.notrace_modules):
             return True
         return super().is_leaf_module(m, module_qualified_name)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Return what reading an attribute of a module gives: a node for a parameter of the root."""
+        name = self._name(attr_val, read=True) if isinstance(attr_val, Tensor) else None
+        proxied = isinstance(attr_val, nn.Parameter) or self.proxy_buffer_attributes
+        if name is None or not proxied:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            make = (lambda node: ParameterProxy(self, node, name, attr_val)) if self.param_shapes_constant else None
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {}, proxy_factory_fn=make)
+        return parameter_proxy_cache[name]
+
+    def create_arg(self, a: Any) -> Any:
+        """Return what stands for an argument in the graph: for a tensor, a node that reads it from the root."""
+        name = self._name(a) if isinstance(a, Tensor) else None
+        if name is None and (isinstance(a, nn.Parameter) or not isinstance(a, Tensor)):
+            return super().create_arg(a)
+        name = name or self.tensor_attrs.get(a)
+        if name is None:  # a constant, made by the model's code
+            while hasattr(self.root, f"_tensor_constant{self._constants}"):
+                self._constants += 1
+            name = self.tensor_attrs[a] = f"_tensor_constant{self._constants}"
+            setattr(self.root, name, a)
+        return self.create_node("get_attr", name, (), {})
+
+    def _name(self, tensor: Tensor, read: bool = False) -> str | None:
+        """Name of a parameter or buffer; None for any other tensor.
+
+        `torch.fx.Tracer` goes through all of the model's for each one that it meets: the square of their number.
+        """
+        if self._named is None or (read and id(tensor) not in self._named):  # registered while this traces
+            named = (*self.root.named_parameters(), *self.root.named_buffers())
+            self._named = {id(tensor): (tensor, name) for name, tensor in reversed(named)}  # the first name stays
+        found = self._named.get(id(tensor))
+        return None if found is None else found[1]
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """Return the root's arguments: placeholders for what is given, the defaults of everything else."""

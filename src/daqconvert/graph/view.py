@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from daqconvert.graph.flow import Flow, read_flow
+from daqconvert.graph.flow import Flow, above, read_flow
 from daqconvert.graph.functional import FunctionalSite, functional_sites, unseen_sites
 from daqconvert.graph.fused import attention_sites
 from daqconvert.graph.reads import Read, find_reads
@@ -63,11 +63,12 @@ def look(model: nn.Module, given: tuple[int, frozenset[str]] | None = None) -> V
     owners = _owners(paths, aliases, sites)
     calls: list[tuple[Read, str]] = []
     read_sites: dict[str, str] = {}
+    places = {path: i for i, path in enumerate(failed)}
     for read in reads:
         names = owners.get(id(model.get_parameter(read.target)), [])
         calls += [(read, name) for name in names[:1]]
         for name in names:
-            maker = next((path for path in failed if path == "" or name.startswith(path + ".")), None)
+            maker = min((path for path in above(name) if path in failed), key=places.__getitem__, default=None)
             if name not in sites and maker is not None:
                 read_sites[name] = f"{maker or 'the model'} uses its weight without calling it: {failed[maker]}"
     for path, why in failed.items():
@@ -97,10 +98,14 @@ def _in_order(
 ) -> dict[str, str]:
     """Any dotted name of a site -> the name it goes by; an attention block's calls stand before its `out_proj`."""
     known: dict[str, str] = {}
+    made: dict[str, list[str]] = {}
+    for name, site in sites.items():
+        for path in dict.fromkeys(site.call.modules):
+            made.setdefault(path, []).append(name)
     for alias, name in aliases.items():
         block = alias.rpartition(".")[0]
         if isinstance(paths.get(block), nn.MultiheadAttention):
-            known |= {inside: inside for inside, site in sites.items() if block in site.call.modules}
+            known |= {inside: inside for inside in made.get(block, ())}
         known[alias] = name
     return known | {name: name for name in sites}
 

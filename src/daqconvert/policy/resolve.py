@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from daqconvert.policy.checks import checked_policy
 from daqconvert.policy.presets import is_paper
-from daqconvert.policy.rules import Level, check_matches, label, name_level, places, rule_level
+from daqconvert.policy.rules import Level, Matcher, check_matches, label
 from daqconvert.spec import BIT_FIELDS, Plan, PlanRow, Policy, Settings, Site, input_groups
 from daqconvert.spec.auto import resolve_auto, resolve_computed
 from daqconvert.spec.row import (
@@ -78,20 +78,33 @@ def resolve(
     """
     policy = checked_policy(policy)
     check_matches(policy, sites)
-    rows = _finished(policy, [_row(policy, site) for site in sites])
+    matchers = _Matchers.of(policy)
+    rows = _finished(policy, [_row(policy, matchers, site) for site in sites])
     return Plan(rows, model, order=order, other_params=other_params, input_size=input_size, policy=policy.name)
 
 
-def _row(policy: Policy, site: Site) -> PlanRow:
+class _Matchers(NamedTuple):
+    """What a policy holds about layers by name or pattern, ready to be asked about each of them."""
+
+    rules: Matcher
+    include: Matcher
+    exclude: Matcher
+
+    @classmethod
+    def of(cls, policy: Policy) -> _Matchers:
+        return cls(Matcher(policy.rules), Matcher.of_patterns(policy.include), Matcher.of_patterns(policy.exclude))
+
+
+def _row(policy: Policy, matchers: _Matchers, site: Site) -> PlanRow:
     """Decide about one site; what depends on the others (sign, remarks) is not decided yet."""
     if site.reason:
         return PlanRow(site, None, "-", reason=site.reason, notes=site.notes)
-    excluded = [pattern for pattern in policy.exclude if name_level(pattern, site.name) is not None]
+    excluded = [rule for _, rule, _ in matchers.exclude.about(site)]
     if excluded:
-        return PlanRow(site, None, f'exclude: "{excluded[-1]}"', reason=EXCLUDED, notes=site.notes)
-    if policy.include and all(name_level(pattern, site.name) is None for pattern in policy.include):
+        return PlanRow(site, None, f"exclude: {label(excluded[-1])}", reason=EXCLUDED, notes=site.notes)
+    if policy.include and not any(matchers.include.about(site)):
         return PlanRow(site, None, "include", reason=NOT_INCLUDED, notes=site.notes)
-    steps = _steps(policy, site)
+    steps = _steps(policy, matchers.rules, site)
     setter = {name: step for step in steps for name in step.changes}
     merged = policy.default.replace(**{name: step.changes[name] for name, step in setter.items()})
     reason, deciding = _why_not(site, merged)
@@ -144,7 +157,7 @@ def _finished(policy: Policy, rows: Sequence[PlanRow]) -> tuple[PlanRow, ...]:
     return tuple(done)
 
 
-def _steps(policy: Policy, site: Site) -> list[_Step]:
+def _steps(policy: Policy, rules: Matcher, site: Site) -> list[_Step]:
     """List what speaks about the site, weakest first; the default comes first and changes nothing."""
     steps = [_Step(Level.DEFAULT, "default", {})]
     if site.first and not site.is_product:
@@ -152,9 +165,8 @@ def _steps(policy: Policy, site: Site) -> list[_Step]:
     if site.last and not site.is_product:
         steps.append(_position("last", policy.last))
     taken = settable(site)
-    for place, rule in places(policy.rules):
-        level = rule_level(rule, site)
-        if level is not None and any(name in taken for name in rule.changes):
+    for place, rule, level in rules.about(site):
+        if any(name in taken for name in rule.changes):
             steps.append(_Step(level, f"{place}: {label(rule)}", rule.changes))
     return sorted(steps, key=lambda step: step.level)  # stable: among equals the later wins
 

@@ -13,7 +13,7 @@ A type rule holds the class name of the layer (`"Linear"`, `"Conv2d"`), compared
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
 from fnmatch import fnmatchcase
 
@@ -93,6 +93,57 @@ def rule_level(rule: Rule, site: Site) -> Level | None:
     return Level.TYPE if rule.type == site.kind else None
 
 
+def is_name(pattern: str) -> bool:
+    """Return whether nothing but the layer of exactly this name can match.
+
+    Args:
+        pattern: An exact name, a glob, or `re:` and a regular expression.
+
+    Example:
+        >>> is_name("layer4.0.conv1"), is_name("layer4.*"), is_name("re:fc")
+        (True, False, False)
+    """
+    return not pattern.startswith(REGEX_PREFIX) and not any(special in pattern for special in "*?[")
+
+
+class Matcher:
+    """Finds the rules that speak about a layer, without asking each rule that names another one.
+
+    A plan written as a policy has a rule per layer: asking all of them about every layer would take the square of it.
+
+    Args:
+        rules: The rules of a policy, in order.
+
+    Example:
+        >>> matcher = Matcher((Rule({"w_bits": 2}, match="layer4.*"), Rule({"w_bits": 3}, match="fc")))
+        >>> [(place, level.name) for place, _, level in matcher.about(Site("fc", "Linear"))]
+        [('rule 2', 'EXACT')]
+    """
+
+    def __init__(self, rules: Iterable[Rule]) -> None:
+        self._places = tuple(places(rules))
+        self._named: dict[str, list[int]] = {}
+        self._others: list[int] = []
+        for number, (_, rule) in enumerate(self._places):
+            if rule.match is not None and is_name(rule.match):
+                self._named.setdefault(rule.match, []).append(number)
+            else:
+                self._others.append(number)
+
+    @classmethod
+    def of_patterns(cls, patterns: Iterable[str]) -> Matcher:
+        """Return the same for names and patterns that stand without settings."""
+        return cls(Rule({}, match=pattern) for pattern in patterns)
+
+    def about(self, site: Site) -> Iterator[tuple[str, Rule, Level]]:
+        """Yield place, rule and strength of what speaks about a layer, in order."""
+        for number in sorted((*self._named.get(site.name, ()), *self._others)):
+            place, rule = self._places[number]
+            level = rule_level(rule, site)
+            if level is not None:
+                yield place, rule, level
+
+
 def label(rule: Rule) -> str:
     """Return what the rule looks for, as messages and plans show it.
 
@@ -140,12 +191,16 @@ def check_matches(policy: Policy, sites: Sequence[Site]) -> None:
     """
     if not sites:
         return
+    named: dict[str, list[Site]] = {}
+    for site in sites:
+        named.setdefault(site.name, []).append(site)
     for place, rule in places(policy.rules):
         if not rule.optional:
-            _check_rule(rule, sites, f"{policy.name} {place}: {label(rule)}")
+            _check_rule(rule, sites, named, f"{policy.name} {place}: {label(rule)}")
     for key, patterns in (("include", policy.include), ("exclude", policy.exclude)):
         for pattern in patterns:
-            matched = [site for site in sites if name_level(pattern, site.name) is not None]
+            possible = named.get(pattern, ()) if is_name(pattern) else sites
+            matched = [site for site in possible if name_level(pattern, site.name) is not None]
             where = f'{policy.name} {key}: "{pattern}"'
             if not matched:
                 hint = _name_hint(pattern, sites)
@@ -157,8 +212,9 @@ def check_matches(policy: Policy, sites: Sequence[Site]) -> None:
                 )
 
 
-def _check_rule(rule: Rule, sites: Sequence[Site], where: str) -> None:
-    levels = [(site, level) for site in sites if (level := rule_level(rule, site)) is not None]
+def _check_rule(rule: Rule, sites: Sequence[Site], named: Mapping[str, Sequence[Site]], where: str) -> None:
+    possible = named.get(rule.match, ()) if rule.match is not None and is_name(rule.match) else sites
+    levels = [(site, level) for site in possible if (level := rule_level(rule, site)) is not None]
     if not levels:
         hint = _type_hint(rule.type, sites) if rule.type is not None else _name_hint(rule.match or "", sites)
         raise PolicyError(
