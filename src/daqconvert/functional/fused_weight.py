@@ -12,6 +12,7 @@ A weight is seen as `(A, B, C, D)`, in this order in memory, its channel is `a *
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,10 +62,11 @@ def quantize_weight(
     return operand, WeightCodes(codes if known is None else known, 2.0 if midrise else 1.0, -float(top))
 
 
-def _forward(
+def forward(
     weight: Tensor, lower: Tensor | None, upper: Tensor, mean: Tensor | None, std: Tensor | None,
-    known: Tensor | None, view: list[int], bits: int, midrise: bool, ste: bool, c: float, a: float,
+    known: Tensor | None, view: Sequence[int], bits: int, midrise: bool, ste: bool, c: float, a: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return what the operator returns, without gradient; arguments as in `quantize_weight`."""
     grid = "midrise" if midrise else "integer"
     top = levels(bits, grid)
     if known is not None:  # an operator must not return its own input
@@ -86,7 +88,7 @@ def _forward(
 
 
 def _levels(
-    weight: Tensor, lower: Tensor | None, upper: Tensor, mean: Tensor | None, std: Tensor | None, view: list[int],
+    weight: Tensor, lower: Tensor | None, upper: Tensor, mean: Tensor | None, std: Tensor | None, view: Sequence[int],
     top: int, midrise: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return level units and scale, both in the shape of `view`, and the width whose gradient ends at `TINY`."""
@@ -104,16 +106,34 @@ def _levels(
     return ((v - low) / scale if midrise else v / scale), scale, width
 
 
-def _backward(
+def backward(
     grad: Tensor, weight: Tensor, lower: Tensor | None, upper: Tensor, mean: Tensor | None, std: Tensor | None,
-    view: list[int], bits: int, midrise: bool, ste: bool, c: float, a: float,
+    view: Sequence[int], bits: int, midrise: bool, ste: bool, c: float, a: float, in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients to the weight and to its bounds, that to `lower` without meaning where it is None.
+
+    Args:
+        grad: Of the operand.
+        weight: As it went in, like the others.
+        lower: Bound.
+        upper: Bound.
+        mean: Or None.
+        std: Or None.
+        view: `(A, B, C, D)`.
+        bits: 1 to 8.
+        midrise: The grid.
+        ste: Whether the slope of the rounding is 1.
+        c: Else its height.
+        a: And its offset.
+        in_place: Nobody else holds `grad`: its memory may take the gradient to the weight.
+    """
     top = levels(bits, "midrise" if midrise else "integer")
     library = kernels(weight, lower, upper, mean, std, grad)
     if library is None:
         return _plain_backward(grad, weight, lower, upper, mean, std, view, top, midrise, ste, c, a)
     weight = row_major(weight, view)
-    grad, grad_weight = in_memory_order(grad, weight), torch.empty_like(weight)
+    grad = in_memory_order(grad, weight)
+    grad_weight = grad if in_place else torch.empty_like(weight)
     grad_lower, grad_upper = torch.empty_like(upper), torch.empty_like(upper)
     library.daq_quantize_weight_backward(
         grad.data_ptr(), weight.data_ptr(), grad_weight.data_ptr(), view_argument(tuple(view)), address(lower),
@@ -123,9 +143,13 @@ def _backward(
     return grad_weight, grad_lower, grad_upper
 
 
+def _operator_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return backward(*args)
+
+
 def _plain_backward(
     grad: Tensor, weight: Tensor, lower: Tensor | None, upper: Tensor, mean: Tensor | None, std: Tensor | None,
-    view: list[int], top: int, midrise: bool, ste: bool, c: float, a: float,
+    view: Sequence[int], top: int, midrise: bool, ste: bool, c: float, a: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     x, scale, width = _levels(weight, lower, upper, mean, std, view, top, midrise)
     inside = (x >= (0.0 if midrise else -float(top))) & (x <= float(top))
@@ -175,9 +199,9 @@ _PARAMETERS = "Tensor? lower, Tensor upper, Tensor? mean, Tensor? std"
 _CONSTANTS = "int[] view, int bits, bool midrise, bool ste, float c, float a"
 register(
     f"quantize_weight(Tensor weight, {_PARAMETERS}, Tensor? known, {_CONSTANTS}) -> (Tensor, Tensor)",
-    _forward, _fake, _gradients, _remember,
+    forward, _fake, _gradients, _remember,
 )  # fmt: skip
 register(
     f"quantize_weight_backward(Tensor grad, Tensor weight, {_PARAMETERS}, {_CONSTANTS}) -> (Tensor, Tensor, Tensor)",
-    _backward, _fake_backward, refuse,
+    _operator_backward, _fake_backward, refuse,
 )  # fmt: skip

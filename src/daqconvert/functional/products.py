@@ -136,6 +136,7 @@ class ConvolutionProducts:
         return list(self.stride), list(self.padding), list(self.dilation), self.transposed, output_padding, self.groups
 
 
+KNOWN = (LinearProducts, ConvolutionProducts)
 KnownProducts = LinearProducts | ConvolutionProducts
 
 

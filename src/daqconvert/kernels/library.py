@@ -31,7 +31,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         [_FLOATS] * 4 + [c_int64] + [_FLOATS] * 6 + [c_float, c_int, c_float, c_float, c_float, c_int],
     ),
     "daq_expand_input": (None, [_BYTES, _FLOATS, c_int64, _FLOATS, c_int]),
-    "daq_fingerprint": (c_uint64, [_FLOATS, c_int64, c_int]),
+    "daq_fingerprint": (c_uint64, [_FLOATS, c_int64, _FLOATS, _FLOATS, c_int64, c_int]),
     "daq_quantize_weight": (None, [_FLOATS, _FLOATS, _BYTES, c_void_p, *[_FLOATS] * 4, c_float, c_int, c_int]),
     "daq_quantize_weight_backward": (
         None,
@@ -42,6 +42,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         None,
         [_FLOATS, _BYTES, c_void_p, c_float, c_float, _FLOATS, _FLOATS, c_int, c_int],
     ),
+    "daq_combine_scale": (None, [_FLOATS] * 4 + [c_int64, c_float, c_float, c_float]),
+    "daq_combine_scale_backward": (None, [_FLOATS] * 7 + [c_int64, c_float, c_float, c_float]),
     "daq_rescale": (
         None,
         [_FLOATS, _FLOATS, c_int64, c_int64, c_int64, _FLOATS, c_int, _FLOATS, c_int],

@@ -231,7 +231,9 @@ void daq_expand_input(const uint8_t* codes, float* out, int64_t n, const float* 
   }
 }
 
-uint64_t daq_fingerprint(const float* x, int64_t n, int threads) {
+// A 64-bit fingerprint of a weight and its bounds; lower is null where it follows from upper.
+uint64_t daq_fingerprint(
+    const float* x, int64_t n, const float* lower, const float* upper, int64_t bounds, int threads) {
   const int64_t blocks = (n + BLOCK - 1) / BLOCK;
   std::vector<uint64_t> parts(blocks);
 #pragma omp parallel for num_threads(used(threads, n)) schedule(static)
@@ -239,7 +241,8 @@ uint64_t daq_fingerprint(const float* x, int64_t n, int threads) {
     parts[b] = fingerprint_block(x + b * BLOCK, n - b * BLOCK < BLOCK ? n - b * BLOCK : BLOCK);
   uint64_t out = static_cast<uint64_t>(n);
   for (uint64_t part : parts) out = mix(out, part);
-  return out;
+  if (lower) out = mix(out, fingerprint_block(lower, bounds));
+  return mix(out, fingerprint_block(upper, bounds));
 }
 
 // Operand and codes of a weight. mean is null where the weight is not normalized; lower is read only where it is.
@@ -342,6 +345,33 @@ void daq_scale_weight_gradient(
   }
   for (int64_t t = 0; t < tasks; t++) total[per_channel ? rows.channel(t) : 0] += sums[t];
   for (size_t i = 0; i < total.size(); i++) grad_scale[i] = static_cast<float>(total[i]);
+}
+
+// total = |output_scale| * (max(upper, 0) / top, or weight_step where upper is null) * (*step, or input_step where null)
+void daq_combine_scale(
+    const float* output_scale, const float* upper, const float* step, float* total, int64_t n, float top,
+    float weight_step, float input_step) {
+  const float of_input = step ? *step : input_step;
+  for (int64_t i = 0; i < n; i++) {
+    const float of_weight = upper ? (upper[i] < 0.0f ? 0.0f : upper[i]) / top : weight_step;
+    total[i] = std::fabs(output_scale[i]) * of_weight * of_input;
+  }
+}
+
+// Gradients of daq_combine_scale: to output_scale, added to that of upper, and to step.
+void daq_combine_scale_backward(
+    const float* grad, const float* output_scale, const float* upper, const float* step, float* grad_scale,
+    float* grad_upper, float* grad_step, int64_t n, float top, float weight_step, float input_step) {
+  const double of_input = step ? *step : input_step;
+  double sum = 0.0;
+  for (int64_t i = 0; i < n; i++) {
+    const double of_weight = upper ? (upper[i] < 0.0f ? 0.0f : upper[i]) / top : weight_step;
+    const double size = std::fabs(output_scale[i]), sign = (output_scale[i] > 0.0f) - (output_scale[i] < 0.0f);
+    grad_scale[i] = static_cast<float>(grad[i] * of_weight * of_input * sign);
+    if (upper && upper[i] > 0.0f) grad_upper[i] += static_cast<float>(grad[i] * size * of_input / top);
+    sum += grad[i] * size * of_weight;
+  }
+  *grad_step = static_cast<float>(sum);
 }
 
 // out = acc * scale + bias over (outer, channels, inner); bias may be null, scale has one element or one per channel.

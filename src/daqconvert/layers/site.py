@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from daqconvert.functional.coded import InputCodes, codes_of, pad_operand
 from daqconvert.functional.grid import levels
-from daqconvert.functional.products import PaddedProducts
+from daqconvert.functional.layer import quantized_layer
+from daqconvert.functional.products import KNOWN, PaddedProducts
 from daqconvert.functional.scaled import can_fuse, scaled_products
 from daqconvert.quantizers import ChannelLayout, InputQuantizer, WeightQuantizer
 from daqconvert.spec import Settings
@@ -151,18 +152,24 @@ class QuantizedSite(nn.Module):
         return y
 
     def _quantized(self, x: Tensor, weight: Tensor, bias: Tensor | None, operation: Operation) -> Tensor:
-        w = weight if self.weight_quantizer is None else self.weight_quantizer(weight)
-        if self.input_quantizer is not None and self.input_quantizer.is_plain():
-            scale = self.weight_scale()
-            if can_fuse(operation, x, w, scale, bias):
-                grid = self.input_quantizer.grid(self.unitless)
-                return scaled_products(operation, x, w, scale, bias, grid)  # type: ignore[arg-type] # one that can
-        operand = x if self.input_quantizer is None else self.input_quantizer(x)
+        of_input, of_weight = self.input_quantizer, self.weight_quantizer
+        plain = of_input is not None and of_input.is_plain() and of_weight is not None and of_weight.is_plain()
+        if (
+            plain
+            and can_fuse(operation, x, weight, self.output_scale, bias)
+            and isinstance(of_weight, WeightQuantizer)
+        ):
+            assert of_input is not None and isinstance(operation, KNOWN)
+            parts = of_input.grid(), of_weight.quantized(weight)
+            return quantized_layer(operation, x, weight, bias, self.output_scale, *parts)
+        operand = x if of_input is None else of_input(x)
+        w = weight if of_weight is None else of_weight(weight)
         scale = self.combined_scale(operand)
         if isinstance(operation, PaddedProducts):
             operand, operation = pad_operand(operation.pad, operand), operation.products
         if can_fuse(operation, operand, w, scale, bias):
-            return scaled_products(operation, operand, w, scale, bias)  # type: ignore[arg-type] # one that can
+            assert isinstance(operation, KNOWN)
+            return scaled_products(operation, operand, w, scale, bias)
         acc, scale = safe_products(operation, operand, w, scale, self.settings)
         return rescale(acc, scale, bias, self.output_dims, acc.dtype)
 
@@ -172,19 +179,16 @@ class QuantizedSite(nn.Module):
         Args:
             operand: What the input quantizer has just returned: its scale is known then.
         """
-        scale = self.weight_scale()
+        scale = self.output_scale.abs()
+        scale = scale if scale.dtype == torch.float64 else scale.float()
+        if self.weight_quantizer is not None:
+            scale = scale * self.weight_quantizer.multiplier()
         if self.input_quantizer is not None:
             n = 2**self.input_quantizer.bits - 1
             coded = None if operand is None else codes_of(operand)
             of_input = coded.scale if isinstance(coded, InputCodes) else self.input_quantizer.scale()
             scale = scale * (1.0 / n if self.unitless else of_input)
         return scale
-
-    def weight_scale(self) -> Tensor:
-        """Return `|output_scale| * weight multiplier`: the part of `combined_scale` that is not the input's."""
-        scale = self.output_scale.abs()
-        scale = scale if scale.dtype == torch.float64 else scale.float()
-        return scale if self.weight_quantizer is None else scale * self.weight_quantizer.multiplier()
 
 
 def safe_products(

@@ -11,8 +11,8 @@ from daqconvert.errors import CalibrationError
 from daqconvert.functional import fused_input
 from daqconvert.functional.coded import InputCodes, attach
 from daqconvert.functional.grid import Rounding, input_scale, input_zero_point, quantize_input
-from daqconvert.functional.scaled import InputGrid
-from daqconvert.quantizers.base import Quantizer, is_watched
+from daqconvert.functional.layer import InputGrid
+from daqconvert.quantizers.base import Quantizer
 from daqconvert.spec import Settings
 
 
@@ -75,19 +75,10 @@ class InputQuantizer(Quantizer):
         """Return the step between two levels, a scalar tensor that carries the bounds' gradient."""
         return input_scale(self._lower(), self.upper, self.bits)
 
-    def is_plain(self) -> bool:
-        """Whether a call does what `forward` says here and nobody watches: the site may quantize by `grid` then."""
-        own = type(self).forward is _FORWARD and "forward" not in self.__dict__
-        return own and not is_watched(self)
-
-    def grid(self, unitless: bool) -> InputGrid:
-        """Return what a site needs to quantize its input in one step with its products.
-
-        Args:
-            unitless: Whether the operand counts in parts of its full range.
-        """
+    def grid(self) -> InputGrid:
+        """Return what a layer needs to quantize its input in one step with its products."""
         self.require_ready()
-        return InputGrid(self._lower(), self.upper, self.bits, self.rounding, unitless)
+        return InputGrid(self._lower(), self.upper, self.bits, self.rounding)
 
     def _lower(self) -> Tensor:
         """Return `lower`; where unsigned it stays 0 even if someone has unfrozen every parameter of the model."""
@@ -164,4 +155,4 @@ class InputQuantizer(Quantizer):
             self._set_sign({-1: None, 0: False, 1: True}[int(code)])
 
 
-_FORWARD = InputQuantizer.forward  # what `is_plain` compares with
+InputQuantizer.own_forward = InputQuantizer.forward

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from daqconvert.functional.native import dense, kernels
+from daqconvert.functional.native import address, dense, kernels
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,25 @@ class KnownWeight:
     std: Tensor | None
 
 
-def value_key(weight: Tensor, lower: Tensor, upper: Tensor) -> tuple[object, ...] | None:
+def value_key(weight: Tensor, lower: Tensor | None, upper: Tensor) -> tuple[object, ...] | None:
     """Return what stands for the values of a weight and its bounds, or None where it cannot be told cheaply.
+
+    Args:
+        weight: Any shape.
+        lower: None where it follows from `upper`.
+        upper: `(C_out,)` or scalar.
 
     Example:
         >>> weight, bound = torch.ones(3), torch.ones(())
-        >>> before = value_key(weight, -bound, bound)
-        >>> weight.data.mul_(2.0).sum().item(), before is None or value_key(weight, -bound, bound) != before
+        >>> before = value_key(weight, None, bound)
+        >>> weight.data.mul_(2.0).sum().item(), before is None or value_key(weight, None, bound) != before
         (6.0, True)
     """
     library = kernels(weight, lower, upper)
-    if library is None:
+    if library is None or not upper.is_contiguous() or (lower is not None and not lower.is_contiguous()):
         return None
-    threads = torch.get_num_threads()
-    prints = (library.daq_fingerprint(t.data_ptr(), t.numel(), threads) for t in map(dense, (weight, lower, upper)))
-    return (weight.shape, weight.stride(), *prints)
+    found = library.daq_fingerprint(
+        dense(weight).data_ptr(), weight.numel(), address(lower), upper.data_ptr(), upper.numel(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return weight.shape, weight.stride(), found

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from daqconvert.errors import ConversionError
 from daqconvert.functional import fused_weight
-from daqconvert.functional.coded import View, attach
+from daqconvert.functional.coded import View, WeightCodes, attach
 from daqconvert.functional.grid import Rounding, levels, quantize_weight, weight_codes
+from daqconvert.functional.layer import WeightGrid
 from daqconvert.quantizers.base import Quantizer
 from daqconvert.quantizers.layout import ChannelLayout
 from daqconvert.quantizers.memory import KnownWeight, value_key
@@ -71,7 +72,14 @@ class WeightQuantizer(Quantizer):
         """Return the integer-valued operand, shape and dtype of `weight`."""
         self.require_ready()
         if not torch.compiler.is_compiling():
-            return self._fused(weight)
+            known, key = self._remembered(weight)
+            mean, std = (known.mean, known.std) if known is not None else self._vectors(weight)
+            operand, coded = fused_weight.quantize_weight(
+                weight, self._own_lower, self.upper, mean, std, self._view, self.bits, self.grid, self.rounding,
+                None if known is None else known.codes,
+            )  # fmt: skip
+            self._remember(known, key, coded.codes, mean, std)
+            return attach(operand, coded)
         v = _real(weight).reshape(self.layout.view)  # the compiler fuses plain operations
         if self.normalize:
             mean, std = self._moments(v)
@@ -81,23 +89,44 @@ class WeightQuantizer(Quantizer):
         operand = quantize_weight(v, lower, upper, self.bits, self.grid, self.rounding)
         return operand.reshape(weight.shape).to(weight.dtype)
 
-    def _fused(self, weight: Tensor) -> Tensor:
-        """What `forward` returns; from known codes where weight and bounds hold the values that they had."""
-        key = value_key(weight, self.lower, self.upper)
-        memory = self._memory
-        known = memory if memory is not None and memory.key == key else None
-        mean = std = None
-        if known is not None:
-            mean, std = known.mean, known.std
-        elif self.normalize:
-            mean, std = (t.reshape(-1) for t in self._moments(_real(weight).reshape(self.layout.view)))
-        operand, coded = fused_weight.quantize_weight(
-            weight, self.lower if self.normalize else None, self.upper, mean, std, self._view, self.bits, self.grid,
-            self.rounding, None if known is None else known.codes,
+    def quantized(self, weight: Tensor) -> WeightGrid:
+        """Return what a layer needs to quantize its weight in one step with its products; values without gradient."""
+        self.require_ready()
+        known, key = self._remembered(weight)
+        mean, std = (known.mean, known.std) if known is not None else self._vectors(weight)
+        midrise, top, r = self.grid == "midrise", levels(self.bits, self.grid), self.rounding
+        operand, codes = fused_weight.forward(
+            weight.detach(), self._own_lower, self.upper, mean, std, None if known is None else known.codes,
+            self._view, self.bits, midrise, r.kind == "ste", r.c, r.a,
         )  # fmt: skip
-        if known is None and key is not None:
-            self._memory = KnownWeight(key, coded.codes, mean, std)
-        return attach(operand, coded)
+        codes = codes if known is None else known.codes
+        self._remember(known, key, codes, mean, std)
+        coded = WeightCodes(codes, 2.0 if midrise else 1.0, -float(top))
+        return WeightGrid(
+            self._own_lower, self.upper, mean, std, self._view, self.bits, midrise, top, r, operand, coded
+        )
+
+    def _remembered(self, weight: Tensor) -> tuple[KnownWeight | None, tuple[object, ...] | None]:
+        """What is known of this weight with these bounds, and what stands for their values."""
+        key, memory = value_key(weight, self._own_lower, self.upper), self._memory
+        return (memory if memory is not None and memory.key == key else None), key
+
+    def _remember(
+        self, known: KnownWeight | None, key: tuple[object, ...] | None, codes: Tensor, mean: Any, std: Any
+    ) -> None:
+        if known is None:
+            self._memory = None if key is None else KnownWeight(key, codes, mean, std)
+
+    def _vectors(self, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Mean and std as the fused operator takes them; None where the weight is not normalized."""
+        if not self.normalize:
+            return None, None
+        mean, std = self._moments(_real(weight).reshape(self.layout.view))
+        return mean.reshape(-1), std.reshape(-1)
+
+    @property
+    def _own_lower(self) -> Tensor | None:
+        return self.lower if self.normalize else None  # elsewhere it is -upper
 
     @property
     def _view(self) -> View:
@@ -245,3 +274,6 @@ def _better(rows: Tensor, upper: Tensor, best: Tensor, error: Tensor, bits: int,
 
 def _real(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+WeightQuantizer.own_forward = WeightQuantizer.forward

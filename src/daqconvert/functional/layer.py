@@ -1,0 +1,187 @@
+"""A whole quantized layer as one step forward and one backward: both quantizers, products, scale and bias.
+
+    y = products(operand_x, operand_w) * S + bias,    S = |output_scale| * weight step * input step
+
+It keeps `x` and the weight, which a float layer keeps too, and the codes of both operands, a byte each; not the
+operands, not the sums. Gradients are written where those that they come from were. What it computes is what
+`quantize_input`, `quantize_weight` and `scaled_products` compute one after the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from daqconvert.functional import fused_input, fused_weight
+from daqconvert.functional.coded import View, WeightCodes
+from daqconvert.functional.combined import add_scale_gradients, combine_scale
+from daqconvert.functional.grid import Rounding
+from daqconvert.functional.products import KnownProducts
+from daqconvert.functional.rescale import rescale_
+from daqconvert.functional.scaled import differentiable, product_gradients, split_gradient
+
+
+@dataclass(frozen=True)
+class InputGrid:
+    """How an input is quantized.
+
+    Attributes:
+        lower: Scalar bound.
+        upper: Scalar bound.
+        bits: 1 to 8.
+        rounding: Gradient of the rounding.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    bits: int
+    rounding: Rounding
+
+
+@dataclass(frozen=True)
+class WeightGrid:
+    """How a weight is quantized, and what that gave.
+
+    Attributes:
+        lower: Bound of a normalized weight, else None.
+        upper: Bound.
+        mean: Of a normalized weight, else None.
+        std: Likewise.
+        view: The weight as `(A, B, C, D)`.
+        bits: 1 to 8.
+        midrise: The grid.
+        top: Largest operand.
+        rounding: Gradient of the rounding.
+        operand: Integer-valued, without gradient.
+        coded: Its codes.
+    """
+
+    lower: Tensor | None
+    upper: Tensor
+    mean: Tensor | None
+    std: Tensor | None
+    view: View
+    bits: int
+    midrise: bool
+    top: int
+    rounding: Rounding
+    operand: Tensor
+    coded: WeightCodes
+
+    @property
+    def unitless(self) -> bool:
+        """Whether operands count in parts of full range, and `output_scale` carries the units."""
+        return self.mean is not None
+
+
+def quantized_layer(
+    operation: KnownProducts, x: Tensor, weight: Tensor, bias: Tensor | None, output_scale: Tensor,
+    of_input: InputGrid, of_weight: WeightGrid,
+) -> Tensor:  # fmt: skip
+    """Return a quantized layer's output; gradients reach input, weight, bias, output scale and all bounds.
+
+    Args:
+        operation: The bare products.
+        x: Input, float32 or float64.
+        weight: Weight.
+        bias: `(C_out,)` or None.
+        output_scale: `()` or `(C_out,)`.
+        of_input: How the input is quantized.
+        of_weight: How the weight is quantized, and what that gave.
+
+    Raises:
+        DaqError: On a second derivative.
+
+    Reference: "Distance-aware Quantization" (Kim, Lee, Ham, ICCV 2021), section 3.
+    """
+    out: Tensor = _QuantizedLayer.apply(
+        x, weight, bias, output_scale, of_input.lower, of_input.upper, of_weight.lower, of_weight.upper,
+        operation, of_input, of_weight,
+    )  # fmt: skip
+    return out
+
+
+class _QuantizedLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, output_scale: Tensor, in_lower: Tensor,
+        in_upper: Tensor, w_lower: Tensor | None, w_upper: Tensor, operation: KnownProducts, of_input: InputGrid,
+        of_weight: WeightGrid,
+    ) -> Tensor:  # fmt: skip
+        training = any(ctx.needs_input_grad)
+        operand, codes, step, zero_point = fused_input.forward(
+            x, in_lower, in_upper, of_input.bits, False, 0.0, 0.0, training
+        )
+        total = combine_scale(output_scale, *_scale_parts(w_upper, step, of_input, of_weight))
+        y = rescale_(operation(operand, of_weight.operand), total, bias, operation.output_dims)
+        if training:
+            ctx.save_for_backward(
+                x, weight, output_scale, in_lower, in_upper, w_lower, w_upper, codes, step, zero_point, total,
+                of_weight.coded.codes, of_weight.mean, of_weight.std,
+            )  # fmt: skip
+            ctx.known = operation, of_input, of_weight.coded.step, of_weight.coded.offset, _without_values(of_weight)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        found = differentiable(_gradients, (ctx.known, ctx.needs_input_grad, grad, *ctx.saved_tensors))
+        return (*found, None, None, None)
+
+
+@dataclass(frozen=True)
+class _WeightConstants:
+    """Of a `WeightGrid`, what is no tensor."""
+
+    view: View
+    bits: int
+    midrise: bool
+    top: int
+    rounding: Rounding
+    unitless: bool
+
+
+def _without_values(grid: WeightGrid) -> _WeightConstants:
+    return _WeightConstants(grid.view, grid.bits, grid.midrise, grid.top, grid.rounding, grid.unitless)
+
+
+def _scale_parts(
+    upper: Tensor, step: Tensor, of_input: InputGrid, of_weight: WeightGrid | _WeightConstants
+) -> tuple[Tensor | None, int, Tensor | None, float, float]:
+    """What `combine_scale` takes beside the output scale."""
+    unitless, top = of_weight.unitless, of_weight.top
+    parts = (None, None) if unitless else (upper, step)
+    return parts[0], top, parts[1], 1.0 / top, 1.0 / (2**of_input.bits - 1)
+
+
+def _gradients(known: Any, needs: tuple[bool, ...], grad: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
+    operation, of_input, code_step, code_offset, of_weight = known
+    x, weight, output_scale, in_lower, in_upper, w_lower, w_upper, codes, step, zero_point, total, *rest = saved
+    w_codes, mean, std = rest
+    coded = WeightCodes(w_codes, code_step, code_offset)
+    to_bounds = needs[4] or needs[5]
+    # the steps are part of the scale, whose gradient comes with that of the weight
+    wanted = needs[0] or to_bounds, needs[1] or needs[3] or needs[6] or needs[7] or to_bounds, needs[2]
+    grad_x, grad_w, grad_bias = product_gradients(operation, grad, codes, zero_point, coded, total, x.shape, wanted)
+    grad_scale = grad_step = w_gradients = None
+    if grad_w is not None:
+        grad_w, grad_total = split_gradient(grad_w, coded, operation, total)
+        r = of_weight.rounding
+        w_gradients = fused_weight.backward(
+            grad_w, weight, w_lower, w_upper, mean, std, of_weight.view, of_weight.bits, of_weight.midrise,
+            r.kind == "ste", r.c, r.a, in_place=True,
+        )  # fmt: skip
+        parts = _scale_parts(w_upper, step, of_input, of_weight)
+        grad_scale, grad_step = add_scale_gradients(grad_total, output_scale, *parts, w_gradients[2])
+    to_weight, to_w_lower, to_w_upper = w_gradients or (None, None, None)
+    to_w_lower = None if w_lower is None else to_w_lower
+    if grad_x is None:
+        return None, to_weight, grad_bias, grad_scale, None, None, to_w_lower, to_w_upper
+    r = of_input.rounding
+    to_x, to_lower, to_upper = fused_input.backward(
+        grad_x, None if of_weight.unitless else grad_step, x, in_lower, in_upper, step, zero_point, of_input.bits,
+        r.kind == "ste", r.c, r.a, in_place=True,
+    )  # fmt: skip
+    return to_x, to_weight, grad_bias, grad_scale, to_lower, to_upper, to_w_lower, to_w_upper
