@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from daqconvert.functional.dasr import round_half_even, slope
+from daqconvert.functional.dasr import round_half_even, slope, slope_constants
 from daqconvert.functional.grid import TINY, Rounding, input_scale, input_zero_point
 from daqconvert.functional.native import address, dense, in_memory_order, kernels
-from daqconvert.functional.registration import refuse, register, slope_constants
+from daqconvert.functional.registration import refuse, register
 
 
 def quantize_input(

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from daqconvert.functional.coded import WeightCodes, expand_weight
-from daqconvert.functional.dasr import round_half_even, slope
+from daqconvert.functional.dasr import round_half_even, slope, slope_constants
 from daqconvert.functional.grid import TINY, Rounding, levels, weight_codes
 from daqconvert.functional.native import address, in_memory_order, kernels, row_major, view_argument
-from daqconvert.functional.registration import refuse, register, slope_constants
+from daqconvert.functional.registration import refuse, register
 
 
 def quantize_weight(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +27,8 @@ def register(
         remember: Saves what `backward` needs.
     """
     name = f"daqconvert::{schema.partition('(')[0]}"
-    _LIBRARY.define(schema)
+    # a compiler may keep its tensors in the layout that its convolutions like: without the tag it would transpose them
+    _LIBRARY.define(schema, tags=(torch.Tag.flexible_layout,))
     _LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
     torch.library.register_fake(name, fake, lib=_LIBRARY)
     torch.library.register_autograd(name, backward, setup_context=remember, lib=_LIBRARY)
@@ -48,13 +48,3 @@ def refuse(ctx: Any, *grads: Any) -> Any:
         "dasr has no second derivative: its slope holds the temperature controller constant. "
         "Drop create_graph=True, or compute the penalty under `with daqconvert.disabled(model):`."
     )
-
-
-def slope_constants(a: float) -> tuple[float, float]:
-    """Return `exp(a)` and `expm1(a)`, no larger than float32 holds: beyond, the slope is `c` everywhere.
-
-    Example:
-        >>> slope_constants(0.0)
-        (1.0, 0.0)
-    """
-    return math.exp(min(a, 80.0)), math.expm1(min(a, 80.0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -13,31 +12,38 @@ from daqconvert.quantizers import ChannelLayout
 from daqconvert.spec import Settings
 
 
-def bare_operation(layer: Any, *args: Any, **kwargs: Any) -> Operation:
-    """Return the bare operation of one call of a quantized or frozen layer.
+class BareOperation:
+    """Mixin of quantized and frozen layers: the operation that a family gives, without bias or scale.
 
-    A family that gives `products(*args)` beside `accumulate(x, w, *args)` says what its gradients are; where somebody
-    put another `accumulate` over it, that is what runs.
-
-    Args:
-        layer: The layer.
-        args: Of the call, after the input.
-        kwargs: Of the call.
+    A family gives `accumulate(x, w, *args)`, and may give `products(*args)` beside it, which says what its gradients
+    are too (`functional.products`). Where somebody puts another `accumulate` over both, that is what runs.
     """
-    cls: Any = type(layer)
-    if "accumulate" not in layer.__dict__ and _gives_products(cls):
-        found: Operation = layer.products(*args, **kwargs)
-        return found
-    return lambda x, w: layer.accumulate(x, w, *args, **kwargs)
+
+    _gives_products: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        owner = next(c for c in cls.__mro__ if "accumulate" in vars(c) or "products" in vars(c))
+        cls._gives_products = "products" in vars(owner)
+
+    def bare_operation(self, *args: Any, **kwargs: Any) -> Operation:
+        """Return the operation of one call.
+
+        Args:
+            args: Of the call, after the input.
+            kwargs: Of the call.
+        """
+        if self._gives_products and "accumulate" not in self.__dict__:
+            found: Operation = self.products(*args, **kwargs)  # type: ignore[attr-defined]
+            return found
+        return lambda x, w: self.accumulate(x, w, *args, **kwargs)
+
+    def accumulate(self, x: Tensor, w: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the bare operation, without bias or scale; given by the family's mixin."""
+        raise ConversionError(f"{type(self).__name__} has no accumulate(); see daqconvert.layers.register.")
 
 
-@cache
-def _gives_products(cls: Any) -> bool:
-    owner = next(c for c in cls.__mro__ if "accumulate" in vars(c) or "products" in vars(c))
-    return "products" in vars(owner)
-
-
-class QuantizedLayer(QuantizedSite):
+class QuantizedLayer(BareOperation, QuantizedSite):
     """Mixin of the quantized layers: the state of a site, and the forward built from `accumulate`."""
 
     original: ClassVar[type[nn.Module]]
@@ -78,13 +84,9 @@ class QuantizedLayer(QuantizedSite):
         """Return the layer's output from integer-valued operands; the original's where `enabled` is False."""
         original = super().forward
         return self.run(
-            input, self.weight, self.bias, bare_operation(self, *args, **kwargs),
+            input, self.weight, self.bias, self.bare_operation(*args, **kwargs),
             lambda x: original(x, *args, **kwargs),
         )  # fmt: skip
-
-    def accumulate(self, x: Tensor, w: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the bare operation, without bias or scale; given by the family's mixin."""
-        raise ConversionError(f"{type(self).__name__} has no accumulate(); see daqconvert.layers.register.")
 
     def extra_repr(self) -> str:
         """Return the original's text and the bits."""

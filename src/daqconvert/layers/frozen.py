@@ -7,14 +7,14 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from daqconvert.functional.grid import weight_operand
-from daqconvert.layers.base import QuantizedLayer, bare_operation
+from daqconvert.layers.base import BareOperation, QuantizedLayer
 from daqconvert.layers.computed import settle_weight
 from daqconvert.layers.frozen_site import FrozenSite, drop_quantizers, empty_values, frozen_values
 from daqconvert.quantizers import ChannelLayout
 from daqconvert.spec import Settings
 
 
-class FrozenLayer(FrozenSite):
+class FrozenLayer(BareOperation, FrozenSite):
     """Mixin of the frozen layers: the state of a frozen site, and the forward built from `accumulate`.
 
     Attributes:
@@ -82,9 +82,7 @@ class FrozenLayer(FrozenSite):
             FrozenError: In training mode.
         """
         weight = self._parameters.get("weight")
-        return self.run(input, weight, self.bias, bare_operation(self, *args, **kwargs))
-
-    accumulate = QuantizedLayer.accumulate
+        return self.run(input, weight, self.bias, self.bare_operation(*args, **kwargs))
 
     def extra_repr(self) -> str:
         """Return the original's text and the bits."""

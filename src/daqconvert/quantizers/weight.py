@@ -71,16 +71,23 @@ class WeightQuantizer(Quantizer):
     def forward(self, weight: Tensor) -> Tensor:
         """Return the integer-valued operand, shape and dtype of `weight`."""
         self.require_ready()
-        if not torch.compiler.is_compiling():
-            known, key = self._remembered(weight)
-            mean, std = (known.mean, known.std) if known is not None else self._vectors(weight)
-            operand, coded = fused_weight.quantize_weight(
-                weight, self._own_lower, self.upper, mean, std, self._view, self.bits, self.grid, self.rounding,
-                None if known is None else known.codes,
-            )  # fmt: skip
-            self._remember(known, key, coded.codes, mean, std)
-            return attach(operand, coded)
-        v = _real(weight).reshape(self.layout.view)  # the compiler fuses plain operations
+        if torch.compiler.is_exporting():
+            return self._plain(weight)  # a program for elsewhere holds plain operations
+        compiling = torch.compiler.is_compiling()
+        known, key = (None, None) if compiling else self._remembered(weight)
+        mean, std = (known.mean, known.std) if known is not None else self._vectors(weight)
+        operand, coded = fused_weight.quantize_weight(
+            weight, self.own_lower, self.upper, mean, std, self._view, self.bits, self.grid, self.rounding,
+            None if known is None else known.codes,
+        )  # fmt: skip
+        if compiling:
+            return operand
+        self._remember(known, key, coded.codes, mean, std)
+        return attach(operand, coded)
+
+    def _plain(self, weight: Tensor) -> Tensor:
+        """What `forward` returns, in plain operations."""
+        v = _real(weight).reshape(self.layout.view)
         if self.normalize:
             mean, std = self._moments(v)
             v = (v - mean) / std
@@ -94,21 +101,21 @@ class WeightQuantizer(Quantizer):
         self.require_ready()
         known, key = self._remembered(weight)
         mean, std = (known.mean, known.std) if known is not None else self._vectors(weight)
-        midrise, top, r = self.grid == "midrise", levels(self.bits, self.grid), self.rounding
+        midrise, top, r = self.midrise, self.top, self.rounding
         operand, codes = fused_weight.forward(
-            weight.detach(), self._own_lower, self.upper, mean, std, None if known is None else known.codes,
+            weight.detach(), self.own_lower, self.upper, mean, std, None if known is None else known.codes,
             self._view, self.bits, midrise, r.kind == "ste", r.c, r.a,
         )  # fmt: skip
         codes = codes if known is None else known.codes
         self._remember(known, key, codes, mean, std)
         coded = WeightCodes(codes, 2.0 if midrise else 1.0, -float(top))
         return WeightGrid(
-            self._own_lower, self.upper, mean, std, self._view, self.bits, midrise, top, r, operand, coded
+            self.own_lower, self.upper, mean, std, self._view, self.bits, midrise, top, r, operand, coded
         )
 
     def _remembered(self, weight: Tensor) -> tuple[KnownWeight | None, tuple[object, ...] | None]:
         """What is known of this weight with these bounds, and what stands for their values."""
-        key, memory = value_key(weight, self._own_lower, self.upper), self._memory
+        key, memory = value_key(weight, self.own_lower, self.upper), self._memory
         return (memory if memory is not None and memory.key == key else None), key
 
     def _remember(
@@ -125,8 +132,19 @@ class WeightQuantizer(Quantizer):
         return mean.reshape(-1), std.reshape(-1)
 
     @property
-    def _own_lower(self) -> Tensor | None:
-        return self.lower if self.normalize else None  # elsewhere it is -upper
+    def own_lower(self) -> Tensor | None:
+        """The bound `lower` of a normalized weight; None elsewhere: it is `-upper`."""
+        return self.lower if self.normalize else None
+
+    @property
+    def top(self) -> int:
+        """The largest operand."""
+        return levels(self.bits, self.grid)
+
+    @property
+    def midrise(self) -> bool:
+        """Whether the grid has no level at zero."""
+        return self.grid == "midrise"
 
     @property
     def _view(self) -> View:
