@@ -115,8 +115,8 @@ class Trainee:
     def __init__(self, contender: Contender, task: Task, compiled: bool) -> None:
         if not contender.installed:
             raise Refused("not installed")
-        self.model = contender.convert(copy.deepcopy(task.model), task).train()
         expected = set() if contender.group == "float" else set(task.names)
+        self.model = contender.convert(copy.deepcopy(task.model), task).train()
         found = contender.quantized(self.model)
         if found != expected:
             raise Refused(f"quantizes other layers: {len(found)}, of these {len(found & expected)} of {len(expected)}")

@@ -77,8 +77,8 @@ def _explained() -> list[str]:
         "take turns in one process; the ratio is taken within each round. Memory: bytes in tensors at the worst",
         "moment of a step, and growth of the resident memory, each contender in a process of its own. Ratios are to",
         "float in the same mode. `loss` is the mean of the first three and of the last three of the steps that learn",
-        "one fixed batch; `start` is the time until the first step is done. A contender that failed has its reason in",
-        "its row.",
+        "one fixed batch; `start` is the time until the first step is done, `breaks` the number of graph breaks of",
+        "`torch.compile`. A contender that failed has its reason in its row.",
     ]
 
 
@@ -88,15 +88,16 @@ def _table(records: Records, network: str, mode: str) -> list[str]:
     given = NETWORKS[network]
     title = f"## {network}, {mode}: {given.pixels} px, batch {given.batch}"
     rows = [title, "", *_facts(times, memory), ""]
-    rows += ["| contender | ms | / float | quartiles | tensors MiB | / float | RSS MiB | / float | loss | start s |"]
-    rows += ["|---|---|---|---|---|---|---|---|---|---|"]
+    heads = ["contender", "ms", "/ float", "quartiles", "tensors MiB", "/ float", "RSS MiB", "/ float"]
+    heads += ["loss", "start s", "breaks"]
+    rows += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for name in CONTENDERS:
         timed, held = times.get("contenders", {}).get(name, {}), memory.get(name, {})
         if not timed and not held:
             continue
         failed = "; ".join(f"{k}: {v['failed']}" for k, v in (("time", timed), ("memory", held)) if "failed" in v)
         if failed:
-            rows.append(f"| {name} | {failed.replace('|', '/')} " + "| " * 8 + "|")
+            rows.append(f"| {name} | {failed.replace('|', '/')} " + "| " * (len(heads) - 2) + "|")
             continue
         cells = [
             name,
@@ -109,6 +110,7 @@ def _table(records: Records, network: str, mode: str) -> list[str]:
             _number(memory_ratio(records, network, mode, name, "rss_growth_bytes")),
             " to ".join(_number(loss) for loss in timed.get("loss", [])) or "-",
             _number(timed.get("seconds_to_first_step"), 1),
+            str(timed.get("graph_breaks", "-")),
         ]
         rows.append("| " + " | ".join(cells) + " |")
     return rows

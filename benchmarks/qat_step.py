@@ -143,8 +143,6 @@ def main() -> None:
                 merge(network, mode, "profile", qat_profile.compare(network, qat_report.OURS, mode))
     else:
         todo = pieces(args)
-        if any(piece[0] == "memory" for piece in todo):
-            qat_memory.self_check()
         with quiet(), progress(sum(weight(piece, args) for piece in todo), "qat step") as bar:
             for piece in todo:
                 do(piece, args, bar)

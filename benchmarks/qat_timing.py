@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._dynamo.utils
 from qat_contenders import CONTENDERS, Refused, Trainee, told
 from qat_networks import Task, task
 
@@ -70,6 +71,7 @@ def _learned(name: str, given: Task, compiled: bool) -> tuple[Trainee, dict[str,
         Refused: If the loss is not finite or does not fall.
     """
     torch.manual_seed(0)
+    torch._dynamo.utils.counters.clear()
     started = time.perf_counter()
     trainee = Trainee(CONTENDERS[name], given, compiled)
     first = trainee.step().item()
@@ -81,7 +83,10 @@ def _learned(name: str, given: Task, compiled: bool) -> tuple[Trainee, dict[str,
     before, after = statistics.mean(losses[:3]), statistics.mean(losses[-3:])
     if not after < FALL * before:
         raise Refused(f"loss does not fall: {before:.3f} to {after:.3f} in {LEARNING_STEPS} steps")
-    return trainee, {"loss": [round(before, 4), round(after, 4)], "seconds_to_first_step": round(seconds, 1)}
+    record = {"loss": [round(before, 4), round(after, 4)], "seconds_to_first_step": round(seconds, 1)}
+    if compiled:  # why a contender may be slower compiled than eager
+        record["graph_breaks"] = sum(torch._dynamo.utils.counters["graph_break"].values())
+    return trainee, record
 
 
 def _rounds(
