@@ -78,13 +78,15 @@ def forward(
         q = round_half_even(torch.clamp(x, 0.0 if midrise else -float(top), float(top)))
         operand = (2.0 * q - top if midrise else q).reshape(weight.shape)
         return operand.to(weight.dtype), weight_codes(operand, bits, grid)
-    weight = row_major(weight, view)
-    operand, found = torch.empty_like(weight), torch.empty_like(weight, dtype=torch.uint8)
+    rows = row_major(weight, view)
+    operand, found = torch.empty_like(rows), torch.empty_like(rows, dtype=torch.uint8)
     library.daq_quantize_weight(
-        weight.data_ptr(), operand.data_ptr(), found.data_ptr(), view_argument(tuple(view)), address(lower),
+        rows.data_ptr(), operand.data_ptr(), found.data_ptr(), view_argument(tuple(view)), address(lower),
         upper.data_ptr(), address(mean), address(std), top, midrise, torch.get_num_threads(),
     )  # fmt: skip
-    return operand, found
+    if rows is weight:
+        return operand, found
+    return torch.empty_like(weight).copy_(operand), torch.empty_like(weight, dtype=torch.uint8).copy_(found)
 
 
 def _levels(
@@ -131,15 +133,17 @@ def backward(
     library = kernels(weight, lower, upper, mean, std, grad)
     if library is None:
         return _plain_backward(grad, weight, lower, upper, mean, std, view, top, midrise, ste, c, a)
-    weight = row_major(weight, view)
-    grad = in_memory_order(grad, weight)
-    grad_weight = grad if in_place else torch.empty_like(weight)
-    grad_lower, grad_upper = torch.empty_like(upper), torch.empty_like(upper)
+    rows = row_major(weight, view)
+    grad = in_memory_order(grad, rows)
+    grad_weight = grad if in_place else torch.empty_like(rows)
+    grad_lower, grad_upper = torch.zeros_like(upper), torch.empty_like(upper)
     library.daq_quantize_weight_backward(
-        grad.data_ptr(), weight.data_ptr(), grad_weight.data_ptr(), view_argument(tuple(view)), address(lower),
+        grad.data_ptr(), rows.data_ptr(), grad_weight.data_ptr(), view_argument(tuple(view)), address(lower),
         upper.data_ptr(), address(mean), address(std), grad_lower.data_ptr(), grad_upper.data_ptr(), top, midrise,
         ste, c, *slope_constants(a), torch.get_num_threads(),
     )  # fmt: skip
+    if rows is not weight:
+        grad_weight = torch.empty_like(weight).copy_(grad_weight)
     return grad_weight, grad_lower, grad_upper
 
 

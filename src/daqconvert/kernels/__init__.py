@@ -1,5 +1,5 @@
 """Elementwise arithmetic for the CPU, compiled at first use where a C++ compiler is, cached, and optional."""
 
-from daqconvert.kernels.library import library, status
+from daqconvert.kernels.loading import library, status
 
 __all__ = ["library", "status"]

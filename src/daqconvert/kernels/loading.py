@@ -105,12 +105,14 @@ def _load() -> tuple[ctypes.CDLL | None, Status]:
     if cxx is None:
         return None, Status(False, "no C++ compiler found; install one, or set CXX")
     try:
-        path, seconds = library_path(cxx), 0.0
-        if not path.is_file():
-            start = time.perf_counter()
-            build(cxx, path)
-            seconds = time.perf_counter() - start
-        return _open(path), Status(True, str(path), seconds)
+        path, start = library_path(cxx), time.perf_counter()
+        if path.is_file():
+            try:
+                return _open(path), Status(True, str(path))
+            except (OSError, AttributeError):  # cut off, or for another system: built again
+                path.unlink(missing_ok=True)
+        build(cxx, path)
+        return _open(path), Status(True, str(path), time.perf_counter() - start)
     except (BuildError, OSError, AttributeError) as error:
         return None, Status(False, str(error))
 
