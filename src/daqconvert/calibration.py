@@ -39,6 +39,17 @@ def error_bounds(observer: InputObserver, bits: int, signed: bool) -> tuple[floa
     return std_bounds(observer, bits, signed) if bits == 1 else minimum_error_bounds(observer, bits, signed)
 
 
+def observer_for(method: str, bits: int) -> InputObserver:
+    """Return an observer that takes no more than a method needs for its bounds.
+
+    Args:
+        method: A key of `METHODS`.
+        bits: Of the quantizer.
+    """
+    of_std = method == "std" or (method == "mse" and bits == 1)
+    return InputObserver(std=of_std, histogram=method != "minmax" and not of_std)
+
+
 METHODS: dict[str, Bounds] = {
     "mse": error_bounds,
     "minmax": minmax_bounds,
@@ -144,7 +155,7 @@ def calibrate(
             weight = layer.float_weight()
             assert weight is not None  # what depends on data has another quantizer
             layer.weight_quantizer.check(weight)
-    operands, first, count = _observe(qmodel, layers, batches, max_batches)
+    operands, first, count = _observe(qmodel, layers, batches, method, max_batches)
     proven = {row.name for row in getattr(qmodel, PLAN_ATTRIBUTE, ()) if row.signed is not None}
     rows = _choose(operands, method, proven)
     unseen = tuple(dict.fromkeys(operand.name for key, operand in operands.items() if key not in rows))
@@ -188,13 +199,14 @@ class _Observing(Watcher):
         return x
 
 
-def _operands(layers: dict[str, QuantizedSite]) -> dict[int, _Operand]:
+def _operands(layers: dict[str, QuantizedSite], method: str) -> dict[int, _Operand]:
     """Quantizers that need data, each once, by identity: layers that read one tensor may share one."""
     found: dict[int, _Operand] = {}
     for layer in layers.values():
         for role, quantizer in (("input", layer.input_quantizer), ("weight", layer.weight_quantizer)):
             if isinstance(quantizer, InputQuantizer) and id(quantizer) not in found:
-                found[id(quantizer)] = _Operand(layer.layer_name, role, quantizer, InputObserver())
+                observer = observer_for(method, quantizer.bits)
+                found[id(quantizer)] = _Operand(layer.layer_name, role, quantizer, observer)
     return found
 
 
@@ -207,9 +219,9 @@ def _sources(qmodel: nn.Module) -> set[str]:
 
 
 def _observe(
-    qmodel: nn.Module, layers: dict[str, QuantizedSite], batches: Iterable[Any], max_batches: int | None
+    qmodel: nn.Module, layers: dict[str, QuantizedSite], batches: Iterable[Any], method: str, max_batches: int | None
 ) -> tuple[dict[int, _Operand], Any, int]:
-    operands = _operands(layers)
+    operands = _operands(layers, method)
     first, count = None, 0
     with ExitStack() as stack:
         for layer in layers.values():

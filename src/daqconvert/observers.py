@@ -13,16 +13,22 @@ from torch import Tensor
 
 BINS = 8192
 COARSE = 8  # bins merged into one for the first, coarse search of the least error
+LARGEST = torch.finfo(torch.float32).max
 SAMPLE = 1 << 18  # most elements of one batch that enter the histogram; range and moments see all of them
 
 
 class InputObserver:
     """Observes the input of one layer over any number of batches.
 
+    Args:
+        std: Take the standard deviation of the first batch: two more passes over it.
+        histogram: Count values in bins.
+
     Attributes:
         minimum: Smallest value seen.
         maximum: Largest value seen.
         first_std: Standard deviation of the first batch (the paper's start of `upper` is 3 of them).
+        finite: Whether all values seen were finite in float32.
 
     Example:
         >>> observer = InputObserver()
@@ -31,7 +37,8 @@ class InputObserver:
         (-1.0, 2.0)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, std: bool = True, histogram: bool = True) -> None:
+        self._std, self._histogram = std, histogram
         self.minimum, self.maximum = math.inf, -math.inf
         self.first_std: float | None = None
         self.limit = 0.0
@@ -48,20 +55,27 @@ class InputObserver:
         """Take in one batch, any shape, any floating dtype."""
         if x.numel() == 0:
             return
-        low, high = (float(v) for v in torch.aminmax(x))
-        if not (math.isfinite(low) and math.isfinite(high)):
+        low, high = torch.stack(torch.aminmax(x)).tolist()
+        if not (low >= -LARGEST and high <= LARGEST):
             self.finite = False
             return
         self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
-        flat = x.detach().flatten().float()
-        if self.first_std is None:
-            self.first_std = float(flat.std()) if flat.numel() > 1 else abs(float(flat[0]))
-        step = -(-flat.numel() // SAMPLE) | 1  # odd, so that a stride does not walk one channel or one column
-        sample = flat[::step] if step > 1 else flat
+        flat = x.detach().flatten()
+        if self._std and self.first_std is None:
+            self.first_std = float(flat.float().std()) if flat.numel() > 1 else abs(float(flat[0]))
         self._grow(max(abs(low), abs(high)))
-        if self.limit > 0:
-            counts = torch.histc(sample, bins=BINS, min=-self.limit, max=self.limit)
-            self.histogram += counts.double().cpu() * (flat.numel() / sample.numel())
+        if self._histogram and self.limit > 0:
+            step = -(-flat.numel() // SAMPLE) | 1  # odd, so that a stride does not walk one channel or one column
+            sample = flat[::step]
+            self.histogram += self._counts(sample.float()).double().cpu() * (flat.numel() / sample.numel())
+
+    def _counts(self, sample: Tensor) -> Tensor:
+        """Number of values in each bin; the last one holds `limit` itself.
+
+        What `torch.histc` counts, and in the same bins, at a third of its time.
+        """
+        place = sample.mul(1.0 / self.limit).add_(1.0).mul_(BINS / 2)  # exact but for the addition: powers of two
+        return torch.bincount(place.int().clamp_(max=BINS - 1), minlength=BINS)
 
     def centers(self) -> Tensor:
         """Return the middle of each bin, `(BINS,)`, float64."""
@@ -72,7 +86,7 @@ class InputObserver:
         if top == 0.0:
             return
         if self.limit == 0.0:
-            self.limit = 2.0 ** math.ceil(math.log2(top))
+            self.limit = 2.0 ** max(math.ceil(math.log2(top)), -126)  # its inverse has to be a float32
         while top > self.limit:
             inner = self.histogram.reshape(-1, 2).sum(dim=1)
             self.histogram = torch.nn.functional.pad(inner, (BINS // 4, BINS // 4))
@@ -142,7 +156,8 @@ def _least(values: Tensor, weights: Tensor, lows: Tensor, highs: Tensor, bits: i
     n = 2**bits - 1
     scale = ((highs - lows) / n).clamp(min=1e-30)[:, None]
     zero_point = torch.round(-lows[:, None] / scale).clamp(0, n)
-    codes = torch.minimum(torch.maximum(torch.round(values / scale), -zero_point), n - zero_point)
-    errors = ((codes * scale - values).square() * weights).sum(dim=1)
+    codes = (values / scale).round_()
+    torch.minimum(torch.maximum(codes, -zero_point, out=codes), n - zero_point, out=codes)
+    errors = codes.mul_(scale).sub_(values).square_().mul_(weights).sum(dim=1)
     index = int(errors.argmin())
     return float(lows[index]), float(highs[index])
