@@ -70,16 +70,6 @@ def slope(x: Tensor, c: float, a: float) -> Tensor:
     return c / torch.tanh(((1.0 - 2.0 * t).abs() + a) * 0.5)
 
 
-def slope_constants(a: float) -> tuple[float, float]:
-    """Return `exp(a)` and `expm1(a)`, no larger than float32 holds: beyond, the slope is `c` everywhere.
-
-    Example:
-        >>> slope_constants(0.0)
-        (1.0, 0.0)
-    """
-    return math.exp(min(a, 80.0)), math.expm1(min(a, 80.0))
-
-
 class _ClipRound(torch.autograd.Function):
     """`round(clip(x, low, high))` with the DASR (or STE) slope inside the clip.
 

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from daqconvert.functional.dasr import round_half_even, slope, slope_constants
+from daqconvert.functional.dasr import round_half_even, slope
 from daqconvert.functional.grid import TINY, Rounding, input_scale, input_zero_point
 from daqconvert.functional.native import address, dense, in_memory_order, kernels
 from daqconvert.functional.registration import refuse, register
+from daqconvert.functional.slopes import slope_numbers
 
 
 def quantize_input(
@@ -113,7 +114,7 @@ def backward(
     library.daq_quantize_input_backward(
         grad.data_ptr(), address(grad_scale), x.data_ptr(), grad_x.data_ptr(), x.numel(), lower.data_ptr(),
         upper.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), grad_lower.data_ptr(), grad_upper.data_ptr(),
-        top, ste, c, *slope_constants(a), torch.get_num_threads(),
+        top, *slope_numbers(ste, c, a), torch.get_num_threads(),
     )  # fmt: skip
     return grad_x, grad_lower, grad_upper
 

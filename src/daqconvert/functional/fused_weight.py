@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from daqconvert.functional.coded import WeightCodes, expand_weight
-from daqconvert.functional.dasr import round_half_even, slope, slope_constants
+from daqconvert.functional.dasr import round_half_even, slope
 from daqconvert.functional.grid import TINY, Rounding, levels, weight_codes
 from daqconvert.functional.native import address, in_memory_order, kernels, row_major, view_argument
 from daqconvert.functional.registration import refuse, register
+from daqconvert.functional.slopes import slope_numbers
 
 
 def quantize_weight(
@@ -140,7 +141,7 @@ def backward(
     library.daq_quantize_weight_backward(
         grad.data_ptr(), rows.data_ptr(), grad_weight.data_ptr(), view_argument(tuple(view)), address(lower),
         upper.data_ptr(), address(mean), address(std), grad_lower.data_ptr(), grad_upper.data_ptr(), top, midrise,
-        ste, c, *slope_constants(a), torch.get_num_threads(),
+        *slope_numbers(ste, c, a), torch.get_num_threads(),
     )  # fmt: skip
     if rows is not weight:
         grad_weight = torch.empty_like(weight).copy_(grad_weight)

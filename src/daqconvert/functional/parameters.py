@@ -17,6 +17,7 @@ from torch import Tensor
 
 from daqconvert.functional.combined import add_scale_gradients, combine_scale
 from daqconvert.functional.grid import TINY, input_scale, input_zero_point
+from daqconvert.functional.native import address, kernels
 from daqconvert.functional.registration import refuse, register
 
 Parameters = tuple[Tensor, Tensor, Tensor]
@@ -47,10 +48,16 @@ def layer_parameters(
 def _forward(
     output_scale: Tensor, w_upper: Tensor | None, lower: Tensor, upper: Tensor, bits: int, top: int
 ) -> Parameters:
-    step = input_scale(lower, upper, bits)
+    library = kernels(lower, upper)
+    if library is None:
+        step = input_scale(lower, upper, bits)
+        zero_point = input_zero_point(lower, step, bits)
+    else:
+        step, zero_point = torch.empty_like(upper), torch.empty_like(upper)
+        library.daq_input_parameters(*map(address, (lower, upper)), 2**bits - 1, *map(address, (step, zero_point)))
     of_input = step if w_upper is not None else None
     total = combine_scale(output_scale, w_upper, top, of_input, 1.0 / top, 1.0 / (2**bits - 1))
-    return total, step, input_zero_point(lower, step, bits)
+    return total, step, zero_point
 
 
 def _backward(
@@ -64,6 +71,13 @@ def _backward(
     )
     if w_upper is None:
         return to_scale, to_w_upper, torch.zeros_like(lower), torch.zeros_like(upper)
+    library = kernels(to_step, lower, upper, step)
+    if library is not None:
+        to_lower, to_upper = torch.empty_like(lower), torch.empty_like(upper)
+        library.daq_input_parameters_backward(
+            *map(address, (to_step, lower, upper, step)), n, *map(address, (to_lower, to_upper))
+        )
+        return to_scale, to_w_upper, to_lower, to_upper
     share = torch.where(step * n > TINY, to_step / n, 0.0)
     return to_scale, to_w_upper, torch.where(lower > 0, 0.0, -share), torch.where(upper < 0, 0.0, share)
 

@@ -18,23 +18,46 @@ namespace {
 constexpr int64_t BLOCK = 1 << 13;  // elements handled at once by one thread
 constexpr float TINY = 1e-12f;      // functional.grid.TINY
 
-// c * coth((u + a) / 2) = c * (1 + 2 / (exp(a) * expm1(u) + expm1(a))), u = |1 - 2t| in [0, 1]; all terms positive.
+// How the slope of the rounding is computed from u = |1 - 2t| in [0, 1] (functional/slopes.py chooses):
+// STE: 1. RATIONAL: c * (1 + 2 / (exp(a) * expm1(u) + expm1(a))), numbers c, exp(a), expm1(a); all terms positive.
+// Else a polynomial of that degree, highest power first.
+constexpr int STE = 0, RATIONAL = -1;
+
 struct Slope {
-  float c, exp_a, expm1_a;
+  float numbers[9];
 };
 
+template <int KIND>
 inline float slope_at(float x, const Slope& s) {
+  if (KIND == STE) return 1.0f;
   const float t = x - std::floor(x);
   const float u = std::fabs(1.0f - 2.0f * t);
-  // expm1(u) / u on [0, 1], relative error 5e-9 (Chebyshev fit, degree 6)
-  float p = 3.0993393e-4f;
-  p = p * u + 1.2232134e-3f;
-  p = p * u + 8.4507161e-3f;
-  p = p * u + 4.1624622e-2f;
-  p = p * u + 1.6667378e-1f;
-  p = p * u + 4.9999955e-1f;
-  p = p * u + 1.0f;
-  return s.c + (2.0f * s.c) / (s.exp_a * (p * u) + s.expm1_a);
+  if (KIND == RATIONAL) {
+    // expm1(u) / u on [0, 1], relative error 5e-9 (Chebyshev fit, degree 6)
+    float p = 3.0993393e-4f;
+    p = p * u + 1.2232134e-3f;
+    p = p * u + 8.4507161e-3f;
+    p = p * u + 4.1624622e-2f;
+    p = p * u + 1.6667378e-1f;
+    p = p * u + 4.9999955e-1f;
+    p = p * u + 1.0f;
+    return s.numbers[0] + (2.0f * s.numbers[0]) / (s.numbers[1] * (p * u) + s.numbers[2]);
+  }
+  float p = s.numbers[0];
+  for (int i = 1; i <= KIND; i++) p = p * u + s.numbers[i];
+  return p;
+}
+
+// Calls a block function compiled for each kind of slope.
+template <template <int> class Block, class... Arguments>
+inline auto with_slope(int kind, Arguments... arguments) {
+  switch (kind) {
+    case STE: return Block<STE>::run(arguments...);
+    case 3: return Block<3>::run(arguments...);
+    case 5: return Block<5>::run(arguments...);
+    case 8: return Block<8>::run(arguments...);
+    default: return Block<RATIONAL>::run(arguments...);
+  }
 }
 
 // Written so that NaN stays NaN.
@@ -98,22 +121,26 @@ void input_block(const float* x, float* out, uint8_t* codes, int64_t n, float sc
   }
 }
 
-template <bool STE>
-float input_backward_block(
-    const float* g, const float* x, float* out, int64_t n, float scale, float zero_point, float top, Slope s) {
-  const float low = -zero_point, high = top - zero_point;
-  const float inverse = 1.0f / scale;  // a gradient may be rounded twice; a level may not
-  float sum = 0.0f;
+template <int KIND>
+struct InputBackward {
+  static float run(
+      const float* g, const float* x, float* out, int64_t n, float scale, float zero_point, float top,
+      const Slope* s) {
+    const float low = -zero_point, high = top - zero_point;
+    const float inverse = 1.0f / scale;  // a gradient may be rounded twice; a level may not
+    const Slope slope = *s;
+    float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; i++) {
-    const float v = x[i] / scale;
-    const bool inside = v > low && v < high;
-    const float passed = inside ? g[i] * (STE ? 1.0f : slope_at(v, s)) : 0.0f;
-    sum += inside ? passed * v : 0.0f;
-    out[i] = passed * inverse;
+    for (int64_t i = 0; i < n; i++) {
+      const float v = x[i] / scale;
+      const bool inside = v > low && v < high;
+      const float passed = inside ? g[i] * slope_at<KIND>(v, slope) : 0.0f;
+      sum += inside ? passed * v : 0.0f;
+      out[i] = passed * inverse;
+    }
+    return sum;
   }
-  return sum;
-}
+};
 
 struct WeightGrid {
   const float *lower, *upper, *mean, *std;  // one per channel; mean and std may be null
@@ -147,26 +174,34 @@ void weight_block(const float* w, float* out, uint8_t* codes, int64_t n, const W
   }
 }
 
-template <bool NORMALIZE, bool MIDRISE, bool STE>
-void weight_backward_block(
-    const float* g, const float* w, float* out, int64_t n, const WeightGrid& p, int64_t c, Slope s, double* sums) {
-  const float scale = weight_scale(p, c), lower = weight_lower(p, c), top = p.top;
-  const float mean = NORMALIZE ? p.mean[c] : 0.0f, std = NORMALIZE ? p.std[c] : 1.0f;
-  const float low = MIDRISE ? 0.0f : -top, step = MIDRISE ? 2.0f : 1.0f;
-  const float inverse = 1.0f / scale / std;
-  float plain = 0.0f, times = 0.0f;
+template <bool NORMALIZE, bool MIDRISE>
+struct Weight {
+  template <int KIND>
+  struct Backward {
+    static void run(
+        const float* g, const float* w, float* out, int64_t n, const WeightGrid* grid, int64_t c, const Slope* s,
+        double* sums) {
+      const WeightGrid& p = *grid;
+      const float scale = weight_scale(p, c), lower = weight_lower(p, c), top = p.top;
+      const float mean = NORMALIZE ? p.mean[c] : 0.0f, std = NORMALIZE ? p.std[c] : 1.0f;
+      const float low = MIDRISE ? 0.0f : -top, step = MIDRISE ? 2.0f : 1.0f;
+      const float inverse = 1.0f / scale / std;
+      const Slope slope = *s;
+      float plain = 0.0f, times = 0.0f;
 #pragma omp simd reduction(+ : plain, times)
-  for (int64_t i = 0; i < n; i++) {
-    const float x = weight_level<NORMALIZE, MIDRISE>(w[i], mean, std, lower, scale);
-    const bool inside = x >= low && x <= top;
-    const float passed = inside ? step * g[i] * (STE ? 1.0f : slope_at(x, s)) : 0.0f;
-    plain += passed;
-    times += inside ? passed * x : 0.0f;
-    out[i] = passed * inverse;
-  }
-  sums[0] = plain;
-  sums[1] = times;
-}
+      for (int64_t i = 0; i < n; i++) {
+        const float x = weight_level<NORMALIZE, MIDRISE>(w[i], mean, std, lower, scale);
+        const bool inside = x >= low && x <= top;
+        const float passed = inside ? step * g[i] * slope_at<KIND>(x, slope) : 0.0f;
+        plain += passed;
+        times += inside ? passed * x : 0.0f;
+        out[i] = passed * inverse;
+      }
+      sums[0] = plain;
+      sums[1] = times;
+    }
+  };
+};
 
 }  // namespace
 
@@ -200,16 +235,14 @@ void daq_quantize_input(
 void daq_quantize_input_backward(
     const float* g, const float* grad_scale, const float* x, float* out, int64_t n, const float* lower,
     const float* upper, const float* scale, const float* zero_point, float* grad_lower, float* grad_upper, float top,
-    int ste, float c, float exp_a, float expm1_a, int threads) {
+    const Slope* slope, int kind, int threads) {
   const int64_t blocks = (n + BLOCK - 1) / BLOCK;
   const float s = *scale, z = *zero_point;
-  const Slope slope{c, exp_a, expm1_a};
   std::vector<double> sums(blocks);
 #pragma omp parallel for num_threads(used(threads, n)) schedule(static)
   for (int64_t b = 0; b < blocks; b++) {
     const int64_t from = b * BLOCK, size = n - from < BLOCK ? n - from : BLOCK;
-    sums[b] = ste ? input_backward_block<true>(g + from, x + from, out + from, size, s, z, top, slope)
-                  : input_backward_block<false>(g + from, x + from, out + from, size, s, z, top, slope);
+    sums[b] = with_slope<InputBackward>(kind, g + from, x + from, out + from, size, s, z, top, slope);
   }
   double total = 0.0;
   for (double sum : sums) total += sum;
@@ -269,25 +302,25 @@ void daq_quantize_weight(
 // Gradients to a weight and to its bounds; grad_lower is null where lower is -upper or is not read.
 void daq_quantize_weight_backward(
     const float* g, const float* w, float* out, const int64_t* view, const float* lower, const float* upper,
-    const float* mean, const float* std, float* grad_lower, float* grad_upper, float top, int midrise, int ste,
-    float c, float exp_a, float expm1_a, int threads) {
+    const float* mean, const float* std, float* grad_lower, float* grad_upper, float top, int midrise,
+    const Slope* slope, int kind, int threads) {
   const Rows rows(view);
   const WeightGrid p{lower, upper, mean, std, top, midrise != 0};
-  const Slope slope{c, exp_a, expm1_a};
   const int64_t tasks = rows.tasks();
   std::vector<double> sums(2 * tasks), plain(rows.channels()), times(rows.channels());
-  using Block = void (*)(
-      const float*, const float*, float*, int64_t, const WeightGrid&, int64_t, Slope, double*);
-  const Block table[8] = {
-      weight_backward_block<false, false, false>, weight_backward_block<false, false, true>,
-      weight_backward_block<false, true, false>,  weight_backward_block<false, true, true>,
-      weight_backward_block<true, false, false>,  weight_backward_block<true, false, true>,
-      weight_backward_block<true, true, false>,   weight_backward_block<true, true, true>};
-  const Block block = table[(mean ? 4 : 0) + (midrise ? 2 : 0) + (ste ? 1 : 0)];
 #pragma omp parallel for num_threads(used(threads, rows.elements())) schedule(static)
   for (int64_t t = 0; t < tasks; t++) {
     const int64_t at = rows.begin(t);
-    block(g + at, w + at, out + at, rows.size(t), p, rows.channel(t), slope, &sums[2 * t]);
+    const int64_t n = rows.size(t), c = rows.channel(t);
+    double* sum = &sums[2 * t];
+    if (mean && midrise)
+      with_slope<Weight<true, true>::Backward>(kind, g + at, w + at, out + at, n, &p, c, slope, sum);
+    else if (mean)
+      with_slope<Weight<true, false>::Backward>(kind, g + at, w + at, out + at, n, &p, c, slope, sum);
+    else if (midrise)
+      with_slope<Weight<false, true>::Backward>(kind, g + at, w + at, out + at, n, &p, c, slope, sum);
+    else
+      with_slope<Weight<false, false>::Backward>(kind, g + at, w + at, out + at, n, &p, c, slope, sum);
   }
   for (int64_t t = 0; t < tasks; t++) {
     plain[rows.channel(t)] += sums[2 * t];
@@ -345,6 +378,15 @@ void daq_scale_weight_gradient(
   }
   for (int64_t t = 0; t < tasks; t++) total[per_channel ? rows.channel(t) : 0] += sums[t];
   for (size_t i = 0; i < total.size(); i++) grad_scale[i] = static_cast<float>(total[i]);
+}
+
+// Gradients of scale and zero point's bounds: grad is that of the scale.
+void daq_input_parameters_backward(
+    const float* grad, const float* lower, const float* upper, const float* scale, float top, float* grad_lower,
+    float* grad_upper) {
+  const float share = *scale * top > TINY ? *grad / top : 0.0f;
+  *grad_lower = *lower > 0.0f ? 0.0f : -share;
+  *grad_upper = *upper < 0.0f ? 0.0f : share;
 }
 
 // total = |output_scale| * (max(upper, 0) / top, or weight_step where upper is null) * (*step, or input_step where null)
