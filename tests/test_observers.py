@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import daqconvert as dq
-from daqconvert.calibration import METHODS
+from daqconvert.calibration import METHODS, observer_for
 from daqconvert.functional.grid import Rounding, input_scale, input_zero_point, quantize_input
 from daqconvert.observers import (
     BINS,
@@ -65,6 +65,38 @@ def test_other_dtypes_and_shapes_are_observed(dtype):
 def test_the_moments_are_those_of_the_first_batch():
     first = torch.randn(100)
     assert observed(first, torch.randn(100) * 50).first_std == pytest.approx(float(first.std()))
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-20, 1.0, 1e4, 1e20])
+def test_values_are_counted_in_the_bins_of_histc(scale):
+    x = torch.randn(10000) * scale
+    x[:3] = torch.tensor([2.0, -2.0, 0.0]) * 2.0 ** round(torch.tensor(scale).log2().item())  # on edges of bins
+    observer = InputObserver()
+    observer.observe(x)
+    direct = torch.histc(x, bins=BINS, min=-observer.limit, max=observer.limit)
+    assert torch.equal(observer.histogram, direct.double())
+
+
+def test_the_largest_float_is_counted_and_a_larger_double_told():
+    observer = InputObserver()
+    observer.observe(torch.tensor([torch.finfo(torch.float32).max, 1.0]))
+    assert observer.finite and observer.histogram.sum() == 2
+    observer.observe(torch.tensor([1e300], dtype=torch.float64))
+    assert not observer.finite
+
+
+@pytest.mark.parametrize("bits", [1, 4])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_observer_for_a_method_gives_the_same_bounds_as_one_of_everything(method, bits):
+    batches = torch.randn(3, 5000).relu()
+    everything, needed = InputObserver(), observer_for(method, bits)
+    for batch in batches:
+        everything.observe(batch)
+        needed.observe(batch)
+    assert METHODS[method](needed, bits, False) == METHODS[method](everything, bits, False)
+    constant = observer_for(method, bits)
+    constant.observe(torch.ones(9))
+    assert METHODS[method](constant, bits, False)[1] > 0.0
 
 
 # ------------------------------------------------------------------------------------------------- what is chosen

@@ -132,10 +132,10 @@ def _behind(order: list[str], late: list[tuple[str, str]]) -> list[str]:
     following: dict[str | None, str | None] = dict(itertools.pairwise([None, *order, None]))
     last: dict[str, str] = {path: name for name in order for path in above(name)}
     for name, module in late:
-        behind = last.get(module, last.get(""))
+        at_end, behind = module not in last, last.get(module, last.get(""))
         following[name], following[behind] = following.get(behind), name
         for path in above(name):
-            if module not in last or len(path) > len(module) or last.get(path) == behind:
+            if at_end or len(path) > len(module) or last.get(path) == behind:
                 last[path] = name
     found, at = [], following.get(None)
     while at is not None:

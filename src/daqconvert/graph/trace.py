@@ -41,6 +41,18 @@ class SiteTracer(fx.Tracer):
             return True
         return super().is_leaf_module(m, module_qualified_name)
 
+    def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
+        """Return the graph of a module's forward; the module itself is let go of.
+
+        What `torch.fx.Tracer` leaves behind is in a cycle with the tracer, and would keep the model's buffers in
+        memory until the garbage collector happens to run.
+        """
+        try:
+            return super().trace(root, concrete_args)
+        finally:
+            self.root, self._named = nn.Module(), None
+            self.submodule_paths, self.tensor_attrs = None, {}
+
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Return what reading an attribute of a module gives: a node for a parameter of the root."""
         name = self._name(attr_val, read=True) if isinstance(attr_val, Tensor) else None
