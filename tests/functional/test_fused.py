@@ -14,7 +14,6 @@ from daqconvert.functional.coded import expand_input, expand_weight
 from daqconvert.functional.fused_input import quantize_input
 from daqconvert.functional.fused_weight import quantize_weight
 from daqconvert.functional.grid import Rounding
-from daqconvert.functional.parameters import layer_parameters
 
 ROUNDINGS = {
     "daq": Rounding.make("daq", 2.0, 1.0, False),
@@ -219,8 +218,11 @@ def samples():
     )
     values = weight.detach(), None, upper.detach(), None, None
     yield operators.quantize_weight_backward.default, (torch.ones(3, 4), *values, *last)
-    yield operators.layer_parameters.default, (leaf(torch.ones(3)), upper, low, high, 4, 7)
-    yield operators.layer_parameters_backward.default, (torch.ones(3), mean + 1, std, *detached[1:], scale, 4, 7)
+    bounds = *detached[1:], None, upper.detach(), None, None
+    both = [1, 1, 3, 4], 4, 4, False, False, 1.0, 4.0, False, 1.0, 4.0
+    yield operators.layer_forward.default, (weight.detach(), std, *bounds, *both)
+    tensors = torch.ones(3, 3), detached[0], weight.detach(), std
+    yield operators.layer_backward.default, (*tensors, *bounds, [], True, True, *both)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own check reads it
@@ -232,18 +234,6 @@ def test_registered_as_torch_wants_it(index):
 
 def test_samples_are_all_tested():
     assert len(list(samples())) == 8
-
-
-def test_layer_parameters_are_those_of_the_quantizers(plain):
-    output_scale, w_upper = torch.tensor([-1.5, 0.5]), torch.tensor([0.7, 1.4])
-    for bounds in INPUTS.values():
-        lower, upper = map(torch.tensor, bounds)
-        arguments = output_scale, w_upper, lower, upper, 4, 7
-        total, step, zero_point = layer_parameters(*arguments)
-        assert torch.equal(step, grid.input_scale(lower, upper, 4))
-        assert torch.equal(zero_point, grid.input_zero_point(lower, step, 4))
-        assert torch.equal(total, output_scale.abs() * (w_upper / 7) * step)
-        assert all(map(torch.equal, (total, step, zero_point), plain(layer_parameters, *arguments)))
 
 
 def test_fake_tensors_have_the_right_shapes():

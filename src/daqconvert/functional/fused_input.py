@@ -11,6 +11,7 @@ else in plain torch; both give the same codes, as does `functional.grid.quantize
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,26 +60,56 @@ def quantize_input(
 
 
 def forward(
-    x: Tensor, lower: Tensor, upper: Tensor, bits: int, ste: bool, c: float, a: float, codes: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return what the operator returns, without gradient; arguments as in `quantize_input`."""
+    x: Tensor, lower: Tensor, upper: Tensor, bits: int, ste: bool, c: float, a: float, codes: bool,
+    into: Callable[[Tensor], Tensor] = torch.empty_like,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return what the operator returns, without gradient; arguments as in `quantize_input`.
+
+    Args:
+        x: Input.
+        lower: Bound.
+        upper: Bound.
+        bits: 1 to 8.
+        ste: Of no matter here, like the next two.
+        c: Height of the slope.
+        a: Its offset.
+        codes: Whether to compute the codes.
+        into: Gives the compiled kernels a tensor of the shape and strides of one for the operand.
+    """
     top, library = 2**bits - 1, kernels(x, lower, upper)
+    scale, zero_point = parameters(lower, upper, bits)
     if library is None:
-        scale = input_scale(lower, upper, bits)
-        zero_point = input_zero_point(lower, scale, bits)
         wide = x if x.dtype == torch.float64 else x.float()
         operand = round_half_even(torch.clamp(wide / scale, -zero_point, top - zero_point))
         stored = (operand + zero_point).to(torch.uint8) if codes else x.new_empty(0, dtype=torch.uint8)
         return operand.to(x.dtype), stored, scale, zero_point
     x = dense(x)
-    operand, scale, zero_point = torch.empty_like(x), torch.empty_like(lower), torch.empty_like(lower)
+    operand = into(x)
     stored = torch.empty_like(x, dtype=torch.uint8) if codes else x.new_empty(0, dtype=torch.uint8)
-    library.daq_input_parameters(lower.data_ptr(), upper.data_ptr(), top, scale.data_ptr(), zero_point.data_ptr())
     library.daq_quantize_input(
         x.data_ptr(), operand.data_ptr(), stored.data_ptr() if codes else None, x.numel(), scale.data_ptr(),
         zero_point.data_ptr(), top, torch.get_num_threads(),
     )  # fmt: skip
     return operand, stored, scale, zero_point
+
+
+def parameters(lower: Tensor, upper: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return scale and zero point of an input, without gradient.
+
+    Args:
+        lower: Scalar bound.
+        upper: Scalar bound.
+        bits: 1 to 8.
+    """
+    library = kernels(lower, upper)
+    if library is None:
+        scale = input_scale(lower, upper, bits)
+        return scale, input_zero_point(lower, scale, bits)
+    scale, zero_point = torch.empty_like(lower), torch.empty_like(lower)
+    library.daq_input_parameters(
+        lower.data_ptr(), upper.data_ptr(), 2**bits - 1, scale.data_ptr(), zero_point.data_ptr()
+    )
+    return scale, zero_point
 
 
 def backward(
@@ -117,6 +148,10 @@ def backward(
         top, *slope_numbers(ste, c, a), torch.get_num_threads(),
     )  # fmt: skip
     return grad_x, grad_lower, grad_upper
+
+
+def _operator_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return forward(*args)
 
 
 def _operator_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,7 +202,7 @@ def _fake_backward(
 register(
     "quantize_input(Tensor x, Tensor lower, Tensor upper, int bits, bool ste, float c, float a, bool codes)"
     " -> (Tensor operand, Tensor codes, Tensor scale, Tensor zero_point)",
-    forward, _fake, _gradients, _remember,
+    _operator_forward, _fake, _gradients, _remember,
 )  # fmt: skip
 register(
     "quantize_input_backward(Tensor? grad, Tensor? grad_scale, Tensor x, Tensor lower, Tensor upper, Tensor scale,"

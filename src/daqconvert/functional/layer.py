@@ -115,7 +115,7 @@ class _QuantizedLayer(torch.autograd.Function):
         operand, codes, step, zero_point = fused_input.forward(
             x, in_lower, in_upper, of_input.bits, False, 0.0, 0.0, training
         )
-        total = combine_scale(output_scale, *_scale_parts(w_upper, step, of_input, of_weight))
+        total = combine_scale(output_scale, *scale_parts(w_upper, step, of_input.bits, of_weight))
         y = rescale_(operation(operand, of_weight.operand), total, bias, operation.output_dims)
         if training:
             ctx.save_for_backward(
@@ -127,12 +127,20 @@ class _QuantizedLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        found = differentiable(_gradients, (ctx.known, ctx.needs_input_grad, grad, *ctx.saved_tensors))
-        return (*found, None, None, None)
+        operation, of_input, code_step, code_offset, of_weight = ctx.known
+        x, weight, scale, lower, upper, w_lower, w_upper, codes, step, zero_point, total, w_codes, *rest = (
+            ctx.saved_tensors
+        )
+        known = operation, of_input, WeightCodes(w_codes, code_step, code_offset), of_weight
+        arguments = (
+            known, ctx.needs_input_grad, grad, x, weight, scale, lower, upper, w_lower, w_upper, codes, step,
+            zero_point, zero_point, total, *rest,
+        )  # fmt: skip
+        return (*differentiable(layer_gradients, arguments), None, None, None)
 
 
 @dataclass(frozen=True)
-class _WeightConstants:
+class WeightConstants:
     """Of a `WeightGrid`, what is no tensor."""
 
     view: View
@@ -143,28 +151,58 @@ class _WeightConstants:
     unitless: bool
 
 
-def _without_values(grid: WeightGrid) -> _WeightConstants:
-    return _WeightConstants(grid.view, grid.bits, grid.midrise, grid.top, grid.rounding, grid.unitless)
+def _without_values(grid: WeightGrid) -> WeightConstants:
+    return WeightConstants(grid.view, grid.bits, grid.midrise, grid.top, grid.rounding, grid.unitless)
 
 
-def _scale_parts(
-    upper: Tensor, step: Tensor, of_input: InputGrid, of_weight: WeightGrid | _WeightConstants
+def scale_parts(
+    upper: Tensor, step: Tensor, bits: int, of_weight: WeightGrid | WeightConstants
 ) -> tuple[Tensor | None, int, Tensor | None, float, float]:
-    """What `combine_scale` takes beside the output scale."""
+    """Return what `combine_scale` takes beside the output scale.
+
+    Args:
+        upper: Bound of the weight.
+        step: Of the input.
+        bits: Of the input.
+        of_weight: Grid of the weight.
+    """
     unitless, top = of_weight.unitless, of_weight.top
     parts = (None, None) if unitless else (upper, step)
-    return parts[0], top, parts[1], 1.0 / top, 1.0 / (2**of_input.bits - 1)
+    return parts[0], top, parts[1], 1.0 / top, 1.0 / (2**bits - 1)
 
 
-def _gradients(known: Any, needs: tuple[bool, ...], grad: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
-    operation, of_input, code_step, code_offset, of_weight = known
-    x, weight, output_scale, in_lower, in_upper, w_lower, w_upper, codes, step, zero_point, total, *rest = saved
-    w_codes, mean, std = rest
-    coded = WeightCodes(w_codes, code_step, code_offset)
+def layer_gradients(
+    known: tuple[KnownProducts, InputGrid, WeightCodes, WeightConstants], needs: tuple[bool, ...], grad: Tensor,
+    x: Tensor, weight: Tensor, output_scale: Tensor, in_lower: Tensor, in_upper: Tensor, w_lower: Tensor | None,
+    w_upper: Tensor, operand: Tensor, step: Tensor, offset: Tensor | None, zero_point: Tensor, total: Tensor,
+    mean: Tensor | None, std: Tensor | None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Return the gradients to input, weight, bias, output scale, and lower and upper of input and weight.
+
+    Args:
+        known: Products, grid of the input, codes of the weight, grid of the weight.
+        needs: Which of the eight.
+        grad: Of the output.
+        x: As it went in, like the others.
+        weight: Weight.
+        output_scale: `()` or `(C_out,)`.
+        in_lower: Bound of the input.
+        in_upper: Likewise.
+        w_lower: Bound of a normalized weight, else None.
+        w_upper: Bound of the weight.
+        operand: Of the input, or its codes.
+        step: Of the input.
+        offset: The zero point, where codes are given; None for an operand.
+        zero_point: Of the input.
+        total: Scale of the sums.
+        mean: Of a normalized weight, else None.
+        std: Likewise.
+    """
+    operation, of_input, coded, of_weight = known
     to_bounds = needs[4] or needs[5]
     # the steps are part of the scale, whose gradient comes with that of the weight
     wanted = needs[0] or to_bounds, needs[1] or needs[3] or needs[6] or needs[7] or to_bounds, needs[2]
-    grad_x, grad_w, grad_bias = product_gradients(operation, grad, codes, zero_point, coded, total, x.shape, wanted)
+    grad_x, grad_w, grad_bias = product_gradients(operation, grad, operand, offset, coded, total, x.shape, wanted)
     grad_scale = grad_step = w_gradients = None
     if grad_w is not None:
         grad_w, grad_total = split_gradient(grad_w, coded, operation, total)
@@ -173,7 +211,7 @@ def _gradients(known: Any, needs: tuple[bool, ...], grad: Tensor, *saved: Any) -
             grad_w, weight, w_lower, w_upper, mean, std, of_weight.view, of_weight.bits, of_weight.midrise,
             r.kind == "ste", r.c, r.a, in_place=True,
         )  # fmt: skip
-        parts = _scale_parts(w_upper, step, of_input, of_weight)
+        parts = scale_parts(w_upper, step, of_input.bits, of_weight)
         grad_scale, grad_step = add_scale_gradients(grad_total, output_scale, *parts, w_gradients[2])
     to_weight, to_w_lower, to_w_upper = w_gradients or (None, None, None)
     to_w_lower = None if w_lower is None else to_w_lower

@@ -35,6 +35,14 @@ from daqconvert.functional.registration import refuse
 from daqconvert.functional.rescale import rescale_
 
 
+def can_compile(operation: Any, x: Tensor, w: Tensor, scale: Tensor) -> bool:
+    """Whether a layer is being compiled, not exported, with known products of float32 operands."""
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or not isinstance(operation, KNOWN):
+        return False
+    same = x.dtype == w.dtype == scale.dtype == torch.float32
+    return same and operation.accepts(x, w) and not torch.is_autocast_enabled(x.device.type)
+
+
 def can_fuse(operation: Any, x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None) -> bool:
     """Whether `scaled_products` takes this: known products of float32 (or float64) operands, outside of a compiler."""
     if torch.compiler.is_compiling() or not isinstance(operation, KNOWN):

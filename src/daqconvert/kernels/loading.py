@@ -25,7 +25,6 @@ LOGGER = logging.getLogger("daqconvert.kernels")
 _FLOATS, _BYTES = c_void_p, c_void_p
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "daq_input_parameters": (None, [_FLOATS, _FLOATS, c_float, _FLOATS, _FLOATS]),
-    "daq_input_parameters_backward": (None, [_FLOATS] * 4 + [c_float, _FLOATS, _FLOATS]),
     "daq_quantize_input": (None, [_FLOATS, _FLOATS, _BYTES, c_int64, _FLOATS, _FLOATS, c_float, c_int]),
     "daq_quantize_input_backward": (
         None,

@@ -380,15 +380,6 @@ void daq_scale_weight_gradient(
   for (size_t i = 0; i < total.size(); i++) grad_scale[i] = static_cast<float>(total[i]);
 }
 
-// Gradients of scale and zero point's bounds: grad is that of the scale.
-void daq_input_parameters_backward(
-    const float* grad, const float* lower, const float* upper, const float* scale, float top, float* grad_lower,
-    float* grad_upper) {
-  const float share = *scale * top > TINY ? *grad / top : 0.0f;
-  *grad_lower = *lower > 0.0f ? 0.0f : -share;
-  *grad_upper = *upper < 0.0f ? 0.0f : share;
-}
-
 // total = |output_scale| * (max(upper, 0) / top, or weight_step where upper is null) * (*step, or input_step where null)
 void daq_combine_scale(
     const float* output_scale, const float* upper, const float* step, float* total, int64_t n, float top,

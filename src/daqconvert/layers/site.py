@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from daqconvert.functional.coded import InputCodes, codes_of, pad_operand
+from daqconvert.functional.compiled import compiled_layer
 from daqconvert.functional.grid import levels
 from daqconvert.functional.layer import quantized_layer
-from daqconvert.functional.parameters import layer_parameters
-from daqconvert.functional.products import KNOWN, PaddedProducts
-from daqconvert.functional.scaled import can_fuse, scaled_products
+from daqconvert.functional.products import KNOWN, KnownProducts, PaddedProducts
+from daqconvert.functional.scaled import can_compile, can_fuse, scaled_products
 from daqconvert.quantizers import ChannelLayout, InputQuantizer, WeightQuantizer
 from daqconvert.spec import Settings
 
@@ -163,8 +163,8 @@ class QuantizedSite(nn.Module):
             assert of_input is not None and isinstance(operation, KNOWN)
             parts = of_input.grid(), of_weight.quantized(weight)
             return quantized_layer(operation, x, weight, bias, self.output_scale, *parts)
-        if plain and is_for_compiler(x, weight, self.output_scale) and isinstance(of_weight, WeightQuantizer):
-            assert of_input is not None
+        if plain and can_compile(operation, x, weight, self.output_scale) and isinstance(of_weight, WeightQuantizer):
+            assert of_input is not None and isinstance(operation, KNOWN)
             return self._compiled(x, weight, bias, operation, of_input, of_weight)
         operand = x if of_input is None else of_input(x)
         w = weight if of_weight is None else of_weight(weight)
@@ -178,16 +178,17 @@ class QuantizedSite(nn.Module):
         return rescale(acc, scale, bias, self.output_dims, acc.dtype)
 
     def _compiled(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, operation: Operation, of_input: InputQuantizer,
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, operation: KnownProducts, of_input: InputQuantizer,
         of_weight: WeightQuantizer,
     ) -> Tensor:  # fmt: skip
         """The same in plain operations with written-out gradients, for `torch.compile` to fuse."""
-        w_upper = None if self.unitless else of_weight.upper
-        total, step, zero_point = layer_parameters(
-            self.output_scale, w_upper, *of_input.bounds(), of_input.bits, of_weight.top
-        )
-        operand, w = of_input.compiled(x, step, zero_point), of_weight(weight)
-        return rescale(operation(operand, w), total, bias, self.output_dims, x.dtype)
+        grid = of_input.grid()
+        mean, std = of_weight.moments(weight)
+        return compiled_layer(
+            operation, x, weight, bias, self.output_scale, grid.lower, grid.upper, of_weight.own_lower,
+            of_weight.upper, mean, std, of_weight.view, grid.bits, of_weight.bits, of_weight.midrise, grid.rounding,
+            of_weight.rounding,
+        )  # fmt: skip
 
     def combined_scale(self, operand: Tensor | None = None) -> Tensor:
         """Return `S = |output_scale| * weight multiplier * input multiplier`, shape of `output_scale`, float32.
@@ -205,14 +206,6 @@ class QuantizedSite(nn.Module):
             of_input = coded.scale if isinstance(coded, InputCodes) else self.input_quantizer.scale()
             scale = scale * (1.0 / n if self.unitless else of_input)
         return scale
-
-
-def is_for_compiler(x: Tensor, weight: Tensor, scale: Tensor) -> bool:
-    """Whether a layer is being compiled (not exported) and computes in float32 throughout."""
-    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
-        return False
-    same = x.dtype == weight.dtype == scale.dtype == torch.float32
-    return same and not torch.is_autocast_enabled(x.device.type)
 
 
 def safe_products(

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from daqconvert.errors import CalibrationError
 from daqconvert.functional import fused_input
 from daqconvert.functional.coded import InputCodes, attach
-from daqconvert.functional.compiled import CompiledInput
 from daqconvert.functional.grid import Rounding, input_scale, input_zero_point, quantize_input
 from daqconvert.functional.layer import InputGrid
 from daqconvert.quantizers.base import Quantizer
@@ -75,23 +74,6 @@ class InputQuantizer(Quantizer):
     def scale(self) -> Tensor:
         """Return the step between two levels, a scalar tensor that carries the bounds' gradient."""
         return input_scale(self._lower(), self.upper, self.bits)
-
-    def bounds(self) -> tuple[Tensor, Tensor]:
-        """Return both bounds, for the compiler's form of the layer."""
-        self.require_ready()
-        return self._lower(), self.upper
-
-    def compiled(self, x: Tensor, step: Tensor, zero_point: Tensor) -> Tensor:
-        """Return what `forward` does, from parameters that are known: for `torch.compile`.
-
-        Args:
-            x: float32.
-            step: Scale of the input.
-            zero_point: Its zero point.
-        """
-        r = self.rounding
-        out: Tensor = CompiledInput.apply(x, *self.bounds(), step, zero_point, self.bits, r.kind == "ste", r.c, r.a)
-        return out
 
     def grid(self) -> InputGrid:
         """Return what a layer needs to quantize its input in one step with its products."""

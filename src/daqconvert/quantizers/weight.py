@@ -75,9 +75,9 @@ class WeightQuantizer(Quantizer):
             return self._plain(weight)  # a program for elsewhere holds plain operations
         compiling = torch.compiler.is_compiling()
         known, key = (None, None) if compiling else self._remembered(weight)
-        mean, std = (known.mean, known.std) if known is not None else self._vectors(weight)
+        mean, std = (known.mean, known.std) if known is not None else self.moments(weight)
         operand, coded = fused_weight.quantize_weight(
-            weight, self.own_lower, self.upper, mean, std, self._view, self.bits, self.grid, self.rounding,
+            weight, self.own_lower, self.upper, mean, std, self.view, self.bits, self.grid, self.rounding,
             None if known is None else known.codes,
         )  # fmt: skip
         if compiling:
@@ -100,18 +100,16 @@ class WeightQuantizer(Quantizer):
         """Return what a layer needs to quantize its weight in one step with its products; values without gradient."""
         self.require_ready()
         known, key = self._remembered(weight)
-        mean, std = (known.mean, known.std) if known is not None else self._vectors(weight)
+        mean, std = (known.mean, known.std) if known is not None else self.moments(weight)
         midrise, top, r = self.midrise, self.top, self.rounding
         operand, codes = fused_weight.forward(
             weight.detach(), self.own_lower, self.upper, mean, std, None if known is None else known.codes,
-            self._view, self.bits, midrise, r.kind == "ste", r.c, r.a,
+            self.view, self.bits, midrise, r.kind == "ste", r.c, r.a,
         )  # fmt: skip
         codes = codes if known is None else known.codes
         self._remember(known, key, codes, mean, std)
         coded = WeightCodes(codes, 2.0 if midrise else 1.0, -float(top))
-        return WeightGrid(
-            self.own_lower, self.upper, mean, std, self._view, self.bits, midrise, top, r, operand, coded
-        )
+        return WeightGrid(self.own_lower, self.upper, mean, std, self.view, self.bits, midrise, top, r, operand, coded)
 
     def _remembered(self, weight: Tensor) -> tuple[KnownWeight | None, tuple[object, ...] | None]:
         """What is known of this weight with these bounds, and what stands for their values."""
@@ -124,8 +122,8 @@ class WeightQuantizer(Quantizer):
         if known is None:
             self._memory = None if key is None else KnownWeight(key, codes, mean, std)
 
-    def _vectors(self, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Mean and std as the fused operator takes them; None where the weight is not normalized."""
+    def moments(self, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return mean and std as the fused operator takes them; None where the weight is not normalized."""
         if not self.normalize:
             return None, None
         mean, std = self._moments(_real(weight).reshape(self.layout.view))
@@ -147,7 +145,7 @@ class WeightQuantizer(Quantizer):
         return self.grid == "midrise"
 
     @property
-    def _view(self) -> View:
+    def view(self) -> View:
         """The weight as the fused operator sees it; one bound for all where the quantizer has one."""
         return self.layout.memory_view if self.per_channel else (1, 1, 1, math.prod(self.layout.view))
 
