@@ -19,7 +19,7 @@ LAYERS = {
     "linear": (lambda: nn.Linear(12, 8), (6, 12)),
     "linear-3d": (lambda: nn.Linear(12, 8, bias=False), (2, 3, 12)),
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), (2, 4, 9)),
-    "conv2d": (lambda: nn.Conv2d(4, 6, 3, padding=1, dilation=2), (2, 4, 9, 9)),
+    "conv2d": (lambda: nn.Conv2d(4, 8, 3, padding=1, dilation=2), (2, 4, 9, 9)),
     "depthwise": (lambda: nn.Conv2d(6, 6, 3, groups=6, bias=False), (2, 6, 7, 7)),
     "reflect": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (2, 4, 6, 6)),
     "same": (lambda: nn.Conv2d(4, 6, 3, padding="same"), (2, 4, 6, 6)),

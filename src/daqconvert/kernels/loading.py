@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import sys
 import threading
 import time
 from ctypes import c_float, c_int, c_int64, c_uint64, c_void_p
@@ -94,7 +95,10 @@ def _first_use() -> tuple[ctypes.CDLL | None, Status]:
             if not _loaded[1].compiled:
                 LOGGER.warning("no compiled kernels (%s); training runs in plain torch, slower", _loaded[1].reason)
             elif _loaded[1].seconds:
-                LOGGER.info("built kernels in %.1f s, kept as %s", _loaded[1].seconds, _loaded[1].reason)
+                said = f"built kernels in {_loaded[1].seconds:.1f} s, kept as {_loaded[1].reason}"
+                LOGGER.info(said)
+                if sys.stderr.isatty():  # a user who waits for it is told what for
+                    sys.stderr.write(f"daqconvert: {said}\n")
         return _loaded
 
 
