@@ -263,26 +263,29 @@ def _search(rows: Tensor, bits: int, grid: str) -> Tensor:
     short = rows.shape[1] <= SHORT_ROW
     steps = SEARCH_STEPS * (SHORT_FACTOR if short else 1)
     ratio = math.pow(SEARCH_FLOOR[bits], 1.0 / (steps - 1))
+    scratch = torch.empty_like(rows)  # one for all candidates: a new one for each would scatter the heap
     best, error = top.clone(), torch.full_like(top, float("inf"))
     for step in range(
         -steps // 5 if short else 0, steps
     ):  # a grid wider than the weights may fit a few of them better
-        best, error = _better(rows, top * math.pow(ratio, step), best, error, bits, grid)
+        best, error = _better(rows, top * math.pow(ratio, step), best, error, bits, grid, scratch)
     center = best.clone()
     for part in (-0.7, -0.45, -0.25, -0.1, 0.1, 0.25, 0.45, 0.7):
-        best, error = _better(rows, center * math.pow(ratio, part), best, error, bits, grid)
+        best, error = _better(rows, center * math.pow(ratio, part), best, error, bits, grid, scratch)
     return best
 
 
-def _better(rows: Tensor, upper: Tensor, best: Tensor, error: Tensor, bits: int, grid: str) -> tuple[Tensor, Tensor]:
+def _better(
+    rows: Tensor, upper: Tensor, best: Tensor, error: Tensor, bits: int, grid: str, scratch: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return the bound with the smaller squared error of `upper` and `best`, per row, and that error."""
     top = levels(bits, grid)
     step = upper.clamp(min=1e-12)[:, None] / top
     if grid == "midrise":
         step = step * 2.0  # of the codes: half the operand, exactly, and two passes fewer
-        operand = (rows / step).add_(top / 2).round_().clamp_(0, top).sub_(top / 2)
+        operand = torch.div(rows, step, out=scratch).add_(top / 2).round_().clamp_(0, top).sub_(top / 2)
     else:
-        operand = (rows / step).round_().clamp_(-top, top)
+        operand = torch.div(rows, step, out=scratch).round_().clamp_(-top, top)
     found = operand.mul_(step).sub_(rows).square_().sum(dim=1)
     less = found < error
     return torch.where(less, upper, best), torch.where(less, found, error)
