@@ -154,18 +154,18 @@ class QuantizedSite(nn.Module):
 
     def _quantized(self, x: Tensor, weight: Tensor, bias: Tensor | None, operation: Operation) -> Tensor:
         of_input, of_weight = self.input_quantizer, self.weight_quantizer
-        plain = of_input is not None and of_input.is_plain() and of_weight is not None and of_weight.is_plain()
         if (
-            plain
-            and can_fuse(operation, x, weight, self.output_scale, bias)
+            isinstance(operation, KNOWN)
             and isinstance(of_weight, WeightQuantizer)
+            and of_input is not None
+            and of_input.is_plain()
+            and of_weight.is_plain()
         ):
-            assert of_input is not None and isinstance(operation, KNOWN)
-            parts = of_input.grid(), of_weight.quantized(weight)
-            return quantized_layer(operation, x, weight, bias, self.output_scale, *parts)
-        if plain and can_compile(operation, x, weight, self.output_scale) and isinstance(of_weight, WeightQuantizer):
-            assert of_input is not None and isinstance(operation, KNOWN)
-            return self._compiled(x, weight, bias, operation, of_input, of_weight)
+            if can_fuse(operation, x, weight, self.output_scale, bias):
+                grids = of_input.grid(), of_weight.quantized(weight)
+                return quantized_layer(operation, x, weight, bias, self.output_scale, *grids)
+            if can_compile(operation, x, weight, self.output_scale):
+                return self._compiled(x, weight, bias, operation, of_input, of_weight)
         operand = x if of_input is None else of_input(x)
         w = weight if of_weight is None else of_weight(weight)
         scale = self.combined_scale(operand)
@@ -181,7 +181,7 @@ class QuantizedSite(nn.Module):
         self, x: Tensor, weight: Tensor, bias: Tensor | None, operation: KnownProducts, of_input: InputQuantizer,
         of_weight: WeightQuantizer,
     ) -> Tensor:  # fmt: skip
-        """The same in plain operations with written-out gradients, for `torch.compile` to fuse."""
+        """The same for `torch.compile`: see `functional.compiled`."""
         grid = of_input.grid()
         mean, std = of_weight.moments(weight)
         return compiled_layer(

@@ -54,3 +54,11 @@ def value_key(weight: Tensor, lower: Tensor | None, upper: Tensor) -> tuple[obje
         torch.get_num_threads(),
     )  # fmt: skip
     return weight.shape, weight.stride(), found
+
+
+def savable(t: Tensor) -> Tensor:
+    """Return a tensor that a backward may keep: a copy of one that was made in inference mode."""
+    if not t.is_inference():
+        return t
+    with torch.inference_mode(False):
+        return t.clone()
