@@ -36,10 +36,19 @@ from daqconvert.functional.rescale import rescale_
 
 
 def can_compile(operation: Any, x: Tensor, w: Tensor, scale: Tensor) -> bool:
-    """Whether a layer is being compiled, not exported, with known products of float32 operands."""
+    """Whether a layer is being compiled for the CPU, not exported, with known products of float32 operands.
+
+    Elsewhere there are no kernels of ours, and the compiler does better with plain operations.
+
+    Args:
+        operation: The bare products.
+        x: Input.
+        w: Weight.
+        scale: Output scale.
+    """
     if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or not isinstance(operation, KNOWN):
         return False
-    same = x.dtype == w.dtype == scale.dtype == torch.float32
+    same = x.dtype == w.dtype == scale.dtype == torch.float32 and x.device.type == "cpu"
     return same and operation.accepts(x, w) and not torch.is_autocast_enabled(x.device.type)
 
 

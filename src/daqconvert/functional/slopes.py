@@ -27,7 +27,7 @@ def slope_numbers(ste: bool, c: float, a: float) -> tuple[ctypes.Array[ctypes.c_
         a: Its offset.
 
     Example:
-        >>> [slope_numbers(False, 1.0, a)[1] for a in (16.0, 4.0, 1.0, 0.0625)]
+        >>> [slope_numbers(False, 1.0, a)[1] for a in (16.0, 4.0, 2.0, 0.0625)]
         [3, 5, 8, -1]
     """
     if ste:

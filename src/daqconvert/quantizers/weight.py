@@ -67,9 +67,9 @@ class WeightQuantizer(Quantizer):
     def forward(self, weight: Tensor) -> Tensor:
         """Return the integer-valued operand, shape and dtype of `weight`."""
         self.require_ready()
-        if torch.compiler.is_exporting():
-            return self._plain(weight)  # a program for elsewhere holds plain operations
         compiling = torch.compiler.is_compiling()
+        if compiling and (torch.compiler.is_exporting() or weight.device.type != "cpu"):
+            return self._plain(weight)  # there are no kernels of ours where it will run
         known, key = (None, None) if compiling else self._remembered(weight)
         mean, std = (known.mean, known.std) if known is not None else self.moments(weight)
         operand, coded = fused_weight.quantize_weight(
