@@ -6,7 +6,7 @@ from torch import nn
 
 from daqconvert.convert import PLAN_ATTRIBUTE, current_plan, require_quantized
 from daqconvert.errors import CalibrationError
-from daqconvert.graph import freeze_sites
+from daqconvert.graph import freeze_sites, integer_sites
 from daqconvert.layers.frozen_site import FrozenSite
 from daqconvert.modes import copy_model
 
@@ -50,6 +50,7 @@ def freeze(qmodel: nn.Module) -> nn.Module:
     plan = current_plan(qmodel)
     frozen = copy_model(qmodel)
     freeze_sites(frozen)
+    integer_sites(frozen, plan)
     for module in frozen.modules():
         module.training = False
     frozen.requires_grad_(False)

@@ -1,7 +1,7 @@
 """Finding the sites of a model: a walk of the module tree for coverage, torch.fx for dataflow."""
 
-from daqconvert.graph.apply import apply_sites
+from daqconvert.graph.apply import apply_sites, integer_sites
 from daqconvert.graph.freeze import freeze_sites
 from daqconvert.graph.sites import Found, find_sites
 
-__all__ = ["Found", "apply_sites", "find_sites", "freeze_sites"]
+__all__ = ["Found", "apply_sites", "find_sites", "freeze_sites", "integer_sites"]

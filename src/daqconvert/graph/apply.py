@@ -20,7 +20,9 @@ from daqconvert.graph.write import weight_function
 from daqconvert.layers import functional as holders
 from daqconvert.layers.attention import PROJECTIONS, projection_weight, unfused_class
 from daqconvert.layers.frozen_site import FrozenSite, empty_values
+from daqconvert.layers.integer import make_integer
 from daqconvert.layers.operations import channel_layout, output_dims
+from daqconvert.layers.outputs import add_output
 from daqconvert.layers.products import SCORES, VALUES
 from daqconvert.layers.registry import frozen_class, is_site_type, quantized_class
 from daqconvert.layers.site import QuantizedSite
@@ -42,7 +44,8 @@ def apply_sites(model: nn.Module, rows: Iterable[PlanRow], frozen: bool = False)
     Raises:
         ConversionError: If a site is not there, or a weight cannot be quantized.
     """
-    chosen = {row.name: row for row in rows}
+    rows = list(rows)
+    chosen = {row.name: row for row in rows if not row.site.is_output}
     modules = dict(model.named_modules(remove_duplicate=False))
     calls = _Calls(model, modules, chosen)
     for name, row in chosen.items():
@@ -56,6 +59,26 @@ def apply_sites(model: nn.Module, rows: Iterable[PlanRow], frozen: bool = False)
             _add_projection(modules[site.call.modules[0]], site, chosen[site.name], frozen)
     for module in {id(m): m for m in modules.values()}.values():
         _unfuse(module)
+    for row in rows:
+        if row.site.is_output:
+            add_output(model, row, frozen)
+    if frozen:
+        integer_sites(model, rows, empty=True)
+
+
+def integer_sites(model: nn.Module, rows: Iterable[PlanRow], empty: bool = False) -> None:
+    """Give the frozen layers of integer deployment their numbers, in place.
+
+    Args:
+        model: Frozen.
+        rows: Of its plan.
+        empty: Make places for values that are to be loaded.
+    """
+    rows = [row for row in rows if row.converted and row.site.output is not None and row.site.output.meets is not None]
+    sites = {m.layer_name: m for m in model.modules() if isinstance(m, FrozenSite)} if rows else {}
+    for row in rows:
+        if not row.site.is_output:
+            make_integer(model, sites, row, empty)
 
 
 class _Calls:

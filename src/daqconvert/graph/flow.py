@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from daqconvert.graph.outputs import Outputs, find_outputs
 from daqconvert.graph.reads import Read, call_name, is_shape
 from daqconvert.graph.signs import nonnegative_nodes
 from daqconvert.layers.attention import PROJECTIONS
@@ -25,6 +26,7 @@ class Flow:
         last: Sites whose output reaches a model output without passing another site.
         nonnegative: Sites whose every input is proven non-negative.
         inputs: Site -> the first site that reads the same tensor, where there is another.
+        outputs: What becomes of the outputs.
     """
 
     order: tuple[str, ...] = ()
@@ -32,6 +34,7 @@ class Flow:
     last: frozenset[str] = frozenset()
     nonnegative: frozenset[str] = frozenset()
     inputs: Mapping[str, str] = field(default_factory=dict)
+    outputs: Outputs = field(default_factory=Outputs)
 
 
 def read_flow(
@@ -62,6 +65,7 @@ def read_flow(
     unproven = {s for n, names in calls.items() for s in names if not _input_proven(n, proven, names, sites)}
     unproven |= indirect
     called = list(dict.fromkeys(name for names in calls.values() for name in names))
+    own = {n: names[0] for n, names in calls.items() if _own_call(n, names, sites) and names[0] not in indirect}
     first = _reach([n for n in graph.nodes if n.op == "placeholder"], calls, forward=True)
     last = _reach([n for n in graph.nodes if n.op == "output"], calls, forward=False)
     return Flow(
@@ -70,6 +74,7 @@ def read_flow(
         last=frozenset(calls[n][-1] for n in last),
         nonnegative=frozenset(set(called) - unproven),
         inputs=_same_inputs(calls, sites, modules),
+        outputs=find_outputs(graph, modules, own, proven),
     )
 
 

@@ -12,6 +12,7 @@ from daqconvert.layers.attention import QuantMultiheadAttention
 from daqconvert.layers.base import QuantizedLayer
 from daqconvert.layers.frozen_site import drop_quantizers, frozen_values
 from daqconvert.layers.functional import FrozenFunctionalSite, FunctionalSite, OwnSite
+from daqconvert.layers.outputs import OutputSite, freeze_output
 from daqconvert.layers.registry import frozen_class
 
 
@@ -27,6 +28,8 @@ def freeze_sites(model: nn.Module) -> None:
     for module in modules:
         if isinstance(module, QuantizedLayer):
             frozen_class(module.original).freeze(module)
+        elif isinstance(module, OutputSite):
+            freeze_output(module, frozen_values(module))
         elif id(module) in values:
             _freeze_call(module, values[id(module)])
     for module in modules:

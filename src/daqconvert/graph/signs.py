@@ -52,13 +52,13 @@ def _is_nonnegative(node: fx.Node, modules: dict[str, nn.Module], proven: set[fx
     first = node.args[0] if node.args else None
     if node.op == "call_module":
         module = modules[str(node.target)]
-        if _library_type(module) in NONNEGATIVE_MODULES or _activation_is_nonnegative(module):
+        if library_type(module) in NONNEGATIVE_MODULES or _activation_is_nonnegative(module):
             return True
         if isinstance(module, nn.Upsample):
             return first in proven and module.mode != "bicubic"
         if isinstance(module, nn.Hardtanh):
             return module.min_val >= 0
-        return _library_type(module) in KEEPING_MODULES and first in proven
+        return library_type(module) in KEEPING_MODULES and first in proven
     if node.op not in ("call_function", "call_method"):
         return False
     name = _call_name(node)
@@ -71,7 +71,7 @@ def _is_nonnegative(node: fx.Node, modules: dict[str, nn.Module], proven: set[fx
     if name in ("interpolate", "pad"):
         return first in proven and _keeps_sign(name, node)
     if name in BOUNDED_BELOW:
-        return _limit(node, "min") >= 0 or (first in proven and _limit(node, "max") >= 0)
+        return limit(node, "min") >= 0 or (first in proven and limit(node, "max") >= 0)
     return False
 
 
@@ -95,17 +95,21 @@ def _is_in_place(node: fx.Node) -> bool:
     return (name.endswith("_") and not name.endswith("__")) or in_place_operator or name == "setitem"
 
 
-def _library_type(module: nn.Module) -> str:
-    """Class name of a module of torch or timm; a user's class of the same name proves nothing."""
+def library_type(module: nn.Module) -> str:
+    """Return the class name of a module of torch or timm; a user's class of the same name proves nothing.
+
+    Args:
+        module: Any.
+    """
     return type(module).__name__ if type(module).__module__.split(".")[0] in ("torch", "timm", "torchvision") else ""
 
 
 def _activation_is_nonnegative(module: nn.Module) -> bool:
     """timm's norm-and-activation modules, which fx sees as one node, end in their `act`."""
     act = getattr(module, "act", None)
-    if "NormAct" not in _library_type(module) or not isinstance(act, nn.Module):
+    if "NormAct" not in library_type(module) or not isinstance(act, nn.Module):
         return False
-    return _library_type(act) in NONNEGATIVE_MODULES
+    return library_type(act) in NONNEGATIVE_MODULES
 
 
 def _all_proven(node: fx.Node, proven: set[fx.Node]) -> bool:
@@ -128,8 +132,13 @@ def _keeps_sign(name: str, node: fx.Node) -> bool:
     return value is None or (isinstance(value, (int, float)) and value >= 0)
 
 
-def _limit(node: fx.Node, end: str) -> float:
-    """The number given as the lower or upper limit of a clamp; where there is none, minus or plus infinity."""
+def limit(node: fx.Node, end: str) -> float:
+    """Return the number given as a limit of a clamp; where there is none, minus or plus infinity.
+
+    Args:
+        node: A call of `clamp`, `clip` or `hardtanh`.
+        end: `"min"` or `"max"`.
+    """
     key = f"{end}_val" if _call_name(node) == "hardtanh" else end
     place = 1 if end == "min" else 2
     value = node.kwargs.get(key, node.args[place] if len(node.args) > place else None)

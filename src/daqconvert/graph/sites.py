@@ -19,13 +19,14 @@ from daqconvert.graph.calls import HELPER
 from daqconvert.graph.cost import count_macs, default_input
 from daqconvert.graph.flow import above, entries
 from daqconvert.graph.functional import FunctionalSite
+from daqconvert.graph.outputs import Outputs
 from daqconvert.graph.reasons import layer_reason, site_notes
 from daqconvert.graph.view import View, look
 from daqconvert.layers.attention import PROJECTIONS
 from daqconvert.layers.products import SCORES, VALUES
 from daqconvert.layers.registry import is_site_type
 from daqconvert.modes import copy_model
-from daqconvert.spec import Site
+from daqconvert.spec import Output, Site
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,14 @@ class Found:
         order: `"fx"` or `"modules"`.
         other_params: Parameters and buffers outside the sites.
         input_size: Size of the example input behind the MACs, or None.
+        sums: Sums of outputs.
     """
 
     sites: tuple[Site, ...]
     order: str
     other_params: int
     input_size: tuple[int, ...] | None
+    sums: tuple[Output, ...] = ()
 
 
 def find_sites(model: nn.Module, example_inputs: Any = None) -> Found:
@@ -65,18 +68,21 @@ def find_sites(model: nn.Module, example_inputs: Any = None) -> Found:
     order = [name for name in _ordered(view) if not _never_multiplied(name, view, macs)]
     inside = {id(p) for module in view.named.values() for p in module.parameters()}
     sites = [_layer_site(name, view) if name in view.named else _functional_site(name, view, inside) for name in order]
+    outputs = view.flow.outputs if view.flow is not None else Outputs()
     known = [
         dataclasses.replace(
             site, first=site.name in first, last=site.name in last, notes=notes.get(site.name, ()),
             nonnegative=site.nonnegative or (view.flow is not None and site.name in view.flow.nonnegative),
             reads=view.flow.inputs.get(site.name, "") if view.flow is not None else "",
-            macs=_known(site, macs),
+            macs=_known(site, macs), output=outputs.sites.get(site.name),
         )
         for site in sites
     ]  # fmt: skip
     inside |= {id(p) for site in view.functional.values() for p in _weights(view, site)}
     others = sum(t.numel() for t in _state(model) if id(t) not in inside)
-    return Found(tuple(known), "fx" if view.flow else "modules", others, size if macs is not None else None)
+    return Found(
+        tuple(known), "fx" if view.flow else "modules", others, size if macs is not None else None, tuple(outputs.sums)
+    )
 
 
 def _inputs(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, Any], tuple[int, ...] | None]:

@@ -41,6 +41,13 @@ class SiteTracer(fx.Tracer):
             return True
         return super().is_leaf_module(m, module_qualified_name)
 
+    def call_module(self, m: Any, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what a module returns; the node remembers that it is this module's output."""
+        out = super().call_module(m, forward, args, kwargs)
+        if isinstance(out, fx.Proxy):
+            out.node.meta.setdefault("returned_by", []).append(self.path_of_module(m))
+        return out
+
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         """Return the graph of a module's forward; the module itself is let go of.
 

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from daqconvert.policy.checks import checked_policy
+from daqconvert.policy.outputs import with_outputs
 from daqconvert.policy.presets import is_paper
 from daqconvert.policy.rules import Level, Matcher, check_matches, label
-from daqconvert.spec import BIT_FIELDS, Plan, PlanRow, Policy, Settings, Site, input_groups
+from daqconvert.spec import BIT_FIELDS, Output, Plan, PlanRow, Policy, Settings, Site, input_groups
 from daqconvert.spec.auto import resolve_auto, resolve_computed
 from daqconvert.spec.row import (
     EXCLUDED,
@@ -52,6 +53,7 @@ def resolve(
     order: str,
     other_params: int,
     input_size: tuple[int, ...] | None,
+    sums: Sequence[Output] = (),
 ) -> Plan:
     """Return the plan of a policy for the sites of one model; decides everything, does nothing.
 
@@ -62,9 +64,10 @@ def resolve(
         order: `"fx"` or `"modules"`: what the sites' order, first, last and signs were read from.
         other_params: Parameters and buffers outside the sites.
         input_size: Size of the example input behind the sites' MACs, or None.
+        sums: Sums of outputs of the sites.
 
     Returns:
-        One row per site; no sites give an empty plan.
+        One row per site, and per quantizer of an output that `deploy="integer"` adds; no sites give an empty plan.
 
     Raises:
         PolicyError: If the policy is malformed, a rule or exclude entry matches no layer or names one that cannot
@@ -80,6 +83,7 @@ def resolve(
     check_matches(policy, sites)
     matchers = _Matchers.of(policy)
     rows = _finished(policy, [_row(policy, matchers, site) for site in sites])
+    rows = with_outputs(policy, rows, sums)
     return Plan(rows, model, order=order, other_params=other_params, input_size=input_size, policy=policy.name)
 
 

@@ -14,15 +14,18 @@ from daqconvert.spec.settings import (
     check_bits,
     check_setting,
 )
-from daqconvert.spec.site import Call, Site
+from daqconvert.spec.site import OUTPUT_KIND, OUTPUT_QUANTIZER, Call, Output, Site
 from daqconvert.spec.totals import Totals
 
 __all__ = [
     "BIT_FIELDS",
     "CHOICES",
+    "OUTPUT_KIND",
+    "OUTPUT_QUANTIZER",
     "POSITIVE_FIELDS",
     "SETTING_NAMES",
     "Call",
+    "Output",
     "Plan",
     "PlanDiff",
     "PlanRow",

@@ -22,6 +22,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "rounding": ("daq", "ste"),
     "slope": ("unit", "paper"),
     "share_inputs": (False, True),
+    "deploy": ("float", "integer"),
 }
 POSITIVE_FIELDS = ("w_gamma", "w_sigma", "a_gamma", "a_sigma")
 
@@ -109,6 +110,8 @@ class Settings:
         a_sigma: Kernel width of the input's soft rounding.
         attention: Bits of both operands of products of two activations, 1..8, or None (False) to leave them float.
         share_inputs: Whether layers that read the same tensor at the same bits share one input quantizer.
+        deploy: `"float"` leaves what is between the layers in float, as the paper does; `"integer"` quantizes every
+            output too, so that an integer-only runtime can compute it.
 
     With `slope="unit"` the two gammas cancel out and change nothing.
 
@@ -130,6 +133,7 @@ class Settings:
     a_sigma: float = 0.5
     attention: int | None = None
     share_inputs: bool = False
+    deploy: str = "float"
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):

@@ -1,8 +1,12 @@
-"""What was found in a model before anything is decided: `Site`, and `Call` where it is no layer of its own."""
+"""What was found in a model before anything is decided: `Site`, `Call` where it is no layer of its own, `Output`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+OUTPUT_KIND = "Output"
+OUTPUT_QUANTIZER = "output_quantizer"
+"""Name of the child that quantizes a module's output."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,35 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Output:
+    """What becomes of the output of a site, or of a sum, until somebody else computes with it.
+
+    Attributes:
+        place: Dotted name of a module whose output it is, where a quantizer can stand; None where there is none.
+        batch_norm: Dotted name of the batch norm that it goes through first; None where it goes through none.
+        lower: Lower bound of the activation behind (0 for a ReLU), or None.
+        upper: Upper bound of the activation behind (6 for a ReLU6), or None.
+        readers: Sites that read it.
+        alone: Whether nothing else reads it.
+        nonnegative: Whether it is proven non-negative.
+        sources: Of a sum: the names of the sites and places whose outputs it adds.
+        after: Of a sum: the site that stands before it.
+        meets: Name of the site on whose input's grid it lies, which `deploy="integer"` decides; None: in float.
+    """
+
+    place: str | None = None
+    batch_norm: str | None = None
+    lower: float | None = None
+    upper: float | None = None
+    readers: tuple[str, ...] = ()
+    alone: bool = False
+    nonnegative: bool = False
+    sources: tuple[str, ...] = ()
+    after: str = ""
+    meets: str | None = None
+
+
+@dataclass(frozen=True)
 class Site:
     """One convolution, linear layer or product found in a model, before anything is decided about it.
 
@@ -50,6 +83,7 @@ class Site:
         call: Where it computes, if not in its own layer's forward.
         one_scale: Why its bounds and scale cannot be per channel; empty if they can.
         reads: Name of the first site that reads the same input tensor; its own where it is the first or the only one.
+        output: What becomes of its output; None where that cannot be told.
     """
 
     name: str
@@ -67,6 +101,18 @@ class Site:
     call: Call | None = None
     one_scale: str = ""
     reads: str = ""
+    output: Output | None = None
+
+    @property
+    def is_output(self) -> bool:
+        """Whether it computes nothing: a quantizer on an output, which `deploy="integer"` adds."""
+        return self.kind == OUTPUT_KIND
+
+    @property
+    def is_convolution(self) -> bool:
+        """Whether it is a convolution, transposed ones apart."""
+        word = self.kind if self.call is None else self.call.function
+        return "conv" in word.lower() and "transpose" not in word.lower() and len(self.weight_shape) > 2
 
     @property
     def is_product(self) -> bool:

@@ -1,0 +1,103 @@
+"""The arithmetic of integer deployment: what a frozen model, the reference and an integer runtime compute alike.
+
+One layer, with codes `x` of zero point `zx` and step `sx`, integer weights `w` (`|w| <= 127`) of step `sw` per output
+channel, and an output of step `sy` and zero point `zy`:
+
+    acc = sum((x - zx) * w) + bias                      int32;  bias = round(b / (sx * sw)), b the float bias
+    y   = clip(round(float32(acc) * m) + zy, low, high)         m = float32(float32(sx * sw) / sy)
+
+`round` is half to even; each product, quotient and conversion is rounded to float32 by itself. `low` and `high` hold
+an activation that clips. Stored weights are the layer's codes times `factor`: `127 // n`, which refines the unit of the
+bias at no cost, negative where the channel's scale is (a batch norm with negative gamma), 0 where the scale is 0 or so
+small that the bias would not fit: such a channel's output is its bias.
+
+Sums of two values on grids, and whatever else stands between layers, are float32 arithmetic on `(code - zero) * step`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LARGEST_WEIGHT = 127
+LARGEST_BIAS = 2**30
+"""So that sums of products and bias stay in int32."""
+
+
+class IntegerLayer(NamedTuple):
+    """The numbers of one layer.
+
+    Attributes:
+        weight_scale: float32, `(C_out,)`, positive: the step of the stored weight.
+        factor: int8, `(C_out,)`: stored weight / operand.
+        bias: int32, `(C_out,)`.
+        scale: float32 scalar: step of the output.
+        zero_point: uint8 scalar: of the output.
+        range: uint8, `(2,)`: smallest and largest code of the output.
+    """
+
+    weight_scale: Tensor
+    factor: Tensor
+    bias: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    range: Tensor
+
+
+def integer_layer(
+    scale: Tensor, bias: Tensor, top: int, x_scale: Tensor, y_scale: Tensor, y_zero_point: Tensor, bits: int,
+    lower: float | None, upper: float | None,
+) -> IntegerLayer:  # fmt: skip
+    """Return the numbers of a layer.
+
+    Args:
+        scale: float64, `(C_out,)`: what one unit of the layer's sum of operands is worth, batch norm folded in.
+        bias: float64, `(C_out,)`: likewise.
+        top: Largest weight operand.
+        x_scale: float32 scalar: step of the input.
+        y_scale: float32 scalar: step of the output.
+        y_zero_point: uint8 scalar: of the output.
+        bits: Of the output.
+        lower: Lower bound of the activation behind, in real units; None for none.
+        upper: Upper bound, likewise.
+
+    Example:
+        >>> one, step = torch.ones(2, dtype=torch.float64), torch.tensor(0.5)
+        >>> numbers = integer_layer(one * 0.25, one, 7, step, step, torch.tensor(0, dtype=torch.uint8), 8, 0.0, None)
+        >>> numbers.factor.tolist(), numbers.bias.tolist(), numbers.range.tolist()
+        ([18, 18], [72, 72], [0, 255])
+    """
+    k = LARGEST_WEIGHT // top
+    weight_scale = (scale.abs() / (x_scale.double() * k)).float()
+    unit = (x_scale * weight_scale).double()  # float32 product: what the runtime multiplies by
+    dead = ~(unit.isfinite() & (unit >= torch.finfo(torch.float32).tiny) & (bias.abs() <= unit * LARGEST_BIAS))
+    weight_scale = torch.where(dead, y_scale / x_scale, weight_scale)
+    unit = (x_scale * weight_scale).double()
+    factor = torch.where(dead, 0, torch.where(scale < 0, -k, k)).to(torch.int8)
+    codes = (bias / unit).round().clamp(-LARGEST_BIAS, LARGEST_BIAS).to(torch.int32)
+    ends = [0, 2**bits - 1]
+    for at, bound in enumerate((lower, upper)):
+        if bound is not None:
+            code = round(bound / float(y_scale)) + int(y_zero_point)
+            ends[at] = min(max(code, ends[0]), ends[1])
+    limits = torch.tensor(ends, dtype=torch.uint8, device=scale.device)
+    return IntegerLayer(weight_scale, factor, codes, y_scale.clone(), y_zero_point.clone(), limits)
+
+
+def requantize(acc: Tensor, layer: IntegerLayer, x_scale: Tensor, output_dims: int) -> Tensor:
+    """Return the codes of a layer's output less their zero point, integer-valued, in float32.
+
+    Args:
+        acc: Sums of products of operands, exact integers in any dtype, channel at dimension `-1 - output_dims`.
+        layer: Its numbers.
+        x_scale: float32 scalar: step of the input.
+        output_dims: Number of dimensions after the channel.
+    """
+    shape = (-1, *(1,) * output_dims)
+    m = (x_scale * layer.weight_scale) / layer.scale
+    total = acc.to(torch.int32) * layer.factor.to(torch.int32).reshape(shape) + layer.bias.reshape(shape)
+    zero = layer.zero_point.float()
+    low, high = layer.range.float().unbind()
+    return torch.clamp(torch.round(total.float() * m.reshape(shape)), low - zero, high - zero)

@@ -1,0 +1,241 @@
+"""What becomes of each output until somebody computes with it again: batch norm, activation, readers, sums.
+
+An integer-only runtime computes a convolution, its batch norm and an activation that clips in one step, and rounds the
+result once, to the grid of whoever reads it. So for each site, and for each sum of outputs, the way is followed
+while it has one user and that is a batch norm, an activation that only clips, or something that moves elements.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+
+from daqconvert.graph.reads import call_name
+from daqconvert.graph.signs import library_type, limit
+from daqconvert.layers.folding import folds, only_clips
+from daqconvert.spec import Output
+
+ACTIVATIONS: dict[str, tuple[float, float]] = {
+    "ReLU": (0.0, math.inf), "relu": (0.0, math.inf), "relu_": (0.0, math.inf), "ReLU6": (0.0, 6.0),
+    "relu6": (0.0, 6.0),
+}  # fmt: skip
+SAME = {"Identity", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "DropPath", "AlphaDropout"}
+SAME_CALLS = {"dropout", "dropout_", "feature_dropout", "contiguous", "clone"}
+MOVING = {"MaxPool1d", "MaxPool2d", "MaxPool3d", "Flatten", "Unflatten"}
+MOVING_CALLS = {"max_pool1d", "max_pool2d", "max_pool3d", "boolean_dispatch", "flatten", "reshape", "view"}
+JOINING_CALLS = {"cat", "concat", "getitem", "pad", "channel_shuffle", "chunk", "split", "permute", "transpose"}
+SUMS = {"add", "add_", "iadd"}
+
+
+@dataclass
+class Outputs:
+    """What is found.
+
+    Attributes:
+        sites: By name of the site.
+        sums: In order; the name of a sum is its place.
+    """
+
+    sites: dict[str, Output] = field(default_factory=dict)
+    sums: list[Output] = field(default_factory=list)
+
+
+def find_outputs(
+    graph: fx.Graph, modules: dict[str, nn.Module], own: dict[fx.Node, str], proven: set[fx.Node]
+) -> Outputs:
+    """Follow the output of every site that is called once, and of every sum of such outputs.
+
+    Args:
+        graph: Of the whole model in evaluation mode, from `daqconvert.graph.trace`.
+        modules: Dotted name -> module.
+        own: Calls that compute one site and nothing else -> the site's name.
+        proven: Nodes whose value is proven non-negative.
+    """
+    return _Search(graph, modules, own, proven).run()
+
+
+@dataclass
+class _Way:
+    """The way of one output: its nodes, from where it is computed to where somebody else takes it.
+
+    Attributes:
+        nodes: In order.
+        batch_norm: On the way.
+        lower: What the way clips to.
+        upper: Likewise.
+        inside: Whether it ends inside its last node, before an activation that does more than clip.
+    """
+
+    nodes: list[fx.Node]
+    batch_norm: str | None = None
+    lower: float = -math.inf
+    upper: float = math.inf
+    inside: bool = False
+
+
+class _Search:
+    def __init__(
+        self, graph: fx.Graph, modules: dict[str, nn.Module], own: dict[fx.Node, str], proven: set[fx.Node]
+    ) -> None:
+        times = Counter(own.values())
+        self.graph, self.modules, self.proven = graph, modules, proven
+        self.own = {node: name for node, name in own.items() if times[name] == 1}
+        self.returned = Counter(path for node in graph.nodes for path in _places(node))
+        self.called = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
+        self.sums: dict[fx.Node, str] = {}
+        self.last = ""
+
+    def run(self) -> Outputs:
+        found = Outputs()
+        for node in self.graph.nodes:
+            if node in self.own:
+                self.last = self.own[node]
+                found.sites[self.last] = self._output(node, batch_norm=True)
+            elif _name(node) in SUMS and node.op != "call_module":
+                sources = self._sources(node)
+                output = self._output(node, sources=sources, after=self.last) if sources else None
+                if output is not None and output.place is not None:
+                    self.sums[node] = output.place
+                    found.sums.append(output)
+        return found
+
+    def _output(
+        self, node: fx.Node, batch_norm: bool = False, sources: tuple[str, ...] = (), after: str = ""
+    ) -> Output:
+        way = self._follow(node, batch_norm)
+        readers, alone = ([], False) if way.inside else self._readers(way.nodes[-1])
+        nonnegative = way.lower >= 0.0 or (not way.inside and way.nodes[-1] in self.proven)
+        return Output(
+            place=self._place(way), batch_norm=way.batch_norm,
+            lower=way.lower if way.lower > -math.inf else None, upper=way.upper if way.upper < math.inf else None,
+            readers=tuple(readers), alone=alone, nonnegative=nonnegative,
+            sources=sources, after=after,
+        )  # fmt: skip
+
+    def _follow(self, start: fx.Node, batch_norm: bool) -> _Way:
+        way = _Way([start])
+        direct = batch_norm  # a batch norm is folded only where nothing but copies stand before it
+        while len(way.nodes[-1].users) == 1:
+            node = next(iter(way.nodes[-1].users))
+            module = self._module(node)
+            if direct and module is not None and folds(module) and self.called[str(node.target)] == 1:
+                way.batch_norm, direct = str(node.target), False
+                act = getattr(module, "act", None)
+                if isinstance(act, nn.Module) and not only_clips(act):
+                    way.nodes.append(node)
+                    way.inside = True
+                    return way
+                _clip(way, self._bounds(act))
+            elif (bounds := self._bounds(module, node)) is not None:
+                _clip(way, bounds)
+                direct = False
+            elif self._moves(node, module):
+                direct = direct and self._same(node, module)
+            else:
+                break
+            way.nodes.append(node)
+        return way
+
+    def _place(self, way: _Way) -> str | None:
+        """The last module on the way that a quantizer can stand behind; before a clip it rounds to the same codes."""
+        if way.inside:
+            return f"{way.nodes[-1].target}.drop"
+        for node in reversed(way.nodes):
+            for path in _places(node):
+                module = self.modules.get(path)
+                if (
+                    self.returned[path] == 1
+                    and module is not None
+                    and not isinstance(module, (nn.Sequential, nn.ModuleList))
+                ):
+                    return path
+            module = self._module(node)
+            if module is not None and folds(module):
+                return None  # what stands before a batch norm is not what is rounded
+        return None
+
+    def _readers(self, node: fx.Node) -> tuple[list[str], bool]:
+        """Sites that read a value, elements moved or not, and whether nothing else does."""
+        readers, alone = [], True
+        for user in node.users:
+            if user in self.own and (user.args[:1] == (node,) or user.kwargs.get("input") is node):
+                readers.append(self.own[user])
+            elif self._moves(user, self._module(user)) and user.args[:1] == (node,):
+                further, only = self._readers(user)
+                readers, alone = readers + further, alone and only
+            else:
+                alone = False
+        return list(dict.fromkeys(readers)), alone
+
+    def _sources(self, node: fx.Node) -> tuple[str, ...]:
+        """What a sum adds, where all of that comes from sites and sums."""
+        operands = [a for a in node.args if isinstance(a, fx.Node)]
+        if len(operands) < 2 or len(operands) != len(node.args) or node.kwargs:
+            return ()
+        found = [self._source(operand) for operand in operands]
+        return tuple(dict.fromkeys(name for names in found for name in names)) if all(found) else ()
+
+    def _source(self, node: fx.Node) -> tuple[str, ...]:
+        while True:
+            if node in self.own:
+                return (self.own[node],)
+            if node in self.sums:
+                return (self.sums[node],)
+            module = self._module(node)
+            folded = module is not None and folds(module)
+            clips = self._bounds(module, node) is not None
+            if not (folded or clips or self._moves(node, module) or _name(node) in JOINING_CALLS):
+                return ()
+            tensors = node.all_input_nodes
+            if len(tensors) > 1:  # joined: each part has a grid of its own
+                parts = [self._source(part) for part in tensors]
+                return tuple(name for part in parts for name in part) if all(parts) else ()
+            if not tensors:
+                return ()
+            node = tensors[0]
+
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        return self.modules.get(str(node.target)) if node.op == "call_module" else None
+
+    def _bounds(self, module: nn.Module | None, node: fx.Node | None = None) -> tuple[float, float] | None:
+        """What an activation clips to; None where it does anything else, or is none."""
+        if isinstance(module, nn.Hardtanh) and library_type(module) == "Hardtanh":
+            return float(module.min_val), float(module.max_val)
+        if module is not None:
+            return ACTIVATIONS.get(library_type(module))
+        if node is None or node.op not in ("call_function", "call_method"):
+            return None
+        name = call_name(node)
+        if name in ("clamp", "clip", "hardtanh") and not any(isinstance(a, fx.Node) for a in node.args[1:]):
+            return limit(node, "min"), limit(node, "max")
+        return ACTIVATIONS.get(name)
+
+    def _same(self, node: fx.Node, module: nn.Module | None) -> bool:
+        return library_type(module) in SAME if module is not None else _name(node) in SAME_CALLS
+
+    def _moves(self, node: fx.Node, module: nn.Module | None) -> bool:
+        """Whether a node hands on values of what it gets, in the same or another place."""
+        if module is not None:
+            return library_type(module) in SAME | MOVING and not getattr(module, "return_indices", False)
+        return _name(node) in SAME_CALLS | MOVING_CALLS
+
+
+def _clip(way: _Way, bounds: tuple[float, float] | None) -> None:
+    if bounds is not None:
+        way.lower, way.upper = max(way.lower, bounds[0]), min(way.upper, bounds[1])
+
+
+def _places(node: fx.Node) -> Iterator[str]:
+    """Dotted names of the modules that return this very value, the innermost first."""
+    if node.op == "call_module":
+        yield str(node.target)
+    yield from (path for path in node.meta.get("returned_by", ()) if path != node.target)
+
+
+def _name(node: fx.Node) -> Any:
+    return call_name(node) if node.op in ("call_function", "call_method") else ""

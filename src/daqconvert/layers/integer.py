@@ -1,0 +1,64 @@
+"""A frozen layer in integer deployment: batch norm folded in, output rounded to the grid of whoever reads it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from daqconvert.errors import ConversionError
+from daqconvert.functional.grid import levels
+from daqconvert.functional.integer import integer_layer
+from daqconvert.layers.folding import fold, folded_numbers, folds
+from daqconvert.layers.frozen_site import FrozenSite
+from daqconvert.layers.integer_run import BUFFERS
+from daqconvert.spec import PlanRow
+
+
+def is_integer(site: nn.Module) -> bool:
+    """Whether a frozen site rounds its output to integers."""
+    return isinstance(site, FrozenSite) and "w_factor" in site._buffers
+
+
+def make_integer(model: nn.Module, sites: dict[str, FrozenSite], row: PlanRow, empty: bool = False) -> None:
+    """Give a frozen layer the numbers of integer deployment, in place, and fold its batch norm.
+
+    Args:
+        model: The frozen model.
+        sites: Its sites by the names that plans know them by.
+        row: Of the layer, with `site.output.meets`.
+        empty: Make places for values that are to be loaded.
+
+    Raises:
+        ConversionError: If the batch norm, or the quantizer that it meets, is not there.
+    """
+    output, settings = row.site.output, row.settings
+    assert output is not None and output.meets is not None and settings is not None
+    site, target = sites[row.name], sites.get(output.meets)
+    norm = None if output.batch_norm is None else dict(model.named_modules()).get(output.batch_norm)
+    if target is None or target.settings.a_bits is None:
+        raise ConversionError(f"{row.name}: expected a quantized input {output.meets} to read it, found none.")
+    if output.batch_norm is not None and (norm is None or not folds(norm)):
+        raise ConversionError(
+            f"{row.name}: expected a batch norm {output.batch_norm} to fold, found {type(norm).__name__}."
+        )
+    channels = row.site.out_channels
+    scale = site.scale.double().expand(channels) if site.scale.dim() == 0 else site.scale.double()
+    bias = _bias(site, scale)
+    if norm is not None:
+        g, b = folded_numbers(norm)
+        scale, bias = scale * g, bias * g + b
+        fold(norm)
+    numbers = integer_layer(
+        scale, bias, levels(settings.w_bits or 0, settings.grid), site.input_scale, target.input_scale,
+        target.input_zero_point, target.settings.a_bits, output.lower, output.upper,
+    )  # fmt: skip
+    del site._buffers["scale"]
+    for key, value in zip(BUFFERS, numbers, strict=True):
+        site.register_buffer(key, torch.zeros_like(value) if empty else value)
+    if "bias" in site._parameters:
+        site.register_parameter("bias", None)
+
+
+def _bias(site: FrozenSite, like: Tensor) -> Tensor:
+    bias = getattr(site, "bias", None)
+    return torch.zeros_like(like) if bias is None else bias.detach().double()

@@ -1,0 +1,113 @@
+"""What `deploy="integer"` adds to a plan: on whose grid every output lies, and quantizers where nobody's is there.
+
+A convolution whose output is read by one quantized input alone - batch norm, a clip or a pool between them or not -
+is rounded to that input's grid. Where several read it, or a sum, or anything else, it gets a quantizer of its own of
+8 bits. So does every sum of such outputs. A linear's output may stay in float: its integer kernel returns float.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from daqconvert.spec import OUTPUT_KIND, OUTPUT_QUANTIZER, Output, PlanRow, Policy, Settings, Site, input_groups
+from daqconvert.spec.auto import resolve_computed
+
+OUTPUT_BITS = 8
+INTEGER = "integer"
+LARGEST_WEIGHT = 127
+"""Of a weight's code in an integer kernel."""
+
+STAYS = "its output stays in float"
+NO_PLACE = f"{STAYS}: no module of the model returns it, so no quantizer can stand there"
+NOT_FOLLOWED = f"{STAYS}: torch.fx cannot tell what becomes of it"
+TRANSPOSED = f"{STAYS}: integer runtimes have no kernel for transposed convolutions"
+FLOAT_OPERAND = f"{STAYS}: weight or input is in float"
+TOO_WIDE = f"{STAYS}: codes of the mid-rise grid at 8 bits reach 255, an integer kernel takes {LARGEST_WEIGHT}"
+
+
+def with_outputs(policy: Policy, rows: Sequence[PlanRow], sums: Sequence[Output]) -> tuple[PlanRow, ...]:
+    """Return the rows with what `deploy="integer"` decides about outputs; the same rows where nothing asks for it.
+
+    Args:
+        policy: Gives the gradient of the rounding of the quantizers that are added.
+        rows: Of the plan, with signs.
+        sums: Of outputs, in order.
+    """
+    if not any(row.settings is not None and row.settings.deploy == INTEGER for row in rows):
+        return tuple(rows)
+    return _Outputs(policy, rows).run(sums)
+
+
+class _Outputs:
+    def __init__(self, policy: Policy, rows: Sequence[PlanRow]) -> None:
+        self.rows, self.default = rows, policy.default
+        self.groups = input_groups(rows)
+        self.by_name = {row.name: row for row in rows}
+        self.added: dict[str, list[PlanRow]] = {}
+        self.known: set[str] = set()
+
+    def run(self, sums: Sequence[Output]) -> tuple[PlanRow, ...]:
+        done = {row.name: self._of_site(row) for row in self.rows}
+        for output in sums:
+            if output.place is not None and all(source in self.known for source in output.sources):
+                self.known.add(output.place)
+                if self._reader(output) is None:
+                    self._add(output, output.after, "a sum")
+        return tuple(r for row in self.rows for r in (done[row.name], *self.added.get(row.name, ())))
+
+    def _of_site(self, row: PlanRow) -> PlanRow:
+        settings, output = row.settings, row.site.output
+        if settings is None or settings.deploy != INTEGER or row.site.is_computed:
+            return row
+        reason = _why_float(row, settings)
+        if reason:
+            return dataclasses.replace(row, notes=(*row.notes, reason))
+        reader = None if output is None else self._reader(output)
+        if not row.site.is_convolution and (output is None or reader is None):
+            return row
+        assert output is not None
+        self.known.add(row.name)
+        meets = reader if reader is not None else self._add(output, row.name, row.name)
+        return dataclasses.replace(
+            row, site=dataclasses.replace(row.site, output=dataclasses.replace(output, meets=meets))
+        )
+
+    def _reader(self, output: Output) -> str | None:
+        """The one quantized input that reads an output, if that is all that does."""
+        rows = [self.by_name[name] for name in output.readers]
+        if not output.alone or not rows or any(r.settings is None or r.settings.a_bits is None for r in rows):
+            return None
+        keepers = {self.groups.get(row.name, row.name) for row in rows}
+        return keepers.pop() if len(keepers) == 1 else None
+
+    def _add(self, output: Output, after: str, of: str) -> str:
+        """Add the row of a quantizer; return its name."""
+        name = f"{output.place}.{OUTPUT_QUANTIZER}" if output.place else OUTPUT_QUANTIZER
+        site = Site(name, OUTPUT_KIND, output=output, nonnegative=output.nonnegative)
+        settings = resolve_computed(
+            self.default.replace(w_bits=None, a_bits=OUTPUT_BITS, deploy=INTEGER, attention=None)
+        )
+        settings = settings.replace(share_inputs=False)
+        note = f"output of {of or '(root)'}"
+        row = PlanRow(
+            site, settings, f'deploy = "{INTEGER}"', signed=False if output.nonnegative else None, notes=(note,)
+        )
+        self.added.setdefault(after, []).append(row)
+        return name
+
+
+def _why_float(row: PlanRow, settings: Settings) -> str:
+    """Why a convolution's output is not rounded to integers; empty if it is, and for a linear."""
+    output = row.site.output
+    if "transpose" in (row.site.kind if row.site.call is None else row.site.call.function).lower():
+        return TRANSPOSED
+    if settings.w_bits is None or settings.a_bits is None:
+        return FLOAT_OPERAND
+    if settings.grid == "midrise" and 2**settings.w_bits - 1 > LARGEST_WEIGHT:
+        return TOO_WIDE
+    if not row.site.is_convolution:
+        return ""
+    if output is None:
+        return NOT_FOLLOWED
+    return NO_PLACE if output.place is None else ""
