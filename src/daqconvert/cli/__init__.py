@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import typer
 
+from daqconvert.cli.bench import bench_command
 from daqconvert.cli.evaluate import evaluate_command
 from daqconvert.cli.export import export_command
 from daqconvert.cli.finetune import finetune_command
@@ -36,6 +37,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "freeze": freeze_command,
     "export": export_command,
     "inspect": inspect_command,
+    "bench": bench_command,
 }
 for name, command in COMMANDS.items():
     app.command(name)(guarded(command))

@@ -8,16 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from daqconvert.artifact import save
 from daqconvert.cli import rundir
 from daqconvert.cli.job import Opened
 from daqconvert.cli.output import say
-from daqconvert.cli.timing import time_models
+from daqconvert.cli.timing import run_openers
 from daqconvert.deploy.export import export
 from daqconvert.deploy.float_export import export_float
 from daqconvert.deploy.reports import ExportReport
+from daqconvert.deploy.timing import time_in_turns
 from daqconvert.freezing import freeze
 
 CHECKED_IMAGES = 1000
@@ -60,12 +62,13 @@ def deploy(out: Path, opened: Opened, qmodel: nn.Module, *, onnx: bool) -> Deplo
     say("exporting to ONNX")
     example = opened.example.cpu()
     report = export_checked(frozen, out / rundir.ONNX, opened, overwrite=True)
-    plain = opened.model.cpu()
-    export_float(plain, out / rundir.FLOAT_ONNX, example, overwrite=True)
+    export_float(opened.model.cpu(), out / rundir.FLOAT_ONNX, example, overwrite=True)
     files |= {"float_onnx": size_of(out / rundir.FLOAT_ONNX), "onnx": size_of(out / rundir.ONNX)}
     say("taking times")
-    paths = {"float_onnx": out / rundir.FLOAT_ONNX, "onnx": out / rundir.ONNX}
-    return Deployed(files, report, time_models(plain, paths, example))
+    openers = run_openers(out, opened, example)
+    del openers["frozen"]
+    times = time_in_turns(openers, torch.get_num_threads())
+    return Deployed(files, report, {name: timing.median for name, timing in times.items()})
 
 
 def export_checked(frozen: nn.Module, path: Path, opened: Opened, overwrite: bool) -> ExportReport:

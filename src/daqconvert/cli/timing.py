@@ -1,93 +1,59 @@
-"""Time per image of a torch model and of ONNX files, taken in turns.
-
-Each ONNX file runs in a process of its own: the thread pools of two sessions in one process spin against each other
-and spoil both. Images go one at a time; a figure is the median over rounds of the median within a round, in seconds.
-"""
+"""What is timed of a run: its float and its frozen model in torch, and its two ONNX files."""
 
 from __future__ import annotations
 
-import multiprocessing
-import statistics
-import time
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from daqconvert.deploy.runtime import OnnxModel, time_session
-from daqconvert.errors import ExportError
+from daqconvert.artifact import load
+from daqconvert.artifact.manifest import MANIFEST
+from daqconvert.cli import rundir
+from daqconvert.cli.job import Opened
+from daqconvert.deploy.timing import Call, Opener, onnx_opener
+from daqconvert.sources import build_model
+from daqconvert.state_dicts import load_checkpoint
 
-ROUNDS, REPEATS, WARMUP = 5, 20, 3
+FILES = {
+    "torch": rundir.FLOAT, "float_onnx": rundir.FLOAT_ONNX, "frozen": rundir.ARTIFACT, "onnx": rundir.ONNX
+}  # fmt: skip
 
 
-def time_models(model: nn.Module, files: Mapping[str, Path], image: Tensor) -> dict[str, float]:
-    """Return seconds per image of a torch model (as `"torch"`) and of ONNX files, by name.
+def run_openers(path: Path, opened: Opened, images: Tensor) -> dict[str, Opener]:
+    """Return how each model of a run is opened in a process of its own: keys of `FILES`, without what is not there.
 
     Args:
-        model: On the CPU, in evaluation mode.
-        files: Names and ONNX files.
-        image: One image, `(1, C, H, W)`.
-
-    Raises:
-        ExportError: If a file cannot be timed.
+        path: The run directory.
+        opened: Says how its model is built.
+        images: The argument of a call.
     """
-    context = multiprocessing.get_context("spawn")
-    threads = torch.get_num_threads()
-    workers = []
-    for name, path in files.items():
-        here, there = context.Pipe()
-        worker = context.Process(target=_serve, args=(there, str(path), image.numpy(), threads), daemon=True)
-        worker.start()
-        there.close()
-        workers.append((name, here, worker))
-    times: dict[str, list[float]] = {name: [] for name in ("torch", *files)}
-    try:
-        for _, here, _ in workers:
-            _receive(here)  # loaded
-        for _ in range(ROUNDS):
-            times["torch"].append(_time_torch(model, image))
-            for name, here, _ in workers:
-                here.send("go")
-                times[name].append(_receive(here))
-    finally:
-        for _, here, worker in workers:
-            here.close()  # ends the worker
-            worker.join(timeout=10)
-    return {name: statistics.median(values) for name, values in times.items()}
+    model = str(opened.source), opened.model_args
+    array = images.cpu().numpy()
+    plain = partial(_open_float, model, path / rundir.FLOAT, array)
+    if opened.source.kind == "hf-hub":  # even its configuration is a download: no other process can build it
+        plain = partial(_call, opened.model.cpu(), array)
+    there: dict[str, Opener] = {
+        "torch": plain,
+        "float_onnx": onnx_opener(path / rundir.FLOAT_ONNX, images.cpu()),
+        "frozen": partial(_open_frozen, model, path / rundir.ARTIFACT, array),
+        "onnx": onnx_opener(path / rundir.ONNX, images.cpu()),
+    }
+    is_there = {key: (path / name / MANIFEST if key == "frozen" else path / name) for key, name in FILES.items()}
+    return {key: opener for key, opener in there.items() if is_there[key].is_file()}
 
 
-def _receive(pipe: Any) -> float:
-    try:
-        answer = pipe.recv()
-    except EOFError:
-        raise ExportError("The process that times an ONNX file ended too early.") from None
-    if isinstance(answer, str):
-        raise ExportError(answer)
-    return float(answer)
+def _open_float(model: tuple[str, dict[str, Any]], weights: Path, array: Any, threads: int) -> Call:
+    built = build_model(model[0], **model[1])
+    load_checkpoint(built, weights)
+    return _call(built, array)
 
 
-def _time_torch(model: nn.Module, image: Tensor) -> float:
-    times = []
-    with torch.no_grad():
-        for index in range(WARMUP + REPEATS):
-            start = time.perf_counter()
-            model(image)
-            if index >= WARMUP:
-                times.append(time.perf_counter() - start)
-    return statistics.median(times)
+def _open_frozen(model: tuple[str, dict[str, Any]], artifact: Path, array: Any, threads: int) -> Call:
+    return _call(load(artifact, model=build_model(model[0], **model[1])), array)
 
 
-def _serve(pipe: Any, path: str, image: Any, threads: int) -> None:
-    """Time a file whenever asked, until nobody asks any more."""
-    try:
-        session = OnnxModel(path, threads=threads)
-        pipe.send(0.0)
-        while True:
-            pipe.recv()
-            pipe.send(time_session(session, torch.from_numpy(image), repeats=REPEATS, warmup=WARMUP))
-    except EOFError:
-        return
-    except ExportError as error:
-        pipe.send(str(error))
+def _call(model: nn.Module, array: Any, threads: int = 1) -> Call:
+    return partial(model.eval(), torch.from_numpy(array))

@@ -1,0 +1,117 @@
+"""`daqconvert bench`: latency and size of a run's models, float and quantized, in torch and in ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from daqconvert.cli import options as o
+from daqconvert.cli import rundir
+from daqconvert.cli.deployment import size_of
+from daqconvert.cli.job import Opened
+from daqconvert.cli.output import Output, say
+from daqconvert.cli.summary import bits_text
+from daqconvert.cli.targets import EVAL_BATCH, RUN, kind_of
+from daqconvert.cli.timing import FILES, run_openers
+from daqconvert.deploy.timing import REPEATS, ROUNDS, Timing, time_in_turns
+from daqconvert.errors import ExportError
+from daqconvert.report.progress import progress
+from daqconvert.report.tables import render, simple_table
+
+Target = Annotated[str, typer.Argument(help="A run directory, as daqconvert finetune makes one.")]
+Batch = Annotated[int, o.option("--batch", "Images a call. Default: 1.")]
+Threads = Annotated[int | None, o.option("--threads", "Threads of each contender. Default: torch's, all cores.")]
+Rounds = Annotated[int, o.option("--rounds", f"Turns of each contender. Default: {ROUNDS}.")]
+Repeats = Annotated[int, o.option("--repeats", f"Timed calls in a turn. Default: {REPEATS}.")]
+
+NAMES = {  # key of `FILES`: what, in which runtime, and beside which it is measured
+    "torch": ("float", "PyTorch", "torch"),
+    "float_onnx": ("float", "ONNX Runtime", "float_onnx"),
+    "frozen": ("{bits}, frozen", "PyTorch", "torch"),
+    "onnx": ("{bits}", "ONNX Runtime", "float_onnx"),
+}
+
+
+def bench_command(
+    target: Target, code_model: o.CodeModel = None, batch: Batch = 1, threads: Threads = None,
+    rounds: Rounds = ROUNDS, repeats: Repeats = REPEATS, as_json: o.Json = False,
+) -> None:  # fmt: skip
+    """Take the time (median and 95th percentile of a call) and the size of a run's models.
+
+    Each model has a process of its own, and they take turns; images are random ones of the run's size.
+    """
+    threads = torch.get_num_threads() if threads is None else threads
+    with Output(as_json).capturing() as output:
+        _check(target, batch=batch, threads=threads, rounds=rounds, repeats=repeats)
+        path = Path(target)
+        config, opened = rundir.open_run(path, code_model, EVAL_BATCH)
+        images = torch.rand(batch, *opened.example.shape[1:], generator=torch.Generator().manual_seed(0))
+        times = _times(path, opened, images, threads, rounds, repeats)
+        document = {
+            "run": target, "model": str(config.job.source), "bits": bits_text(config.plan), "batch": batch,
+            "input": list(images.shape[1:]), "threads": threads, "rounds": rounds, "repeats": repeats,
+            "models": _rows(path, times),
+        }  # fmt: skip
+        output.show(bench_text(document), document)
+
+
+def _check(target: str, **numbers: int) -> None:
+    for name, value in numbers.items():
+        if value < 1:
+            raise ExportError(f"--{name} {value}: expected 1 or more.")
+    if kind_of(target) != RUN:
+        raise ExportError(f"{target}: expected a run directory. daqconvert finetune --out FOLDER makes one.")
+
+
+def _times(path: Path, opened: Opened, images: Tensor, threads: int, rounds: int, repeats: int) -> dict[str, Timing]:
+    openers = run_openers(path, opened, images)
+    for key in [key for key in FILES if key not in openers]:
+        command = f"daqconvert {'freeze' if key == 'frozen' else 'export'} {path}" if key in ("frozen", "onnx") else ""
+        say(f"{path} has no {FILES[key]}: not timed." + f" {command} makes it." * bool(command))
+    with progress(len(openers) * (rounds + 1), "taking times") as bar:
+        return time_in_turns(openers, threads, rounds, repeats, tick=lambda name: bar.advance(1, of=name))
+
+
+def _rows(path: Path, times: Mapping[str, Timing]) -> dict[str, dict[str, Any]]:
+    """Return what is known of each model, beside the float model of the same runtime."""
+    sizes = {key: size_of(path / FILES[key]) for key in times}
+    rows = {}
+    for key, timing in times.items():
+        base = NAMES[key][2]
+        there = base in times
+        rows[key] = {
+            "runtime": NAMES[key][1], "file": FILES[key], "bytes": sizes[key], "median_s": timing.median,
+            "p95_s": timing.p95, "rounds_s": list(timing.rounds),
+            "bytes_of_float": sizes[key] / sizes[base] if there else None,
+            "time_of_float": timing.median / times[base].median if there else None,
+        }  # fmt: skip
+    return rows
+
+
+def bench_text(document: Mapping[str, Any]) -> str:
+    """Return the table, and above it what was timed.
+
+    Args:
+        document: What `daqconvert bench --json` prints.
+    """
+    rows = [
+        (
+            NAMES[key][0].format(bits=document["bits"]), row["runtime"], row["file"],
+            f"{row['bytes'] / 1000:.1f} kB", _ratio(row["bytes_of_float"]),
+            f"{1000 * row['median_s']:.2f} ms", f"{1000 * row['p95_s']:.2f} ms", _ratio(row["time_of_float"]),
+        )
+        for key, row in document["models"].items()
+    ]  # fmt: skip
+    columns = ("model", "runtime", "file", "size", "of float", "median", "p95", "of float")
+    images = "x".join(map(str, (document["batch"], *document["input"])))
+    title = f"{document['run']}: {document['model']}, {images} a call, {document['threads']} threads"
+    return f"{title}, {document['rounds']} rounds of {document['repeats']}\n{render(simple_table('', columns, rows))}"
+
+
+def _ratio(value: float | None) -> str | None:
+    return None if value is None else f"{value:.3f}"
