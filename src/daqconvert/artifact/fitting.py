@@ -34,6 +34,8 @@ def fit(skeleton: nn.Module, manifest: Manifest, where: str) -> nn.Module:
     modules = dict(skeleton.named_modules(remove_duplicate=False))
     owners: dict[int, str] = {}
     for row in rows:
+        if row.site.is_output:
+            continue  # it multiplies nothing; whether its module is there is seen when it is added
         layer = modules.get(row.name)
         if row.site.call is None or layer is not None:
             _check_site(layer, row, where)

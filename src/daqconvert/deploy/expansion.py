@@ -1,13 +1,14 @@
 """From placeholders to standard ONNX: every frozen layer's operators written out, every tensor under its dotted name.
 
-    InputOperand   QuantizeLinear(x, scale, zero_point) -> Clip(codes, max = n) -> Cast -> Sub(zero_point)
-    WeightOperand  packed bit planes and the nodes of `unpacking`
-    Rescale        Mul(sum, scale) -> Add(bias)
+    InputOperand, RoundToGrid   QuantizeLinear(x, scale, zero_point) -> Clip(codes, max = n)
+    WeightOperand               packed bit planes and the nodes of `unpacking`
+    Rescale                     Mul(sum, scale) -> Add(bias); a linear's products as in `kernels`
+    Requantize                  the integer layer of `kernels`
 
-`NAME.input_codes` is the uint8 tensor of the input's codes, `NAME.output` the layer's output; a weight that depends on
-the data has `NAME.weight_codes` likewise. The `k`-th further call of one layer appends `.k`. The model's metadata says
-under `daqconvert.layers` which tensors belong to which layer: two layers that quantize the same tensor alike share its
-codes.
+`NAME.input_codes` is the uint8 tensor of the input's codes, unless those are the codes of another layer's output;
+`NAME.output` the layer's output in float, `NAME.output_codes` in integer deployment; a weight that depends on the data
+has `NAME.weight_codes`. The `k`-th further call of one layer appends `.k`. The model's metadata says under
+`daqconvert.layers` which tensors belong to which layer, and the scale and zero point of an output that is codes.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from daqconvert.deploy.grids import Grid, Grids, attributes
+from daqconvert.deploy.kernels import Kernels, Weight
 from daqconvert.deploy.lowering import BATCH
 from daqconvert.deploy.operators import DOMAIN
-from daqconvert.deploy.unpacking import Parts, add_weight
+from daqconvert.deploy.unpacking import Parts
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -37,65 +40,94 @@ class Expansion:
 
         self.model = model
         self.parts = Parts()
-        self.values = {t.name: t for t in model.graph.initializer}
-        self.read = numpy_helper.to_array
+        self.values = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+        for node in model.graph.node:
+            if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
+                self.values[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
         self.outputs = {o.name for o in model.graph.output}
         self.renamed: dict[str, str] = {}
-        self.layers: dict[str, dict[str, list[str]]] = {}
-        self.operands: dict[tuple[Any, ...], tuple[str, str]] = {}
-        self.plain = set(_names_used(n for n in model.graph.node if n.domain != DOMAIN))
+        self.layers: dict[str, dict[str, Any]] = {}
+        self.grids = Grids(self.parts, self.values, self.outputs)
+        self.kernels = Kernels(self.parts, self.grids, self.values)
+        self.operands: dict[tuple[Any, ...], Grid] = {}
+        nodes = model.graph.node
+        self.plain = set(_names_used(n for n in nodes if n.domain != DOMAIN))
+        self.endings = {n.input[0]: n for n in nodes if n.domain == DOMAIN and n.op_type in ("Requantize", "Rescale")}
 
     def run(self) -> ModelProto:
         """Replace all placeholders in the model and return it."""
         write: dict[str, Callable[[NodeProto, dict[str, Any]], None]] = {
             "InputOperand": self._input, "WeightOperand": self._weight, "Rescale": self._rescale,
+            "Requantize": self._requantize, "RoundToGrid": self._round,
         }  # fmt: skip
         for node in self.model.graph.node:
             for i, name in enumerate(node.input):
                 node.input[i] = self.renamed.get(name, name)
             if node.domain == DOMAIN:
-                write[node.op_type](node, {a.name: a.i if a.type == 2 else a.s.decode() for a in node.attribute})
+                write[node.op_type](node, attributes(node))
             else:
                 del node.metadata_props[:]  # stack traces: they name files of this machine
                 node.doc_string = ""
-                self.parts.nodes.append(node)
+                self._ordinary(node)
         self._finish()
         return self.model
 
+    def _ordinary(self, node: NodeProto) -> None:
+        ending = self.endings.get(node.output[0]) if node.output else None
+        if ending is not None and self.kernels.write(node, ending, attributes(ending)):
+            return
+        if self.kernels.move(node):
+            return
+        for name in node.input:
+            self.kernels.float_weight(name)
+        if not self.grids.write(node):
+            self.parts.nodes.append(node)
+
     def _input(self, node: NodeProto, given: dict[str, Any]) -> None:
         """Write an input quantizer; one that reads the same tensor with the same numbers is shared."""
-        x, bits = node.input[0], given["bits"]
         layer, _, role = given["layer"].partition("::")  # written by `layers.frozen_site`: whose operand it is
-        role = role or "input"
-        scale, zero_point = (self.read(self.values[name]) for name in node.input[1:3])
+        grid = self._quantized(node, given["bits"], layer, role or "input")
+        self._entry(layer)["codes"].append(grid.codes)
+        self.grids.known[node.output[0]] = Grid(
+            grid.codes, "", grid.zero_point, grid.step, grid.zero, grid.low, grid.high
+        )
+        self.kernels.scales[node.output[0]] = grid.scale
+        self.values.setdefault(grid.scale, np.asarray(grid.step, dtype=np.float32))
+
+    def _round(self, node: NodeProto, given: dict[str, Any]) -> None:
+        """Write the quantizer of an output."""
+        grid = self._quantized(node, given["bits"], given["layer"], "input")
+        entry = self._entry(given["layer"])
+        entry["codes"].append(grid.codes)
+        self._grid_output(entry, grid)
+        self._result(node.output[0], grid)
+
+    def _quantized(self, node: NodeProto, bits: int, layer: str, role: str) -> Grid:
+        """Return the codes of a tensor; they are there already where it lies on that grid."""
+        x = node.input[0]
+        scale, zero_point = (self.values[name] for name in node.input[1:3])
         key = (x, bits, scale.item(), zero_point.item())
+        known = self.grids.known.get(x)
+        numbers = (scale.item(), zero_point.item())
+        if known is not None and known.scale and known.high < 2**bits and (known.step, known.zero) == numbers:
+            return known
         if key not in self.operands:
             scale_name = self.parts.constant(_join(layer, f"{role}_scale"), scale)
             zero_name = self.parts.constant(_join(layer, f"{role}_zero_point"), zero_point)
             codes = self._unused(layer, "codes", f"{role}_codes")
             first = codes if bits == 8 else f"{codes}.unclipped"
-            self.parts.node("QuantizeLinear", [x, scale_name, zero_name], first)
+            self.parts.node("QuantizeLinear", [self.grids.value(x), scale_name, zero_name], first)
             if bits < 8:
                 top = self.parts.constant(f"daq.code{2**bits - 1}", np.uint8(2**bits - 1))
                 self.parts.node("Clip", [first, "", top], codes)
-            # NOTE: no DequantizeLinear: ONNX Runtime takes it as leave to round the weights and bias beside it anew
-            operand = self.parts.node("Cast", [codes], f"{codes}.operand", to=1)  # TensorProto.FLOAT
-            if zero_point.item():
-                zero = self.parts.constant(f"daq.zero{zero_point.item()}", np.float32(zero_point.item()))
-                operand = self.parts.node("Sub", [operand, zero], f"{operand}.centred")
-            self.operands[key] = (codes, operand)
-        codes, operand = self.operands[key]
-        self._entry(layer)["codes"].append(codes)
-        self.renamed[node.output[0]] = operand
+            grid = Grid(codes, scale_name, zero_name, scale.item(), zero_point.item(), 0, 2**bits - 1)
+            self.operands[key] = grid
+        return self.operands[key]
 
     def _weight(self, node: NodeProto, given: dict[str, Any]) -> None:
-        """Write a weight; a layer that is called again uses the one that is there."""
-        name = _join(given["layer"], "weight_codes")
-        output = _join(given["layer"], "weight")
-        if name not in self.parts.initializers:
-            codes = self.read(self.values[node.input[0]])
-            add_weight(self.parts, name, codes, given["bits"], given["grid"], output)
-        self.renamed[node.output[0]] = output
+        """Take note of a weight: who computes with it decides how it is unpacked."""
+        codes = self.values[node.input[0]]
+        self.kernels.weights[node.output[0]] = Weight(given["layer"], codes, given["bits"], given["grid"])
 
     def _rescale(self, node: NodeProto, given: dict[str, Any]) -> None:
         """Write `sum * scale + bias`, the vectors shaped to stand at the channel's dimension."""
@@ -104,21 +136,51 @@ class Expansion:
             output = self._unused(layer, "outputs", "output")
             self.renamed[node.output[0]] = output
         self._entry(layer)["outputs"].append(output)
-        scale = self._vector(layer, "scale", node.input[1], given["output_dims"])
-        if len(node.input) < 3 or not node.input[2]:
-            self.parts.node("Mul", [acc, scale], output)
-            return
-        bias = self._vector(layer, "bias", node.input[2], given["output_dims"])
-        self.parts.node("Add", [self.parts.node("Mul", [acc, scale], f"{output}.scaled"), bias], output)
+        has_bias = len(node.input) > 2 and bool(node.input[2])
+        if acc in self.kernels.scaled:
+            acc = self.kernels.scaled[acc]
+            if not has_bias:
+                self.parts.node("Identity", [acc], output)
+        else:
+            scale = self._vector(layer, "scale", node.input[1], given["output_dims"])
+            acc = self.parts.node("Mul", [self.grids.value(acc), scale], f"{output}.scaled" if has_bias else output)
+        if has_bias:
+            bias = self._vector(layer, "bias", node.input[2], given["output_dims"])
+            self.parts.node("Add", [acc, bias], output)
+
+    def _requantize(self, node: NodeProto, given: dict[str, Any]) -> None:
+        """Write the codes of an output; its products are there."""
+        layer = given["layer"]
+        entry = self._entry(layer)
+        scale, zero_point, limits = (self.values[name] for name in node.input[5:8])
+        codes = self._unused(layer, "outputs", "output_codes")
+        grid = Grid(
+            codes, self.parts.constant(_join(layer, "output_scale"), scale),
+            self.parts.constant(_join(layer, "output_zero_point"), zero_point),
+            scale.item(), zero_point.item(), int(limits[0]), int(limits[1]),
+        )  # fmt: skip
+        self.kernels.quantize(node, grid)
+        self._grid_output(entry, grid)
+        self._result(node.output[0], grid)
+
+    def _result(self, name: str, grid: Grid) -> None:
+        """Let a float tensor of the graph stand for a tensor of codes."""
+        self.grids.known[name] = grid
+        if name in self.outputs:
+            self.parts.node("DequantizeLinear", [grid.codes, grid.scale, grid.zero_point], name)
+
+    def _grid_output(self, entry: dict[str, Any], grid: Grid) -> None:
+        entry["outputs"].append(grid.codes)
+        entry.setdefault("grids", {})[grid.codes] = [grid.step, grid.zero]
 
     def _vector(self, layer: str, key: str, source: str, output_dims: int) -> str:
-        value = self.read(self.values[source])
+        value = self.values[source]
         shaped = value.reshape(-1, *(1,) * output_dims) if value.ndim else value
         name = _join(layer, key)
         # NOTE: the exporter merges equal tensors, so another node may read this one in its own shape
         return self.parts.constant(f"{name}.shaped" if name in self.plain and shaped.ndim > 1 else name, shaped)
 
-    def _entry(self, layer: str) -> dict[str, list[str]]:
+    def _entry(self, layer: str) -> dict[str, Any]:
         return self.layers.setdefault(layer, {"codes": [], "outputs": []})
 
     def _unused(self, layer: str, kind: str, key: str) -> str:
@@ -161,9 +223,13 @@ def expand(model: ModelProto, output_names: list[str]) -> ModelProto:
     return Expansion(model).run()
 
 
-def layer_tensors(metadata: dict[str, str]) -> dict[str, dict[str, list[str]]]:
-    """Return, per frozen layer, the names of its code and output tensors, from an ONNX file's metadata."""
-    return json.loads(metadata.get(LAYERS_KEY, "{}"))
+def layer_tensors(metadata: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Return, per frozen layer, the names of its code and output tensors, from an ONNX file's metadata.
+
+    Outputs that are codes have their scale and zero point under `"grids"`.
+    """
+    found: dict[str, dict[str, Any]] = json.loads(metadata.get(LAYERS_KEY, "{}"))
+    return found
 
 
 def _join(layer: str, key: str) -> str:

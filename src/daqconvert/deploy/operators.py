@@ -1,12 +1,14 @@
-"""A frozen layer as three operators: what torch.export sees of it, and what stands for it in ONNX until `expansion`.
+"""A frozen layer as operators: what torch.export sees of it, and what stands for it in ONNX until `expansion`.
 
     operand = input_operand(x, scale, zero_point)     clip(round(x / scale), -zero_point, n - zero_point)
     weight  = weight_operand(codes)                   integer-valued, from uint8 codes
     y       = rescale(sum, scale, bias)               sum * scale + bias
+    y       = requantize(sum, ...)                    integer deployment: codes of the output, on their grid
+    y       = round_to_grid(x, scale, zero_point)     integer deployment: an output's quantizer
 
 Their values are those of the plain path. As operators of their own they survive the exporter's constant folding and
 merging of equal nodes, and each carries the name of its layer into the graph. In ONNX they become the placeholders
-`daqconvert::InputOperand`, `WeightOperand` and `Rescale`, which never reach a file.
+`daqconvert::InputOperand`, `WeightOperand`, `Rescale`, `Requantize` and `RoundToGrid`, which never reach a file.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from daqconvert.functional import grid as grids
+from daqconvert.functional import integer
 from daqconvert.layers import frozen_site, site
 
 DOMAIN = "daqconvert"
@@ -41,6 +44,22 @@ def rescale(acc: Tensor, scale: Tensor, bias: Optional[Tensor], output_dims: int
     return site.rescale(acc, scale, bias, output_dims, acc.dtype)
 
 
+@torch.library.custom_op("daqconvert::requantize", mutates_args=())
+def requantize(
+    acc: Tensor, x_scale: Tensor, w_scale: Tensor, factor: Tensor, bias: Tensor, scale: Tensor, zero_point: Tensor,
+    limits: Tensor, output_dims: int, layer: str,
+) -> Tensor:  # fmt: skip
+    """Return `functional.integer.requantize` times the output's scale; `layer` is a name and changes nothing."""
+    numbers = integer.IntegerLayer(w_scale, factor, bias, scale, zero_point, limits)
+    return integer.requantize(acc, numbers, x_scale, output_dims) * scale
+
+
+@torch.library.custom_op("daqconvert::round_to_grid", mutates_args=())
+def round_to_grid(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, layer: str) -> Tensor:
+    """Return `layers.frozen_site.input_operand` times the scale; `layer` is a name and changes nothing."""
+    return frozen_site.input_operand(x, scale, zero_point, bits) * scale
+
+
 @input_operand.register_fake
 def _(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, layer: str) -> Tensor:
     return torch.empty_like(x)
@@ -56,11 +75,30 @@ def _(acc: Tensor, scale: Tensor, bias: Optional[Tensor], output_dims: int, laye
     return torch.empty_like(acc)
 
 
+@requantize.register_fake
+def _(
+    acc: Tensor, x_scale: Tensor, w_scale: Tensor, factor: Tensor, bias: Tensor, scale: Tensor, zero_point: Tensor,
+    limits: Tensor, output_dims: int, layer: str,
+) -> Tensor:  # fmt: skip
+    return torch.empty_like(acc)
+
+
+@round_to_grid.register_fake
+def _(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, layer: str) -> Tensor:
+    return torch.empty_like(x)
+
+
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Return how `torch.onnx.export` writes the three operators: as one placeholder node each."""
+    """Return how `torch.onnx.export` writes the operators: as one placeholder node each."""
     place_input = _placeholder("InputOperand", {"x": "float", "scale": "float", "zero_point": "uint8"}, bits="INT")
     place_weight = _placeholder("WeightOperand", {"codes": "uint8"}, bits="INT", grid="STRING")
     place_rescale = _placeholder("Rescale", {"acc": "float", "scale": "float", "bias": "float"}, output_dims="INT")
+
+    place_grid = _placeholder("RoundToGrid", {"x": "float", "scale": "float", "zero_point": "uint8"}, bits="INT")
+    numbers = {"w_scale": "float", "factor": "int8", "bias": "int32", "scale": "float", "zero_point": "uint8"}
+    place_codes = _placeholder(
+        "Requantize", {"acc": "float", "x_scale": "float", **numbers, "limits": "uint8"}, output_dims="INT"
+    )
 
     # NOTE: the exporter reads these annotations: an annotated argument is an attribute, the others are tensors
     def onnx_input(x, scale, zero_point, bits: int, layer: str):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
@@ -72,8 +110,21 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     def onnx_rescale(acc, scale, bias, output_dims: int, layer: str):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
         return place_rescale(acc, scale, bias, output_dims=output_dims, layer=layer)
 
+    def onnx_grid(x, scale, zero_point, bits: int, layer: str):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+        return place_grid(x, scale, zero_point, bits=bits, layer=layer)
+
+    # fmt: off
+    def onnx_codes(  # type: ignore[no-untyped-def] # noqa: ANN202
+        acc, x_scale, w_scale, factor, bias, scale, zero_point, limits, output_dims: int, layer: str  # noqa: ANN001
+    ):
+        tensors = (acc, x_scale, w_scale, factor, bias, scale, zero_point, limits)
+        return place_codes(*tensors, output_dims=output_dims, layer=layer)
+    # fmt: on
+
     operators = torch.ops.daqconvert
     return {
+        operators.round_to_grid.default: onnx_grid,
+        operators.requantize.default: onnx_codes,
         operators.input_operand.default: onnx_input,
         operators.weight_operand.default: onnx_weight,
         operators.rescale.default: onnx_rescale,
@@ -87,7 +138,7 @@ def _placeholder(name: str, inputs: dict[str, str], **attributes: str) -> Callab
 
     def parameter(key: str, kind: str) -> Any:
         option = OpSchema.FormalParameterOption
-        optional = option.Optional if key == "bias" else option.Single
+        optional = option.Optional if name == "Rescale" and key == "bias" else option.Single
         return OpSchema.FormalParameter(key, f"tensor({kind})", param_option=optional)
 
     schema = OpSchema(

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from daqconvert.errors import ConversionError
 from daqconvert.functional.grid import levels
-from daqconvert.functional.integer import integer_layer
+from daqconvert.functional.integer import IntegerLayer, integer_layer
 from daqconvert.layers.folding import fold, folded_numbers, folds
 from daqconvert.layers.frozen_site import FrozenSite
 from daqconvert.layers.integer_run import BUFFERS
@@ -41,7 +41,12 @@ def make_integer(model: nn.Module, sites: dict[str, FrozenSite], row: PlanRow, e
         raise ConversionError(
             f"{row.name}: expected a batch norm {output.batch_norm} to fold, found {type(norm).__name__}."
         )
-    channels = row.site.out_channels
+    if empty:
+        _hold(site, _empty(site))
+        if norm is not None:
+            fold(norm)
+        return
+    channels = site.weight_codes.shape[0]
     scale = site.scale.double().expand(channels) if site.scale.dim() == 0 else site.scale.double()
     bias = _bias(site, scale)
     if norm is not None:
@@ -52,11 +57,26 @@ def make_integer(model: nn.Module, sites: dict[str, FrozenSite], row: PlanRow, e
         scale, bias, levels(settings.w_bits or 0, settings.grid), site.input_scale, target.input_scale,
         target.input_zero_point, target.settings.a_bits, output.lower, output.upper,
     )  # fmt: skip
+    _hold(site, numbers)
+
+
+def _hold(site: FrozenSite, numbers: IntegerLayer) -> None:
     del site._buffers["scale"]
     for key, value in zip(BUFFERS, numbers, strict=True):
-        site.register_buffer(key, torch.zeros_like(value) if empty else value)
+        site.register_buffer(key, value)
     if "bias" in site._parameters:
         site.register_parameter("bias", None)
+
+
+def _empty(site: FrozenSite) -> IntegerLayer:
+    """Numbers of the right shapes."""
+    like, channels = site.scale, site.weight_codes.shape[0]
+
+    def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=like.device)
+
+    vectors = (zeros(dtype, channels) for dtype in (torch.float32, torch.int8, torch.int32))
+    return IntegerLayer(*vectors, zeros(torch.float32), zeros(torch.uint8), zeros(torch.uint8, 2))
 
 
 def _bias(site: FrozenSite, like: Tensor) -> Tensor:

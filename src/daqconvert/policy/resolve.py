@@ -137,7 +137,7 @@ def _settled(site: Site, merged: Settings, where: str) -> Settings:
     """Return a site's settings with nothing left on `"auto"`."""
     if site.is_product:
         bits = dict.fromkeys(BIT_FIELDS, merged.attention)
-        return resolve_computed(merged.replace(**bits, share_inputs=False))
+        return resolve_computed(merged.replace(**bits, share_inputs=False, deploy="float"))
     merged = merged.replace(attention=None)
     if site.is_computed:
         return resolve_computed(merged)

@@ -17,7 +17,8 @@ class Plan:
     """A policy applied to one model: one row per convolution or linear, immutable and printable.
 
     Attributes:
-        rows: One per site, in order of execution where fx can tell, else of registration.
+        rows: One per site, in order of execution where fx can tell, else of registration; `deploy="integer"` adds one
+            for each quantizer of an output.
         model: Class name of the model.
         order: `"fx"` or `"modules"`: what first, last and signs were read from.
         other_params: Parameters and buffers outside the sites.
@@ -110,7 +111,8 @@ class Plan:
             False
         """
         order = "by torch.fx" if self.order == "fx" else "by registration"
-        done = f"{len(self.converted)} of {len(self)} sites converted"
+        totals = self.totals
+        done = f"{totals.converted} of {totals.sites} sites converted"
         return plan_toml(
             self.rows, f"Reproduces the plan of {self.model}: policy {self.policy}, {done}, order {order}"
         )
@@ -120,10 +122,12 @@ class Plan:
         table = [("layer", "type", "weight", "input", "decided by", "remarks"), *map(_text_row, self.rows)]
         widths = [max(len(row[i]) for row in table) for i in range(5)]
         lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[5]]) for row in table]
-        done, size = len(self.converted), f"{self.float_bytes / 1e6:.2f} MB -> {self.bytes / 1e6:.2f} MB"
+        totals, size = self.totals, f"{self.float_bytes / 1e6:.2f} MB -> {self.bytes / 1e6:.2f} MB"
         if self.totals.bops is not None and self.totals.float_bops is not None:
             size += f", {self.totals.float_bops / 1e9:.3g} -> {self.totals.bops / 1e9:.3g} GBOPs"
-        return "\n".join([line.rstrip() for line in lines] + [f"{self.model}: {done} of {len(self)} sites, {size}"])
+        outputs = len(self) - totals.sites
+        done = f"{totals.converted} of {totals.sites} sites" + (f", {outputs} outputs" if outputs else "")
+        return "\n".join([line.rstrip() for line in lines] + [f"{self.model}: {done}, {size}"])
 
 
 def _text_row(row: PlanRow) -> tuple[str, str, str, str, str, str]:

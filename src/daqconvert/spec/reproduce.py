@@ -47,7 +47,7 @@ def reproduce(rows: Iterable[PlanRow]) -> Policy:
         >>> policy.default.w_bits, [(rule.match, rule.changes) for rule in policy.rules]
         (4, [('d', {'w_bits': 2})])
     """
-    candidates = [row for row in rows if not row.site.reason]
+    candidates = [row for row in rows if not row.site.reason and not row.site.is_output]
     decided = [_loosened(row) for row in candidates if row.converted or row.reason in _DECIDED]
     others = [row for row in candidates if row.reason == NOT_INCLUDED]
     excluded = [row for row in candidates if not row.converted and row.reason not in (*_DECIDED, NOT_INCLUDED)]
@@ -75,6 +75,7 @@ def plan_toml(rows: Sequence[PlanRow], heading: str) -> str:
         rows: All rows of a plan.
         heading: What the plan is of.
     """
+    rows = [row for row in rows if not row.site.is_output]  # what `deploy` adds again
     policy = reproduce(rows)
     bits = {rule.match: rule for rule in policy.rules if rule.match and set(rule.changes) <= set(BIT_FIELDS)}
     rules = tuple(rule for rule in policy.rules if rule.match not in bits)

@@ -34,7 +34,8 @@ def settable(site: Site) -> tuple[str, ...]:
         (False, True)
     """
     if site.is_product:  # both operands as they come, at the bits that `attention` says; nobody shares with them
-        return tuple(name for name in SETTING_NAMES if name not in (*BIT_FIELDS, *_LEVELS, "share_inputs"))
+        left = (*BIT_FIELDS, *_LEVELS, "share_inputs", "deploy")
+        return tuple(name for name in SETTING_NAMES if name not in left)
     fixed = _LEVELS if site.is_computed else _LEVELS[:1] if site.one_scale else ()
     return tuple(name for name in SETTING_NAMES if name not in (*fixed, "attention"))
 

@@ -50,6 +50,8 @@ class Totals:
             rows: Rows of a plan.
             other_params: Parameters and buffers outside the sites.
         """
+        scale_bytes = sum(row.scale_bytes for row in rows)
+        rows = [row for row in rows if not row.site.is_output]
         return cls(
             sites=len(rows),
             converted=sum(row.converted for row in rows),
@@ -59,7 +61,7 @@ class Totals:
             float_bops=_known(row.float_bops for row in rows),
             bytes=(_known(row.weight_bytes for row in rows) or 0) + 4 * other_params,
             float_bytes=(_known(row.float_bytes for row in rows) or 0) + 4 * other_params,
-            scale_bytes=sum(row.scale_bytes for row in rows),
+            scale_bytes=scale_bytes,
             unknown_macs=sum(row.site.macs is None for row in rows),
             unknown_bytes=sum(row.float_bytes is None for row in rows),
         )
