@@ -18,6 +18,7 @@ PUBLIC = [
     "Rule",
     "Settings",
     "__version__",
+    "cache_weights",
     "calibrate",
     "coverage",
     "disabled",

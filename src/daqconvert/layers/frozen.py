@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from daqconvert.functional.grid import weight_operand
+from daqconvert.functional.inference import decoded_weight
 from daqconvert.layers.base import BareOperation, QuantizedLayer
 from daqconvert.layers.computed import settle_weight
 from daqconvert.layers.frozen_site import FrozenSite, drop_quantizers, empty_values, frozen_values
@@ -65,7 +65,7 @@ class FrozenLayer(BareOperation, FrozenSite):
         step = self.scale if self.settings.a_bits is None else self.scale / self.input_scale
         step = step.reshape(layout.bound_view) if step.dim() else step
         codes = self.weight_codes.reshape(layout.view)
-        values = weight_operand(codes, self.settings.w_bits or 0, self.settings.grid, step.dtype) * step
+        values = decoded_weight(codes, self.settings.w_bits or 0, self.settings.grid, step.dtype) * step
         return values.reshape(self.weight_codes.shape).to(self.dtype)
 
     # a property in all but mypy's eyes, to whom it is the attribute that torch's classes declare

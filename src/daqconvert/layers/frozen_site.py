@@ -9,14 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from daqconvert.errors import FrozenError
-from daqconvert.functional.dasr import round_half_even
-from daqconvert.functional.grid import weight_codes, weight_operand
+from daqconvert.functional.grid import weight_codes
+from daqconvert.functional.inference import decoded_weight, input_operand, only_values
+from daqconvert.functional.products import KNOWN, PaddedProducts
+from daqconvert.functional.rescale import rescale_
+from daqconvert.functional.scaled import can_fuse
+from daqconvert.layers import integer_run
+from daqconvert.layers.operand_cache import OperandCache
 from daqconvert.layers.site import Operation, QuantizedSite, Watcher, rescale, safe_products
 from daqconvert.quantizers import ChannelLayout, WeightQuantizer
 from daqconvert.spec import Settings
 
-SCALES = ("scale", "input_scale", "weight_scale")
-BUFFERS = ("weight_codes", "scale", "input_scale", "input_zero_point", "weight_scale", "weight_zero_point")
+SCALES = ("scale", "input_scale", "weight_scale", "w_scale", "y_scale")
+OWN_BUFFERS = ("weight_codes", "scale", "input_scale", "input_zero_point", "weight_scale", "weight_zero_point")
+BUFFERS = (*OWN_BUFFERS, *integer_run.BUFFERS)
 
 
 class FrozenSite(nn.Module):
@@ -35,6 +41,7 @@ class FrozenSite(nn.Module):
         qdq: True writes operands and rescaling as one operator each (`daqconvert.deploy.operators`), for export alone;
             the values are the same.
         watchers: What `watching` has attached.
+        cache: Keeps the operand of the codes where `keep_operand` has said so, else None.
     """
 
     weight_codes: Tensor
@@ -49,6 +56,7 @@ class FrozenSite(nn.Module):
     qdq: bool
     dtype: torch.dtype
     watchers: tuple[Watcher, ...]
+    cache: OperandCache | None
 
     def hold(self, settings: Settings, name: str, dtype: torch.dtype, buffers: dict[str, Tensor]) -> None:
         """Take over the values of a frozen site.
@@ -60,6 +68,7 @@ class FrozenSite(nn.Module):
             buffers: Some of `BUFFERS`.
         """
         self.settings, self.layer_name, self.qdq, self.dtype, self.watchers = settings, name, False, dtype, ()
+        self.cache = None
         for key, value in buffers.items():
             self.register_buffer(key, value)
         self.requires_grad_(False)
@@ -81,14 +90,25 @@ class FrozenSite(nn.Module):
         for watcher in self.watchers:
             x = watcher.before(self, x, weight, operation)
         operand = x if self.settings.a_bits is None else self.input_operand(x)
-        acc, scale = safe_products(operation, operand, self.weight_operand(weight), self.scale, self.settings)
-        if self.qdq:
-            y: Tensor = torch.ops.daqconvert.rescale(acc, scale, bias, self.output_dims, self.layer_name)
-        else:
-            y = rescale(acc, scale, bias, self.output_dims, acc.dtype)
+        y = self._output(operand, self.weight_operand(weight), bias, operation)
         for watcher in self.watchers:
             watcher.after(self, y)
         return y
+
+    def _output(self, x: Tensor, w: Tensor, bias: Tensor | None, operation: Operation) -> Tensor:
+        """Products of two operands, scale and bias; where the sums are surely nobody else's, in their own memory."""
+        if "w_factor" in self._buffers:
+            return integer_run.integer_output(self, operation, x, w)
+        if isinstance(operation, PaddedProducts):
+            x, operation = operation.pad(x), operation.products
+        if not self.qdq and can_fuse(operation, x, w, self.scale, bias) and only_values(x, w, self.scale, bias):
+            assert isinstance(operation, KNOWN)
+            return rescale_(operation(x, w), self.scale, bias, operation.output_dims)
+        acc, scale = safe_products(operation, x, w, self.scale, self.settings)
+        if self.qdq:
+            named: Tensor = torch.ops.daqconvert.rescale(acc, scale, bias, self.output_dims, self.layer_name)
+            return named
+        return rescale(acc, scale, bias, self.output_dims, acc.dtype)
 
     def input_operand(self, x: Tensor) -> Tensor:
         """Return `q - zero_point` of an input, integer-valued, in its dtype."""
@@ -115,7 +135,22 @@ class FrozenSite(nn.Module):
                 self.weight_codes, bits, self.settings.grid, self.layer_name
             )
             return named
-        return weight_operand(self.weight_codes, bits, self.settings.grid, self.dtype)
+        decode = decoded_weight if self.cache is None else self.cache.get
+        return decode(self.weight_codes, bits, self.settings.grid, self.dtype)
+
+    def keep_operand(self, enabled: bool = True) -> int:
+        """Keep the operand of the codes in memory from now on, or no longer; return the bytes it takes."""
+        self.cache = OperandCache() if enabled and "weight_codes" in self._buffers else None
+        self._renew()
+        return 0 if self.cache is None else self.cache.nbytes
+
+    def _renew(self) -> None:
+        if self.cache is not None:
+            self.cache.get(self.weight_codes, self.settings.w_bits or 0, self.settings.grid, self.dtype)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._renew()
 
     def _operand(self, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int | None, role: str) -> Tensor:
         assert bits is not None
@@ -134,6 +169,7 @@ class FrozenSite(nn.Module):
             if before is not None and after is not None and after.dtype in (torch.float16, torch.bfloat16):
                 self._buffers[key] = before.to(after.device, torch.float32)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        self._renew()
         return self
 
     def train(self, mode: bool = True) -> FrozenSite:
@@ -198,22 +234,6 @@ def drop_quantizers(site: Any) -> None:
         site.__dict__.pop(child, None)
         site._modules.pop(child, None)
     del site.output_scale, site.enabled
-
-
-def input_operand(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """Return `clip(round(x / scale), -zero_point, n - zero_point)`, integer-valued, in the dtype of `x`.
-
-    Args:
-        x: Any shape, any floating dtype; arithmetic in float32 at least.
-        scale: Scalar, the step between two levels.
-        zero_point: Scalar, uint8.
-        bits: 1 to 8; `n = 2**bits - 1`.
-    """
-    wide = x if x.dtype == torch.float64 else x.float()
-    low = zero_point.to(wide.dtype)
-    # NOTE: operation by operation as in training: where a size of 1 leaves the layout open, the strides decide which
-    # kernel the convolution and what follows it take, and two kernels may differ in the last bit
-    return round_half_even(torch.clamp(wide / scale, -low, (2**bits - 1) - low)).to(x.dtype)
 
 
 def no_training(name: str) -> str:
