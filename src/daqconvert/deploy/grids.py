@@ -6,8 +6,8 @@ is left out; everything else gets a `DequantizeLinear`. An operand (an integer-v
 grid tensor as well: of scale 1, written as `Cast` and `Sub`.
 
 A sum of two grid tensors is written as `Sum`, which runtimes compute in float32, product by product, as the frozen
-model does. For `Add` between the same nodes ONNX Runtime has an integer kernel, whose rounding is not the same on every
-processor.
+model does. For `Add` between the same nodes ONNX Runtime has an integer kernel, whose rounding differs between
+processors.
 """
 
 from __future__ import annotations
@@ -69,29 +69,33 @@ class Grids:
         """
         self.parts, self.constants, self.outputs = parts, constants, outputs
         self.known: dict[str, Grid] = {}
-        self.values: dict[str, str] = {}
+        self.written: set[str] = set()
 
     def value(self, name: str) -> str:
         """Return the name of a float tensor with the values of `name`, writing the nodes for a grid tensor."""
         grid = self.known.get(name)
         if grid is None:
             return name
-        key = f"{grid.codes}|{grid.scale}"
-        if key not in self.values:
-            self.values[key] = self._dequantized(grid) if grid.scale else self._operand(grid)
-        return self.values[key]
+        return self.real(grid.codes, grid.scale, grid.zero_point) if grid.scale else self._operand(grid)
 
-    def _dequantized(self, grid: Grid) -> str:
-        inputs = [grid.codes, grid.scale, grid.zero_point]
-        return self.parts.node("DequantizeLinear", inputs, f"{grid.codes}.value")
+    def real(self, codes: str, scale: str, zero_point: str) -> str:
+        """Return the name of `(codes - zero_point) * scale`."""
+        return self.once("DequantizeLinear", [codes, scale, zero_point], f"{codes}.value")
 
     def _operand(self, grid: Grid) -> str:
         # NOTE: no DequantizeLinear: ONNX Runtime takes it as leave to round the weights and bias beside it anew
-        operand = self.parts.node("Cast", [grid.codes], f"{grid.codes}.operand", to=1)  # TensorProto.FLOAT
+        operand = self.once("Cast", [grid.codes], f"{grid.codes}.operand", to=1)  # TensorProto.FLOAT
         if not grid.zero:
             return operand
         zero = self.parts.constant(f"daq.zero{grid.zero}", np.float32(grid.zero))
-        return self.parts.node("Sub", [operand, zero], f"{operand}.centred")
+        return self.once("Sub", [operand, zero], f"{operand}.centred")
+
+    def once(self, op: str, inputs: list[str], output: str, **given: Any) -> str:
+        """Write a node with one output unless that is there already; return the output's name."""
+        if output not in self.written:
+            self.written.add(output)
+            self.parts.node(op, inputs, output, **given)
+        return output
 
     def write(self, node: NodeProto) -> bool:
         """Write an ordinary node that reads a grid tensor; return whether it reads one.

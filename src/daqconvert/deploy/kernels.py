@@ -87,9 +87,9 @@ class Kernels:
         if weight is None:
             return
         key = weight.named("weight")
-        if key not in self.grids.values:
+        if key not in self.grids.written:
             add_weight(self.parts, weight.named("weight_codes"), weight.codes, weight.bits, weight.grid, key)
-            self.grids.values[key] = key
+            self.grids.written.add(key)
         if weight.transposed:
             self.parts.node("Transpose", [key], name, perm=[1, 0])
         else:
@@ -145,9 +145,9 @@ class Kernels:
         codes = self.parts.constant(weight.named("bias"), bias)
         operand = self._real(x, node.input[0])
         node.input[0] = operand
-        node.input[1] = self._once("DequantizeLinear", [integers, scale], weight.named("weight"), axis=0)
+        node.input[1] = self.grids.once("DequantizeLinear", [integers, scale], weight.named("weight"), axis=0)
         del node.input[2:]
-        node.input.append(self._once("DequantizeLinear", [codes, unit], weight.named("bias.value"), axis=0))
+        node.input.append(self.grids.once("DequantizeLinear", [codes, unit], weight.named("bias.value"), axis=0))
         self.sums[ending.input[0]] = node.output[0]
         self.parts.nodes.append(node)
 
@@ -175,26 +175,26 @@ class Kernels:
         steps = weight_scale(total, np.float32(self.values[self.scales[node.input[0]]]))
         step = self.parts.constant(weight.named("weight_scale"), steps)
         axis = {"axis": 1} if steps.ndim else {}
-        real = self._once("DequantizeLinear", [integers, step], f"{integers}.value", **axis)
+        real = self.grids.once("DequantizeLinear", [integers, step], f"{integers}.value", **axis)
         self.scaled[output] = self.parts.node("MatMul", [self._real(x, node.input[0]), real], f"{output}.scaled")
         return True
 
     def _turned(self, node: NodeProto, weight: Weight, integers: str) -> str:
         """The int8 weight with inputs first, as a product of matrices takes it."""
         exchanged = weight.transposed != any(a.name == "transB" and a.i for a in node.attribute)
-        return self._once("Transpose", [integers], f"{integers}.turned", perm=[1, 0]) if exchanged else integers
+        return self.grids.once("Transpose", [integers], f"{integers}.turned", perm=[1, 0]) if exchanged else integers
 
     def _real(self, x: Grid, operand: str) -> str:
         """The input in real units."""
-        return self._once("DequantizeLinear", [x.codes, self.scales[operand], x.zero_point], f"{x.codes}.value")
+        return self.grids.real(x.codes, self.scales[operand], x.zero_point)
 
     def _int8(self, weight: Weight, factor: np.ndarray | np.generic) -> str:
         """The unpacked weight times `factor`, as int8."""
         codes = weight.named("weight_codes")
         name = f"{codes}.int8"
-        if name in self.grids.values:
+        if name in self.grids.written:
             return name
-        self.grids.values[name] = name
+        self.grids.written.add(name)
         operand = f"{codes}.integers"
         add_weight(self.parts, codes, weight.codes, weight.bits, weight.grid, operand)
         values = np.unique(factor)
@@ -206,13 +206,6 @@ class Kernels:
             by = self.parts.constant(f"daq.factor{values[0]}", np.float32(values[0]))
             operand = self.parts.node("Mul", [operand, by], f"{codes}.multiplied")
         return self.parts.node("Cast", [operand], name, to=INT8)
-
-    def _once(self, op: str, inputs: list[str], output: str, **given: Any) -> str:
-        """Write a node unless its output is there."""
-        if self.grids.values.setdefault(output, "") == "":
-            self.grids.values[output] = output
-            self.parts.node(op, inputs, output, **given)
-        return output
 
 
 def weight_scale(total: np.ndarray, x_scale: np.float32) -> np.ndarray:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from daqconvert.batches import model_device, to_device
+from daqconvert.deploy.epilogues import behind, epilogues
 from daqconvert.deploy.expansion import layer_tensors
 from daqconvert.deploy.runtime import OnnxModel, require_packages
 from daqconvert.deploy.sites import named_layers
@@ -20,6 +21,7 @@ from daqconvert.layers import FrozenSite, QuantizedSite
 from daqconvert.layers.site import Operation, Watcher, watching
 from daqconvert.modes import evaluating
 from daqconvert.quantizers import InputQuantizer
+from daqconvert.spec import Output
 
 Calls = dict[str, list[Tensor]]
 
@@ -53,11 +55,17 @@ class Probe(Protocol):
 
 
 class ModuleProbe:
-    """Watches a torch model, float, quantized or frozen, in evaluation mode."""
+    """Watches a torch model, float, quantized or frozen, in evaluation mode.
+
+    Attributes:
+        epilogues: What stands behind a layer, by name, that its output is to be recorded after: where the model beside
+            it has folded that into the layer.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.modules = named_layers(model)
+        self.epilogues: dict[str, Output] = {}
 
     def layers(self) -> list[str]:
         """Return the names of all convolutions and linears."""
@@ -87,6 +95,9 @@ class ModuleProbe:
             stack.enter_context(evaluating(self.model))
             stack.enter_context(torch.no_grad())
             result = self.model(*to_device(args, device), **to_device(kwargs, device))
+        for name in self.epilogues.keys() & recording.outputs.keys() - epilogues(self.model).keys():
+            paths = dict(self.model.named_modules())
+            recording.outputs[name] = [behind(paths, self.epilogues[name], y) for y in recording.outputs[name]]
         recording.results = [leaf.cpu() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         return recording
 
@@ -183,8 +194,17 @@ class OnnxProbe:
             found = dict(zip(session.output_names, session.run(args, kwargs), strict=True))
             for name in names:
                 if self.tensors[name][kind]:
-                    calls[name] = [found[tensor] for tensor in self.tensors[name][kind]]
+                    calls[name] = [self._real(name, kind, tensor, found) for tensor in self.tensors[name][kind]]
         return recording
+
+    def _real(self, name: str, kind: str, tensor: str, found: dict[str, Tensor]) -> Tensor:
+        """A recorded tensor; an output that the file holds as codes in real units."""
+        grid = self.tensors[name].get("grids", {}).get(tensor) if kind == "outputs" else None
+        value = found[tensor]
+        if grid is None:
+            return value
+        scale, zero_point = grid
+        return (value.to(torch.float32) - zero_point) * torch.tensor(scale, dtype=torch.float32)
 
     def _watching(self, kind: str, names: frozenset[str]) -> OnnxModel:
         """Return a session whose graph has the tensors of these layers as outputs."""
@@ -193,10 +213,13 @@ class OnnxProbe:
         if (kind, names) not in self._sessions:
             model = onnx.ModelProto()
             model.CopyFrom(self._proto)
-            dtype = onnx.TensorProto.UINT8 if kind == "codes" else onnx.TensorProto.FLOAT
             there = set(self._file.output_names)
-            for tensor in dict.fromkeys(t for name in self.tensors if name in names for t in self.tensors[name][kind]):
-                if tensor not in there:
-                    model.graph.output.append(onnx.helper.make_tensor_value_info(tensor, dtype, None))
+            for name in (n for n in self.tensors if n in names):
+                for tensor in self.tensors[name][kind]:
+                    codes = kind == "codes" or tensor in self.tensors[name].get("grids", {})
+                    dtype = onnx.TensorProto.UINT8 if codes else onnx.TensorProto.FLOAT
+                    if tensor not in there:
+                        model.graph.output.append(onnx.helper.make_tensor_value_info(tensor, dtype, None))
+                        there.add(tensor)
             self._sessions[kind, names] = OnnxModel(model.SerializeToString())
         return self._sessions[kind, names]

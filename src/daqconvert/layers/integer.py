@@ -75,8 +75,8 @@ def _empty(site: FrozenSite) -> IntegerLayer:
     def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=like.device)
 
-    vectors = (zeros(dtype, channels) for dtype in (torch.float32, torch.int8, torch.int32))
-    return IntegerLayer(*vectors, zeros(torch.float32), zeros(torch.uint8), zeros(torch.uint8, 2))
+    scale, factor, bias = (zeros(dtype, channels) for dtype in (torch.float32, torch.int8, torch.int32))
+    return IntegerLayer(scale, factor, bias, zeros(torch.float32), zeros(torch.uint8), zeros(torch.uint8, 2))
 
 
 def _bias(site: FrozenSite, like: Tensor) -> Tensor:
