@@ -110,8 +110,8 @@ def cache_weights(frozen: nn.Module, enabled: bool = True) -> int:
 
     A frozen model holds one byte a weight and decodes a layer's codes whenever it computes. This keeps the operands
     besides, 4 bytes a weight in a float32 model; values do not change. They stand in no state dict, artifact or
-    exported file, move with `.to()` and `.half()`, and follow what is loaded. A compiled model takes what is kept: after
-    a write into `weight_codes` by hand it needs this call again.
+    exported file, move with `.to()` and `.half()`, and follow what is loaded. A compiled model takes what is kept:
+    after a write into `weight_codes` by hand it needs this call again.
 
     Args:
         frozen: From `freeze` or `load`; changed in place.
