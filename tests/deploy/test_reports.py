@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from daqconvert.deploy.reports import ExportReport, LayerAgreement, LayerComparison, VerifyReport
+from daqconvert.deploy.comparison import LayerComparison, VerifyReport
+from daqconvert.deploy.reports import ExportReport, LayerAgreement
 
 
 def report(layers=(), sqnr_same=math.inf, classes=1.0, samples=1000):

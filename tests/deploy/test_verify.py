@@ -57,7 +57,7 @@ def test_first_layer_whose_codes_differ_is_named(pair, images):
     other[3].input_scale.mul_(1.5)
     report = dq.verify(frozen, other, [images])
     assert report.first_difference == "3"
-    assert "first layer whose codes differ: 3" in str(report)
+    assert "codes first differ at 3: " in str(report)
     by_name = {row.name: row for row in report.layers}
     assert by_name["0"].differing == 0
     assert by_name["3"].differing > 0

@@ -18,6 +18,7 @@ from daqconvert.cli.freeze import freeze_command
 from daqconvert.cli.inspect import inspect_command
 from daqconvert.cli.output import guarded
 from daqconvert.cli.plan import plan_command
+from daqconvert.cli.verify import verify_command
 
 __all__ = ["app", "main"]
 
@@ -37,6 +38,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "freeze": freeze_command,
     "export": export_command,
     "inspect": inspect_command,
+    "verify": verify_command,
     "bench": bench_command,
 }
 for name, command in COMMANDS.items():

@@ -20,13 +20,14 @@ from daqconvert.cli.targets import (
     MODEL,
     RUN,
     calibrated,
+    data_changes,
     kind_of,
     load_artifact,
+    loaders_of,
     open_named,
     refuse,
 )
 from daqconvert.convert import current_plan
-from daqconvert.data import create_loaders, open_splits
 from daqconvert.modes import copy_model
 from daqconvert.report.tables import render, simple_table
 from daqconvert.spec import Policy
@@ -93,7 +94,7 @@ def _named(job: Job, asked: Policy | None, batch_size: int) -> tuple[str, Result
 
 
 def _run(path: Path, typed: str | None, job: Job, batch_size: int) -> tuple[str, Results]:
-    config, opened = rundir.open_run(path, typed, batch_size, _data_changes(job))
+    config, opened = rundir.open_run(path, typed, batch_size, data_changes(job))
     loader = opened.loaders.val
     found = {"float": _measure(opened.model, loader)}
     bits, skeleton = bits_text(config.plan), copy_model(opened.model)
@@ -105,22 +106,7 @@ def _run(path: Path, typed: str | None, job: Job, batch_size: int) -> tuple[str,
     return opened.loaders.description, found
 
 
-def _data_changes(job: Job) -> dict[str, Any]:
-    """What the user says about the data, beside what the run was made with."""
-    names = ("data", "holdout", "data_root", "download", "input_size", "num_classes", "workers")
-    default = Job()
-    return {name: getattr(job, name) for name in names if getattr(job, name) != getattr(default, name)}
-
-
 def _artifact(path: Path, typed: str | None, job: Job, batch_size: int) -> tuple[str, Results]:
     frozen = load_artifact(path, typed)
-    splits = (
-        None
-        if job.data is None
-        else open_splits(job.data, job.holdout, job.seed, job.data_root, job.download, job.num_classes)
-    )
-    manifest = read_manifest(path)
-    loaders = create_loaders(
-        splits, frozen, batch_size, source=manifest.source, input_size=job.input_size, num_workers=job.workers
-    )
-    return loaders.description, {f"{bits_text(manifest.plan)}, frozen": _measure(frozen, loaders.val)}
+    loaders = loaders_of(path, frozen, job, batch_size)
+    return loaders.description, {f"{bits_text(read_manifest(path).plan)}, frozen": _measure(frozen, loaders.val)}

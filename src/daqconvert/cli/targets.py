@@ -14,6 +14,7 @@ from daqconvert.calibration import calibrate
 from daqconvert.cli import rundir
 from daqconvert.cli.job import Job, Opened, open_job
 from daqconvert.convert import quantize
+from daqconvert.data import Loaders, create_loaders, open_splits
 from daqconvert.errors import ArtifactError, ConversionError, PolicyError
 from daqconvert.sources import build_model
 from daqconvert.spec import Policy
@@ -84,6 +85,37 @@ def load_artifact(path: Path, typed: str | None) -> nn.Module:
         raise ArtifactError(f"{path}: it does not say how to build its {manifest.model}. Add --model module:function.")
     skeleton = None if typed is None else build_model(typed)
     return load(path, model=skeleton).eval()
+
+
+def data_changes(job: Job) -> dict[str, Any]:
+    """Return what the user says about the data, beside what a run was made with.
+
+    Args:
+        job: Read from the options.
+    """
+    names = ("data", "holdout", "data_root", "download", "input_size", "num_classes", "workers")
+    default = Job()
+    return {name: getattr(job, name) for name in names if getattr(job, name) != getattr(default, name)}
+
+
+def loaders_of(path: Path, frozen: nn.Module, job: Job, batch_size: int) -> Loaders:
+    """Return the data that the user named, as an artifact's model takes it.
+
+    Args:
+        path: The artifact.
+        frozen: Its model.
+        job: Read from the options.
+        batch_size: Images a batch.
+    """
+    splits = (
+        None
+        if job.data is None
+        else open_splits(job.data, job.holdout, job.seed, job.data_root, job.download, job.num_classes)
+    )
+    source = read_manifest(path).source
+    return create_loaders(
+        splits, frozen, batch_size, source=source, input_size=job.input_size, num_workers=job.workers
+    )
 
 
 def open_named(job: Job, batch_size: int = EVAL_BATCH) -> Opened:

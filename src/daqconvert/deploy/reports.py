@@ -1,4 +1,4 @@
-"""What `export` and `verify` found: frozen dataclasses, a plain-text table each, `to_dict()` for JSON.
+"""What `export` found: frozen dataclasses, a plain-text table, `to_dict()` for JSON.
 
 Units: shares are 0..1, SQNR is `10 log10(sum(reference^2) / sum((reference - candidate)^2))` in decibels, infinite (in
 JSON: null) where nothing differs; differences of codes are in levels.
@@ -98,7 +98,7 @@ class ExportReport:
             if not layer.agrees
         ]
         if not self.sqnr_same_codes >= SAME_CODES_SQNR:
-            found.append(f"for the same codes the output's SQNR is {_db(self.sqnr_same_codes)}")
+            found.append(f"for the same codes the output's SQNR is {db_text(self.sqnr_same_codes)}")
         if self.classes_differing > max(1.0, (1 - CLASS_SHARE) * self.samples):
             why = "" if found else "; layer by layer the codes agree, so the network amplifies float32 rounding"
             found.append(f"the class differs for {self.classes_differing} of {self.samples} samples{why}")
@@ -107,7 +107,7 @@ class ExportReport:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values for JSON."""
         rows = [{**dataclasses.asdict(row), "agrees": row.agrees} for row in self.layers]
-        return _plain({**dataclasses.asdict(self), "layers": rows, "agrees": self.agrees})
+        return plain({**dataclasses.asdict(self), "layers": rows, "agrees": self.agrees})
 
     def __str__(self) -> str:
         """Return a plain-text table: one row per layer whose codes differ anywhere, and the totals."""
@@ -122,88 +122,11 @@ class ExportReport:
             lines += text_table(rows)
         if self.layers:
             lines.append(f"codes: identical in {len(self.layers) - len(different)} of {len(self.layers)} layers")
-        lines.append(f"output: largest difference {self.largest_difference:.3g}, SQNR {_db(self.sqnr)}")
+        lines.append(f"output: largest difference {self.largest_difference:.3g}, SQNR {db_text(self.sqnr)}")
         if self.class_agreement is not None:
             lines.append(f"class: the same for {self.class_agreement:.2%} of {self.samples} samples")
         verdict = "agrees" if self.agrees else "DOES NOT AGREE: " + "; ".join(self.problems())
         return "\n".join([*lines, *self.notes, f"ONNX Runtime, {self.samples} samples: {verdict}"])
-
-
-@dataclass(frozen=True)
-class LayerComparison:
-    """One layer in two models.
-
-    Attributes:
-        name: Dotted name of the layer.
-        sqnr: SQNR of its output.
-        largest_difference: Largest absolute difference of its output.
-        codes: Input codes compared; 0 where one of the models has none.
-        differing: Input codes that differ.
-        largest: Their largest difference, in levels.
-    """
-
-    name: str
-    sqnr: float
-    largest_difference: float
-    codes: int = 0
-    differing: int = 0
-    largest: int = 0
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """How well a candidate agrees with a reference.
-
-    Attributes:
-        reference: What the reference is, in words.
-        candidate: What the candidate is.
-        samples: Number of samples compared.
-        agreement: Share of samples with the same top-1 class, or None where the output is no `(N, classes)`.
-        sqnr: SQNR of the outputs.
-        largest_difference: Largest absolute difference of an output.
-        layers: The layers both have, in the reference's order of execution.
-    """
-
-    reference: str
-    candidate: str
-    samples: int
-    agreement: float | None
-    sqnr: float
-    largest_difference: float
-    layers: tuple[LayerComparison, ...]
-
-    @property
-    def identical(self) -> bool:
-        """Whether every output is the same in every element."""
-        return self.largest_difference == 0.0
-
-    @property
-    def first_difference(self) -> str | None:
-        """Name of the first layer whose input codes differ; None where none does or none has codes in both."""
-        return next((layer.name for layer in self.layers if layer.differing), None)
-
-    def first_below(self, sqnr: float) -> str | None:
-        """Return the name of the first layer whose output's SQNR is below `sqnr` decibels, or None."""
-        return next((layer.name for layer in self.layers if not layer.sqnr >= sqnr), None)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain values for JSON."""
-        return _plain({**dataclasses.asdict(self), "first_difference": self.first_difference})
-
-    def __str__(self) -> str:
-        """Return a plain-text table: one row per layer, and the outputs."""
-        rows = [("layer", "SQNR", "largest difference", "codes", "differing", "by levels")]
-        for row in self.layers:
-            codes = (str(row.codes), str(row.differing), str(row.largest)) if row.codes else ("-", "-", "-")
-            rows.append((row.name or "(root)", _db(row.sqnr), f"{row.largest_difference:.3g}", *codes))
-        lines = [f"{self.candidate} against {self.reference}, {self.samples} samples"]
-        lines += text_table(rows) if self.layers else []
-        if self.first_difference is not None:
-            lines.append(f"first layer whose codes differ: {self.first_difference or '(root)'}")
-        if self.agreement is not None:
-            lines.append(f"top-1: the same for {self.agreement:.2%}")
-        lines.append(f"output: largest difference {self.largest_difference:.3g}, SQNR {_db(self.sqnr)}")
-        return "\n".join(lines)
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -220,14 +143,31 @@ def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _db(value: float) -> str:
+def db_text(value: float) -> str:
+    """Return an SQNR in words: infinite is `identical`.
+
+    Args:
+        value: Decibels.
+
+    Example:
+        >>> db_text(12.34), db_text(math.inf)
+        ('12.3 dB', 'identical')
+    """
     return "identical" if value == math.inf else f"{value:.1f} dB"
 
 
-def _plain(value: Any) -> Any:
-    """Tuples as lists, numbers that JSON has no word for as None."""
+def plain(value: Any) -> Any:
+    """Return tuples as lists, and numbers that JSON has no word for as None.
+
+    Args:
+        value: Nested dicts, lists and tuples.
+
+    Example:
+        >>> plain({"a": (1, math.inf)})
+        {'a': [1, None]}
+    """
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

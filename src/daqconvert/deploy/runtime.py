@@ -36,6 +36,7 @@ class OnnxModel:
 
     Attributes:
         input_names: Names of the graph's inputs, in order.
+        input_shapes: Their shapes; an open dimension is a name or None.
         output_names: Names of the graph's outputs, in order.
         metadata: The file's own notes.
     """
@@ -67,6 +68,7 @@ class OnnxModel:
             what = "the model" if isinstance(source, bytes) else str(source)
             raise ExportError(f"{what}: ONNX Runtime cannot load it: {str(error).strip()[:400]}") from error
         self.input_names = [i.name for i in self._session.get_inputs()]
+        self.input_shapes: list[list[int | str | None]] = [i.shape for i in self._session.get_inputs()]
         self.output_names = [o.name for o in self._session.get_outputs()]
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,21 @@ from torch import nn
 
 from daqconvert.batches import split_batch
 from daqconvert.deploy.agreement import Codes, Noise, Outputs
-from daqconvert.deploy.probes import ModuleProbe, OnnxProbe, Probe
-from daqconvert.deploy.reports import LayerComparison, VerifyReport
+from daqconvert.deploy.comparison import LayerComparison, VerifyReport
+from daqconvert.deploy.probes import ModuleProbe, OnnxProbe, Probe, Recording
 from daqconvert.errors import DataError, ExportError
 from daqconvert.layers import FrozenSite, QuantizedSite
 
 Model = nn.Module | str | Path
+Pair = tuple[str, str]
 
 
 def verify(reference: Model, candidate: Model, batches: Iterable[Any], max_batches: int | None = None) -> VerifyReport:
     """Compare two models on the same batches: top-1 agreement, outputs, and every layer that both have.
 
     A layer is compared by the SQNR of its output; where both models have codes, by its input codes too. The report
-    names the first layer whose codes differ, and `report.first_below(30)` the first one below 30 dB.
+    names the first layer whose codes differ, and `report.first_below(30)` the first one below 30 dB;
+    `report.plot("depth.png")` draws the SQNR by depth.
 
     Args:
         reference: A float, quantized or frozen model, or the path of an ONNX file; models run in evaluation mode and
@@ -46,31 +48,91 @@ def verify(reference: Model, candidate: Model, batches: Iterable[Any], max_batch
         >>> dq.verify(qmodel, dq.freeze(qmodel), [x]).identical
         True
     """
-    first, second = _probe(reference), _probe(candidate)
-    known = set(second.layers())
-    watch = {name for name in first.layers() if name in known}
-    outputs, order = Outputs(), dict[str, tuple[Noise, Codes]]()
+    models = {"reference": reference, "candidate": candidate}
+    names = {"reference": _describe(reference), "candidate": _describe(candidate)}
+    (report,) = verify_all(models, [("reference", "candidate")], batches, max_batches, names)
+    return report
+
+
+def verify_all(
+    models: Mapping[str, Model], pairs: Sequence[Pair], batches: Iterable[Any], max_batches: int | None = None,
+    names: Mapping[str, str] | None = None,
+) -> list[VerifyReport]:  # fmt: skip
+    """Compare several pairs of models, each of which runs once per batch.
+
+    Args:
+        models: As `verify` takes them, by key.
+        pairs: Keys of reference and candidate.
+        batches: As in `verify`.
+        max_batches: As in `verify`.
+        names: What the reports call the models; None for their keys.
+
+    Returns:
+        One report per pair.
+
+    Raises:
+        ExportError: As `verify` does.
+        DataError: If there is no batch.
+    """
+    probes = {key: _probe(model) for key, model in models.items()}
+    known = {key: set(probe.layers()) for key, probe in probes.items()}
+    partners: dict[str, set[str]] = {key: set() for key in models}
+    for first, second in pairs:
+        shared = known[first] & known[second]
+        partners[first] |= shared
+        partners[second] |= shared
+    sums = {pair: Sums() for pair in pairs}
     count = 0
     for batch in itertools.islice(batches, max_batches):
         args, kwargs, _ = split_batch(batch)
-        a, b = first.run(args, kwargs, watch), second.run(args, kwargs, watch)
-        outputs.add_results(a.results, b.results)
-        for name in [n for n in a.outputs if n in b.outputs]:
-            noise, codes = order.setdefault(name, (Noise(), Codes()))
-            noise.add(name or "(root)", a.outputs[name], b.outputs[name])
-            if name in a.codes and name in b.codes:
-                codes.add(name, a.codes[name], b.codes[name])
+        found = {key: probe.run(args, kwargs, partners[key]) for key, probe in probes.items()}
+        for (first, second), pair_sums in sums.items():
+            pair_sums.add(found[first], found[second])
         count += 1
     if count == 0:
         raise DataError("verify: expected at least one batch, found none. Is the loader empty?")
-    rows = (
-        LayerComparison(name, noise.sqnr, noise.largest, codes.elements, codes.differing, codes.largest)
-        for name, (noise, codes) in order.items()
-    )
-    return VerifyReport(
-        _describe(reference), _describe(candidate), outputs.samples, outputs.class_agreement, outputs.sqnr,
-        outputs.largest, tuple(rows),
-    )  # fmt: skip
+    called = names or {key: key for key in models}
+    return [pair_sums.report(called[first], called[second]) for (first, second), pair_sums in sums.items()]
+
+
+class Sums:
+    """What two models did, summed over batches."""
+
+    def __init__(self) -> None:
+        self.outputs = Outputs()
+        self.layers: dict[str, tuple[Noise | None, Codes]] = {}
+
+    def add(self, reference: Recording, candidate: Recording) -> None:
+        """Add one batch.
+
+        Raises:
+            ExportError: If outputs or codes of one name have different shapes.
+        """
+        self.outputs.add_results(reference.results, candidate.results)
+        for name in dict.fromkeys([*reference.outputs, *reference.codes]):
+            outputs = name in reference.outputs and name in candidate.outputs
+            codes = name in reference.codes and name in candidate.codes
+            if not (outputs or codes):
+                continue
+            noise, code_sums = self.layers.setdefault(name, (Noise() if outputs else None, Codes()))
+            if noise is not None:
+                noise.add(name or "(root)", reference.outputs[name], candidate.outputs[name])
+            if codes:
+                code_sums.add(name, reference.codes[name], candidate.codes[name])
+
+    def report(self, reference: str, candidate: str) -> VerifyReport:
+        """Return the figures."""
+        rows = (
+            LayerComparison(
+                name, None if noise is None else noise.sqnr, None if noise is None else noise.largest,
+                codes.elements, codes.differing, codes.largest,
+            )
+            for name, (noise, codes) in self.layers.items()
+        )  # fmt: skip
+        total = self.outputs
+        return VerifyReport(
+            reference, candidate, total.samples, total.class_agreement, total.sqnr, total.largest, tuple(rows)
+        )
 
 
 def _probe(model: Model) -> Probe:
@@ -83,7 +145,7 @@ def _probe(model: Model) -> Probe:
 
 def _describe(model: Model) -> str:
     if not isinstance(model, nn.Module):
-        return Path(model).name
+        return Path(model).name if isinstance(model, (str, Path)) else type(model).__name__
     kinds = {FrozenSite: "frozen", QuantizedSite: "quantized"}
     kind = next((word for cls, word in kinds.items() if any(isinstance(m, cls) for m in model.modules())), "float")
     return f"{kind} {type(model).__name__}"
