@@ -12,6 +12,7 @@ from torch import nn
 from daqconvert.batches import split_batch
 from daqconvert.deploy.agreement import Codes, Noise, Outputs
 from daqconvert.deploy.comparison import LayerComparison, VerifyReport
+from daqconvert.deploy.epilogues import epilogues
 from daqconvert.deploy.probes import ModuleProbe, OnnxProbe, Probe, Recording
 from daqconvert.errors import DataError, ExportError
 from daqconvert.layers import FrozenSite, QuantizedSite
@@ -75,6 +76,10 @@ def verify_all(
         DataError: If there is no batch.
     """
     probes = {key: _probe(model) for key, model in models.items()}
+    folded = {name: output for model in models.values() for name, output in epilogues(model).items()}
+    for probe in probes.values():
+        if isinstance(probe, ModuleProbe):
+            probe.epilogues = folded
     known = {key: set(probe.layers()) for key, probe in probes.items()}
     partners: dict[str, set[str]] = {key: set() for key in models}
     for first, second in pairs:

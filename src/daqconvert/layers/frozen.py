@@ -10,6 +10,7 @@ from daqconvert.functional.inference import decoded_weight
 from daqconvert.layers.base import BareOperation, QuantizedLayer
 from daqconvert.layers.computed import settle_weight
 from daqconvert.layers.frozen_site import FrozenSite, drop_quantizers, empty_values, frozen_values
+from daqconvert.layers.integer_run import numbers_of
 from daqconvert.quantizers import ChannelLayout
 from daqconvert.spec import Settings
 
@@ -62,11 +63,18 @@ class FrozenLayer(BareOperation, FrozenSite):
         if stored is not None:
             return stored
         layout = self.channel_layout(tuple(self.weight_codes.shape))
-        step = self.scale if self.settings.a_bits is None else self.scale / self.input_scale
+        step = self.weight_step()
         step = step.reshape(layout.bound_view) if step.dim() else step
         codes = self.weight_codes.reshape(layout.view)
         values = decoded_weight(codes, self.settings.w_bits or 0, self.settings.grid, step.dtype) * step
         return values.reshape(self.weight_codes.shape).to(self.dtype)
+
+    def weight_step(self) -> Tensor:
+        """Return what one unit of the weight operand is worth, `()` or `(C_out,)`; a folded batch norm is in it."""
+        if "w_factor" in self._buffers:
+            numbers = numbers_of(self)
+            return numbers.weight_scale * numbers.factor
+        return self.scale if self.settings.a_bits is None else self.scale / self.input_scale
 
     # a property in all but mypy's eyes, to whom it is the attribute that torch's classes declare
     weight: Tensor = property(real_weight)  # type: ignore[assignment]
