@@ -6,9 +6,10 @@ from torch import nn
 
 from daqconvert.convert import PLAN_ATTRIBUTE, current_plan, require_quantized
 from daqconvert.errors import CalibrationError
-from daqconvert.graph import freeze_sites, integer_sites
+from daqconvert.graph import coded_weights, freeze_sites, integer_sites, own_parameters
 from daqconvert.layers.frozen_site import FrozenSite
 from daqconvert.modes import copy_model
+from daqconvert.quantizers import WeightQuantizer
 
 
 def freeze(qmodel: nn.Module) -> nn.Module:
@@ -48,9 +49,14 @@ def freeze(qmodel: nn.Module) -> nn.Module:
             "Run daqconvert.calibrate(model, batches) or finetune first."
         )
     plan = current_plan(qmodel)
-    frozen = copy_model(qmodel)
+    for layer in layers.values():
+        if isinstance(layer.weight_quantizer, WeightQuantizer):
+            layer.weight_quantizer.release_memory()  # as large as the codes that are about to be made
+    weights = coded_weights(qmodel)  # read where they lie: a copy of all would double the memory
+    frozen = copy_model(qmodel, sharing=weights)
     freeze_sites(frozen)
     integer_sites(frozen, plan)
+    own_parameters(frozen, weights)
     for module in frozen.modules():
         module.training = False
     frozen.requires_grad_(False)

@@ -18,7 +18,7 @@ from daqconvert.layers.frozen_site import FrozenSite
 from daqconvert.layers.site import QuantizedSite
 
 
-def copy_model(model: nn.Module, *, to_look_at: bool = False) -> nn.Module:
+def copy_model(model: nn.Module, *, to_look_at: bool = False, sharing: Iterable[Tensor] = ()) -> nn.Module:
     """Return a deep copy of a model.
 
     Tensors that a forward left in an attribute together with their graph (a cached activation, the weight that the old
@@ -28,11 +28,12 @@ def copy_model(model: nn.Module, *, to_look_at: bool = False) -> nn.Module:
         model: Any module; not changed.
         to_look_at: The copy shares the parameters and has no forward hooks: whatever its code and the user's hooks do
             while it is traced, the user's model never sees it.
+        sharing: Tensors that the copy has in common with the model.
 
     Raises:
         ConversionError: If something in the model cannot be copied.
     """
-    memo: dict[int, Any] = {id(p): p for p in model.parameters()} if to_look_at else {}
+    memo: dict[int, Any] = {id(p): p for p in model.parameters()} if to_look_at else {id(t): t for t in sharing}
     for module in model.modules():
         left = [t for t in tree_leaves(vars(module)) if isinstance(t, Tensor) and t.grad_fn is not None]
         memo |= {id(t): t.detach().clone() for t in left}

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from daqconvert.errors import ArtifactError, PolicyError
+from daqconvert.functional import packing
 from daqconvert.functional.packing import pack, packed_size, unpack
 
 BITS = range(1, 9)
@@ -145,3 +146,14 @@ def test_float_width_is_refused(bits):
         pack(u8(0), bits)
     with pytest.raises(ArtifactError, match="expected 1 to 8 bits, found a float width"):
         unpack(u8(0), bits, (1,))
+
+
+@pytest.mark.parametrize("count", [15, 16, 17, 100])
+@pytest.mark.parametrize("bits", [1, 3, 8])
+def test_large_tensors_are_packed_piece_by_piece(bits, count, monkeypatch):
+    codes = torch.randint(0, 2**bits, (count,), dtype=torch.uint8)
+    whole = pack(codes, bits)
+    monkeypatch.setattr(packing, "CHUNK", 16)
+    assert torch.equal(pack(codes, bits), whole)
+    assert whole.tolist() == planes_in_plain_python(codes.tolist(), bits)
+    assert torch.equal(unpack(whole, bits, (count,)), codes)

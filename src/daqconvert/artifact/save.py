@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import nn
 
 from daqconvert.artifact.load import try_source
@@ -25,6 +24,7 @@ from daqconvert.artifact.manifest import (
 )
 from daqconvert.artifact.sources import check_source
 from daqconvert.artifact.tensors import collect, sha256
+from daqconvert.artifact.writing import write_tensors
 from daqconvert.convert import current_plan
 from daqconvert.errors import ArtifactError, FrozenError
 from daqconvert.files import replacing_directory
@@ -45,7 +45,9 @@ def save(
     """Write a frozen model as a directory: `model.safetensors` with packed codes, `daqconvert.json` with the plan.
 
     Codes of `b` bits take `b * ceil(N / 8)` bytes; every other parameter and buffer keeps its dtype. Tensors that two
-    names share are stored once. The directory appears whole or not at all; the same model gives the same bytes.
+    names share are stored once. Tensors are packed and written one
+    after the other, without a second copy of the model. The directory appears whole or not at all; the same model
+    gives the same bytes.
 
     Args:
         frozen: From `freeze`.
@@ -73,7 +75,7 @@ def save(
     if not is_frozen(frozen):
         raise FrozenError(f"save: {type(frozen).__name__} is not frozen. Call daqconvert.freeze(qmodel) first.")
     target = _free_target(path, overwrite)
-    entries, stored = collect(frozen)
+    entries, state = collect(frozen)
     draft = _draft(frozen, entries, source, source_kwargs or {})
     try:
         try_source(draft, "save")
@@ -81,7 +83,7 @@ def save(
         raise ArtifactError(f"{error} Give the source and source_kwargs that build this model, or neither.") from error
     with replacing_directory(target, ArtifactError, HINT) as temporary:
         file = temporary / TENSORS
-        save_file(stored, str(file))
+        write_tensors(file, entries, state)
         manifest = dataclasses.replace(draft, bytes=file.stat().st_size, sha256=sha256(file))
         content = manifest.to_json().encode()
         parse_manifest(content, str(target / MANIFEST))  # nothing is written that could not be read

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from daqconvert.artifact.manifest import DTYPES, Manifest, TensorEntry, shown, told
 from daqconvert.errors import ArtifactError
-from daqconvert.functional.packing import pack, unpack
+from daqconvert.functional.packing import unpack
 from daqconvert.layers.frozen_site import FrozenSite
 
 
@@ -23,7 +23,7 @@ def sha256(file: Path) -> str:
 
 
 def collect(frozen: nn.Module) -> tuple[dict[str, TensorEntry], dict[str, Tensor]]:
-    """Return the manifest's entries and the tensors to store, in the order of the state dict.
+    """Return the manifest's entries and the state dict, in the same order; nothing is copied or packed yet.
 
     Args:
         frozen: A frozen model; not changed.
@@ -41,9 +41,7 @@ def collect(frozen: nn.Module) -> tuple[dict[str, TensorEntry], dict[str, Tensor
     if lost:
         raise ArtifactError(f"{lost[0]}: is not in the model's state dict; a hook renamed or removed it.")
     entries: dict[str, TensorEntry] = {}
-    stored: dict[str, Tensor] = {}
     seen: dict[tuple[Any, ...], str] = {}
-    storages: set[int] = set()
     for key, value in state.items():
         dtype = _check_kind(key, value)
         shape, width = tuple(value.shape), bits.get(key)
@@ -51,15 +49,9 @@ def collect(frozen: nn.Module) -> tuple[dict[str, TensorEntry], dict[str, Tensor
         same = seen.setdefault(identity, key) if value.numel() else key
         if same != key:
             entries[key] = TensorEntry(dtype, shape, same_as=same)
-            continue
-        entries[key] = TensorEntry(dtype, shape, bits=width)
-        cpu = value.detach().cpu().resolve_conj().resolve_neg()
-        packed = cpu.contiguous() if width is None else pack(cpu, width)
-        # the tensor file takes no two tensors of one storage: views of one buffer are copied, all others are not
-        shared = packed.untyped_storage().data_ptr() in storages and packed.numel() > 0
-        storages.add(packed.untyped_storage().data_ptr())
-        stored[key] = packed.clone() if shared or _is_part(packed) else packed
-    return entries, stored
+        else:
+            entries[key] = TensorEntry(dtype, shape, bits=width)
+    return entries, state
 
 
 def _check_kind(key: str, value: object) -> str:
@@ -70,10 +62,6 @@ def _check_kind(key: str, value: object) -> str:
         kind = "without values (on the meta device)" if value.is_meta else f"{value.layout} {dtype}"
         raise ArtifactError(f"{key}: expected a dense tensor of {', '.join(DTYPES)}, found one {kind}.")
     return dtype
-
-
-def _is_part(value: Tensor) -> bool:
-    return value.untyped_storage().nbytes() != value.numel() * value.element_size()
 
 
 def read_tensors(file: Path, manifest: Manifest) -> dict[str, Tensor]:

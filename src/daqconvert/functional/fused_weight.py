@@ -90,6 +90,40 @@ def forward(
     return torch.empty_like(weight).copy_(operand), torch.empty_like(weight, dtype=torch.uint8).copy_(found)
 
 
+def codes_alone(
+    weight: Tensor, lower: Tensor | None, upper: Tensor, mean: Tensor | None, std: Tensor | None,
+    view: tuple[int, int, int, int], bits: int, grid: str,
+) -> Tensor:  # fmt: skip
+    """Return the codes of a weight, with the strides of `empty_like(weight)`; the kernels make no operand for it.
+
+    Args:
+        weight: As in `quantize_weight`, like the others.
+        lower: Bound.
+        upper: Bound.
+        mean: Or None.
+        std: Or None.
+        view: `(A, B, C, D)`.
+        bits: 1 to 8.
+        grid: `"midrise"` or `"integer"`.
+
+    Example:
+        >>> weight, upper = torch.tensor([[-0.7, 0.1, 0.69]]), torch.tensor([0.7])
+        >>> codes_alone(weight, None, upper, None, None, (1, 1, 1, 3), 4, "integer").tolist()
+        [[0, 8, 14]]
+    """
+    midrise = grid == "midrise"
+    library = kernels(weight, lower, upper, mean, std)
+    if library is None:
+        return forward(weight, lower, upper, mean, std, None, view, bits, midrise, False, 0.0, 0.0)[1]
+    rows = row_major(weight, view)
+    found = torch.empty_like(rows, dtype=torch.uint8)
+    library.daq_quantize_weight(
+        rows.data_ptr(), None, found.data_ptr(), view_argument(view), address(lower), upper.data_ptr(), address(mean),
+        address(std), levels(bits, grid), midrise, torch.get_num_threads(),
+    )  # fmt: skip
+    return found if rows is weight else torch.empty_like(weight, dtype=torch.uint8).copy_(found)
+
+
 def _levels(
     weight: Tensor, lower: Tensor | None, upper: Tensor, mean: Tensor | None, std: Tensor | None, view: Sequence[int],
     top: int, midrise: bool,

@@ -17,6 +17,8 @@ from torch import Tensor
 from daqconvert.errors import ArtifactError
 from daqconvert.spec import check_bits
 
+CHUNK = 1 << 18  # codes that are unpacked at once, a multiple of 8: a large weight needs no large temporaries
+
 
 def packed_size(count: int, bits: int) -> int:
     """Return the bytes that `count` codes of `bits` bits take: `bits * ceil(count / 8)`.
@@ -52,10 +54,15 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     flat = codes.reshape(-1)
     if bits < 8 and flat.numel() and int(flat.max()) >> bits:
         raise ArtifactError(f"pack: code {int(flat.max())} does not fit in {bits} bits (0 to {2**bits - 1}).")
-    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).reshape(-1, 8)
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=codes.device)
-    planes = [(((padded >> bit) & 1) * weights).sum(dim=1, dtype=torch.uint8) for bit in range(bits)]
-    return torch.cat(planes)
+    planes = torch.empty(bits, packed_size(flat.numel(), 1), dtype=torch.uint8, device=codes.device)
+    for start in range(0, flat.numel(), CHUNK):
+        part = flat[start : start + CHUNK]
+        part = torch.nn.functional.pad(part, (0, -part.numel() % 8)).reshape(-1, 8)
+        for bit in range(bits):
+            into = planes[bit, start // 8 : start // 8 + len(part)]
+            torch.sum(((part >> bit) & 1) * weights, dim=1, dtype=torch.uint8, out=into)
+    return planes.reshape(-1)
 
 
 def unpack(packed: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
@@ -87,8 +94,10 @@ def unpack(packed: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     planes = packed.reshape(bits, -1)
     codes = torch.zeros((planes.shape[1], 8), dtype=torch.uint8, device=packed.device)
-    for bit in range(bits):
-        codes |= ((planes[bit][:, None] >> shifts) & 1) << bit
+    for start in range(0, len(codes), CHUNK // 8):
+        part = slice(start, start + CHUNK // 8)
+        for bit in range(bits):
+            codes[part] |= ((planes[bit, part, None] >> shifts) & 1) << bit
     return codes.reshape(-1)[:count].reshape(tuple(shape))
 
 

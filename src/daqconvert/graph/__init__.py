@@ -2,6 +2,15 @@
 
 from daqconvert.graph.apply import apply_sites, integer_sites
 from daqconvert.graph.freeze import freeze_sites
+from daqconvert.graph.sharing import coded_weights, own_parameters
 from daqconvert.graph.sites import Found, find_sites
 
-__all__ = ["Found", "apply_sites", "find_sites", "freeze_sites", "integer_sites"]
+__all__ = [
+    "Found",
+    "apply_sites",
+    "coded_weights",
+    "find_sites",
+    "freeze_sites",
+    "integer_sites",
+    "own_parameters",
+]

@@ -169,7 +169,7 @@ void weight_block(const float* w, float* out, uint8_t* codes, int64_t n, const W
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) {
     const float q = std::rint(clip(weight_level<NORMALIZE, MIDRISE>(w[i], mean, std, lower, scale), low, top));
-    out[i] = MIDRISE ? 2.0f * q - top : q;
+    if (out) out[i] = MIDRISE ? 2.0f * q - top : q;
     codes[i] = static_cast<uint8_t>(static_cast<int32_t>(MIDRISE ? q : q + top));
   }
 }
@@ -278,7 +278,7 @@ uint64_t daq_fingerprint(
   return mix(out, fingerprint_block(upper, bounds));
 }
 
-// Operand and codes of a weight. mean is null where the weight is not normalized; lower is read only where it is.
+// Operand (out may be null) and codes of a weight. mean is null where the weight is not normalized; lower is read only where it is.
 void daq_quantize_weight(
     const float* w, float* out, uint8_t* codes, const int64_t* view, const float* lower, const float* upper,
     const float* mean, const float* std, float top, int midrise, int threads) {
@@ -288,14 +288,15 @@ void daq_quantize_weight(
 #pragma omp parallel for num_threads(used(threads, rows.elements())) schedule(static)
   for (int64_t t = 0; t < tasks; t++) {
     const int64_t at = rows.begin(t), n = rows.size(t), c = rows.channel(t);
+    float* operand = out ? out + at : nullptr;
     if (mean && midrise)
-      weight_block<true, true>(w + at, out + at, codes + at, n, p, c);
+      weight_block<true, true>(w + at, operand, codes + at, n, p, c);
     else if (mean)
-      weight_block<true, false>(w + at, out + at, codes + at, n, p, c);
+      weight_block<true, false>(w + at, operand, codes + at, n, p, c);
     else if (midrise)
-      weight_block<false, true>(w + at, out + at, codes + at, n, p, c);
+      weight_block<false, true>(w + at, operand, codes + at, n, p, c);
     else
-      weight_block<false, false>(w + at, out + at, codes + at, n, p, c);
+      weight_block<false, false>(w + at, operand, codes + at, n, p, c);
   }
 }
 

@@ -125,6 +125,10 @@ class WeightQuantizer(Quantizer):
         moments = (None if t is None else savable(t) for t in (mean, std))
         self._memory = None if key is None else KnownWeight(key, savable(codes), *moments)
 
+    def release_memory(self) -> None:
+        """Give back the codes that are kept of the weight; the next call quantizes it again."""
+        self._memory = None
+
     def moments(self, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return mean and std as the fused operator takes them; None where the weight is not normalized."""
         if not self.normalize:
