@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations, prune
 import daqconvert as dq
 from daqconvert.functional import native
 from daqconvert.graph import coded_weights
+from daqconvert.layers import FrozenSite
 from daqconvert.modes import quantized_layers
 from depth.networks import NETWORKS, batch, quantized
 from test_scaling import in_tensors, size
@@ -25,6 +26,10 @@ def calibrated(model, x=ROWS, w_bits=4):
     return qmodel.eval()
 
 
+def sites(frozen):
+    return [module for module in frozen.modules() if isinstance(module, FrozenSite)]
+
+
 def chain(*layers):
     return nn.Sequential(*(layers or (nn.Linear(512, 512) for _ in range(20))))
 
@@ -34,19 +39,38 @@ def test_freeze_makes_codes_and_little_besides(bits):
     qmodel = calibrated(chain(), w_bits=bits)
     weights = 20 * 512 * 512
     assert size(qmodel.parameters()) > 4 * weights
+    for layer in quantized_layers(qmodel).values():
+        layer.weight_quantizer._memory = None
     most, left = in_tensors(lambda: dq.freeze(qmodel))
     assert weights < left < 1.03 * weights
     assert most < 1.1 * weights
 
 
-def test_freeze_gives_back_what_quantizers_keep_of_their_weights():
+def test_freeze_takes_over_the_codes_that_quantizers_keep():
     qmodel = calibrated(chain())
-    qmodel(ROWS)
+    expected = qmodel(ROWS)
     quantizers = [layer.weight_quantizer for layer in quantized_layers(qmodel).values()]
-    assert native.library() is None or all(quantizer._memory is not None for quantizer in quantizers)
-    frozen = dq.freeze(qmodel)
+    if native.library() is None:
+        pytest.skip("without kernels nothing is kept")
+    kept = [quantizer._memory.codes for quantizer in quantizers]
+    most, _ = in_tensors(lambda: dq.freeze(qmodel))
+    assert most < 0.1 * 20 * 512 * 512  # no code is computed again
     assert all(quantizer._memory is None for quantizer in quantizers)
-    assert torch.equal(qmodel(ROWS), frozen(ROWS))
+    qmodel(ROWS)
+    frozen = dq.freeze(qmodel)
+    assert not {t.data_ptr() for t in kept} & {t.data_ptr() for t in frozen.buffers()}
+    for layer in sites(frozen):
+        layer.weight_codes.zero_()
+    assert torch.equal(qmodel(ROWS), expected) and not torch.equal(frozen(ROWS), expected)
+
+
+def test_codes_of_other_weights_are_not_taken_over():
+    qmodel = calibrated(chain(nn.Linear(512, 8), nn.ReLU(), nn.Linear(8, 4)))
+    qmodel(ROWS)
+    with torch.no_grad():
+        for parameter in qmodel.parameters():
+            parameter.data.mul_(-1.5)
+    assert torch.equal(dq.freeze(qmodel)(ROWS), qmodel(ROWS))
 
 
 @pytest.mark.parametrize("bits", [1, 4, 8])

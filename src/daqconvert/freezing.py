@@ -8,7 +8,7 @@ from daqconvert.convert import PLAN_ATTRIBUTE, current_plan, require_quantized
 from daqconvert.errors import CalibrationError
 from daqconvert.graph import coded_weights, freeze_sites, integer_sites, own_parameters
 from daqconvert.layers.frozen_site import FrozenSite
-from daqconvert.modes import copy_model
+from daqconvert.modes import copy_model, quantized_layers
 from daqconvert.quantizers import WeightQuantizer
 
 
@@ -49,11 +49,12 @@ def freeze(qmodel: nn.Module) -> nn.Module:
             "Run daqconvert.calibrate(model, batches) or finetune first."
         )
     plan = current_plan(qmodel)
-    for layer in layers.values():
-        if isinstance(layer.weight_quantizer, WeightQuantizer):
-            layer.weight_quantizer.release_memory()  # as large as the codes that are about to be made
     weights = coded_weights(qmodel)  # read where they lie: a copy of all would double the memory
     frozen = copy_model(qmodel, sharing=weights)
+    for layer, other in zip(layers.values(), quantized_layers(frozen).values(), strict=True):
+        old, new = layer.weight_quantizer, other.weight_quantizer
+        if isinstance(old, WeightQuantizer) and isinstance(new, WeightQuantizer):
+            new.take_memory(old)  # its codes, if it has been called
     freeze_sites(frozen)
     integer_sites(frozen, plan)
     own_parameters(frozen, weights)

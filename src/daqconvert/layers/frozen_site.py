@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from daqconvert.errors import FrozenError
-from daqconvert.functional.fused_weight import codes_alone
-from daqconvert.functional.grid import weight_codes
 from daqconvert.functional.inference import decoded_weight, input_operand, only_values
 from daqconvert.functional.products import KNOWN, PaddedProducts
 from daqconvert.functional.rescale import rescale_
@@ -198,23 +196,12 @@ def frozen_values(site: QuantizedSite) -> dict[str, Tensor]:
         if isinstance(weight_quantizer, WeightQuantizer):
             weight = site.float_weight()
             assert weight is not None
-            values["weight_codes"] = _codes(weight_quantizer, weight)
+            values["weight_codes"] = weight_quantizer.give_codes(weight)
         for role, quantizer in (("input", input_quantizer), ("weight", weight_quantizer)):
             if quantizer is not None and not isinstance(quantizer, WeightQuantizer):
                 values[f"{role}_scale"] = quantizer.scale().clone()
                 values[f"{role}_zero_point"] = quantizer.zero_point().to(torch.uint8)
     return values
-
-
-def _codes(quantizer: WeightQuantizer, weight: Tensor) -> Tensor:
-    """Codes of a weight, without its operand where nobody would see that."""
-    if not quantizer.is_plain():
-        return weight_codes(quantizer(weight), quantizer.bits, quantizer.grid)
-    quantizer.require_ready()
-    return codes_alone(
-        weight, quantizer.own_lower, quantizer.upper, *quantizer.moments(weight), quantizer.view, quantizer.bits,
-        quantizer.grid,
-    )  # fmt: skip
 
 
 def empty_values(settings: Settings, weight: Tensor, layout: ChannelLayout | None) -> dict[str, Tensor]:

@@ -125,9 +125,22 @@ class WeightQuantizer(Quantizer):
         moments = (None if t is None else savable(t) for t in (mean, std))
         self._memory = None if key is None else KnownWeight(key, savable(codes), *moments)
 
-    def release_memory(self) -> None:
-        """Give back the codes that are kept of the weight; the next call quantizes it again."""
+    def take_memory(self, other: WeightQuantizer) -> None:
+        """Take over what another quantizer keeps of the same weight; that one quantizes it again when it is called."""
+        self._memory, other._memory = other._memory, None
+
+    def give_codes(self, weight: Tensor) -> Tensor:
+        """Return what `codes` returns, as the caller's own; makes no operand where nobody would see that."""
+        if not self.is_plain():
+            return self.codes(weight)
+        self.require_ready()
+        known, _ = self._remembered(weight)
         self._memory = None
+        if known is not None:
+            return known.codes
+        return fused_weight.codes_alone(
+            weight, self.own_lower, self.upper, *self.moments(weight), self.view, self.bits, self.grid
+        )
 
     def moments(self, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return mean and std as the fused operator takes them; None where the weight is not normalized."""
