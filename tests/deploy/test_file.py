@@ -15,7 +15,7 @@ import daqconvert as dq
 from daqconvert.functional import pack
 from daqconvert.layers import FrozenLayer
 
-UNPACKING = {"BitShift", "BitwiseAnd", "BitwiseOr", "Split"}
+UNPACKING = {"BitwiseAnd", "BitwiseOr", "Where", "Split"}
 WIDTHS = [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (6, 6), (7, 7), (8, 8)]
 
 

@@ -25,6 +25,7 @@ from daqconvert.deploy.kernels import Kernels, Weight
 from daqconvert.deploy.lowering import BATCH
 from daqconvert.deploy.operators import DOMAIN
 from daqconvert.deploy.unpacking import Parts
+from daqconvert.functional.sums import Codes
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -47,7 +48,11 @@ class Expansion:
         self.outputs = {o.name for o in model.graph.output}
         self.renamed: dict[str, str] = {}
         self.layers: dict[str, dict[str, Any]] = {}
-        self.grids = Grids(self.parts, self.values, self.outputs)
+        self.readers: dict[str, list[NodeProto]] = {}
+        for node in model.graph.node:
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node)
+        self.grids = Grids(self.parts, self.values, self.outputs, self._rounded_to)
         self.kernels = Kernels(self.parts, self.grids, self.values)
         self.operands: dict[tuple[Any, ...], Grid] = {}
         nodes = model.graph.node
@@ -123,6 +128,19 @@ class Expansion:
             grid = Grid(codes, scale_name, zero_name, scale.item(), zero_point.item(), 0, 2**bits - 1)
             self.operands[key] = grid
         return self.operands[key]
+
+    def _rounded_to(self, name: str) -> Codes | None:
+        """The grid that a float tensor is rounded to, if nothing else reads it; behind a ReLU, if its zero point is 0."""
+        readers = self.readers.get(name, [])
+        if len(readers) != 1 or name in self.outputs:
+            return None
+        (node,) = readers
+        if node.op_type == "Relu":
+            found = self._rounded_to(node.output[0])
+            return found if found is not None and found.zero_point == 0 else None
+        if node.domain != DOMAIN or node.op_type not in ("InputOperand", "RoundToGrid"):
+            return None
+        return Codes(self.values[node.input[1]].item(), self.values[node.input[2]].item())
 
     def _weight(self, node: NodeProto, given: dict[str, Any]) -> None:
         """Take note of a weight: who computes with it decides how it is unpacked."""

@@ -5,19 +5,21 @@ only moves elements - a max pool, a reshape, a pad with zero - moves the codes; 
 is left out; everything else gets a `DequantizeLinear`. An operand (an integer-valued float of the frozen model) is a
 grid tensor as well: of scale 1, written as `Cast` and `Sub`.
 
-A sum of two grid tensors is written as `Sum`, which runtimes compute in float32, product by product, as the frozen
-model does. For `Add` between the same nodes ONNX Runtime has an integer kernel, whose rounding differs between
-processors.
+A sum of two grid tensors that is rounded to a third is written as `Add`, for which ONNX Runtime has an integer kernel,
+where that computes the same codes on every processor (`functional.sums`). Else it is written as `Sum`, which runtimes
+compute in float32, product by product, as the frozen model does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from daqconvert.deploy.unpacking import Parts
+from daqconvert.functional.sums import Codes, sums_agree
 
 if TYPE_CHECKING:
     from onnx import NodeProto
@@ -59,15 +61,20 @@ class Grid:
 class Grids:
     """The grid tensors of a graph that is being written."""
 
-    def __init__(self, parts: Parts, constants: dict[str, np.ndarray], outputs: set[str]) -> None:
+    def __init__(
+        self, parts: Parts, constants: dict[str, np.ndarray], outputs: set[str],
+        rounded_to: Callable[[str], Codes | None],
+    ) -> None:  # fmt: skip
         """Begin.
 
         Args:
             parts: Where nodes go.
             constants: Values of initializers and constants by name.
             outputs: Names of the graph's outputs, which are float.
+            rounded_to: Says to which grid a float tensor goes at once and alone, if any.
         """
         self.parts, self.constants, self.outputs = parts, constants, outputs
+        self.rounded_to = rounded_to
         self.known: dict[str, Grid] = {}
         self.written: set[str] = set()
 
@@ -114,11 +121,17 @@ class Grids:
             self._move(node, first)
         else:
             if node.op_type == "Add" and any(grid is not None and grid.scale for grid in grids):
-                node.op_type = "Sum"
+                node.op_type = "Add" if self._agree(node, grids) else "Sum"
             for i, name in enumerate(node.input):
                 node.input[i] = self.value(name)
             self.parts.nodes.append(node)
         return True
+
+    def _agree(self, node: NodeProto, grids: list[Grid | None]) -> bool:
+        """Whether ONNX Runtime's integer kernel computes a sum to the same codes."""
+        y = self.rounded_to(node.output[0])
+        a, b = ((Codes(g.step, g.zero) if g is not None and g.scale else None) for g in grids)
+        return y is not None and a is not None and b is not None and sums_agree(a, b, y)
 
     def _clips_nothing(self, node: NodeProto, grid: Grid) -> bool:
         """Whether all codes of a grid are inside what a Relu or Clip lets through."""

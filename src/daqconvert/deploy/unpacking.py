@@ -4,12 +4,13 @@ Convention: `N` codes of `b` bits are one uint8 initializer of shape `(b, 1, cei
 those of `functional.packing.pack`: plane 0 holds the least significant bits, element `i` is bit `i % 8` of byte
 `i // 8`. With `n = 2**b - 1` and `m = 2**(b - 1) - 1` the nodes compute
 
-    bits    = (planes >> [0..7]) & 1        (b, 8, bytes)   BitShift, BitwiseAnd
-    codes   = OR over p of bits[p] << p     (1, 8, bytes)   BitShift, Split, BitwiseOr
-    operand = 2 * codes - n, or codes - m   shape of W      Transpose, Cast, Mul, Sub, Reshape, Slice
+    bits    = (planes & 2**[0..7]) != 0        (b, 8, bytes)   BitwiseAnd, Cast
+    codes   = OR over p of 2**p where bits[p]  (1, 8, bytes)   Where, Split, BitwiseOr
+    operand = 2 * codes - n, or codes - m      shape of W      Transpose, Cast, Mul, Sub, Reshape, Slice
 
-ONNX Runtime computes all of it once, at load. Everything before the cast is uint8: that keeps loading fast and the
-memory for it at `b` bytes per weight.
+ONNX Runtime computes all of it once, at load. Everything before the last cast is one byte an element: that keeps
+loading fast and the memory for it at `b` bytes per weight. `BitShift` would do as well, but OpenVINO folds a shift to
+the right into a division that does not always round down.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class Parts:
         from onnx import numpy_helper
 
         if name not in self.initializers:
-            self.initializers[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
+            array = np.ascontiguousarray(value).reshape(np.shape(value))  # which makes a scalar a vector
+            self.initializers[name] = numpy_helper.from_array(array, name)
         return name
 
 
@@ -63,12 +65,12 @@ def add_weight(parts: Parts, name: str, codes: np.ndarray, bits: int, grid: str,
     count, size = codes.size, -(-codes.size // 8)
     planes = pack(torch.tensor(codes), bits).numpy().reshape(bits, 1, size)
     parts.constant(name, planes)
-    shifts = parts.constant("daq.shifts", np.arange(8, dtype=np.uint8).reshape(8, 1))
-    x = parts.node("BitShift", [name, shifts], f"{name}.shifted", direction="RIGHT")
-    x = parts.node("BitwiseAnd", [x, parts.constant("daq.one", np.uint8(1))], f"{name}.bits")
+    masks = parts.constant("daq.masks", (1 << np.arange(8)).astype(np.uint8).reshape(8, 1))
+    x = parts.node("BitwiseAnd", [name, masks], f"{name}.masked")
+    x = parts.node("Cast", [x], f"{name}.bits", to=9)  # TensorProto.BOOL
     if bits > 1:
-        places = parts.constant(f"daq.places{bits}", np.arange(bits, dtype=np.uint8).reshape(bits, 1, 1))
-        x = parts.node("BitShift", [x, places], f"{name}.placed", direction="LEFT")
+        places = parts.constant(f"daq.places{bits}", (1 << np.arange(bits)).astype(np.uint8).reshape(bits, 1, 1))
+        x = parts.node("Where", [x, places, parts.constant("daq.none", np.uint8(0))], f"{name}.placed")
         x = _join_planes(parts, name, x, bits)
     x = parts.node("Transpose", [x], f"{name}.ordered", perm=[0, 2, 1])
     x = parts.node("Cast", [x], f"{name}.cast", to=1)  # TensorProto.FLOAT

@@ -8,8 +8,8 @@ channel, and an output of step `sy` and zero point `zy`:
 
 `round` is half to even; each product, quotient and conversion is rounded to float32 by itself. `low` and `high` hold
 an activation that clips. Stored weights are the layer's codes times `factor`: `127 // n`, which refines the unit of
-the bias at no cost, negative where the channel's scale is (a batch norm with negative gamma), 0 where the scale is 0 or
-so small that the bias would not fit: such a channel's output is its bias.
+the bias at no cost, negative where the channel's scale is (a batch norm with negative gamma), 0 where the scale is 0
+or so small that the bias would not fit: such a channel's output is its bias.
 
 Sums of two values on grids, and whatever else stands between layers, are float32 arithmetic on `(code - zero) * step`.
 """

@@ -2,8 +2,8 @@
 
 Convention: `N` codes of `b` bits become `b * ceil(N / 8)` bytes. Plane 0 holds the least significant bits and comes
 first; in a plane, element `i` is bit `i % 8` (counted from the least significant) of byte `i // 8`; the bits after
-the last element are zero. The same bytes stand in the saved artifact and in the ONNX file, where `BitShift` and
-`BitwiseAnd` unpack them.
+the last element are zero. The same bytes stand in the saved artifact and in the ONNX file, where `BitwiseAnd`
+takes them apart.
 """
 
 from __future__ import annotations

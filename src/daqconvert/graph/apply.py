@@ -20,7 +20,7 @@ from daqconvert.graph.write import weight_function
 from daqconvert.layers import functional as holders
 from daqconvert.layers.attention import PROJECTIONS, projection_weight, unfused_class
 from daqconvert.layers.frozen_site import FrozenSite, empty_values
-from daqconvert.layers.integer import make_integer
+from daqconvert.layers.integer import make_integer, settle_sums
 from daqconvert.layers.operations import channel_layout, output_dims
 from daqconvert.layers.outputs import add_output
 from daqconvert.layers.products import SCORES, VALUES
@@ -74,11 +74,15 @@ def integer_sites(model: nn.Module, rows: Iterable[PlanRow], empty: bool = False
         rows: Of its plan.
         empty: Make places for values that are to be loaded.
     """
-    rows = [row for row in rows if row.converted and row.site.output is not None and row.site.output.meets is not None]
-    sites = {m.layer_name: m for m in model.modules() if isinstance(m, FrozenSite)} if rows else {}
-    for row in rows:
-        if not row.site.is_output:
-            make_integer(model, sites, row, empty)
+    rows = [row for row in rows if row.converted and row.site.output is not None]
+    layers = [row for row in rows if not row.site.is_output and row.site.output and row.site.output.meets is not None]
+    if not layers:
+        return
+    sites = {m.layer_name: m for m in model.modules() if isinstance(m, FrozenSite)}
+    if not empty:
+        settle_sums(sites, {row.name: row for row in rows})
+    for row in layers:
+        make_integer(model, sites, row, empty)
 
 
 class _Calls:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from daqconvert.errors import ConversionError
 from daqconvert.functional.grid import levels
 from daqconvert.functional.integer import IntegerLayer, integer_layer
+from daqconvert.functional.sums import Codes, agreeing_scale
 from daqconvert.layers.folding import fold, folded_numbers, folds
 from daqconvert.layers.frozen_site import FrozenSite
 from daqconvert.layers.integer_run import BUFFERS
@@ -58,6 +59,41 @@ def make_integer(model: nn.Module, sites: dict[str, FrozenSite], row: PlanRow, e
         target.input_zero_point, target.settings.a_bits, output.lower, output.upper,
     )  # fmt: skip
     _hold(site, numbers)
+
+
+def settle_sums(sites: dict[str, FrozenSite], rows: dict[str, PlanRow]) -> None:
+    """Move the scales of sums to where every runtime's arithmetic gives the same codes, by 1e-4 at most, in place.
+
+    Args:
+        sites: Frozen, by the names that plans know them by.
+        rows: Of the plan, by name.
+    """
+    places = {
+        row.site.output.place: row for row in rows.values() if row.site.is_output and row.site.output is not None
+    }
+    for row in rows.values():
+        output = row.site.output
+        if not row.site.is_output or output is None or len(output.sources) != 2:
+            continue
+        grids = [_grid_of(source, sites, rows, places) for source in output.sources]
+        target = sites.get(row.name)
+        if target is not None and grids[0] is not None and grids[1] is not None:
+            scale = agreeing_scale(grids[0], grids[1], _codes(target))
+            target.input_scale.fill_(scale)
+
+
+def _grid_of(
+    source: str, sites: dict[str, FrozenSite], rows: dict[str, PlanRow], places: dict[str | None, PlanRow]
+) -> Codes | None:
+    """The grid that an addend lies on: a layer's output, or an earlier sum."""
+    row = rows.get(source)
+    meets = row.site.output.meets if row is not None and row.site.output is not None else None
+    name = meets if meets is not None else places[source].name if source in places else None
+    return _codes(sites[name]) if name in sites else None
+
+
+def _codes(site: FrozenSite) -> Codes:
+    return Codes(site.input_scale.item(), int(site.input_zero_point))
 
 
 def _hold(site: FrozenSite, numbers: IntegerLayer) -> None:
