@@ -130,7 +130,7 @@ class Expansion:
         return self.operands[key]
 
     def _rounded_to(self, name: str) -> Codes | None:
-        """The grid that a float tensor is rounded to, if nothing else reads it; behind a ReLU, if its zero point is 0."""
+        """The grid that a float tensor is rounded to, if only that reads it; behind a ReLU, if its zero point is 0."""
         readers = self.readers.get(name, [])
         if len(readers) != 1 or name in self.outputs:
             return None
