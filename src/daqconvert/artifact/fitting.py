@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from daqconvert.artifact.forwards import check_forwards
 from daqconvert.artifact.manifest import Manifest, TensorEntry, shown, told
 from daqconvert.convert import PLAN_ATTRIBUTE
 from daqconvert.errors import ArtifactError, DaqError
@@ -51,6 +52,7 @@ def fit(skeleton: nn.Module, manifest: Manifest, where: str) -> nn.Module:
     for module in skeleton.modules():
         module.training = False
     object.__setattr__(skeleton, PLAN_ATTRIBUTE, manifest.plan)
+    check_forwards(skeleton, manifest.forwards, where)
     _check_keys(skeleton, manifest, where)
     return skeleton
 

@@ -71,6 +71,7 @@ class Manifest:
         dtype: Dtype of the operands of the frozen layers.
         bytes: Size of the tensor file.
         sha256: Of the tensor file.
+        forwards: SHA-256 of the source of every forward that is rewritten, by the full name of its class.
         tensors: Entry of each key of the state dict.
         plan: The plan that made the layers.
     """
@@ -84,6 +85,7 @@ class Manifest:
     dtype: str
     bytes: int
     sha256: str
+    forwards: dict[str, str]
     tensors: dict[str, TensorEntry]
     plan: Plan
 
@@ -95,7 +97,9 @@ class Manifest:
             key: {name: value for name, value in dataclasses.asdict(entry).items() if value is not None}
             for key, entry in self.tensors.items()
         }
-        return json.dumps({**body, "checksum": checksum(body)}, indent=1) + "\n"
+        fields = {**body, "checksum": checksum(body)}.items()  # a line each
+        lines = ",\n".join(f'"{key}":{json.dumps(value, separators=(",", ":"))}' for key, value in fields)
+        return f"{{\n{lines}\n}}\n"
 
 
 def checksum(body: dict[str, Any]) -> str:
@@ -232,8 +236,9 @@ def _decode(body: dict[str, Any]) -> Manifest:
         raise ArtifactError(f"dtype: expected one of {', '.join(FLOATS)}, found {shown(body['dtype'])}.")
     if type(body["bytes"]) is not int or body["bytes"] < 0:
         raise ArtifactError(f"bytes: expected a count, found {shown(body['bytes'])}.")
-    if not isinstance(body["sha256"], str) or not re.fullmatch("[0-9a-f]{64}", body["sha256"]):
+    if not _is_digest(body["sha256"]):
         raise ArtifactError(f"sha256: expected 64 hexadecimal digits, found {shown(body['sha256'])}.")
+    _check_forwards(body["forwards"])
     tensors = {key: _entry(key, value) for key, value in body["tensors"].items()}
     _check_aliases(tensors)
     needed = sum(entry.stored_bytes for entry in tensors.values())
@@ -242,6 +247,16 @@ def _decode(body: dict[str, Any]) -> Manifest:
     check_source(body["source"], body["source_kwargs"], largest_size(tensors))
     _check_texts(body["plan"])
     return Manifest(**{**body, "tensors": tensors, "plan": plan_from_dict(body["plan"])})
+
+
+def _check_forwards(value: object) -> None:
+    ok = isinstance(value, dict) and len(value) <= 10_000
+    if not ok or not all(k.isprintable() and len(k) <= 400 and _is_digest(v) for k, v in value.items()):  # type: ignore[attr-defined]
+        raise ArtifactError(f"forwards: expected names of classes with 64 hexadecimal digits, found {shown(value)}.")
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def _check_texts(value: object) -> None:

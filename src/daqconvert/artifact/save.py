@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from daqconvert.artifact.forwards import forward_hashes
 from daqconvert.artifact.load import try_source
 from daqconvert.artifact.manifest import (
     FLOATS,
@@ -135,6 +136,7 @@ def _draft(
         dtype=_model_dtype(frozen),
         bytes=0,
         sha256="0" * 64,
+        forwards=forward_hashes(frozen),
         tensors=dict(entries),
         plan=plan,
     )

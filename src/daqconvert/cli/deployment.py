@@ -95,7 +95,9 @@ def quiet_export(frozen: nn.Module, path: Path, example: Tensor, batches: Any, o
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not agree with the model.*")
-        return export(frozen, path, example, check_batches=batches, overwrite=overwrite)
+        report = export(frozen, path, example, check_batches=batches, overwrite=overwrite)
+    assert isinstance(report, ExportReport)  # which it is for every path but a .pt2
+    return report
 
 
 def _some(loader: Any) -> Iterator[Any]:

@@ -14,8 +14,10 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 from daqconvert.batches import split_batch
 from daqconvert.deploy.agreement import FileAgreement
 from daqconvert.deploy.expansion import expand
+from daqconvert.deploy.hardware import exact_int8
 from daqconvert.deploy.lowering import Arguments, example_arguments, float32_copy, lower, to_float32
 from daqconvert.deploy.probes import ModuleProbe
+from daqconvert.deploy.program import SUFFIX, ProgramReport, export_program
 from daqconvert.deploy.reports import ExportReport
 from daqconvert.deploy.runtime import require_packages
 from daqconvert.errors import ExportError
@@ -29,12 +31,13 @@ if TYPE_CHECKING:
 def export(
     frozen: nn.Module, path: str | Path, example_inputs: Any, *, dynamic_batch: bool = True,
     check_batches: Iterable[Any] | None = None, overwrite: bool = False,
-) -> ExportReport:  # fmt: skip
+) -> ExportReport | ProgramReport:  # fmt: skip
     """Write a frozen model as an ONNX file of weights packed at their bits, and compare the two in ONNX Runtime.
 
     The file holds `w_bits` bits per weight and standard operators (opset 21) that ONNX Runtime folds at load; batch
     norm, biases and scales stay float32. It is compared as it is deployed - the CPU provider, default options - on the
-    example inputs and `check_batches`: outputs, classes, and the codes of every layer.
+    example inputs and `check_batches`: outputs, classes, and the codes of every layer. A path that ends in `.pt2` gets
+    a program of `torch.export` instead, reloaded and compared with the model, element by element.
 
     Args:
         frozen: From `freeze` or `load`; not changed. float16 and bfloat16 models are exported in float32.
@@ -63,6 +66,8 @@ def export(
         True
     """
     _require_frozen(frozen)
+    if Path(path).suffix == SUFFIX:
+        return export_program(frozen, _free_target(path, overwrite), example_inputs, dynamic_batch)
     return write_onnx(frozen, path, example_inputs, dynamic_batch, check_batches, overwrite)
 
 
@@ -157,6 +162,22 @@ def _serialize(proto: ModelProto) -> bytes:
 
 
 def _notes(model: nn.Module) -> list[str]:
+    notes = []
+    sites = [m for m in model.modules() if isinstance(m, FrozenSite)]
+    transposed = [m.layer_name for m in sites if isinstance(m, nn.modules.conv._ConvTransposeNd)]
+    if transposed:
+        count = f"{len(transposed)} transposed convolution{'s' if len(transposed) > 1 else ''}"
+        notes.append(f"{count} ({transposed[0]}, ...): packed, but computed in float: there is no integer kernel")
+    wide = [m for m in sites if (m.settings.w_bits or 0) == 8 and m.settings.a_bits == 8]
+    if wide and exact_int8() is False:
+        notes.append(
+            f"{len(wide)} layers of W8A8 on a processor without VNNI: its integer kernels add pairs of products in 16 "
+            f"bits, and sums beyond them are wrong, {wide[0].layer_name} first. Use 7 bits for the weights there."
+        )
+    return notes + _dtype_notes(model)
+
+
+def _dtype_notes(model: nn.Module) -> list[str]:
     dtypes = {p.dtype for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()}
     dtypes |= {module.dtype for module in model.modules() if isinstance(module, FrozenSite)}
     other = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes - {torch.float32})

@@ -35,11 +35,12 @@ LOGGERS = ("torch.onnx", "torch.export", "torch.fx.experimental.symbolic_shapes"
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def example_arguments(example_inputs: Any) -> Arguments:
+def example_arguments(example_inputs: Any, move: bool = True) -> Arguments:
     """Return example inputs as positional and keyword arguments, on the CPU in float32.
 
     Args:
         example_inputs: A tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
+        move: False leaves tensors where they are, in their dtype.
 
     Raises:
         ExportError: If they are anything else, or hold no tensor.
@@ -57,7 +58,7 @@ def example_arguments(example_inputs: Any) -> Arguments:
             "export: example_inputs: expected a tensor, a tuple of positional arguments, or a dict of keyword "
             f"arguments with at least one tensor; found {type(example_inputs).__name__}."
         )
-    return to_float32((args, kwargs))
+    return to_float32((args, kwargs)) if move else (args, kwargs)
 
 
 def to_float32(value: Any) -> Any:
@@ -88,17 +89,17 @@ def lower(model: nn.Module, arguments: Arguments, dynamic_batch: bool) -> ModelP
     what = type(model).__name__
     hint = " If its batch size is fixed, pass dynamic_batch=False." if dynamic_batch else ""
     if dynamic_batch:
-        arguments = _at_least_two(arguments)
+        arguments = repeated(arguments)
     with _writing_operators(model), quiet():
         try:
             program = torch.export.export(
                 model,
                 *arguments,
-                dynamic_shapes=_open_batch(model, arguments) if dynamic_batch else None,
+                dynamic_shapes=open_batch(model, arguments) if dynamic_batch else None,
                 strict=False,
             )
         except Exception as error:  # NOTE: the model's own code runs here under tracing and may raise anything
-            raise ExportError(f"export: torch.export cannot follow {what}: {_first_lines(error)}{hint}") from error
+            raise ExportError(f"export: torch.export cannot follow {what}: {first_lines(error)}{hint}") from error
         try:
             result = torch.onnx.export(
                 program, dynamo=True, opset_version=OPSET, verbose=False, custom_translation_table=translations()
@@ -106,7 +107,7 @@ def lower(model: nn.Module, arguments: Arguments, dynamic_batch: bool) -> ModelP
             assert result is not None
             return result.model_proto
         except Exception as error:  # NOTE: the exporter wraps any exception of a translation in its own
-            raise ExportError(f"export: torch.onnx cannot write {what}: {_first_lines(error)}{hint}") from error
+            raise ExportError(f"export: torch.onnx cannot write {what}: {first_lines(error)}{hint}") from error
 
 
 @contextmanager
@@ -122,13 +123,22 @@ def _writing_operators(model: nn.Module) -> Iterator[None]:
             layer.qdq = False
 
 
-def _at_least_two(arguments: Arguments) -> Arguments:
-    """Repeat a batch of one: torch.export takes a size of 1 for a constant."""
+def repeated(arguments: Arguments) -> Arguments:
+    """Return arguments with a batch of one repeated: torch.export takes a size of 1 for a constant.
+
+    Args:
+        arguments: From `example_arguments`.
+    """
     return tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t, arguments)
 
 
-def _open_batch(model: nn.Module, arguments: Arguments) -> Any:
-    """Return torch.export's description of a first dimension that is open, the same in every input."""
+def open_batch(model: nn.Module, arguments: Arguments) -> Any:
+    """Return torch.export's description of a first dimension that is open, the same in every input.
+
+    Args:
+        model: To be exported.
+        arguments: Its example arguments.
+    """
     tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
     size = next((t.shape[0] for t in tensors if t.dim()), None)
     batch = torch.export.Dim(BATCH)
@@ -160,8 +170,12 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _first_lines(error: BaseException) -> str:
-    """Return the innermost cause in a line or two, without colours."""
+def first_lines(error: BaseException) -> str:
+    """Return the innermost cause in a line or two, without colours.
+
+    Args:
+        error: Of torch's.
+    """
     while error.__cause__ is not None:
         error = error.__cause__
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()

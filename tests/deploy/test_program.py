@@ -1,0 +1,73 @@
+"""A `.pt2` file: the reloaded program computes what the frozen model computes, every element."""
+
+import pytest
+import torch
+from torch import nn
+
+import daqconvert as dq
+from daqconvert.errors import ExportError
+
+
+def program(path):
+    return torch.export.load(path).module()
+
+
+@pytest.mark.parametrize("deploy", ["float", "integer"])
+def test_reloaded_it_is_the_model(frozen, chain, images, tmp_path, deploy):
+    model = frozen(chain, images, deploy=deploy)
+    report = dq.export(model, tmp_path / "model.pt2", images[:1])
+    assert report.agrees and report.samples == 2 and report.to_dict()["agrees"] and "identical" in str(report)
+    again = program(tmp_path / "model.pt2")
+    assert torch.equal(again(images), model(images)) and torch.equal(again(images[:3]), model(images[:3]))
+    assert report.file_bytes == (tmp_path / "model.pt2").stat().st_size
+
+
+def test_a_fixed_batch(frozen, chain, images, tmp_path):
+    model = frozen(chain, images)
+    dq.export(model, tmp_path / "model.pt2", images, dynamic_batch=False)
+    again = program(tmp_path / "model.pt2")
+    assert torch.equal(again(images), model(images))
+    with pytest.raises(Exception, match=r"8"):
+        again(images[:3])
+
+
+def test_dtype_is_kept(frozen, chain, images, tmp_path):
+    model = frozen(chain, images).to(torch.bfloat16)
+    assert dq.export(model, tmp_path / "model.pt2", images.to(torch.bfloat16)).agrees
+
+
+def test_what_cannot_be_followed_leaves_no_file(frozen, images, tmp_path):
+    class Deciding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.conv(x) if float(x.sum()) > 1e9 else self.conv(-x)
+
+    model = frozen(Deciding(), images)
+    with pytest.raises(ExportError, match="torch.export cannot follow Deciding"):
+        dq.export(model, tmp_path / "model.pt2", images)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_file_is_kept(frozen, chain, images, tmp_path):
+    (tmp_path / "model.pt2").write_text("mine")
+    with pytest.raises(ExportError, match="exists"):
+        dq.export(frozen(chain, images), tmp_path / "model.pt2", images)
+    assert (tmp_path / "model.pt2").read_text() == "mine"
+
+
+def test_notes_name_transposed_convolutions(frozen, images, tmp_path):
+    model = frozen(nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.ReLU(), nn.Conv2d(4, 2, 1)), images)
+    report = dq.export(model, tmp_path / "model.onnx", images)
+    assert any("1 transposed convolution (0, ...)" in note for note in report.notes)
+
+
+def test_w8a8_without_vnni_is_told(frozen, chain, images, tmp_path, monkeypatch):
+    monkeypatch.setattr("daqconvert.deploy.export.exact_int8", lambda: False)
+    ends = {"w_bits": 8, "a_bits": 8}
+    report = dq.export(frozen(chain, images, **ends), tmp_path / "wide.onnx", images)
+    assert any("W8A8 on a processor without VNNI" in note for note in report.notes)
+    report = dq.export(frozen(chain, images, w_bits=7, a_bits=8), tmp_path / "narrow.onnx", images)
+    assert not any("VNNI" in note for note in report.notes)
