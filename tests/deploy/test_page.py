@@ -7,7 +7,7 @@ import pytest
 
 def test_page_runs(root, tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"```python\n(.*?)```", (root / "docs" / "deployment.md").read_text("utf-8"), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     monkeypatch.chdir(tmp_path)
     scope: dict[str, object] = {}
     for number, block in enumerate(blocks):
