@@ -18,6 +18,7 @@ import daqconvert as dq
 from artifact import damage
 from artifact.tools import frozen_of, read, small_network
 from daqconvert.errors import ArtifactError
+from daqconvert.layers.integer import is_integer
 
 SECONDS, MEGABYTES = 10.0, 600  # of processor time for one load; of growth over all of them
 
@@ -91,6 +92,31 @@ def test_300_random_damages(original, frozen, batch, rebuildable, tmp_path):
     check_ends(run(range(300), original, frozen, batch, rebuildable, tmp_path))
 
 
+@pytest.fixture(scope="module")
+def integer(tmp_path_factory, batch):
+    """The same of integer deployment: a network and its artifact, and one that names its source."""
+    path = tmp_path_factory.mktemp("integer")
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        frozen = frozen_of(small_network(), batch, w_bits=3, a_bits=4, deploy="integer")
+        model = timm.create_model("test_resnet", num_classes=10).eval()
+        built = frozen_of(model, (torch.randn(1, 3, 32, 32),), w_bits=2, a_bits=4, deploy="integer")
+    assert any(is_integer(m) for m in frozen.modules()) and any(is_integer(m) for m in built.modules())
+    source = {"source": "timm:test_resnet", "source_kwargs": {"num_classes": 10}}
+    return dq.save(frozen, path / "small"), frozen, (built, dq.save(built, path / "built", **source))
+
+
+def test_300_random_damages_of_integer_deployment(integer, batch, tmp_path):
+    original, frozen, rebuildable = integer
+    check_ends(run(range(20_000, 20_300), original, frozen, batch, rebuildable, tmp_path))
+
+
 @pytest.mark.slow
 def test_10_000_random_damages(original, frozen, batch, rebuildable, tmp_path):
     check_ends(run(range(1_000, 11_000), original, frozen, batch, rebuildable, tmp_path))
+
+
+@pytest.mark.slow
+def test_10_000_random_damages_of_integer_deployment(integer, batch, tmp_path):
+    original, frozen, rebuildable = integer
+    check_ends(run(range(30_000, 40_000), original, frozen, batch, rebuildable, tmp_path))

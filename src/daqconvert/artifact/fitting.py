@@ -47,7 +47,7 @@ def fit(skeleton: nn.Module, manifest: Manifest, where: str) -> nn.Module:
         skeleton = skeleton.to(dtype)
     try:
         apply_sites(skeleton, rows, frozen=True)
-    except (DaqError, RuntimeError, AttributeError) as error:
+    except (DaqError, RuntimeError, AttributeError, KeyError, IndexError, TypeError, AssertionError) as error:
         raise ArtifactError(f"{where}: plan: {told(error)}") from error
     for module in skeleton.modules():
         module.training = False
