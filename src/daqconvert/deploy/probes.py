@@ -122,7 +122,7 @@ class _Recorder(Watcher):
         return torch.empty_like(x).copy_(forced)  # in the layout of `x`, which picks the kernel
 
     def after(self, site: Any, y: Tensor) -> None:
-        self.recording.outputs.setdefault(self.name, []).append(y.detach().cpu())
+        self.recording.outputs.setdefault(self.name, []).append(y.detach().cpu().clone())  # a sum may be in place
 
 
 def _input_codes(module: nn.Module, x: Tensor) -> Tensor | None:
