@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from daqconvert.spec import OUTPUT_QUANTIZER
 
 FORMATS = ("png", "svg", "pdf")
 COLORS = ("#1f5fa8", "#c8541b", "#2f8f4e", "#7a4fa3", "#666666")
@@ -44,9 +47,11 @@ def draw_depth(path: Path, kind: str, curves: Sequence[Curve], title: str = "") 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = list(dict.fromkeys(name for curve in curves for name in curve.values))
+    longest = sorted(curves, key=lambda curve: -len(curve.values))  # its order is everybody's
+    names = list(dict.fromkeys(name for curve in longest for name in curve.values))
     width = min(max(6.5, 1.8 + 0.19 * len(names)), 15.0)
-    figure = Figure(figsize=(width, 4.6 + 0.28 * len(curves)), layout="constrained")
+    letters = max(len(_shown(name)) for name in names)
+    figure = Figure(figsize=(width, 4.0 + 0.28 * len(curves) + 0.06 * letters), layout="constrained")
     FigureCanvasAgg(figure)
     panel = figure.subplots()
     low, high = _range(curves)
@@ -60,7 +65,7 @@ def draw_depth(path: Path, kind: str, curves: Sequence[Curve], title: str = "") 
     panel.set_xlim(-0.6, len(names) - 0.4)
     _axes(panel, names, [*_ticks(low, high), top])
     if title:
-        panel.set_title(title, fontsize=11, loc="left")
+        panel.set_title(textwrap.fill(title, int(9 * width)), fontsize=11, loc="left")
     figure.legend(loc="outside lower left", fontsize=8, frameon=False, ncols=2 if len(curves) > 1 and width > 9 else 1)
     figure.savefig(path, format=kind, dpi=DPI)
 
@@ -91,8 +96,9 @@ def _ticks(low: float, high: float) -> list[float]:
 
 def _line(panel: Any, curve: Curve, number: int, places: Mapping[str, int], top: float) -> None:
     """Draw one curve; a layer without signal, or with noise that is not finite, leaves a gap."""
-    x = [places[name] for name in curve.values]
-    y = [top if value == math.inf else value if math.isfinite(value) else math.nan for value in curve.values.values()]
+    values = dict(sorted(curve.values.items(), key=lambda item: places[item[0]]))
+    x = [places[name] for name in values]
+    y = [top if value == math.inf else value if math.isfinite(value) else math.nan for value in values.values()]
     color, mark = COLORS[number % len(COLORS)], MARKS[number % len(MARKS)]
     label = curve.label
     if curve.first is not None:
@@ -102,11 +108,16 @@ def _line(panel: Any, curve: Curve, number: int, places: Mapping[str, int], top:
         zorder=12 - number,
     )  # fmt: skip
     if curve.first is not None and curve.first in curve.values:
-        at = list(curve.values).index(curve.first)
+        at = list(values).index(curve.first)
         panel.plot(
             x[at : at + 1], y[at : at + 1], marker="o", markersize=13 + 1.3 * number, markerfacecolor="none",
             markeredgecolor=color, linestyle="none", zorder=20,
         )  # fmt: skip
+
+
+def _shown(name: str) -> str:
+    """A layer's name; the quantizer of a module's output under that module's."""
+    return name.removesuffix(f".{OUTPUT_QUANTIZER}") + " (output)" * name.endswith(f".{OUTPUT_QUANTIZER}")
 
 
 def _axes(panel: Any, names: Sequence[str], ticks: Sequence[float]) -> None:
@@ -114,7 +125,7 @@ def _axes(panel: Any, names: Sequence[str], ticks: Sequence[float]) -> None:
     step = -(-len(names) // MOST_NAMES)
     shown = range(0, len(names), step)
     size = 8 if len(shown) <= 30 else 6.5
-    panel.set_xticks(list(shown), [names[i] for i in shown], rotation=90, fontsize=size)
+    panel.set_xticks(list(shown), [_shown(names[i]) for i in shown], rotation=90, fontsize=size)
     panel.set_ylabel("SQNR of the layer's output, dB")
     panel.set_xlabel("layers in order of execution" + (f", one name in {step} shown" if step > 1 else ""))
     panel.set_yticks(list(ticks), [*(f"{tick:g}" for tick in ticks[:-1]), "identical"])
