@@ -21,6 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from daqconvert.functional.inference import only_values
+from daqconvert.functional.native import kernels
+from daqconvert.functional.rescale import memory_sizes
+
 LARGEST_WEIGHT = 127
 LARGEST_BIAS = 2**30
 """So that sums of products and bias stay in int32."""
@@ -101,3 +105,26 @@ def requantize(acc: Tensor, layer: IntegerLayer, x_scale: Tensor, output_dims: i
     zero = layer.zero_point.float()
     low, high = layer.range.float().unbind()
     return torch.clamp(torch.round(total.float() * m.reshape(shape)), low - zero, high - zero)
+
+
+def requantized(acc: Tensor, layer: IntegerLayer, x_scale: Tensor, output_dims: int) -> Tensor:
+    """Return `requantize` times the scale of the output: in one pass, in the memory of `acc`, where that can be.
+
+    Args:
+        acc: Sums that nobody else holds.
+        layer: Its numbers.
+        x_scale: float32 scalar: step of the input.
+        output_dims: Number of dimensions after the channel.
+    """
+    library = kernels(acc, layer.weight_scale, x_scale) if only_values(acc) and acc.dtype == torch.float32 else None
+    sizes = None if library is None else memory_sizes(acc, output_dims)
+    if library is None or sizes is None:
+        return requantize(acc, layer, x_scale, output_dims) * layer.scale
+    m = (x_scale * layer.weight_scale) / layer.scale
+    factor, bias, zero = layer.factor.to(torch.int32), layer.bias.contiguous(), int(layer.zero_point)
+    low, high = layer.range.tolist()
+    library.daq_requantize(
+        acc.data_ptr(), acc.data_ptr(), *sizes, factor.data_ptr(), bias.data_ptr(), m.data_ptr(), low - zero,
+        high - zero, layer.scale.item(), torch.get_num_threads(),
+    )  # fmt: skip
+    return acc

@@ -23,7 +23,7 @@ def rescale_(acc: Tensor, scale: Tensor, bias: Tensor | None, output_dims: int) 
         >>> rescale_(torch.tensor([[1.0, 2.0]]), torch.tensor([2.0, 3.0]), None, 0).tolist()
         [[2.0, 6.0]]
     """
-    sizes = _memory_sizes(acc, output_dims)
+    sizes = memory_sizes(acc, output_dims)
     library = None if sizes is None else kernels(acc, scale, bias)
     if sizes is not None and library is not None and (bias is None or bias.is_contiguous()):
         library.daq_rescale(
@@ -36,8 +36,13 @@ def rescale_(acc: Tensor, scale: Tensor, bias: Tensor | None, output_dims: int) 
     return acc if bias is None else acc.add_(bias.reshape(-1, *trailing))
 
 
-def _memory_sizes(acc: Tensor, output_dims: int) -> tuple[int, int, int] | None:
-    """Return (outer, channels, inner) as they lie in memory, None where they do not lie so."""
+def memory_sizes(acc: Tensor, output_dims: int) -> tuple[int, int, int] | None:
+    """Return (outer, channels, inner) as they lie in memory, None where they do not lie so.
+
+    Args:
+        acc: Any tensor.
+        output_dims: Number of dimensions after the channel.
+    """
     if acc.numel() == 0:
         return None
     channels = acc.shape[-1 - output_dims]

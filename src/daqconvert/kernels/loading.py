@@ -49,6 +49,10 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         None,
         [_FLOATS, _FLOATS, c_int64, c_int64, c_int64, _FLOATS, c_int, _FLOATS, c_int],
     ),
+    "daq_requantize": (
+        None,
+        [_FLOATS, _FLOATS, c_int64, c_int64, c_int64, c_void_p, c_void_p, _FLOATS, c_float, c_float, c_float, c_int],
+    ),
 }
 
 

@@ -443,4 +443,36 @@ void daq_rescale(
   }
 }
 
+// Sums of products of integers to the values of the output's codes: see functional/integer.py.
+void daq_requantize(
+    const float* acc, float* out, int64_t outer, int64_t channels, int64_t inner, const int32_t* factor,
+    const int32_t* bias, const float* m, float low, float high, float scale, int threads) {
+  const int64_t n = outer * channels * inner;
+  if (inner == 1) {  // the channel is last
+#pragma omp parallel for num_threads(used(threads, n)) schedule(static)
+    for (int64_t o = 0; o < outer; o++) {
+      const float* a = acc + o * channels;
+      float* y = out + o * channels;
+#pragma omp simd
+      for (int64_t c = 0; c < channels; c++) {
+        const float total = static_cast<float>(static_cast<int32_t>(a[c]) * factor[c] + bias[c]);
+        y[c] = clip(std::rint(total * m[c]), low, high) * scale;
+      }
+    }
+    return;
+  }
+#pragma omp parallel for num_threads(used(threads, n)) schedule(static)
+  for (int64_t r = 0; r < outer * channels; r++) {
+    const int32_t f = factor[r % channels], b = bias[r % channels];
+    const float by = m[r % channels];
+    const float* a = acc + r * inner;
+    float* y = out + r * inner;
+#pragma omp simd
+    for (int64_t i = 0; i < inner; i++) {
+      const float total = static_cast<float>(static_cast<int32_t>(a[i]) * f + b);
+      y[i] = clip(std::rint(total * by), low, high) * scale;
+    }
+  }
+}
+
 }  // extern "C"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from daqconvert.functional.integer import IntegerLayer, requantize
+from daqconvert.functional.integer import IntegerLayer, requantized
 from daqconvert.functional.products import PaddedProducts
 from daqconvert.layers.site import Operation
 
@@ -47,8 +47,8 @@ def integer_output(site: Any, operation: Operation, operand: Tensor, weight: Ten
         )
         return found
     products = int32_products if _REFERENCE else exact_products
-    codes = requantize(products(operation, operand, weight, site), numbers, site.input_scale, site.output_dims)
-    return (codes * numbers.scale).to(operand.dtype)
+    sums = products(operation, operand, weight, site)
+    return requantized(sums, numbers, site.input_scale, site.output_dims).to(operand.dtype)
 
 
 def exact_products(operation: Operation, x: Tensor, w: Tensor, site: Any) -> Tensor:
