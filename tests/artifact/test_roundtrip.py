@@ -13,6 +13,7 @@ import awkward
 import daqconvert as dq
 from artifact.tools import assert_same, frozen_of, shared_names, small_network
 from cases import BY_ID, CASES, GEOMETRIES, SETTINGS, Case
+from daqconvert.errors import ArtifactError
 
 
 def round_trip(make, batch, folder, **settings):
@@ -260,3 +261,18 @@ def test_a_module_that_asks_for_the_version_of_its_format(tmp_path):
     dq.calibrate(qmodel, [x])
     frozen = dq.freeze(qmodel)
     assert torch.equal(dq.load(dq.save(frozen, tmp_path / "a"), model=model)(x), frozen(x))
+
+
+def test_a_factory_builds_the_skeleton(artifact, frozen, batch):
+    assert torch.equal(dq.load(artifact, model=small_network)(*batch), frozen(*batch))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [("timm:resnet18", "expected a module, or a function that builds one, found str"),
+     (lambda: 3, "expected a function that returns a module, found int")],
+    ids=["text", "number"],
+)  # fmt: skip
+def test_what_builds_no_module_is_refused(artifact, model, message):
+    with pytest.raises(ArtifactError, match=message):
+        dq.load(artifact, model=model)

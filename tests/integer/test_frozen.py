@@ -28,6 +28,8 @@ def test_float_arithmetic_is_the_int32_reference(quantized, name, w_bits, a_bits
     with int32_reference():
         assert torch.equal(frozen(x), y)
     assert torch.equal(copy.deepcopy(frozen)(x), y)
+    if x.dim() == 4:
+        assert torch.equal(frozen(x.contiguous(memory_format=torch.channels_last)), y)
     assert torch.isfinite(y).all() and y.std() > 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from daqconvert.errors import ArtifactError
 from daqconvert.modes import copy_model
 
 
-def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+def load(path: str | Path, model: nn.Module | Callable[[], nn.Module] | None = None) -> nn.Module:
     """Load a frozen model from an artifact directory.
 
     The model is rebuilt from the source that the artifact names (timm or torchvision, without a download), or a
@@ -26,7 +27,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 
     Args:
         path: The directory.
-        model: The skeleton; it is not changed. It may be on the `meta` device where all its buffers are stored.
+        model: The skeleton, or a function that builds it; a skeleton is not changed. It may be on the `meta` device
+            where all its buffers are stored.
 
     Returns:
         The frozen model, identical to the one that was saved; each tensor is on the device of the skeleton's (on the
@@ -48,7 +50,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """
     manifest, where = read_manifest(path), str(Path(path) / MANIFEST)
     state = read_tensors(Path(path) / TENSORS, manifest)
-    skeleton = _rebuild(path, manifest, where) if model is None else copy_model(model)
+    skeleton = _rebuild(path, manifest, where) if model is None else _skeleton(model)
     frozen = fit(skeleton, manifest, where)
     check_values(frozen, state, str(Path(path) / TENSORS))
     try:
@@ -63,6 +65,20 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
             "the meta device). Pass a skeleton on the CPU."
         )
     return frozen
+
+
+def _skeleton(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
+    """A copy of the skeleton, or what its factory builds."""
+    if isinstance(model, nn.Module):
+        return copy_model(model)
+    if not callable(model):
+        raise ArtifactError(
+            f"load: model: expected a module, or a function that builds one, found {type(model).__name__}."
+        )
+    built = model()
+    if not isinstance(built, nn.Module):
+        raise ArtifactError(f"load: model: expected a function that returns a module, found {type(built).__name__}.")
+    return built
 
 
 def _rebuild(path: str | Path, manifest: Manifest, where: str) -> nn.Module:
