@@ -54,7 +54,7 @@ def test_messages_name_the_nearest_word():
 
 @pytest.mark.parametrize("source", [None, 3, "", "a/folder"], ids=repr)
 def test_what_is_no_recipe(source):
-    with pytest.raises(TrainingError, match="expected one of quick, paper-cifar10"):
+    with pytest.raises(TrainingError, match="expected one of quick, fewshot, paper-cifar10"):
         recipe(source)
 
 

@@ -76,3 +76,57 @@ def text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError("a text")
     return value
+
+
+def yes_or_no(value: Any) -> bool:
+    """Return True or False.
+
+    Raises:
+        ValueError: For anything else.
+    """
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
+
+
+def names(value: Any) -> tuple[str, ...]:
+    """Return a list of texts as a tuple; one text alone is a list of one.
+
+    Raises:
+        ValueError: For anything else.
+
+    Example:
+        >>> names(["layer1", "layer2.*"]), names("fc")
+        (('layer1', 'layer2.*'), ('fc',))
+    """
+    listed = (value,) if isinstance(value, str) else value
+    if not isinstance(listed, (list, tuple)) or not all(isinstance(item, str) and item for item in listed):
+        raise ValueError("a list of names")
+    return tuple(listed)
+
+
+def stages(value: Any) -> tuple[tuple[float, int, int], ...]:
+    """Return stages `(until, w_bits, a_bits)` with rising shares and falling bits.
+
+    Raises:
+        ValueError: For anything else.
+
+    Example:
+        >>> stages([[0.25, 4, 4], [0.5, 2, 4]])
+        ((0.25, 4, 4), (0.5, 2, 4))
+    """
+    expected = "stages [share of the run, w_bits, a_bits], shares rising from 0 to 1, bits 1 to 8 and never rising"
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(expected)
+    found: list[tuple[float, int, int]] = []
+    for stage in value:
+        if not isinstance(stage, (list, tuple)) or len(stage) != 3:
+            raise ValueError(expected)
+        until, w_bits, a_bits = stage
+        numbers = all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in stage)
+        if not numbers or not 0 < until < 1 or not all(type(b) is int and 1 <= b <= 8 for b in (w_bits, a_bits)):
+            raise ValueError(expected)
+        if found and (until <= found[-1][0] or w_bits > found[-1][1] or a_bits > found[-1][2]):
+            raise ValueError(expected)
+        found.append((float(until), w_bits, a_bits))
+    return tuple(found)

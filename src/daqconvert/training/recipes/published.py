@@ -1,0 +1,25 @@
+"""The recipes that have a name.
+
+References: "Distance-aware Quantization" (Kim, Lee, Ham, ICCV 2021), section 4.1 and the authors' published training
+code; "Network Quantization with Element-wise Gradient Scaling" (Lee, Kim, Ham, CVPR 2021) for ImageNet.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from daqconvert.training.recipes.recipe import Recipe
+
+_PUBLISHED: dict[str, Any] = {
+    "momentum": 0.9, "weight_decay": 1e-4, "schedule": "cosine", "batch_size": 256, "distill": 0.0,
+    "calibration_batches": 1, "calibration_method": "std",
+}  # fmt: skip
+
+RECIPES: dict[str, Recipe] = {
+    "quick": Recipe(),
+    "fewshot": Recipe(
+        "fewshot", epochs=60, batch_size=32, lr=0.001, distill=1.0, batch_norm="freeze", decay="weights"
+    ),
+    "paper-cifar10": Recipe("paper-cifar10", epochs=400, lr=0.1, quantizer_lr=1e-4, **_PUBLISHED),
+    "paper-imagenet": Recipe("paper-imagenet", epochs=100, lr=0.01, quantizer_lr=1e-5, **_PUBLISHED),
+}

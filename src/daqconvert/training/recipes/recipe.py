@@ -1,0 +1,251 @@
+"""The recipe itself: its fields, in groups, each checked when it is made.
+
+Learning rates are per optimizer step and follow the schedule from step 0; `epochs` counts passes over the loader. A
+share of a run is a number from 0 to 1, of its steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from daqconvert.calibration import METHODS
+from daqconvert.errors import TrainingError, nearest
+from daqconvert.training.recipes.fields import (
+    Check,
+    below_one,
+    choice,
+    count,
+    limit,
+    names,
+    nonnegative,
+    positive,
+    share,
+    stages,
+    text,
+    yes_or_no,
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: optimizers, schedule, loss, calibration, seed. The defaults are the recipe `quick`.
+
+    Attributes:
+        name: Where the recipe comes from, for messages.
+        epochs: Passes over the training loader.
+        batch_size: For whoever makes the loaders, as the command line does; a loader that is passed keeps its own.
+        accumulate: Batches whose gradients are averaged before one optimizer step.
+        precision: `"no"`, `"bf16"` or `"fp16"`: autocast of the forward; `"launcher"` is what `accelerate launch`
+            was told, and `"no"` without it.
+        optimizer: Of everything that is not a quantizer's: a name of timm's factory, as `"sgd"` or `"adamw"`.
+        lr: Its learning rate.
+        momentum: Of optimizers that have one.
+        weight_decay: Of the weights; quantizers have `quantizer_weight_decay`.
+        decay: Which of them decay: `"all"` as published, or `"weights"`, not biases and norms.
+        no_decay: Names, globs or `re:` patterns of parameters without weight decay.
+        quantizer_optimizer: Of bounds, steps and `output_scale`: a name of timm's factory.
+        quantizer_lr: Its learning rate.
+        quantizer_weight_decay: Its weight decay.
+        clip_grad: Largest norm of the gradient, or None (0) for no limit.
+        schedule: `"cosine"` to 0, `"linear"` to 0, `"step"`, or `"constant"`; both learning rates, every step.
+        warmup_steps: Steps over which both learning rates rise linearly first.
+        step_epochs: Epochs between two falls of the `"step"` schedule.
+        step_factor: What each of them multiplies the rates with.
+        label_smoothing: Of the cross entropy.
+        mixup: Alpha of timm's mixup, 0 for none.
+        cutmix: Alpha of timm's cutmix, 0 for none.
+        augment: timm's automatic augmentation, as `"rand-m9-mstd0.5"`; `""` for none. Like the next three for whoever
+            makes the loaders.
+        color_jitter: Strength of timm's color jitter.
+        random_erasing: Probability of timm's random erasing.
+        crop_scale: Smallest share of the image that a random crop takes.
+        distill: Weight 0..1 of the distillation loss, towards the float model; 1 needs no targets.
+        temperature: Of the distillation's softmax.
+        features: Names or globs of modules whose outputs are drawn towards the teacher's.
+        feature_weight: Weight of that loss.
+        ema: Decay of an average of the weights that is evaluated and kept, 0 for none.
+        ema_warmup: Whether that decay rises to its value over the first steps.
+        batch_norm: `"train"`, or `"freeze"` to keep the running statistics and use them.
+        batch_norm_freeze_at: Share of the run after which `"train"` becomes `"freeze"`; 1 is never.
+        reestimate: Training batches from which batch norms take their statistics anew before every evaluation.
+        freeze_bounds_at: Share of the run after which the quantizers' parameters stay as they are; 1 is never.
+        progressive: Stages `(until, w_bits, a_bits)`: until that share of the run no site has fewer bits than these.
+        patience: Epochs without a better validation result after which training stops, 0 for never.
+        oscillation: What is done about weights that jump between two levels: `"log"` their share, `"freeze"` them,
+            or `"off"`.
+        oscillation_threshold: Frequency of jumps, per step, from which a weight oscillates.
+        explode: The loss has exploded when it is this many times its running mean; 0 never looks.
+        checkpoint_steps: Steps between two checkpoints besides those at the ends of epochs, 0 for none.
+        keep: Checkpoints that are kept, the last among them.
+        calibration_batches: Training batches that set bounds which were not calibrated before.
+        calibration_method: As `calibrate` takes it.
+        seed: Of shuffling, augmentation and dropout.
+
+    Example:
+        >>> Recipe(epochs=2).schedule
+        'cosine'
+    """
+
+    name: str = "quick"
+    epochs: int = 5
+    batch_size: int = 64
+    accumulate: int = 1
+    precision: str = "launcher"
+    optimizer: str = "sgd"
+    lr: float = 0.02
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    decay: str = "all"
+    no_decay: tuple[str, ...] = ()
+    quantizer_optimizer: str = "adam"
+    quantizer_lr: float = 1e-3
+    quantizer_weight_decay: float = 0.0
+    clip_grad: float | None = None
+    schedule: str = "cosine"
+    warmup_steps: int = 0
+    step_epochs: int = 30
+    step_factor: float = 0.1
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    augment: str = ""
+    color_jitter: float = 0.0
+    random_erasing: float = 0.0
+    crop_scale: float = 0.08
+    distill: float = 0.5
+    temperature: float = 2.0
+    features: tuple[str, ...] = ()
+    feature_weight: float = 1.0
+    ema: float = 0.0
+    ema_warmup: bool = True
+    batch_norm: str = "train"
+    batch_norm_freeze_at: float = 1.0
+    reestimate: int = 0
+    freeze_bounds_at: float = 1.0
+    progressive: tuple[tuple[float, int, int], ...] = ()
+    patience: int = 0
+    oscillation: str = "log"
+    oscillation_threshold: float = 0.02
+    explode: float = 10.0
+    checkpoint_steps: int = 0
+    keep: int = 2
+    calibration_batches: int = 8
+    calibration_method: str = "mse"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in FIELDS:
+            value = getattr(self, field)
+            try:
+                object.__setattr__(self, field, _CHECKS[field](value))
+            except ValueError as error:
+                raise TrainingError(f"recipe {self.name!r}: {field}: expected {error}; found {value!r}.") from None
+
+    def replace(self, **changes: Any) -> Recipe:
+        """Return a copy with some fields changed.
+
+        Args:
+            **changes: Field name -> value.
+
+        Raises:
+            TrainingError: If there is no such field or it cannot take that value; names the nearest valid one.
+        """
+        check_names(changes, f"recipe {self.name!r}")
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a dict of plain values, as JSON gives them back."""
+        found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return found
+
+    def to_toml(self) -> str:
+        """Return the recipe as TOML that `recipe` reads back.
+
+        Example:
+            >>> Recipe(epochs=2).to_toml().splitlines()[:2]
+            ['name = "quick"', 'epochs = 2']
+        """
+        values = {key: 0 if value is None else value for key, value in self.to_dict().items()}
+        return "".join(f"{key} = {_toml(value)}\n" for key, value in values.items())
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(Recipe))
+
+
+def check_names(values: Mapping[str, Any], where: str) -> None:
+    """Raise `TrainingError` if there is a name that is not a field's.
+
+    Args:
+        values: By name.
+        where: The recipe, for the message.
+
+    Raises:
+        TrainingError: Naming the nearest field.
+    """
+    for name in values:
+        if name not in FIELDS:
+            raise TrainingError(f"{where}: {name!r} is not a field of a recipe.{nearest(name, FIELDS)}")
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):  # JSON's escapes are TOML's, but for DEL, which TOML wants escaped as well
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    return repr(value)
+
+
+_CHECKS: dict[str, Check] = {
+    "name": text,
+    "epochs": count(1),
+    "batch_size": count(1),
+    "accumulate": count(1),
+    "precision": choice("launcher", "no", "bf16", "fp16"),
+    "optimizer": text,
+    "lr": nonnegative,
+    "momentum": below_one,
+    "weight_decay": nonnegative,
+    "decay": choice("all", "weights"),
+    "no_decay": names,
+    "quantizer_optimizer": text,
+    "quantizer_lr": nonnegative,
+    "quantizer_weight_decay": nonnegative,
+    "clip_grad": limit,
+    "schedule": choice("cosine", "linear", "step", "constant"),
+    "warmup_steps": count(0),
+    "step_epochs": count(1),
+    "step_factor": share,
+    "label_smoothing": below_one,
+    "mixup": nonnegative,
+    "cutmix": nonnegative,
+    "augment": text,
+    "color_jitter": nonnegative,
+    "random_erasing": share,
+    "crop_scale": share,
+    "distill": share,
+    "temperature": positive,
+    "features": names,
+    "feature_weight": nonnegative,
+    "ema": below_one,
+    "ema_warmup": yes_or_no,
+    "batch_norm": choice("train", "freeze"),
+    "batch_norm_freeze_at": share,
+    "reestimate": count(0),
+    "freeze_bounds_at": share,
+    "progressive": stages,
+    "patience": count(0),
+    "oscillation": choice("log", "freeze", "off"),
+    "oscillation_threshold": share,
+    "explode": nonnegative,
+    "checkpoint_steps": count(0),
+    "keep": count(1),
+    "calibration_batches": count(1),
+    "calibration_method": choice(*METHODS),
+    "seed": count(0),
+}
