@@ -1,0 +1,199 @@
+"""Oscillating weights: what counts as one, the share that is logged, and holding them at their level."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import daqconvert as dq
+from daqconvert.training.parts.base import Step
+from daqconvert.training.parts.oscillation import MOMENTUM, Oscillation, Track
+
+
+class Run:
+    """As much of a run as this part looks at."""
+
+    def __init__(self, model):
+        self.model = model
+
+
+def one_layer(weight):
+    """A linear layer with a 4-bit weight of one row, levels at the integers -7 .. 7."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight.data.copy_(weight)
+    model = dq.quantize(nn.Sequential(layer), bits={"0": (4, None)}, grid="integer", normalize=False)
+    model[0].weight_quantizer.upper.data.fill_(7.0)
+    return model
+
+
+def reference(codes, momentum=MOMENTUM):
+    """The equations for one weight, in Python numbers."""
+    frequency, direction, average = 0.0, 0, float(codes[0])
+    for before, code in itertools.pairwise(codes):
+        change = (code > before) - (code < before)
+        turned = change != 0 and change == -direction
+        frequency = momentum * turned + (1 - momentum) * frequency
+        average = momentum * code + (1 - momentum) * average
+        direction = change or direction
+    return frequency, average
+
+
+def test_frequency_and_average_are_the_equations():
+    model = one_layer(torch.zeros(1, 4))
+    site = model[0]
+    track = Track(site, most=None)
+    generator = torch.Generator().manual_seed(0)
+    seen = [site.weight_quantizer.codes(site.weight).flatten().tolist()]
+    for _ in range(60):
+        site.weight.data.copy_(4 * torch.rand(1, 4, generator=generator) - 2)
+        track.hold()
+        track.update(threshold=1.0)
+        seen.append(site.weight_quantizer.codes(site.weight).flatten().tolist())
+    expected = [reference(codes) for codes in zip(*seen, strict=True)]
+    assert max(f for f, _ in expected) > 0.2  # they do oscillate
+    for i, (frequency, average) in enumerate(expected):
+        assert track.state["frequency"][i].item() == pytest.approx(frequency, rel=1e-5)
+        assert track.state["average"][i].item() == pytest.approx(average, rel=1e-5)
+
+
+def test_a_walk_in_one_direction_is_no_oscillation():
+    model = one_layer(torch.full((1, 2), -6.0))
+    track = Track(model[0])
+    for _ in range(12):
+        model[0].weight.data.add_(1.0)
+        track.update(threshold=0.02)
+    assert track.oscillating.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"w_bits": 1, "normalize": True}, id="1 bit normalized"),
+        pytest.param({"w_bits": 2, "normalize": True}, id="2 bits normalized"),
+        pytest.param({"w_bits": 2, "normalize": True, "granularity": "channel"}, id="normalized per channel"),
+        pytest.param({"w_bits": 3, "grid": "midrise", "normalize": False}, id="midrise in real units"),
+        pytest.param({"w_bits": 4}, id="integer per channel"),
+        pytest.param({"w_bits": 4, "granularity": "tensor"}, id="integer per tensor"),
+    ],
+)
+@pytest.mark.parametrize("transposed", [False, True], ids=["conv", "transposed"])
+def test_the_codes_are_the_quantizers(settings, transposed):
+    torch.manual_seed(0)
+    conv = nn.ConvTranspose2d(4, 6, 3, groups=2) if transposed else nn.Conv2d(4, 6, 3)
+    model = dq.quantize(
+        nn.Sequential(conv),
+        a_bits=8,
+        first=None,
+        last=None,
+        bits={"0": (settings["w_bits"], 8)},
+        **{k: v for k, v in settings.items() if k != "w_bits"},
+    )
+    site = model[0]
+    codes = site.weight_quantizer.codes(site.weight).reshape(-1)
+    assert len(codes.unique()) > 1
+    assert torch.equal(Track(site, most=None).state["code"], codes)
+    assert torch.equal(Track(site, most=10).state["code"], codes[:: Track(site, most=10).stride])
+
+
+def shaken(part, model, steps, generator, size):
+    """Steps of noise on all weights and bounds, as a bad optimizer makes them."""
+    run = Run(model)
+    for number in range(1, steps + 1):
+        part.before_step(run, number)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                scale = 0.002 if "quantizer" in name else size
+                parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+        part.after_step(run, Step(number, steps, 1, 1.0))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_frozen_weights_keep_their_level(make, bits):
+    model, generator = make(bits, first=None, last=None), torch.Generator().manual_seed(0)
+    part = Oscillation(freeze=True, threshold=0.02)
+    part.start(Run(model))
+    shaken(part, model, 40, generator, 0.05)
+    row = {}
+    part.after_epoch(Run(model), row)
+    assert 0.02 < row["frozen"] < 0.98
+    before = {name: (t.state["frozen"].clone(), t.state["code"].clone()) for name, t in part.tracks.items()}
+    for _ in range(5):
+        shaken(part, model, 4, generator, 0.05)
+        for name, (frozen, level) in before.items():
+            site = part.tracks[name].site
+            codes = site.weight_quantizer.codes(site.weight).reshape(-1)
+            assert torch.equal(codes[frozen], level[frozen])
+            assert bool(part.tracks[name].state["frozen"][frozen].all())
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+def test_in_real_units_a_frozen_weight_is_the_middle_of_its_level(make):
+    model, generator = make(4, first=None, last=None), torch.Generator().manual_seed(0)
+    part = Oscillation(freeze=True, threshold=0.015)
+    part.start(Run(model))
+    shaken(part, model, 30, generator, 0.05)
+    for track in part.tracks.values():
+        frozen = track.state["frozen"].reshape(track.site.weight.shape)
+        quantizer = track.site.weight_quantizer
+        middle = quantizer(track.site.weight) * quantizer.multiplier().reshape(-1, 1)
+        assert frozen.any()
+        torch.testing.assert_close(track.site.weight[frozen], middle[frozen], rtol=1e-6, atol=0)
+
+
+def test_logging_changes_nothing(make):
+    model, generator = make(2), torch.Generator().manual_seed(0)
+    part, other = Oscillation(freeze=False, threshold=0.02), make(2)
+    part.start(Run(model))
+    shaken(part, model, 20, generator, 0.05)
+    shaken(Oscillation(freeze=False, threshold=0.02), other, 20, torch.Generator().manual_seed(0), 0.05)
+    row = {}
+    part.after_epoch(Run(model), row)
+    assert 0 < row["oscillating"] < 1
+    assert "frozen" not in row
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_what_a_checkpoint_keeps_goes_on_as_if_nothing_had_been(make, freeze):
+    def halves(interrupt):
+        model, generator = make(2, first=None, last=None), torch.Generator().manual_seed(0)
+        part = Oscillation(freeze=freeze, threshold=0.015)
+        part.start(Run(model))
+        shaken(part, model, 15, generator, 0.05)
+        if interrupt:
+            tensors, meta = {k: v.clone() for k, v in part.tensors().items()}, part.meta()
+            weights = {k: v.clone() for k, v in model.state_dict().items()}
+            model, part = make(2, first=None, last=None), Oscillation(freeze=freeze, threshold=0.015)
+            model.load_state_dict(weights)
+            part.start(Run(model))
+            part.load(tensors, meta)
+        shaken(part, model, 15, generator, 0.05)
+        return model.state_dict(), part.tensors()
+
+    for one, other in zip(halves(False), halves(True), strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_other_bits_start_anew(make):
+    model, generator = make(4, first=None, last=None), torch.Generator().manual_seed(0)
+    part = Oscillation(freeze=True, threshold=0.01)
+    part.start(Run(model))
+    shaken(part, model, 30, generator, 0.05)
+    assert any(track.state["frozen"].any() for track in part.tracks.values())
+    for track in part.tracks.values():
+        track.site.weight_quantizer.bits = 3
+    shaken(part, model, 1, generator, 0.05)
+    for track in part.tracks.values():
+        assert track.bits == 3
+        assert not track.state["frozen"].any()
+        assert int(track.state["code"].max()) <= 6
+
+
+def test_a_weight_of_two_layers_is_followed_once():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    part = Oscillation(freeze=True, threshold=0.02)
+    part.start(Run(dq.quantize(model, w_bits=4, a_bits=4)))
+    assert list(part.tracks) == ["0"]
