@@ -110,7 +110,7 @@ def shaken(part, model, steps, generator, size):
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_frozen_weights_keep_their_level(make, bits):
-    model, generator = make(bits, first=None, last=None), torch.Generator().manual_seed(0)
+    model, generator = make(bits, first=(bits, 8), last=(bits, 8)), torch.Generator().manual_seed(0)
     part = Oscillation(freeze=True, threshold=0.02)
     part.start(Run(model))
     shaken(part, model, 40, generator, 0.05)
@@ -129,7 +129,7 @@ def test_frozen_weights_keep_their_level(make, bits):
 
 
 def test_in_real_units_a_frozen_weight_is_the_middle_of_its_level(make):
-    model, generator = make(4, first=None, last=None), torch.Generator().manual_seed(0)
+    model, generator = make(4, first=(4, 8), last=(4, 8)), torch.Generator().manual_seed(0)
     part = Oscillation(freeze=True, threshold=0.015)
     part.start(Run(model))
     shaken(part, model, 30, generator, 0.05)
@@ -157,14 +157,14 @@ def test_logging_changes_nothing(make):
 @pytest.mark.parametrize("freeze", [False, True])
 def test_what_a_checkpoint_keeps_goes_on_as_if_nothing_had_been(make, freeze):
     def halves(interrupt):
-        model, generator = make(2, first=None, last=None), torch.Generator().manual_seed(0)
+        model, generator = make(2, first=(2, 8), last=(2, 8)), torch.Generator().manual_seed(0)
         part = Oscillation(freeze=freeze, threshold=0.015)
         part.start(Run(model))
         shaken(part, model, 15, generator, 0.05)
         if interrupt:
             tensors, meta = {k: v.clone() for k, v in part.tensors().items()}, part.meta()
             weights = {k: v.clone() for k, v in model.state_dict().items()}
-            model, part = make(2, first=None, last=None), Oscillation(freeze=freeze, threshold=0.015)
+            model, part = make(2, first=(2, 8), last=(2, 8)), Oscillation(freeze=freeze, threshold=0.015)
             model.load_state_dict(weights)
             part.start(Run(model))
             part.load(tensors, meta)
@@ -177,7 +177,7 @@ def test_what_a_checkpoint_keeps_goes_on_as_if_nothing_had_been(make, freeze):
 
 
 def test_other_bits_start_anew(make):
-    model, generator = make(4, first=None, last=None), torch.Generator().manual_seed(0)
+    model, generator = make(4, first=(4, 8), last=(4, 8)), torch.Generator().manual_seed(0)
     part = Oscillation(freeze=True, threshold=0.01)
     part.start(Run(model))
     shaken(part, model, 30, generator, 0.05)

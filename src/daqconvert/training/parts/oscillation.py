@@ -26,6 +26,7 @@ from daqconvert.layers.site import QuantizedSite
 from daqconvert.modes import quantized_layers
 from daqconvert.quantizers import WeightQuantizer
 from daqconvert.training.parts.base import Part, Step
+from daqconvert.training.parts.measures import lowest_level
 
 if TYPE_CHECKING:
     from daqconvert.training.engine import Run
@@ -142,17 +143,16 @@ class Track:
         quantizer = _quantizer(self.site)
         origin, step, offset = self._grid()
         x = (_weight(self.site).detach().reshape(-1)[:: self.stride].to(torch.float32) - origin) / step
-        lowest, highest = (0.0, float(quantizer.top)) if quantizer.midrise else (-offset, offset)
-        x = x.clamp(lowest, highest)
+        x = x.clamp(-offset, float(quantizer.top))
         return x + offset, x.round() + offset
 
     def _grid(self) -> tuple[Tensor, Tensor, float]:
         """Return `origin`, `step`, `offset` of `W = (code - offset) * step + origin`, for the weights followed."""
         quantizer = _quantizer(self.site)
         upper = quantizer.upper.detach().to(torch.float32)
-        if not quantizer.midrise:
+        if quantizer.grid != "midrise":
             step = upper.clamp(min=TINY) / quantizer.top
-            return torch.zeros((), device=upper.device), self._each(step), float(quantizer.top)
+            return torch.zeros((), device=upper.device), self._each(step), float(lowest_level(quantizer))
         mean, std = quantizer.moments(_weight(self.site).detach())
         lower = -upper if quantizer.own_lower is None else quantizer.own_lower.detach().to(torch.float32)
         step, origin = (upper - lower).clamp(min=TINY) / quantizer.top, lower
