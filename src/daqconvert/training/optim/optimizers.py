@@ -1,0 +1,133 @@
+"""Two parameter groups, two optimizers, one schedule."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from daqconvert.errors import TrainingError
+from daqconvert.training.optim.factory import check_optimizer, make_optimizer
+from daqconvert.training.optim.groups import QUANTIZERS, WEIGHTS, decay_groups, parameter_groups, undecayed
+from daqconvert.training.optim.schedule import lr_factor
+from daqconvert.training.optim.state import flat_state, group_settings, restore_state
+from daqconvert.training.recipes import Recipe
+
+
+class Optimizers:
+    """One optimizer for the weights and one for the quantizers, stepped together; a group without parameters has none.
+
+    Make it after calibration or loading: only then is it known which `lower` bounds are trained.
+
+    Args:
+        model: A quantized model.
+        recipe: Gives both optimizers, learning rates, momentum, weight decay and schedule.
+        total_steps: Optimizer steps of the whole run, where the cosine ends; 0 where unknown.
+
+    Attributes:
+        named: Parameters by group and name.
+        optimizers: By group.
+        total_steps: As above.
+        resting: Groups that `step` leaves alone, gradients and all; empty at first. A part fills it again when a run
+            is resumed.
+
+    Raises:
+        TrainingError: If no parameter is trainable, an optimizer is unknown or cannot be used, a pattern of
+            `no_decay` matches nothing, or the schedule has to know where it ends and the length is unknown.
+
+    Example:
+        >>> import daqconvert as dq
+        >>> qmodel = dq.quantize(nn.Sequential(nn.Linear(4, 2)), w_bits=4, a_bits=4)
+        >>> optimizers = Optimizers(qmodel, Recipe(lr=0.1, quantizer_lr=0.01), total_steps=10)
+        >>> optimizers.set_step(5)["weights"]
+        0.05
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe, total_steps: int) -> None:
+        self.recipe, self.total_steps = recipe, total_steps
+        self.resting: set[str] = set()
+        self.named = {group: named for group, named in parameter_groups(model).items() if named}
+        if not self.named:
+            raise TrainingError(
+                f"{type(model).__name__}: no parameter requires a gradient. Call model.requires_grad_(True)."
+            )
+        if total_steps <= 0 and recipe.schedule != "constant":
+            raise TrainingError(
+                f"schedule: {recipe.schedule!r} has to know how many steps the run has, and the loader has no length. "
+                'Give it a __len__, or train with schedule="constant".'
+            )
+        self.base_lr = {WEIGHTS: recipe.lr, QUANTIZERS: recipe.quantizer_lr}
+        kinds = {WEIGHTS: recipe.optimizer, QUANTIZERS: recipe.quantizer_optimizer}
+        check_optimizer(recipe.optimizer, "optimizer")
+        check_optimizer(recipe.quantizer_optimizer, "quantizer_optimizer")
+        spared = undecayed(model, recipe)
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        for group, named in self.named.items():
+            groups = decay_groups(group, named, recipe, spared)
+            self.optimizers[group] = make_optimizer(kinds[group], groups, self.base_lr[group], recipe.momentum)
+        self._fresh = {group: group_settings(optimizer) for group, optimizer in self.optimizers.items()}
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All parameters that the next step changes."""
+        return [
+            parameter
+            for group, named in self.named.items()
+            if group not in self.resting
+            for parameter in named.values()
+        ]
+
+    def set_step(self, step: int) -> dict[str, float]:
+        """Set the learning rates of a step, counted from 0, and return them by group."""
+        recipe = self.recipe
+        fall_steps = recipe.step_epochs * self.total_steps // recipe.epochs
+        factor = lr_factor(
+            step, self.total_steps, recipe.schedule, recipe.warmup_steps, fall_steps=fall_steps,
+            fall=recipe.step_factor,
+        )  # fmt: skip
+        rates = {group: base * factor for group, base in self.base_lr.items()}
+        for group, optimizer in self.optimizers.items():
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = rates[group]
+        return rates
+
+    def step(self) -> None:
+        """Update all parameters but those of resting groups, whose gradients are dropped."""
+        for group, optimizer in self.optimizers.items():
+            if group in self.resting:
+                optimizer.zero_grad(set_to_none=True)
+            else:
+                optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the state as flat tensors, `GROUP/SLOT/PARAMETER`, as `weights/momentum_buffer/conv.weight`.
+
+        Numbers, and what an optimizer keeps once for many parameters: see `optim.state`.
+        """
+        return {
+            f"{group}/{key}": value
+            for group, named in self.named.items()
+            for key, value in flat_state(self.optimizers[group], named, self._fresh[group]).items()
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Replace the state by what `state_dict` returned.
+
+        Args:
+            state: Flat tensors.
+
+        Raises:
+            TrainingError: If an entry belongs to no parameter of this model, or has another shape.
+        """
+        split: dict[str, dict[str, Tensor]] = {group: {} for group in self.named}
+        for key, value in state.items():
+            group, _, rest = key.partition("/")
+            if group not in split:
+                raise TrainingError(f"optimizer state {key!r} of shape {tuple(value.shape)} fits no parameter.")
+            split[group][rest] = value
+        for group, named in self.named.items():
+            restore_state(self.optimizers[group], named, self._fresh[group], split[group], f"{group}/")

@@ -1,0 +1,37 @@
+"""Names and patterns in a recipe: what they mean in a model, and an error where they mean nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from daqconvert.errors import PolicyError, TrainingError, nearest
+from daqconvert.policy.rules import check_pattern, name_level
+
+
+def matching(patterns: Iterable[str], names: Sequence[str], field: str, what: str) -> list[str]:
+    """Return the names that a pattern means, in the order of `names`.
+
+    Args:
+        patterns: Dotted names, globs (`*` is any text, dots included), or `re:` and a regular expression.
+        names: What there is.
+        field: Of the recipe, for messages.
+        what: What the names are names of, for messages.
+
+    Raises:
+        TrainingError: If a pattern means nothing; names the nearest.
+
+    Example:
+        >>> matching(["*.bias"], ["0.weight", "0.bias", "2.bias"], "no_decay", "parameter")
+        ['0.bias', '2.bias']
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        try:
+            check_pattern(pattern, field)
+        except PolicyError as error:
+            raise TrainingError(str(error)) from None
+        meant = [name for name in names if name_level(pattern, name) is not None]
+        if not meant:
+            raise TrainingError(f'{field}: "{pattern}" matches no {what}.{nearest(pattern, names)}')
+        found.update(meant)
+    return [name for name in names if name in found]
