@@ -25,6 +25,7 @@ from daqconvert.observers import (
     std_bounds,
 )
 from daqconvert.quantizers import InputQuantizer, WeightQuantizer
+from daqconvert.quantizers.lsq import StepInputQuantizer
 from daqconvert.report.progress import track
 
 Bounds = Callable[[InputObserver, int, bool], tuple[float, float]]
@@ -39,13 +40,16 @@ def error_bounds(observer: InputObserver, bits: int, signed: bool) -> tuple[floa
     return std_bounds(observer, bits, signed) if bits == 1 else minimum_error_bounds(observer, bits, signed)
 
 
-def observer_for(method: str, bits: int) -> InputObserver:
+def observer_for(method: str, bits: int, by_mean: bool = False) -> InputObserver:
     """Return an observer that takes no more than a method needs for its bounds.
 
     Args:
         method: A key of `METHODS`.
         bits: Of the quantizer.
+        by_mean: Whether the quantizer starts from the mean size of its inputs whatever the method, as LSQ's does.
     """
+    if by_mean:
+        return InputObserver(std=False, histogram=False, mean=True)
     of_std = method == "std" or (method == "mse" and bits == 1)
     return InputObserver(std=of_std, histogram=method != "minmax" and not of_std)
 
@@ -124,7 +128,7 @@ def calibrate(
         batches: Any iterable of batches (a `DataLoader` too): a tensor, a tuple or list whose first entry is the
             input, or a dict of keyword arguments.
         method: `"mse"` (least squared error; 3 std at 1 bit), `"minmax"`, `"percentile"` (99.99) or `"std"` (the
-            paper's 3 std).
+            paper's 3 std). A step of LSQ starts at its own `2 mean|v| / sqrt(Q_p)` whatever is asked for.
         max_batches: Read no more than this many.
 
     Returns:
@@ -205,7 +209,7 @@ def _operands(layers: dict[str, QuantizedSite], method: str) -> dict[int, _Opera
     for layer in layers.values():
         for role, quantizer in (("input", layer.input_quantizer), ("weight", layer.weight_quantizer)):
             if isinstance(quantizer, InputQuantizer) and id(quantizer) not in found:
-                observer = observer_for(method, quantizer.bits)
+                observer = observer_for(method, quantizer.bits, quantizer.by_mean)
                 found[id(quantizer)] = _Operand(layer.layer_name, role, quantizer, observer)
     return found
 
@@ -270,7 +274,7 @@ def _choose(operands: dict[int, _Operand], method: str, proven: set[str]) -> dic
         signed = observer.minimum < 0.0 if quantizer.sign is None else quantizer.sign
         if signed and quantizer.bits == 1:
             one_bit.append(f"{name or '(root)'} (down to {observer.minimum:.3g})")
-        lower, upper = METHODS[method](observer, quantizer.bits, signed)
+        lower, upper = _bounds(quantizer, observer, method, signed)
         if upper <= 0.0 and lower >= 0.0:
             upper = 1.0  # an input that is always zero: any range represents it exactly
         known = operand.role == "input" and name in proven
@@ -282,6 +286,12 @@ def _choose(operands: dict[int, _Operand], method: str, proven: set[str]) -> dic
             f'Give them a_bits = 2: [[rule]] match = "{one_bit[0].split(" ")[0]}", a_bits = 2.'
         )
     return rows
+
+
+def _bounds(quantizer: InputQuantizer, observer: InputObserver, method: str, signed: bool) -> tuple[float, float]:
+    if isinstance(quantizer, StepInputQuantizer):
+        return quantizer.start(observer.mean, signed)
+    return METHODS[method](observer, quantizer.bits, signed)
 
 
 def _set_output_scales(qmodel: nn.Module, layers: dict[str, QuantizedSite], first: Any) -> None:

@@ -23,6 +23,7 @@ class InputObserver:
     Args:
         std: Take the standard deviation of the first batch: two more passes over it.
         histogram: Count values in bins.
+        mean: Sum up the sizes of all values.
 
     Attributes:
         minimum: Smallest value seen.
@@ -37,8 +38,9 @@ class InputObserver:
         (-1.0, 2.0)
     """
 
-    def __init__(self, std: bool = True, histogram: bool = True) -> None:
-        self._std, self._histogram = std, histogram
+    def __init__(self, std: bool = True, histogram: bool = True, mean: bool = False) -> None:
+        self._std, self._histogram, self._mean = std, histogram, mean
+        self._sum, self._count = 0.0, 0
         self.minimum, self.maximum = math.inf, -math.inf
         self.first_std: float | None = None
         self.limit = 0.0
@@ -49,6 +51,11 @@ class InputObserver:
     def seen(self) -> bool:
         """Whether any value was observed."""
         return self.maximum >= self.minimum
+
+    @property
+    def mean(self) -> float:
+        """Mean size of all values."""
+        return self._sum / max(self._count, 1)
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
@@ -63,6 +70,8 @@ class InputObserver:
         flat = x.detach().flatten()
         if self._std and self.first_std is None:
             self.first_std = float(flat.float().std()) if flat.numel() > 1 else abs(float(flat[0]))
+        if self._mean:
+            self._sum, self._count = self._sum + float(flat.float().abs().double().sum()), self._count + flat.numel()
         self._grow(max(abs(low), abs(high)))
         if self._histogram and self.limit > 0:
             step = -(-flat.numel() // SAMPLE) | 1  # odd, so that a stride does not walk one channel or one column

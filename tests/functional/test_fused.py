@@ -20,6 +20,9 @@ ROUNDINGS = {
     "unit": Rounding.make("daq", 2.0, 0.5, True),
     "wide": Rounding.make("daq", 2.0, 50.0, False),
     "ste": Rounding.make("ste", 2.0, 1.0, False),
+    "ewgs": Rounding.ewgs(0.7, 3),
+    "dsq": Rounding.dsq(0.2),
+    "steep dsq": Rounding.dsq(0.001),
 }
 INPUTS = {
     "unsigned": (0.0, 2.1),
@@ -124,7 +127,14 @@ def run_weight_reference(weight, lower, upper, mean, std, view, bits, name, roun
 @pytest.mark.parametrize("layout", VIEWS.values(), ids=VIEWS.keys())
 @pytest.mark.parametrize(
     ("name", "normalize", "bits"),
-    [("midrise", True, 1), ("midrise", True, 4), ("midrise", False, 1), ("midrise", False, 3), ("integer", False, 8)],
+    [
+        ("midrise", True, 1),
+        ("midrise", True, 4),
+        ("midrise", False, 1),
+        ("midrise", False, 3),
+        ("integer", False, 8),
+        ("twos", False, 3),
+    ],
 )
 def test_weight_kernel_plain_and_reference_agree(name, normalize, bits, layout, rounding, plain):
     shape, view = layout
@@ -201,7 +211,7 @@ def test_a_second_derivative_is_refused():
 def samples():
     """One call of each operator, as `torch.library.opcheck` wants them."""
     operators = torch.ops.daqconvert
-    constants = 4, False, 1.0, 4.0
+    constants = 4, 1, 1.0, 4.0
     x, low, high = torch.randn(3, 4, requires_grad=True), leaf(-1.0), leaf(1.5)
     scale, zero = torch.tensor(0.2), torch.tensor(6.0)
     yield operators.quantize_input.default, (x, low, high, *constants, True)
@@ -209,17 +219,17 @@ def samples():
     detached = [t.detach() for t in (x, low, high)]
     yield operators.quantize_input_backward.default, (torch.ones(3, 4), scale, *detached, scale, zero, *constants)
     weight, upper = torch.randn(3, 4, requires_grad=True), leaf(torch.ones(3))
-    last = [1, 1, 3, 4], 4, False, False, 1.0, 4.0
+    last = [1, 1, 3, 4], 4, "integer", 1, 1.0, 4.0
     yield operators.quantize_weight.default, (weight, None, upper, None, None, None, *last)
     mean, std = torch.zeros(3), torch.ones(3)
     yield (
         operators.quantize_weight.default,
-        (weight, leaf(-torch.ones(3)), upper, mean, std, None, [1, 1, 3, 4], 4, True, False, 1.0, 4.0),
+        (weight, leaf(-torch.ones(3)), upper, mean, std, None, [1, 1, 3, 4], 4, "midrise", 1, 1.0, 4.0),
     )
     values = weight.detach(), None, upper.detach(), None, None
     yield operators.quantize_weight_backward.default, (torch.ones(3, 4), *values, *last)
     bounds = *detached[1:], None, upper.detach(), None, None
-    both = [1, 1, 3, 4], 4, 4, False, False, 1.0, 4.0, False, 1.0, 4.0
+    both = [1, 1, 3, 4], 4, 4, "integer", 1, 1.0, 4.0, 1, 1.0, 4.0
     yield operators.layer_forward.default, (weight.detach(), std, *bounds, *both)
     tensors = torch.ones(3, 3), detached[0], weight.detach(), std
     yield operators.layer_backward.default, (*tensors, *bounds, [], True, True, *both)

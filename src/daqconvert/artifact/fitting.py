@@ -11,7 +11,7 @@ from daqconvert.artifact.forwards import check_forwards
 from daqconvert.artifact.manifest import Manifest, TensorEntry, shown, told
 from daqconvert.convert import PLAN_ATTRIBUTE
 from daqconvert.errors import ArtifactError, DaqError
-from daqconvert.functional.grid import levels
+from daqconvert.functional.grid import intervals
 from daqconvert.graph import apply_sites
 from daqconvert.layers.frozen_site import BUFFERS, FrozenSite
 from daqconvert.layers.registry import quantized_class
@@ -117,8 +117,7 @@ def check_values(frozen: nn.Module, state: Mapping[str, Tensor], where: str) -> 
         w_bits, a_bits = module.settings.w_bits, module.settings.a_bits
         tops = {}
         if w_bits is not None:
-            top = levels(w_bits, module.settings.grid)
-            tops["weight_codes"] = top if module.settings.grid == "midrise" else 2 * top
+            tops["weight_codes"] = intervals(w_bits, module.settings.grid)
         if a_bits is not None:
             tops["input_zero_point"] = 2**a_bits - 1
         if "weight_scale" in module._buffers and w_bits is not None:

@@ -35,7 +35,7 @@ class Weight:
         layer: Name of its layer.
         codes: uint8, shape of the weight.
         bits: Of the codes.
-        grid: `"midrise"` or `"integer"`.
+        grid: `"midrise"`, `"integer"` or `"twos"`.
         transposed: Whether its two dimensions are exchanged.
     """
 

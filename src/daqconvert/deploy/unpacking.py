@@ -6,7 +6,7 @@ those of `functional.packing.pack`: plane 0 holds the least significant bits, el
 
     bits    = (planes & 2**[0..7]) != 0        (b, 8, bytes)   BitwiseAnd, Cast
     codes   = OR over p of 2**p where bits[p]  (1, 8, bytes)   Where, Split, BitwiseOr
-    operand = 2 * codes - n, or codes - m      shape of W      Transpose, Cast, Mul, Sub, Reshape, Slice
+    operand = 2 * codes - n, codes - m, ...       Transpose, Cast, Mul, Sub, Reshape, Slice
 
 ONNX Runtime computes all of it once, at load. Everything before the last cast is one byte an element: that keeps
 loading fast and the memory for it at `b` bytes per weight. `BitShift` would do as well, but OpenVINO folds a shift to
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from daqconvert.functional.grid import levels
+from daqconvert.functional.grid import coding
 from daqconvert.functional.packing import pack
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def add_weight(parts: Parts, name: str, codes: np.ndarray, bits: int, grid: str,
         name: Of the initializer, as `layer1.0.conv1.weight_codes`; the prefix of the nodes' outputs.
         codes: uint8, shape of the weight.
         bits: 1 to 8.
-        grid: `"midrise"` or `"integer"`.
+        grid: `"midrise"`, `"integer"` or `"twos"`.
         output: Name of the integer-valued float operand.
     """
     count, size = codes.size, -(-codes.size // 8)
@@ -76,8 +76,8 @@ def add_weight(parts: Parts, name: str, codes: np.ndarray, bits: int, grid: str,
     x = parts.node("Cast", [x], f"{name}.cast", to=1)  # TensorProto.FLOAT
     if grid == "midrise":
         x = parts.node("Mul", [x, parts.constant("daq.two", np.float32(2))], f"{name}.doubled")
-    top = levels(bits, grid)
-    x = parts.node("Sub", [x, parts.constant(f"daq.top{top}", np.float32(top))], f"{name}.centred")
+    down = -int(coding(bits, grid)[1])
+    x = parts.node("Sub", [x, parts.constant(f"daq.top{down}", np.float32(down))], f"{name}.centred")
     if count % 8:
         flat = parts.constant("daq.flat", np.array([-1], dtype=np.int64))
         x = parts.node("Reshape", [x, flat], f"{name}.flat")

@@ -39,7 +39,7 @@ class WeightCodes:
 
     Attributes:
         codes: uint8, shape and strides of the operand.
-        step: 2 on the midrise grid, 1 on the integer grid.
+        step: 2 on the midrise grid, else 1.
         offset: The lowest operand.
     """
 

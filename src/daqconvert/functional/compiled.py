@@ -18,8 +18,8 @@ from torch import Tensor
 from daqconvert.functional import fused_input, fused_weight
 from daqconvert.functional.coded import View, WeightCodes
 from daqconvert.functional.combined import combine_scale
-from daqconvert.functional.dasr import round_half_even
-from daqconvert.functional.grid import Rounding, levels
+from daqconvert.functional.dasr import KINDS, round_half_even
+from daqconvert.functional.grid import Rounding, coding, levels
 from daqconvert.functional.layer import InputGrid, WeightConstants, layer_gradients, scale_parts
 from daqconvert.functional.native import in_memory_order
 from daqconvert.functional.products import ConvolutionProducts, KnownProducts, LinearProducts
@@ -29,7 +29,7 @@ from daqconvert.functional.registration import refuse, register
 def compiled_layer(
     operation: KnownProducts, x: Tensor, weight: Tensor, bias: Tensor | None, output_scale: Tensor,
     lower: Tensor, upper: Tensor, w_lower: Tensor | None, w_upper: Tensor, mean: Tensor | None, std: Tensor | None,
-    view: View, bits: int, w_bits: int, midrise: bool, rounding: Rounding, w_rounding: Rounding,
+    view: View, bits: int, w_bits: int, grid: str, rounding: Rounding, w_rounding: Rounding,
 ) -> Tensor:  # fmt: skip
     """Return what `functional.layer.quantized_layer` does, under `torch.compile`.
 
@@ -48,14 +48,11 @@ def compiled_layer(
         view: The weight as `(A, B, C, D)`.
         bits: Of the input.
         w_bits: Of the weight.
-        midrise: Grid of the weight.
+        grid: Of the weight.
         rounding: Of the input.
         w_rounding: Of the weight.
     """
-    constants = (
-        list(view), bits, w_bits, midrise, rounding.kind == "ste", rounding.c, rounding.a,
-        w_rounding.kind == "ste", w_rounding.c, w_rounding.a,
-    )  # fmt: skip
+    constants = list(view), bits, w_bits, grid, *rounding.numbers, *w_rounding.numbers
     out: Tensor = _CompiledLayer.apply(
         x, weight, bias, output_scale, lower, upper, w_lower, w_upper, mean, std, encode(operation), constants
     )
@@ -118,22 +115,19 @@ def decode(geometry: Sequence[int]) -> KnownProducts:
 
 
 def _constants(
-    view: Sequence[int], w_bits: int, midrise: bool, ste: bool, c: float, a: float, unitless: bool
+    view: Sequence[int], w_bits: int, grid: str, kind: int, c: float, a: float, unitless: bool
 ) -> WeightConstants:
-    top = levels(w_bits, "midrise" if midrise else "integer")
-    rounding = Rounding("ste" if ste else "daq", c, a)
-    return WeightConstants((view[0], view[1], view[2], view[3]), w_bits, midrise, top, rounding, unitless)
+    top, rounding = levels(w_bits, grid), Rounding(KINDS[kind], c, a)
+    return WeightConstants((view[0], view[1], view[2], view[3]), w_bits, grid, top, rounding, unitless)
 
 
 def _forward(
     weight: Tensor, output_scale: Tensor, lower: Tensor, upper: Tensor, w_lower: Tensor | None, w_upper: Tensor,
-    mean: Tensor | None, std: Tensor | None, view: list[int], bits: int, w_bits: int, midrise: bool, ste: bool,
-    c: float, a: float, w_ste: bool, w_c: float, w_a: float,
+    mean: Tensor | None, std: Tensor | None, view: list[int], bits: int, w_bits: int, grid: str, kind: int,
+    c: float, a: float, w_kind: int, w_c: float, w_a: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    of_weight = _constants(view, w_bits, midrise, w_ste, w_c, w_a, mean is not None)
-    operand, _ = fused_weight.forward(
-        weight, w_lower, w_upper, mean, std, None, view, w_bits, midrise, w_ste, w_c, w_a
-    )
+    of_weight = _constants(view, w_bits, grid, w_kind, w_c, w_a, mean is not None)
+    operand, _ = fused_weight.forward(weight, w_lower, w_upper, mean, std, None, view, w_bits, grid, w_kind, w_c, w_a)
     step, zero_point = fused_input.parameters(lower, upper, bits)
     return operand, combine_scale(output_scale, *scale_parts(w_upper, step, bits, of_weight)), step, zero_point
 
@@ -141,15 +135,15 @@ def _forward(
 def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, output_scale: Tensor, lower: Tensor, upper: Tensor,
     w_lower: Tensor | None, w_upper: Tensor, mean: Tensor | None, std: Tensor | None, geometry: list[int],
-    biased: bool, to_input: bool, view: list[int], bits: int, w_bits: int, midrise: bool, ste: bool, c: float,
-    a: float, w_ste: bool, w_c: float, w_a: float,
+    biased: bool, to_input: bool, view: list[int], bits: int, w_bits: int, grid: str, kind: int, c: float,
+    a: float, w_kind: int, w_c: float, w_a: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    of_weight = _constants(view, w_bits, midrise, w_ste, w_c, w_a, mean is not None)
-    _, codes = fused_weight.forward(weight, w_lower, w_upper, mean, std, None, view, w_bits, midrise, w_ste, w_c, w_a)
-    operand, _, step, zero_point = fused_input.forward(x, lower, upper, bits, ste, c, a, False, scratch_like)
+    of_weight = _constants(view, w_bits, grid, w_kind, w_c, w_a, mean is not None)
+    _, codes = fused_weight.forward(weight, w_lower, w_upper, mean, std, None, view, w_bits, grid, w_kind, w_c, w_a)
+    operand, _, step, zero_point = fused_input.forward(x, lower, upper, bits, kind, c, a, False, scratch_like)
     total = combine_scale(output_scale, *scale_parts(w_upper, step, bits, of_weight))
-    coded = WeightCodes(codes, 2.0 if midrise else 1.0, -float(of_weight.top))
-    known = decode(geometry), InputGrid(lower, upper, bits, Rounding("ste" if ste else "daq", c, a)), coded, of_weight
+    coded = WeightCodes(codes, *coding(w_bits, grid))
+    known = decode(geometry), InputGrid(lower, upper, bits, Rounding(KINDS[kind], c, a)), coded, of_weight
     needs = (to_input, True, biased, True, True, True, w_lower is not None, True)
     found = layer_gradients(
         known, needs, grad, x, weight, output_scale, lower, upper, w_lower, w_upper, operand, step, None, zero_point,
@@ -194,9 +188,7 @@ def _fake_backward(
 
 
 _WEIGHT = "Tensor lower, Tensor upper, Tensor? w_lower, Tensor w_upper, Tensor? mean, Tensor? std"
-_CONSTANTS = (
-    "int[] view, int bits, int w_bits, bool midrise, bool ste, float c, float a, bool w_ste, float w_c, float w_a"
-)
+_CONSTANTS = "int[] view, int bits, int w_bits, str grid, int kind, float c, float a, int w_kind, float w_c, float w_a"
 register(
     f"layer_forward(Tensor weight, Tensor output_scale, {_WEIGHT}, {_CONSTANTS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward, _fake_forward, refuse,

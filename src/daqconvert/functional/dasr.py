@@ -24,6 +24,12 @@ import torch
 from torch import Tensor
 
 from daqconvert.errors import DaqError
+from daqconvert.functional.baselines import dsq_slope
+
+KINDS = ("ste", "daq", "ewgs", "dsq")
+"""Gradients of the rounding: operators take the index."""
+
+STE, DAQ, EWGS, DSQ = range(len(KINDS))
 
 
 def round_half_even(x: Tensor) -> Tensor:
@@ -70,17 +76,34 @@ def slope(x: Tensor, c: float, a: float) -> Tensor:
     return c / torch.tanh(((1.0 - 2.0 * t).abs() + a) * 0.5)
 
 
+def through_rounding(grad: Tensor, x: Tensor, kind: int, c: float, a: float) -> Tensor:
+    """Return the gradient behind `q = round(x)` from the one that arrives at `q`, whichever rounding it is.
+
+    Args:
+        grad: Of `q`.
+        x: In level units.
+        kind: Index into `KINDS`.
+        c: What the rounding needs: height of the slope (daq, dsq), `delta / n` (ewgs).
+        a: Offset of the slope (daq), its steepness `k` (dsq).
+    """
+    if kind == STE:
+        return grad
+    if kind == EWGS:  # grad * (1 + c * sign(grad) * (x - q))
+        return grad + grad.abs() * ((x - round_half_even(x)) * c)
+    return grad * (dsq_slope(x, c, a) if kind == DSQ else slope(x, c, a))
+
+
 class _ClipRound(torch.autograd.Function):
-    """`round(clip(x, low, high))` with the DASR (or STE) slope inside the clip.
+    """`round(clip(x, low, high))` with the gradient of a rounding inside the clip.
 
     Whether the clip's two ends count as inside is said here, not left to `torch.clamp`: its gradient there was 1 for
     years and is 0 in torch 2.14, and every zero that comes out of a ReLU lies on an end.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, low: Any, high: Any, c: float, a: float, ste: bool, ends: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, low: Any, high: Any, kind: int, c: float, a: float, ends: bool) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.constants = (low, high, c, a, ste, ends)
+        ctx.constants = (low, high, kind, c, a, ends)
         return round_half_even(torch.clamp(x, low, high))
 
     @staticmethod
@@ -94,10 +117,10 @@ class _ClipRoundBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, grad: Tensor, x: Tensor, low: Any, high: Any, c: float, a: float, ste: bool, ends: bool
+        ctx: Any, grad: Tensor, x: Tensor, low: Any, high: Any, kind: int, c: float, a: float, ends: bool
     ) -> Tensor:
         inside = (x >= low) & (x <= high) if ends else (x > low) & (x < high)
-        return torch.where(inside, grad if ste else grad * slope(x, c, a), 0.0)
+        return torch.where(inside, through_rounding(grad, x, kind, c, a), 0.0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -110,18 +133,18 @@ class _ClipRoundBackward(torch.autograd.Function):
 def clip_round(
     x: Tensor, low: Tensor | float, high: Tensor | float, rounding: str, c: float, a: float, ends: bool = True
 ) -> Tensor:
-    """Return `round(clip(x, low, high))`, its gradient the DASR slope inside the clip and 0 outside.
+    """Return `round(clip(x, low, high))`, its gradient that of the rounding inside the clip and 0 outside.
 
     Args:
         x: float32 or float64, any shape, in level units.
         low: Lowest level, an integer-valued float or a tensor that broadcasts.
         high: Highest level, likewise.
-        rounding: `"daq"`, or `"ste"` for a slope of 1.
-        c: Height of the slope, from `slope_coefficients`.
-        a: Offset of the slope, likewise.
+        rounding: One of `KINDS`.
+        c: As in `through_rounding`.
+        a: Likewise.
         ends: Whether the gradient passes at `low` and `high` themselves.
     """
-    out: Tensor = _ClipRound.apply(x, low, high, c, a, rounding == "ste", ends)
+    out: Tensor = _ClipRound.apply(x, low, high, KINDS.index(rounding), c, a, ends)
     return out
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from daqconvert.functional.dasr import round_half_even, slope
+from daqconvert.functional.dasr import round_half_even, through_rounding
 from daqconvert.functional.grid import TINY, Rounding, input_scale, input_zero_point
 from daqconvert.functional.native import address, dense, in_memory_order, kernels
 from daqconvert.functional.registration import refuse, register
@@ -54,13 +54,13 @@ def quantize_input(
         [1.0, 1.0, 0.0]
     """
     found: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.daqconvert.quantize_input.default(
-        x, lower, upper, bits, rounding.kind == "ste", rounding.c, rounding.a, codes
+        x, lower, upper, bits, *rounding.numbers, codes
     )
     return found
 
 
 def forward(
-    x: Tensor, lower: Tensor, upper: Tensor, bits: int, ste: bool, c: float, a: float, codes: bool,
+    x: Tensor, lower: Tensor, upper: Tensor, bits: int, kind: int, c: float, a: float, codes: bool,
     into: Callable[[Tensor], Tensor] = torch.empty_like,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return what the operator returns, without gradient; arguments as in `quantize_input`.
@@ -70,9 +70,9 @@ def forward(
         lower: Bound.
         upper: Bound.
         bits: 1 to 8.
-        ste: Of no matter here, like the next two.
-        c: Height of the slope.
-        a: Its offset.
+        kind: Of no matter here, like the next two.
+        c: Of the rounding.
+        a: Likewise.
         codes: Whether to compute the codes.
         into: Gives the compiled kernels a tensor of the shape and strides of one for the operand.
     """
@@ -114,7 +114,7 @@ def parameters(lower: Tensor, upper: Tensor, bits: int) -> tuple[Tensor, Tensor]
 
 def backward(
     grad: Tensor | None, grad_scale: Tensor | None, x: Tensor, lower: Tensor, upper: Tensor, scale: Tensor,
-    zero_point: Tensor, bits: int, ste: bool, c: float, a: float, in_place: bool = False,
+    zero_point: Tensor, bits: int, kind: int, c: float, a: float, in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients to `x`, `lower` and `upper`.
 
@@ -127,9 +127,9 @@ def backward(
         scale: As it came out.
         zero_point: Likewise.
         bits: 1 to 8.
-        ste: Whether the slope of the rounding is 1.
-        c: Else its height.
-        a: And its offset.
+        kind: Of the rounding.
+        c: Likewise.
+        a: Likewise.
         in_place: Nobody else holds `grad`: its memory may take the gradient to `x`.
     """
     top = 2**bits - 1
@@ -137,7 +137,7 @@ def backward(
         grad = torch.zeros_like(x)  # the operand was not used, its scale was
     library = kernels(x, lower, upper, grad)
     if library is None:
-        return _plain_backward(grad, grad_scale, x, lower, upper, scale, zero_point, top, ste, c, a)
+        return _plain_backward(grad, grad_scale, x, lower, upper, scale, zero_point, top, kind, c, a)
     x = dense(x)
     grad = in_memory_order(grad, x)
     grad_x = grad if in_place else torch.empty_like(x)
@@ -145,7 +145,7 @@ def backward(
     library.daq_quantize_input_backward(
         grad.data_ptr(), address(grad_scale), x.data_ptr(), grad_x.data_ptr(), x.numel(), lower.data_ptr(),
         upper.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), grad_lower.data_ptr(), grad_upper.data_ptr(),
-        top, *slope_numbers(ste, c, a), torch.get_num_threads(),
+        top, *slope_numbers(kind, c, a), torch.get_num_threads(),
     )  # fmt: skip
     return grad_x, grad_lower, grad_upper
 
@@ -160,11 +160,11 @@ def _operator_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _plain_backward(
     grad: Tensor, grad_scale: Tensor | None, x: Tensor, lower: Tensor, upper: Tensor, scale: Tensor,
-    zero_point: Tensor, top: int, ste: bool, c: float, a: float,
+    zero_point: Tensor, top: int, kind: int, c: float, a: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     levels = (x if x.dtype == torch.float64 else x.float()) / scale
     inside = (levels > -zero_point) & (levels < top - zero_point)
-    passed = torch.where(inside, grad.to(levels.dtype) * (1.0 if ste else slope(levels, c, a)), 0.0)
+    passed = torch.where(inside, through_rounding(grad.to(levels.dtype), levels, kind, c, a), 0.0)
     of_scale = -torch.where(inside, passed * levels, 0.0).sum() / scale
     of_scale = of_scale if grad_scale is None else of_scale + grad_scale
     share = torch.where(scale * top > TINY, of_scale / top, 0.0)  # a range of no width has no gradient
@@ -186,7 +186,7 @@ def _gradients(ctx: Any, grad: Tensor | None, _codes: Any, grad_scale: Tensor | 
 
 
 def _fake(
-    x: Tensor, lower: Tensor, upper: Tensor, bits: int, ste: bool, c: float, a: float, codes: bool
+    x: Tensor, lower: Tensor, upper: Tensor, bits: int, kind: int, c: float, a: float, codes: bool
 ) -> tuple[Tensor, ...]:
     wide = torch.float64 if upper.dtype == torch.float64 else torch.float32
     stored = torch.empty_like(x, dtype=torch.uint8) if codes else x.new_empty(0, dtype=torch.uint8)
@@ -200,12 +200,12 @@ def _fake_backward(
 
 
 register(
-    "quantize_input(Tensor x, Tensor lower, Tensor upper, int bits, bool ste, float c, float a, bool codes)"
+    "quantize_input(Tensor x, Tensor lower, Tensor upper, int bits, int kind, float c, float a, bool codes)"
     " -> (Tensor operand, Tensor codes, Tensor scale, Tensor zero_point)",
     _operator_forward, _fake, _gradients, _remember,
 )  # fmt: skip
 register(
     "quantize_input_backward(Tensor? grad, Tensor? grad_scale, Tensor x, Tensor lower, Tensor upper, Tensor scale,"
-    " Tensor zero_point, int bits, bool ste, float c, float a) -> (Tensor, Tensor, Tensor)",
+    " Tensor zero_point, int bits, int kind, float c, float a) -> (Tensor, Tensor, Tensor)",
     _operator_backward, _fake_backward, refuse,
 )  # fmt: skip

@@ -3,6 +3,7 @@
     v       = (W - mean) / std                         where normalized, else W; both taken by torch before
     q       = clip(round((v - lower) / scale), 0, n)   midrise, scale = (upper - lower) / n; operand 2q - n, code q
     q       = clip(round(v / scale), -m, m)            integer, scale = upper / m;           operand q,      code q + m
+    q       = clip(round(v / scale), -m - 1, m)        twos, likewise;                      operand q, code q + m + 1
 
 It saves the weight alone for its backward, and the few numbers per channel. A weight that is not normalized has
 `lower = -upper`. From codes that are known already it only expands the operand; the backward is the same.
@@ -19,8 +20,8 @@ import torch
 from torch import Tensor
 
 from daqconvert.functional.coded import WeightCodes, expand_weight
-from daqconvert.functional.dasr import round_half_even, slope
-from daqconvert.functional.grid import TINY, Rounding, levels, weight_codes
+from daqconvert.functional.dasr import round_half_even, through_rounding
+from daqconvert.functional.grid import TINY, Rounding, coding, levels, weight_codes
 from daqconvert.functional.native import address, in_memory_order, kernels, row_major, view_argument
 from daqconvert.functional.registration import refuse, register
 from daqconvert.functional.slopes import slope_numbers
@@ -39,8 +40,8 @@ def quantize_weight(
         mean: Likewise, without gradient.
         std: Likewise, without gradient.
         view: `(A, B, C, D)`.
-        bits: 1 to 8 (2 to 8 on the integer grid).
-        grid: `"midrise"` or `"integer"`.
+        bits: 1 to 8 (2 to 8 but for midrise).
+        grid: `"midrise"`, `"integer"` or `"twos"`.
         rounding: Gradient of the rounding.
         known: Codes of just this weight and these bounds, where they are known.
 
@@ -56,34 +57,31 @@ def quantize_weight(
         >>> operand.tolist(), codes.codes.tolist()
         ([[-7.0, 1.0, 7.0]], [[0, 8, 14]])
     """
-    midrise, top = grid == "midrise", levels(bits, grid)
     operand, codes = torch.ops.daqconvert.quantize_weight.default(
-        weight, lower, upper, mean, std, known, view, bits, midrise, rounding.kind == "ste", rounding.c, rounding.a
+        weight, lower, upper, mean, std, known, view, bits, grid, *rounding.numbers
     )
-    return operand, WeightCodes(codes if known is None else known, 2.0 if midrise else 1.0, -float(top))
+    return operand, WeightCodes(codes if known is None else known, *coding(bits, grid))
 
 
 def forward(
     weight: Tensor, lower: Tensor | None, upper: Tensor, mean: Tensor | None, std: Tensor | None,
-    known: Tensor | None, view: Sequence[int], bits: int, midrise: bool, ste: bool, c: float, a: float,
+    known: Tensor | None, view: Sequence[int], bits: int, grid: str, kind: int, c: float, a: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return what the operator returns, without gradient; arguments as in `quantize_weight`."""
-    grid = "midrise" if midrise else "integer"
-    top = levels(bits, grid)
     if known is not None:  # an operator must not return its own input
-        coded = WeightCodes(known, 2.0 if midrise else 1.0, -float(top))
+        coded = WeightCodes(known, *coding(bits, grid))
         return expand_weight(coded, (1, 1, 1, known.numel()), None, weight.dtype), known.new_empty(0)
     library = kernels(weight, lower, upper, mean, std)
     if library is None:
-        x = _levels(weight, lower, upper, mean, std, view, top, midrise)[0]
-        q = round_half_even(torch.clamp(x, 0.0 if midrise else -float(top), float(top)))
+        midrise, (low, top) = grid == "midrise", _ends(bits, grid)
+        q = round_half_even(torch.clamp(_levels(weight, lower, upper, mean, std, view, top, midrise)[0], low, top))
         operand = (2.0 * q - top if midrise else q).reshape(weight.shape)
         return operand.to(weight.dtype), weight_codes(operand, bits, grid)
     rows = row_major(weight, view)
     operand, found = torch.empty_like(rows), torch.empty_like(rows, dtype=torch.uint8)
     library.daq_quantize_weight(
         rows.data_ptr(), operand.data_ptr(), found.data_ptr(), view_argument(tuple(view)), address(lower),
-        upper.data_ptr(), address(mean), address(std), top, midrise, torch.get_num_threads(),
+        upper.data_ptr(), address(mean), address(std), *_ends(bits, grid), grid == "midrise", torch.get_num_threads(),
     )  # fmt: skip
     if rows is weight:
         return operand, found
@@ -104,29 +102,33 @@ def codes_alone(
         std: Or None.
         view: `(A, B, C, D)`.
         bits: 1 to 8.
-        grid: `"midrise"` or `"integer"`.
+        grid: `"midrise"`, `"integer"` or `"twos"`.
 
     Example:
         >>> weight, upper = torch.tensor([[-0.7, 0.1, 0.69]]), torch.tensor([0.7])
         >>> codes_alone(weight, None, upper, None, None, (1, 1, 1, 3), 4, "integer").tolist()
         [[0, 8, 14]]
     """
-    midrise = grid == "midrise"
     library = kernels(weight, lower, upper, mean, std)
     if library is None:
-        return forward(weight, lower, upper, mean, std, None, view, bits, midrise, False, 0.0, 0.0)[1]
+        return forward(weight, lower, upper, mean, std, None, view, bits, grid, 0, 0.0, 0.0)[1]
     rows = row_major(weight, view)
     found = torch.empty_like(rows, dtype=torch.uint8)
     library.daq_quantize_weight(
         rows.data_ptr(), None, found.data_ptr(), view_argument(view), address(lower), upper.data_ptr(), address(mean),
-        address(std), levels(bits, grid), midrise, torch.get_num_threads(),
+        address(std), *_ends(bits, grid), grid == "midrise", torch.get_num_threads(),
     )  # fmt: skip
     return found if rows is weight else torch.empty_like(weight, dtype=torch.uint8).copy_(found)
 
 
+def _ends(bits: int, grid: str) -> tuple[float, float]:
+    """Lowest and highest rounded level unit: 0 and `n` on the midrise grid, the operands themselves elsewhere."""
+    return (0.0 if grid == "midrise" else coding(bits, grid)[1]), float(levels(bits, grid))
+
+
 def _levels(
     weight: Tensor, lower: Tensor | None, upper: Tensor, mean: Tensor | None, std: Tensor | None, view: Sequence[int],
-    top: int, midrise: bool,
+    top: float, midrise: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return level units and scale, both in the shape of `view`, and the width whose gradient ends at `TINY`."""
 
@@ -145,7 +147,7 @@ def _levels(
 
 def backward(
     grad: Tensor, weight: Tensor, lower: Tensor | None, upper: Tensor, mean: Tensor | None, std: Tensor | None,
-    view: Sequence[int], bits: int, midrise: bool, ste: bool, c: float, a: float, in_place: bool = False,
+    view: Sequence[int], bits: int, grid: str, kind: int, c: float, a: float, in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients to the weight and to its bounds, that to `lower` without meaning where it is None.
 
@@ -158,24 +160,23 @@ def backward(
         std: Or None.
         view: `(A, B, C, D)`.
         bits: 1 to 8.
-        midrise: The grid.
-        ste: Whether the slope of the rounding is 1.
-        c: Else its height.
-        a: And its offset.
+        grid: `"midrise"`, `"integer"` or `"twos"`.
+        kind: Of the rounding.
+        c: Likewise.
+        a: Likewise.
         in_place: Nobody else holds `grad`: its memory may take the gradient to the weight.
     """
-    top = levels(bits, "midrise" if midrise else "integer")
     library = kernels(weight, lower, upper, mean, std, grad)
     if library is None:
-        return _plain_backward(grad, weight, lower, upper, mean, std, view, top, midrise, ste, c, a)
+        return _plain_backward(grad, weight, lower, upper, mean, std, view, bits, grid, kind, c, a)
     rows = row_major(weight, view)
     grad = in_memory_order(grad, rows)
     grad_weight = grad if in_place else torch.empty_like(rows)
     grad_lower, grad_upper = torch.zeros_like(upper), torch.empty_like(upper)
     library.daq_quantize_weight_backward(
         grad.data_ptr(), rows.data_ptr(), grad_weight.data_ptr(), view_argument(tuple(view)), address(lower),
-        upper.data_ptr(), address(mean), address(std), grad_lower.data_ptr(), grad_upper.data_ptr(), top, midrise,
-        *slope_numbers(ste, c, a), torch.get_num_threads(),
+        upper.data_ptr(), address(mean), address(std), grad_lower.data_ptr(), grad_upper.data_ptr(),
+        *_ends(bits, grid), grid == "midrise", *slope_numbers(kind, c, a), torch.get_num_threads(),
     )  # fmt: skip
     if rows is not weight:
         grad_weight = torch.empty_like(weight).copy_(grad_weight)
@@ -188,12 +189,13 @@ def _operator_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _plain_backward(
     grad: Tensor, weight: Tensor, lower: Tensor | None, upper: Tensor, mean: Tensor | None, std: Tensor | None,
-    view: Sequence[int], top: int, midrise: bool, ste: bool, c: float, a: float,
+    view: Sequence[int], bits: int, grid: str, kind: int, c: float, a: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    midrise, (low, top) = grid == "midrise", _ends(bits, grid)
     x, scale, width = _levels(weight, lower, upper, mean, std, view, top, midrise)
-    inside = (x >= (0.0 if midrise else -float(top))) & (x <= float(top))
+    inside = (x >= low) & (x <= top)
     arrived = grad.reshape(view).to(x.dtype) * (2.0 if midrise else 1.0)
-    passed = torch.where(inside, arrived * (1.0 if ste else slope(x, c, a)), 0.0)
+    passed = torch.where(inside, through_rounding(arrived, x, kind, c, a), 0.0)
 
     def total(t: Tensor) -> Tensor:
         return t.sum(dim=(1, 3), keepdim=True)
@@ -235,7 +237,7 @@ def _fake_backward(grad: Tensor, weight: Tensor, lower: Any, upper: Tensor, *_: 
 
 
 _PARAMETERS = "Tensor? lower, Tensor upper, Tensor? mean, Tensor? std"
-_CONSTANTS = "int[] view, int bits, bool midrise, bool ste, float c, float a"
+_CONSTANTS = "int[] view, int bits, str grid, int kind, float c, float a"
 register(
     f"quantize_weight(Tensor weight, {_PARAMETERS}, Tensor? known, {_CONSTANTS}) -> (Tensor, Tensor)",
     forward, _fake, _gradients, _remember,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from daqconvert.functional.coded import WeightCodes, expand_weight
 from daqconvert.functional.dasr import round_half_even
-from daqconvert.functional.grid import levels, weight_operand
+from daqconvert.functional.grid import coding, weight_operand
 from daqconvert.functional.native import dense, kernels
 
 
@@ -71,7 +71,7 @@ def decoded_weight(codes: Tensor, bits: int, grid: str, dtype: torch.dtype) -> T
     Args:
         codes: uint8.
         bits: 1 to 8.
-        grid: `"midrise"` or `"integer"`.
+        grid: `"midrise"`, `"integer"` or `"twos"`.
         dtype: Of the result.
 
     Example:
@@ -80,5 +80,5 @@ def decoded_weight(codes: Tensor, bits: int, grid: str, dtype: torch.dtype) -> T
     """
     if dtype != torch.float32 or not only_values(codes) or kernels(codes) is None:
         return weight_operand(codes, bits, grid, dtype)
-    coded = WeightCodes(codes, 2.0 if grid == "midrise" else 1.0, -float(levels(bits, grid)))
+    coded = WeightCodes(codes, *coding(bits, grid))
     return expand_weight(coded, (1, 1, 1, codes.numel()), None, dtype)

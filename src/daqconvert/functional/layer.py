@@ -52,7 +52,7 @@ class WeightGrid:
         std: Likewise.
         view: The weight as `(A, B, C, D)`.
         bits: 1 to 8.
-        midrise: The grid.
+        grid: `"midrise"`, `"integer"` or `"twos"`.
         top: Largest operand.
         rounding: Gradient of the rounding.
         operand: Integer-valued, without gradient.
@@ -65,7 +65,7 @@ class WeightGrid:
     std: Tensor | None
     view: View
     bits: int
-    midrise: bool
+    grid: str
     top: int
     rounding: Rounding
     operand: Tensor
@@ -113,7 +113,7 @@ class _QuantizedLayer(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         training = any(ctx.needs_input_grad)
         operand, codes, step, zero_point = fused_input.forward(
-            x, in_lower, in_upper, of_input.bits, False, 0.0, 0.0, training
+            x, in_lower, in_upper, of_input.bits, 0, 0.0, 0.0, training
         )
         total = combine_scale(output_scale, *scale_parts(w_upper, step, of_input.bits, of_weight))
         y = rescale_(operation(operand, of_weight.operand), total, bias, operation.output_dims)
@@ -145,14 +145,14 @@ class WeightConstants:
 
     view: View
     bits: int
-    midrise: bool
+    grid: str
     top: int
     rounding: Rounding
     unitless: bool
 
 
 def _without_values(grid: WeightGrid) -> WeightConstants:
-    return WeightConstants(grid.view, grid.bits, grid.midrise, grid.top, grid.rounding, grid.unitless)
+    return WeightConstants(grid.view, grid.bits, grid.grid, grid.top, grid.rounding, grid.unitless)
 
 
 def scale_parts(
@@ -206,10 +206,9 @@ def layer_gradients(
     grad_scale = grad_step = w_gradients = None
     if grad_w is not None:
         grad_w, grad_total = split_gradient(grad_w, coded, operation, total)
-        r = of_weight.rounding
         w_gradients = fused_weight.backward(
-            grad_w, weight, w_lower, w_upper, mean, std, of_weight.view, of_weight.bits, of_weight.midrise,
-            r.kind == "ste", r.c, r.a, in_place=True,
+            grad_w, weight, w_lower, w_upper, mean, std, of_weight.view, of_weight.bits, of_weight.grid,
+            *of_weight.rounding.numbers, in_place=True,
         )  # fmt: skip
         parts = scale_parts(w_upper, step, of_input.bits, of_weight)
         grad_scale, grad_step = add_scale_gradients(grad_total, output_scale, *parts, w_gradients[2])
@@ -217,9 +216,8 @@ def layer_gradients(
     to_w_lower = None if w_lower is None else to_w_lower
     if grad_x is None:
         return None, to_weight, grad_bias, grad_scale, None, None, to_w_lower, to_w_upper
-    r = of_input.rounding
     to_x, to_lower, to_upper = fused_input.backward(
         grad_x, None if of_weight.unitless else grad_step, x, in_lower, in_upper, step, zero_point, of_input.bits,
-        r.kind == "ste", r.c, r.a, in_place=True,
+        *of_input.rounding.numbers, in_place=True,
     )  # fmt: skip
     return to_x, to_weight, grad_bias, grad_scale, to_lower, to_upper, to_w_lower, to_w_upper

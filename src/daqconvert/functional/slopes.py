@@ -12,26 +12,32 @@ from functools import lru_cache
 
 import torch
 
-STE, RATIONAL = 0, -1
+from daqconvert.functional.dasr import DSQ, EWGS, STE
+
+SLOPE_ONE, RATIONAL, SCALED, SECH = 0, -1, -2, -3  # as in kernels/quantizer.cpp
 DEGREES = (3, 5, 8)  # those that the kernels are compiled for
 ERROR = 1e-7  # largest relative error of a polynomial, against the float32 rounding of 6e-8
 
 
 @lru_cache(maxsize=256)
-def slope_numbers(ste: bool, c: float, a: float) -> tuple[ctypes.Array[ctypes.c_float], int]:
-    """Return what the kernels take: numbers, and their kind: a degree, `STE` or `RATIONAL`.
+def slope_numbers(kind: int, c: float, a: float) -> tuple[ctypes.Array[ctypes.c_float], int]:
+    """Return what the kernels take: numbers, and how to use them: a degree, or one of the constants.
 
     Args:
-        ste: Whether the slope is 1.
-        c: Height of the slope.
-        a: Its offset.
+        kind: Of the rounding, an index into `KINDS`.
+        c: As `functional.dasr.through_rounding` takes it.
+        a: Likewise.
 
     Example:
-        >>> [slope_numbers(False, 1.0, a)[1] for a in (16.0, 4.0, 2.0, 0.0625)]
+        >>> [slope_numbers(1, 1.0, a)[1] for a in (16.0, 4.0, 2.0, 0.0625)]
         [3, 5, 8, -1]
     """
-    if ste:
-        return (ctypes.c_float * 1)(), STE
+    if kind == STE:
+        return (ctypes.c_float * 1)(), SLOPE_ONE
+    if kind == EWGS:
+        return (ctypes.c_float * 1)(c), SCALED
+    if kind == DSQ:
+        return (ctypes.c_float * 2)(4.0 * c, a), SECH
     for degree in DEGREES:
         found = _polynomial(c, a, degree)
         if found is not None:

@@ -49,7 +49,8 @@ class _Places:
             if call is None or call.is_product:
                 continue
             # the bounds and the codes are a site's own, even where the weight is not
-            own = (f"{call.holder}.weight_quantizer.upper", f"{call.holder}.weight_codes")
+            quantizer = f"{call.holder}.weight_quantizer"
+            own = (f"{quantizer}.upper", f"{quantizer}.step", f"{call.holder}.weight_codes")
             tensors = (tensor for tensor in call.tensors if tensor not in several)
             self._tensors |= dict.fromkeys((*own, *tensors), row.name)
             self._modules[call.holder] = row.name

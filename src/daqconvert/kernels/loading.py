@@ -33,10 +33,13 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     ),
     "daq_expand_input": (None, [_BYTES, _FLOATS, c_int64, _FLOATS, c_int]),
     "daq_fingerprint": (c_uint64, [_FLOATS, c_int64, _FLOATS, _FLOATS, c_int64, c_int]),
-    "daq_quantize_weight": (None, [_FLOATS, _FLOATS, _BYTES, c_void_p, *[_FLOATS] * 4, c_float, c_int, c_int]),
+    "daq_quantize_weight": (
+        None,
+        [_FLOATS, _FLOATS, _BYTES, c_void_p, *[_FLOATS] * 4, c_float, c_float, c_int, c_int],
+    ),
     "daq_quantize_weight_backward": (
         None,
-        [_FLOATS] * 3 + [c_void_p, *[_FLOATS] * 6, c_float, c_int, _FLOATS, c_int, c_int],
+        [_FLOATS] * 3 + [c_void_p, *[_FLOATS] * 6, c_float, c_float, c_int, _FLOATS, c_int, c_int],
     ),
     "daq_expand_weight": (None, [_BYTES, _FLOATS, c_void_p, c_float, c_float, _FLOATS, c_int, c_int]),
     "daq_scale_weight_gradient": (

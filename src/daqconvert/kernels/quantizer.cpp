@@ -20,12 +20,33 @@ constexpr float TINY = 1e-12f;      // functional.grid.TINY
 
 // How the slope of the rounding is computed from u = |1 - 2t| in [0, 1] (functional/slopes.py chooses):
 // STE: 1. RATIONAL: c * (1 + 2 / (exp(a) * expm1(u) + expm1(a))), numbers c, exp(a), expm1(a); all terms positive.
+// SCALED: 1 + c * sign(g) * (x - round(x)), number c. SECH: c * sech(k * u / 2)^2, numbers 4 * c, k.
 // Else a polynomial of that degree, highest power first.
-constexpr int STE = 0, RATIONAL = -1;
+constexpr int STE = 0, RATIONAL = -1, SCALED = -2, SECH = -3;
 
 struct Slope {
   float numbers[9];
 };
+
+// exp(-y) for y >= 0, relative error 1e-7; 0 is not reached: exp(-80) is near the smallest float32.
+inline float exp_of_minus(float y) {
+  y = y > 80.0f ? 80.0f : y;
+  const float n = std::rint(y * -1.44269504f);
+  float r = -y - n * 0.693359375f;  // ln 2 in two parts
+  r = r + n * 2.12194440e-4f;
+  float p = 1.98412698e-4f;
+  p = p * r + 1.38888889e-3f;
+  p = p * r + 8.33333333e-3f;
+  p = p * r + 4.16666667e-2f;
+  p = p * r + 1.66666667e-1f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, 4);
+  return p * power;
+}
 
 template <int KIND>
 inline float slope_at(float x, const Slope& s) {
@@ -43,9 +64,20 @@ inline float slope_at(float x, const Slope& s) {
     p = p * u + 1.0f;
     return s.numbers[0] + (2.0f * s.numbers[0]) / (s.numbers[1] * (p * u) + s.numbers[2]);
   }
+  if (KIND == SECH) {
+    const float e = exp_of_minus(s.numbers[1] * u);
+    return s.numbers[0] * e / ((1.0f + e) * (1.0f + e));
+  }
   float p = s.numbers[0];
   for (int i = 1; i <= KIND; i++) p = p * u + s.numbers[i];
   return p;
+}
+
+// The gradient behind a rounding, from the one that arrives at it.
+template <int KIND>
+inline float passed_at(float g, float x, const Slope& s) {
+  if (KIND == SCALED) return g + std::fabs(g) * ((x - std::rint(x)) * s.numbers[0]);
+  return g * slope_at<KIND>(x, s);
 }
 
 // Calls a block function compiled for each kind of slope.
@@ -56,6 +88,8 @@ inline auto with_slope(int kind, Arguments... arguments) {
     case 3: return Block<3>::run(arguments...);
     case 5: return Block<5>::run(arguments...);
     case 8: return Block<8>::run(arguments...);
+    case SCALED: return Block<SCALED>::run(arguments...);
+    case SECH: return Block<SECH>::run(arguments...);
     default: return Block<RATIONAL>::run(arguments...);
   }
 }
@@ -134,7 +168,7 @@ struct InputBackward {
     for (int64_t i = 0; i < n; i++) {
       const float v = x[i] / scale;
       const bool inside = v > low && v < high;
-      const float passed = inside ? g[i] * slope_at<KIND>(v, slope) : 0.0f;
+      const float passed = inside ? passed_at<KIND>(g[i], v, slope) : 0.0f;
       sum += inside ? passed * v : 0.0f;
       out[i] = passed * inverse;
     }
@@ -144,7 +178,7 @@ struct InputBackward {
 
 struct WeightGrid {
   const float *lower, *upper, *mean, *std;  // one per channel; mean and std may be null
-  float top;
+  float low, top;           // lowest and highest rounded level unit: 0 and n where midrise, else the operands
   bool midrise;
 };
 
@@ -165,12 +199,12 @@ template <bool NORMALIZE, bool MIDRISE>
 void weight_block(const float* w, float* out, uint8_t* codes, int64_t n, const WeightGrid& p, int64_t c) {
   const float scale = weight_scale(p, c), lower = weight_lower(p, c), top = p.top;
   const float mean = NORMALIZE ? p.mean[c] : 0.0f, std = NORMALIZE ? p.std[c] : 1.0f;
-  const float low = MIDRISE ? 0.0f : -top;
+  const float low = MIDRISE ? 0.0f : p.low;
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) {
     const float q = std::rint(clip(weight_level<NORMALIZE, MIDRISE>(w[i], mean, std, lower, scale), low, top));
     if (out) out[i] = MIDRISE ? 2.0f * q - top : q;
-    codes[i] = static_cast<uint8_t>(static_cast<int32_t>(MIDRISE ? q : q + top));
+    codes[i] = static_cast<uint8_t>(static_cast<int32_t>(q - low));
   }
 }
 
@@ -184,7 +218,7 @@ struct Weight {
       const WeightGrid& p = *grid;
       const float scale = weight_scale(p, c), lower = weight_lower(p, c), top = p.top;
       const float mean = NORMALIZE ? p.mean[c] : 0.0f, std = NORMALIZE ? p.std[c] : 1.0f;
-      const float low = MIDRISE ? 0.0f : -top, step = MIDRISE ? 2.0f : 1.0f;
+      const float low = MIDRISE ? 0.0f : p.low, step = MIDRISE ? 2.0f : 1.0f;
       const float inverse = 1.0f / scale / std;
       const Slope slope = *s;
       float plain = 0.0f, times = 0.0f;
@@ -192,7 +226,7 @@ struct Weight {
       for (int64_t i = 0; i < n; i++) {
         const float x = weight_level<NORMALIZE, MIDRISE>(w[i], mean, std, lower, scale);
         const bool inside = x >= low && x <= top;
-        const float passed = inside ? step * g[i] * slope_at<KIND>(x, slope) : 0.0f;
+        const float passed = inside ? passed_at<KIND>(step * g[i], x, slope) : 0.0f;
         plain += passed;
         times += inside ? passed * x : 0.0f;
         out[i] = passed * inverse;
@@ -281,9 +315,9 @@ uint64_t daq_fingerprint(
 // Operand (out may be null) and codes of a weight. mean is null where the weight is not normalized; lower is read only where it is.
 void daq_quantize_weight(
     const float* w, float* out, uint8_t* codes, const int64_t* view, const float* lower, const float* upper,
-    const float* mean, const float* std, float top, int midrise, int threads) {
+    const float* mean, const float* std, float low, float top, int midrise, int threads) {
   const Rows rows(view);
-  const WeightGrid p{lower, upper, mean, std, top, midrise != 0};
+  const WeightGrid p{lower, upper, mean, std, low, top, midrise != 0};
   const int64_t tasks = rows.tasks();
 #pragma omp parallel for num_threads(used(threads, rows.elements())) schedule(static)
   for (int64_t t = 0; t < tasks; t++) {
@@ -303,10 +337,10 @@ void daq_quantize_weight(
 // Gradients to a weight and to its bounds; grad_lower is null where lower is -upper or is not read.
 void daq_quantize_weight_backward(
     const float* g, const float* w, float* out, const int64_t* view, const float* lower, const float* upper,
-    const float* mean, const float* std, float* grad_lower, float* grad_upper, float top, int midrise,
+    const float* mean, const float* std, float* grad_lower, float* grad_upper, float low, float top, int midrise,
     const Slope* slope, int kind, int threads) {
   const Rows rows(view);
-  const WeightGrid p{lower, upper, mean, std, top, midrise != 0};
+  const WeightGrid p{lower, upper, mean, std, low, top, midrise != 0};
   const int64_t tasks = rows.tasks();
   std::vector<double> sums(2 * tasks), plain(rows.channels()), times(rows.channels());
 #pragma omp parallel for num_threads(used(threads, rows.elements())) schedule(static)

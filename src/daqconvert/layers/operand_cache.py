@@ -43,7 +43,7 @@ class OperandCache:
         Args:
             codes: uint8.
             bits: 1 to 8.
-            grid: `"midrise"` or `"integer"`.
+            grid: `"midrise"`, `"integer"` or `"twos"`.
             dtype: Of the operand.
         """
         kept = self.kept

@@ -21,6 +21,7 @@ from daqconvert.functional.layer import quantized_layer
 from daqconvert.functional.products import KNOWN, KnownProducts, PaddedProducts
 from daqconvert.functional.scaled import can_compile, can_fuse, scaled_products
 from daqconvert.quantizers import ChannelLayout, InputQuantizer, WeightQuantizer
+from daqconvert.quantizers.lsq import make_input_quantizer, make_weight_quantizer
 from daqconvert.spec import Settings
 
 Operation = Callable[[Tensor, Tensor], Tensor]
@@ -97,13 +98,14 @@ class QuantizedSite(nn.Module):
         self.settings, self.layer_name, self.enabled, self.watchers = settings, name, True, ()
         self.weight_quantizer = self.input_quantizer = None
         if settings.w_bits is not None and layout is not None:
-            self.weight_quantizer = WeightQuantizer(settings, layout, name, weight)
+            self.weight_quantizer = make_weight_quantizer(settings, layout, name, weight)
         elif settings.w_bits is not None:
-            self.weight_quantizer = InputQuantizer(settings, None, name, weight, role="weight")
+            self.weight_quantizer = make_input_quantizer(settings, None, name, weight, role="weight")
         if settings.a_bits is not None:
-            self.input_quantizer = InputQuantizer(settings, signed, name, weight)
+            self.input_quantizer = make_input_quantizer(settings, signed, name, weight)
         shape = (layout.channels,) if layout is not None and settings.granularity == "channel" else ()
-        self.output_scale = nn.Parameter(torch.ones(shape, dtype=weight.dtype, device=weight.device))
+        one = torch.ones(shape, dtype=weight.dtype, device=weight.device)
+        self.output_scale = nn.Parameter(one, requires_grad=settings.rounding != "lsq")  # it has steps alone
         if isinstance(self.weight_quantizer, WeightQuantizer) and not weight.is_meta:
             self.weight_quantizer.initialize(weight)
         self.train(self.training)
@@ -162,7 +164,7 @@ class QuantizedSite(nn.Module):
             and of_weight.is_plain()
         ):
             if can_fuse(operation, x, weight, self.output_scale, bias):
-                grids = of_input.grid(), of_weight.quantized(weight)
+                grids = of_input.grid(x), of_weight.quantized(weight)
                 return quantized_layer(operation, x, weight, bias, self.output_scale, *grids)
             if can_compile(operation, x, weight, self.output_scale):
                 return self._compiled(x, weight, bias, operation, of_input, of_weight)
@@ -182,11 +184,11 @@ class QuantizedSite(nn.Module):
         of_weight: WeightQuantizer,
     ) -> Tensor:  # fmt: skip
         """The same for `torch.compile`: see `functional.compiled`."""
-        grid = of_input.grid()
+        grid = of_input.grid(x)
         mean, std = of_weight.moments(weight)
         return compiled_layer(
             operation, x, weight, bias, self.output_scale, grid.lower, grid.upper, of_weight.own_lower,
-            of_weight.upper, mean, std, of_weight.view, grid.bits, of_weight.bits, of_weight.midrise, grid.rounding,
+            of_weight.upper, mean, std, of_weight.view, grid.bits, of_weight.bits, of_weight.grid, grid.rounding,
             of_weight.rounding,
         )  # fmt: skip
 

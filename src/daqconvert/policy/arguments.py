@@ -77,6 +77,8 @@ def build(
     base = _base(policy, preset)
     changes: dict[str, Any] = {}
     asked = {name: value for name, value in settings.items() if value is not UNSET}
+    if preset is not None and asked.get("rounding") == "lsq":
+        asked = {"grid": "auto", "normalize": "auto", **asked}  # LSQ brings its own: the preset's are nobody's wish
     if asked:
         changes["default"] = base.default.replace(**checked_changes(asked, "arguments"))
     for key, value in (("first", first), ("last", last)):

@@ -15,7 +15,7 @@ from daqconvert.policy.outputs import with_outputs
 from daqconvert.policy.presets import is_paper
 from daqconvert.policy.rules import Level, Matcher, check_matches, label
 from daqconvert.spec import BIT_FIELDS, Output, Plan, PlanRow, Policy, Settings, Site, input_groups
-from daqconvert.spec.auto import resolve_auto, resolve_computed
+from daqconvert.spec.auto import check_lsq_bits, resolve_auto, resolve_computed
 from daqconvert.spec.row import (
     EXCLUDED,
     FLOAT_POSITION,
@@ -137,9 +137,12 @@ def _settled(site: Site, merged: Settings, where: str) -> Settings:
     """Return a site's settings with nothing left on `"auto"`."""
     if site.is_product:
         bits = dict.fromkeys(BIT_FIELDS, merged.attention)
-        return resolve_computed(merged.replace(**bits, share_inputs=False, deploy="float"))
+        merged = merged.replace(**bits, share_inputs=False, deploy="float")
+        check_lsq_bits(merged, where)
+        return resolve_computed(merged)
     merged = merged.replace(attention=None)
     if site.is_computed:
+        check_lsq_bits(merged, where)
         return resolve_computed(merged)
     settings = resolve_auto(merged, where)
     return settings.replace(granularity="tensor") if site.one_scale else settings
@@ -201,7 +204,8 @@ def largest_sum(site: Site, settings: Settings) -> int:
     """Return the largest absolute value that the layer's sum of integer products can reach, 0 if a side is float.
 
     `reduction * (2**a_bits - 1) * w`, with `w = 2**w_bits - 1` on the mid-rise grid, `2**(w_bits - 1) - 1` on the
-    integer one, `2**w_bits - 1` again where the second operand is computed from the model's input.
+    integer one, `2**(w_bits - 1)` on that of LSQ, `2**w_bits - 1` again where the second operand is computed from the
+    model's input.
 
     Args:
         site: The layer.
@@ -214,4 +218,5 @@ def largest_sum(site: Site, settings: Settings) -> int:
     if settings.w_bits is None or settings.a_bits is None:
         return 0
     weight_bits = settings.w_bits if settings.grid == "midrise" or site.is_computed else settings.w_bits - 1
-    return int(site.reduction * (2**settings.a_bits - 1) * (2**weight_bits - 1))
+    largest = 2**weight_bits - (settings.grid != "twos")
+    return int(site.reduction * (2**settings.a_bits - 1) * largest)

@@ -32,6 +32,7 @@ class Quantizer(nn.Module):
     """
 
     calibrated: Tensor
+    by_mean: ClassVar[bool] = False  # whether `calibrate` starts it from the mean size of what it quantizes
     lower: Tensor
     upper: Tensor
     own_forward: ClassVar[Any] = None  # the `forward` that `is_plain` knows

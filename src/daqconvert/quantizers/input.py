@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from daqconvert.errors import CalibrationError
 from daqconvert.functional import fused_input
 from daqconvert.functional.coded import InputCodes, attach
-from daqconvert.functional.grid import Rounding, input_scale, input_zero_point, quantize_input
+from daqconvert.functional.grid import input_scale, input_zero_point, quantize_input
 from daqconvert.functional.layer import InputGrid
 from daqconvert.quantizers.base import Quantizer
+from daqconvert.quantizers.widths import STD_CLIP, check_width, make_rounding, normal_clip
 from daqconvert.spec import Settings
 
 
@@ -46,14 +47,21 @@ class InputQuantizer(Quantizer):
         bits = settings.a_bits if role == "input" else settings.w_bits
         assert bits is not None  # the layer makes no quantizer for a float operand
         self.bits, self._role = bits, role
-        self.rounding = Rounding.make(settings.rounding, settings.a_gamma, settings.a_sigma, settings.slope == "unit")
+        self.rounding = make_rounding(settings, settings.a_gamma, settings.a_sigma, 2**bits - 1)
         like = torch.empty(0) if like is None else like
         self.calibrated = self.calibrated.to(like.device)
-        self.lower = nn.Parameter(torch.zeros((), dtype=like.dtype, device=like.device))
-        self.upper = nn.Parameter(torch.ones((), dtype=like.dtype, device=like.device))
+        self._make_bounds(torch.ones((), dtype=like.dtype, device=like.device))
         code = -1 if signed is None else int(signed)
         self.register_buffer("signed", torch.tensor(code, dtype=torch.int8, device=like.device))
         self._set_sign(signed)
+
+    def _make_bounds(self, one: Tensor) -> None:
+        self.lower = nn.Parameter(torch.zeros_like(one))
+        self.upper = nn.Parameter(one)
+
+    def _write_bounds(self, lower: float, upper: float) -> None:
+        self.lower.fill_(lower)
+        self.upper.fill_(upper)
 
     @property
     def sign(self) -> bool | None:
@@ -63,6 +71,7 @@ class InputQuantizer(Quantizer):
     def forward(self, x: Tensor) -> Tensor:
         """Return the integer-valued operand `q - zero_point`, shape and dtype of `x`."""
         self.require_ready()
+        self._see(x)
         if torch.compiler.is_compiling():  # the compiler fuses plain operations, and cannot look into an operator
             scale = self.scale()
             return quantize_input(x, scale, self.zero_point(scale), self.bits, self.rounding)
@@ -75,10 +84,14 @@ class InputQuantizer(Quantizer):
         """Return the step between two levels, a scalar tensor that carries the bounds' gradient."""
         return input_scale(self._lower(), self.upper, self.bits)
 
-    def grid(self) -> InputGrid:
-        """Return what a layer needs to quantize its input in one step with its products."""
+    def grid(self, x: Tensor) -> InputGrid:
+        """Return what a layer needs to quantize its input `x` in one step with its products."""
         self.require_ready()
+        self._see(x)
         return InputGrid(self._lower(), self.upper, self.bits, self.rounding)
+
+    def _see(self, x: Tensor) -> None:
+        """Take note of the input that the bounds are about to be used with."""
 
     def _lower(self) -> Tensor:
         """Return `lower`; where unsigned it stays 0 even if someone has unfrozen every parameter of the model."""
@@ -116,11 +129,42 @@ class InputQuantizer(Quantizer):
                 f"{name}: its input has negative values (down to {lower:.3g}); signed inputs need 2 bits or more. "
                 f'Give this layer a_bits=2: [[rule]] match = "{name}", a_bits = 2.'
             )
-        self.lower.fill_(lower)
-        self.upper.fill_(upper)
         self.signed.fill_(int(signed))
         self._set_sign(signed)
+        self._write_bounds(lower, upper)
         self.mark(True)
+
+    @torch.no_grad()
+    def set_bits(self, bits: int) -> None:
+        """Change the width in place; the bounds move to where they are sensible for it.
+
+        They are multiplied by the ratio of the bounds of least squared error at the two widths, for a normal
+        distribution (signed) or its positive half; at 1 bit by that of 3 standard deviations, as `calibrate` has it.
+        The caller changes the site's settings.
+
+        Args:
+            bits: 1 to 8 (2 to 8 for a signed input).
+
+        Raises:
+            PolicyError: If it is no such width.
+
+        Example:
+            >>> quantizer = InputQuantizer(Settings(a_bits=8), signed=False)
+            >>> quantizer.set_bounds(0.0, 3.0)
+            >>> quantizer.set_bits(2)
+            >>> quantizer.bits, bool(quantizer.upper < 2.0)
+            (2, True)
+        """
+        check_width(self.layer_name, "a_bits" if self._role == "input" else "w_bits", bits, 2 if self._sign else 1)
+        self._rescale_bounds(bits)
+        self.bits, self.rounding = bits, self.rounding.over(2**bits - 1)
+
+    def _rescale_bounds(self, bits: int) -> None:
+        before, after = (
+            STD_CLIP if b == 1 else normal_clip(2**b - 1, midrise=self._sign is True) for b in (self.bits, bits)
+        )
+        self.lower.mul_(after / before)
+        self.upper.mul_(after / before)
 
     @torch.no_grad()
     def set_placeholder(self) -> None:
@@ -128,8 +172,7 @@ class InputQuantizer(Quantizer):
 
         A sign that is not decided yet stays so: the next calibration that sees the input decides it.
         """
-        self.lower.fill_(0.0 if self._sign is False or self.bits == 1 else -1.0)
-        self.upper.fill_(1.0)
+        self._write_bounds(0.0 if self._sign is False or self.bits == 1 else -1.0, 1.0)
         self.mark(True)
 
     @torch.no_grad()

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from daqconvert.errors import ConversionError
 from daqconvert.functional import fused_weight
 from daqconvert.functional.coded import View, WeightCodes, attach
-from daqconvert.functional.grid import Rounding, levels, quantize_weight, weight_codes
+from daqconvert.functional.grid import coding, intervals, levels, quantize_weight, weight_codes
 from daqconvert.functional.layer import WeightGrid
 from daqconvert.quantizers.base import Quantizer
 from daqconvert.quantizers.layout import ChannelLayout
 from daqconvert.quantizers.memory import KnownWeight, savable, value_key
 from daqconvert.quantizers.search import minimum_error_bound
+from daqconvert.quantizers.widths import check_width, make_rounding, normal_clip
 from daqconvert.spec import Settings
 
 WEIGHT_STDS = 3.0  # the paper's start of the bounds of a normalized weight
@@ -54,10 +55,13 @@ class WeightQuantizer(Quantizer):
         self._memory: KnownWeight | None = None
         self.per_channel = settings.granularity == "channel"
         self.layout = layout
-        self.rounding = Rounding.make(settings.rounding, settings.w_gamma, settings.w_sigma, settings.slope == "unit")
+        self.rounding = make_rounding(settings, settings.w_gamma, settings.w_sigma, intervals(self.bits, self.grid))
         like = torch.empty(0) if like is None else like
         start = torch.ones((layout.channels,) if self.per_channel else (), dtype=like.dtype, device=like.device)
         self.calibrated = self.calibrated.to(like.device)
+        self._make_bounds(start)
+
+    def _make_bounds(self, start: Tensor) -> None:
         self.upper = nn.Parameter(start * WEIGHT_STDS)
         if self.normalize:
             self.lower = nn.Parameter(start * -WEIGHT_STDS)
@@ -97,15 +101,15 @@ class WeightQuantizer(Quantizer):
         self.require_ready()
         known, key = self._remembered(weight)
         mean, std = (known.mean, known.std) if known is not None else self.moments(weight)
-        midrise, top, r = self.midrise, self.top, self.rounding
+        lower, upper, grid, r = self.own_lower, self.upper, self.grid, self.rounding
         operand, codes = fused_weight.forward(
-            weight.detach(), self.own_lower, self.upper, mean, std, None if known is None else known.codes,
-            self.view, self.bits, midrise, r.kind == "ste", r.c, r.a,
+            weight.detach(), lower, upper, mean, std, None if known is None else known.codes, self.view, self.bits,
+            grid, *r.numbers,
         )  # fmt: skip
         codes = codes if known is None else known.codes
         self._remember(known, key, codes, mean, std)
-        coded = WeightCodes(codes, 2.0 if midrise else 1.0, -float(top))
-        return WeightGrid(self.own_lower, self.upper, mean, std, self.view, self.bits, midrise, top, r, operand, coded)
+        coded = WeightCodes(codes, *coding(self.bits, grid))
+        return WeightGrid(lower, upper, mean, std, self.view, self.bits, grid, self.top, r, operand, coded)
 
     def _remembered(self, weight: Tensor) -> tuple[KnownWeight | None, tuple[object, ...] | None]:
         """What is known of this weight with these bounds, and what stands for their values."""
@@ -160,11 +164,6 @@ class WeightQuantizer(Quantizer):
         return levels(self.bits, self.grid)
 
     @property
-    def midrise(self) -> bool:
-        """Whether the grid has no level at zero."""
-        return self.grid == "midrise"
-
-    @property
     def view(self) -> View:
         """The weight as the fused operator sees it; one bound for all where the quantizer has one."""
         return self.layout.memory_view if self.per_channel else (1, 1, 1, math.prod(self.layout.view))
@@ -173,7 +172,7 @@ class WeightQuantizer(Quantizer):
         return {**self.__dict__, "_memory": None}  # a copy quantizes its weight again
 
     def multiplier(self) -> Tensor | float:
-        """Return what one operand step is worth: `1 / n` (normalized), `upper / n` (midrise), or `upper / m`."""
+        """Return what one operand step is worth: `1 / n` (normalized), `upper / n` (midrise), else `upper / m`."""
         top = levels(self.bits, self.grid)
         return 1.0 / top if self.normalize else _real(self.upper).clamp(min=0.0) / top
 
@@ -194,6 +193,10 @@ class WeightQuantizer(Quantizer):
             ConversionError: If the weight is empty, not finite, or constant where it must be normalized.
         """
         self.check(weight)
+        self._start_bounds(weight, method)
+        self.mark(True)
+
+    def _start_bounds(self, weight: Tensor, method: str) -> None:
         if self.normalize:
             self.upper.fill_(WEIGHT_STDS)
             self.lower.fill_(-WEIGHT_STDS)
@@ -205,7 +208,38 @@ class WeightQuantizer(Quantizer):
                 found = torch.where(found > 0, found, found.max() if found.any() else rows.shape[1] ** -0.5)
             self.upper.copy_(found.reshape(self.upper.shape))
             self.lower.copy_(-self.upper)
-        self.mark(True)
+
+    @torch.no_grad()
+    def set_bits(self, bits: int) -> None:
+        """Change the width in place; the bounds move to where they are sensible for it.
+
+        A normalized weight keeps its bounds. Elsewhere they are multiplied by the ratio of the bounds of least squared
+        error of a normal distribution at the two widths (`quantizers.widths`). The caller changes the site's settings.
+
+        Args:
+            bits: 1 to 8 (2 to 8 but for the midrise grid).
+
+        Raises:
+            PolicyError: If it is no such width.
+
+        Example:
+            >>> s = Settings(w_bits=4, grid="integer", normalize=False, granularity="tensor")
+            >>> quantizer = WeightQuantizer(s, ChannelLayout.forward((1, 3)))
+            >>> quantizer.initialize(torch.tensor([[-0.7, 0.1, 0.69]]))
+            >>> quantizer.set_bits(2)
+            >>> quantizer.bits, bool(quantizer.upper < 0.7)
+            (2, True)
+        """
+        check_width(self.layer_name, "w_bits", bits, 1 if self.grid == "midrise" else 2)
+        self._rescale_bounds(bits)
+        self.bits, self._memory = bits, None
+        self.rounding = self.rounding.over(intervals(bits, self.grid))
+
+    def _rescale_bounds(self, bits: int) -> None:
+        if not self.normalize:
+            before, after = (normal_clip(levels(b, self.grid), self.grid == "midrise") for b in (self.bits, bits))
+            self.upper.mul_(after / before)
+            self.lower.copy_(-self.upper)
 
     @torch.no_grad()
     def check(self, weight: Tensor) -> None:

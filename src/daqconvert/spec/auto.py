@@ -24,22 +24,28 @@ def resolve_auto(settings: Settings, where: str = "settings") -> Settings:
     normalized, as in the paper - a mean per channel would take from each filter what it says of the non-negative
     inputs' sum, and training at 1 bit ends several points lower -, else `"channel"`.
 
+    LSQ brings its own: `"twos"`, not normalized, `"tensor"` unless asked otherwise.
+
     Args:
         settings: Settings of one layer.
         where: The layer and the rule that decided, for the error.
 
     Returns:
-        Settings with `normalize` a bool, `grid` `"midrise"` or `"integer"`, `granularity` `"tensor"` or `"channel"`.
+        Settings with `normalize` a bool, `grid` one of the grids, `granularity` `"tensor"` or `"channel"`.
 
     Raises:
         PolicyError: For `grid="integer"` at 1 bit, whose largest code `2**(w_bits - 1) - 1` is 0, and for
-            `grid="integer"` with `normalize=True`, since the normalized grid is mid-rise.
+            `grid="integer"` with `normalize=True`, since the normalized grid is mid-rise; for LSQ at 1 bit or with
+            another grid, and for `grid="twos"` without LSQ.
 
     Example:
         >>> settled = resolve_auto(Settings(w_bits=2)), resolve_auto(Settings(w_bits=4))
         >>> [(s.grid, s.normalize, s.granularity) for s in settled]
         [('midrise', True, 'tensor'), ('integer', False, 'channel')]
     """
+    check_lsq_bits(settings, where)
+    if settings.w_bits is not None and (settings.rounding == "lsq" or settings.grid == "twos"):
+        return _resolve_lsq(settings, where)
     bits, grid, normalize = settings.w_bits, settings.grid, settings.normalize
     if bits is not None and bits == 1 and grid == "integer":
         raise PolicyError(
@@ -60,6 +66,40 @@ def resolve_auto(settings: Settings, where: str = "settings") -> Settings:
     if granularity == "auto":
         granularity = "tensor" if normalize else "channel"
     return settings.replace(grid=grid, normalize=normalize, granularity=granularity)
+
+
+def _resolve_lsq(settings: Settings, where: str) -> Settings:
+    if settings.rounding != "lsq":
+        raise PolicyError(
+            f'{where}: grid = "twos" belongs to rounding = "lsq"; found rounding = "{settings.rounding}". '
+            'Set grid = "auto", or rounding = "lsq".'
+        )
+    if settings.grid not in ("auto", "twos") or settings.normalize is True:
+        found = f'grid = "{settings.grid}"' if settings.grid not in ("auto", "twos") else "normalize = true"
+        raise PolicyError(
+            f'{where}: rounding = "lsq" has a grid and a step of its own; found {found}. '
+            'Set grid = "auto" and normalize = "auto" beside it.'
+        )
+    granularity = "tensor" if settings.granularity == "auto" else settings.granularity
+    return settings.replace(grid="twos", normalize=False, granularity=granularity)
+
+
+def check_lsq_bits(settings: Settings, where: str) -> None:
+    """Refuse LSQ at 1 bit.
+
+    Args:
+        settings: Settings of one site.
+        where: The layer and the rule that decided, for the error.
+
+    Raises:
+        PolicyError: If rounding is `"lsq"` and a width is 1.
+    """
+    if settings.rounding == "lsq" and 1 in (settings.w_bits, settings.a_bits):
+        name = "w_bits" if settings.w_bits == 1 else "a_bits"
+        raise PolicyError(
+            f'{where}: rounding = "lsq" is defined for 2 bits and more; found {name} = 1. '
+            f'Set {name} to 2 or more, or rounding to "daq", "ste", "ewgs" or "dsq".'
+        )
 
 
 def resolve_computed(settings: Settings) -> Settings:

@@ -17,9 +17,9 @@ from daqconvert.errors import PolicyError, nearest
 BIT_FIELDS = ("w_bits", "a_bits")
 CHOICES: dict[str, tuple[Any, ...]] = {
     "granularity": ("auto", "channel", "tensor"),
-    "grid": ("auto", "midrise", "integer"),
+    "grid": ("auto", "midrise", "integer", "twos"),
     "normalize": ("auto", True, False),
-    "rounding": ("daq", "ste"),
+    "rounding": ("daq", "ste", "ewgs", "dsq", "lsq"),
     "slope": ("unit", "paper"),
     "share_inputs": (False, True),
     "deploy": ("float", "integer"),
@@ -70,6 +70,8 @@ def check_setting(name: str, value: object) -> Any:
             f"{name}: expected one of {', '.join(map(repr, CHOICES[name]))}; found {value!r}."
             + (nearest(value, [c for c in CHOICES[name] if isinstance(c, str)]) if isinstance(value, str) else "")
         )
+    if name in ("delta", "alpha"):
+        return _check_baseline(name, value)
     if name in POSITIVE_FIELDS:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max:
             return float(value)
@@ -92,6 +94,17 @@ def _check_attention(value: object) -> int | None:
     )
 
 
+def _check_baseline(name: str, value: object) -> float:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if name == "delta":
+        if number and 0.0 <= value <= sys.float_info.max:  # type: ignore[operator]
+            return float(value)  # type: ignore[arg-type]
+        raise PolicyError(f"delta: expected a number of 0 or more; found {value!r}. Write delta = 0.001.")
+    if number and 0.0 < value < 1.0:  # type: ignore[operator]
+        return float(value)  # type: ignore[arg-type]
+    raise PolicyError(f"alpha: expected a number between 0 and 1, both excluded; found {value!r}. Write alpha = 0.2.")
+
+
 @dataclass(frozen=True)
 class Settings:
     """How one site is quantized; every field is a key of a policy's `[default]` and a keyword of `quantize`.
@@ -100,14 +113,18 @@ class Settings:
         w_bits: Bits of the weight, 1..8, or None for float.
         a_bits: Bits of the input, 1..8, or None for float.
         granularity: Bounds and output scale per output `"channel"` or per `"tensor"`, `"auto"` (by bits).
-        grid: `"midrise"` (odd multiples, no zero), `"integer"` (symmetric, with zero), `"auto"` (by bits).
+        grid: `"midrise"` (odd multiples, no zero), `"integer"` (symmetric, with zero), `"twos"` (one level more below
+            zero, of LSQ alone), `"auto"` (by bits and rounding).
         normalize: Quantize `(W - mean) / std` as the paper does (True), `W` itself (False), `"auto"` (by bits).
-        rounding: Gradient of the rounding: `"daq"` (DASR) or `"ste"` (1).
+        rounding: Gradient of the rounding: `"daq"` (DASR), `"ste"` (1), `"ewgs"`, `"dsq"`, or `"lsq"`, which has a
+            learned step in place of bounds and output scale.
         slope: `"unit"` scales the DASR gradient to a mean of 1 between two levels, `"paper"` leaves it.
         w_gamma: Temperature of the weight's soft rounding.
         w_sigma: Kernel width of the weight's soft rounding.
         a_gamma: Temperature of the input's soft rounding.
         a_sigma: Kernel width of the input's soft rounding.
+        delta: Scaling factor of EWGS, 0 or more.
+        alpha: Of DSQ, in (0, 1): the smaller, the nearer are soft levels to hard ones.
         attention: Bits of both operands of products of two activations, 1..8, or None (False) to leave them float.
         share_inputs: Whether layers that read the same tensor at the same bits share one input quantizer.
         deploy: `"float"` leaves what is between the layers in float, as the paper does; `"integer"` quantizes every
@@ -131,6 +148,8 @@ class Settings:
     w_sigma: float = 0.5
     a_gamma: float = 2.0
     a_sigma: float = 0.5
+    delta: float = 0.001
+    alpha: float = 0.2
     attention: int | None = None
     share_inputs: bool = False
     deploy: str = "float"

@@ -1,0 +1,196 @@
+"""Learned step size quantization (LSQ): quantizers whose one parameter is their step.
+
+    v_q = clip(round(v / s), -Q_n, Q_p) * s
+
+With `b` bits: weights and signed inputs `Q_n = 2**(b - 1)`, `Q_p = Q_n - 1`; unsigned inputs `Q_n = 0`,
+`Q_p = 2**b - 1`. The bounds are `lower = -Q_n * s`, `upper = Q_p * s`: what the operators take, whose gradients come
+together to `round(v / s) - v / s` inside, `-Q_n` or `Q_p` outside. That of `s` is `1 / sqrt(N * Q_p)` of it, `N` the
+number of weights of the step, or of the features of the input: its elements per sample.
+
+Reference: "Learned Step Size Quantization" (Esser et al., ICLR 2020), equations 1-3 and section 2.2.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from daqconvert.functional.grid import levels
+from daqconvert.quantizers.base import Quantizer
+from daqconvert.quantizers.input import InputQuantizer
+from daqconvert.quantizers.layout import ChannelLayout
+from daqconvert.quantizers.weight import WeightQuantizer
+from daqconvert.quantizers.widths import check_width
+from daqconvert.spec import Settings
+
+
+def make_weight_quantizer(settings: Settings, layout: ChannelLayout, name: str, like: Tensor) -> WeightQuantizer:
+    """Return the quantizer of a weight, by its setting `rounding`.
+
+    Args:
+        settings: Of the site.
+        layout: Where the output channels are.
+        name: Of the site.
+        like: A tensor of the model's dtype and device.
+    """
+    return (StepWeightQuantizer if settings.rounding == "lsq" else WeightQuantizer)(settings, layout, name, like)
+
+
+def make_input_quantizer(
+    settings: Settings, signed: bool | None, name: str, like: Tensor, role: str = "input"
+) -> InputQuantizer:
+    """Return the quantizer of an input, by its setting `rounding`.
+
+    Args:
+        settings: Of the site.
+        signed: Sign of the input, None for undecided.
+        name: Of the site.
+        like: A tensor of the model's dtype and device.
+        role: `"weight"` for a weight that depends on the data.
+    """
+    cls = StepInputQuantizer if settings.rounding == "lsq" else InputQuantizer
+    return cls(settings, signed, name, like, role)
+
+
+def lsq_start(mean: Tensor | float, top: int) -> Tensor | float:
+    """Return where a step starts: `2 mean|v| / sqrt(Q_p)`.
+
+    Args:
+        mean: Of the sizes of the values.
+        top: `Q_p`.
+
+    Example:
+        >>> lsq_start(1.0, 1)
+        2.0
+    """
+    return 2.0 * mean / math.sqrt(top)
+
+
+def _multiple(step: Tensor, times: int, factor: float) -> Tensor:
+    """`step * times`, exactly, its gradient multiplied by `factor`."""
+    value = step.detach() * times
+    if not (torch.is_grad_enabled() and step.requires_grad):
+        return value
+    return value + (step - step.detach()) * (times * factor)
+
+
+class StepWeightQuantizer(WeightQuantizer):
+    """The weight quantizer of LSQ: all `2**b` levels of two's complement, `upper` and `lower` follow the step.
+
+    Attributes:
+        step: Parameter of shape `()` or `(C_out,)`.
+
+    Reference: "Learned Step Size Quantization" (Esser et al., ICLR 2020), equations 1-3.
+
+    Example:
+        >>> s = Settings(w_bits=2, rounding="lsq", grid="twos", normalize=False, granularity="tensor")
+        >>> quantizer = StepWeightQuantizer(s, ChannelLayout.forward((1, 3)))
+        >>> quantizer.initialize(torch.tensor([[-1.0, 0.25, 0.25]]))
+        >>> quantizer.step.item(), quantizer.lower.item(), quantizer.upper.item()
+        (1.0, -2.0, 1.0)
+    """
+
+    step: Tensor
+
+    def _make_bounds(self, start: Tensor) -> None:
+        self.step = nn.Parameter(start.clone())
+
+    @property
+    def upper(self) -> Tensor:  # type: ignore[override]
+        """`Q_p * step`; carries the step's gradient."""
+        count = math.prod(self.layout.view) / self.step.numel()
+        return _multiple(self.step, self.top, 1.0 / math.sqrt(max(count, 1.0) * self.top))
+
+    @property
+    def lower(self) -> Tensor:  # type: ignore[override]
+        """`-Q_n * step`, without gradient."""
+        return self.step.detach() * -(self.top + 1)
+
+    def _start_bounds(self, weight: Tensor, method: str) -> None:
+        rows = self.layout.rows(weight) if self.per_channel else weight.reshape(1, -1)
+        mean = rows.abs().mean(dim=1, dtype=torch.promote_types(weight.dtype, torch.float32))
+        mean = torch.where(mean > 0, mean, mean.max() if mean.any() else rows.shape[1] ** -0.5)  # 0 would stay 0
+        self.step.copy_(torch.as_tensor(lsq_start(mean, self.top)).reshape(self.step.shape))
+
+    def _rescale_bounds(self, bits: int) -> None:
+        self.step.mul_(math.sqrt(self.top / levels(bits, self.grid)))  # as its starts at the two widths are
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        Quantizer._save_to_state_dict(self, destination, prefix, keep_vars)
+
+
+class StepInputQuantizer(InputQuantizer):
+    """The input quantizer of LSQ: `upper` and `lower` follow the step; `zero_point` is `Q_n`.
+
+    Attributes:
+        step: Parameter of shape `()`.
+        features: `N`: elements per sample of the last input.
+
+    Reference: "Learned Step Size Quantization" (Esser et al., ICLR 2020), equations 1-3.
+
+    Example:
+        >>> quantizer = StepInputQuantizer(Settings(a_bits=2, rounding="lsq"), signed=True)
+        >>> quantizer.set_bounds(*quantizer.start(mean=0.5, signed=True))
+        >>> quantizer(torch.tensor([-9.0, -1.2, 0.4, 9.0])).tolist()
+        [-2.0, -1.0, 0.0, 1.0]
+    """
+
+    step: Tensor
+    by_mean = True
+    features: int = 1
+
+    def _make_bounds(self, one: Tensor) -> None:
+        self.step = nn.Parameter(one)
+
+    def ends(self, signed: bool) -> tuple[int, int]:
+        """Return `Q_n` and `Q_p`."""
+        half = 2 ** (self.bits - 1)
+        return (half, half - 1) if signed else (0, 2 * half - 1)
+
+    def start(self, mean: float, signed: bool) -> tuple[float, float]:
+        """Return the bounds that a step starts with.
+
+        Args:
+            mean: Of the sizes of the inputs.
+            signed: Whether there are negative ones.
+        """
+        low, high = self.ends(signed)
+        step = float(lsq_start(mean, high))
+        return -low * step, high * step
+
+    @property
+    def upper(self) -> Tensor:  # type: ignore[override]
+        """`Q_p * step`; carries the step's gradient."""
+        return _multiple(self.step, self.ends(self.sign is True)[1], self._factor())
+
+    @property
+    def lower(self) -> Tensor:  # type: ignore[override]
+        """`-Q_n * step`; carries the step's gradient where the input is signed."""
+        if self.sign is not True:
+            return torch.zeros_like(self.step.detach())
+        return _multiple(self.step, -self.ends(True)[0], self._factor())
+
+    def _factor(self) -> float:
+        return 1.0 / math.sqrt(max(self.features, 1) * self.ends(self.sign is True)[1])
+
+    def _see(self, x: Tensor) -> None:
+        self.features = math.prod(x.shape[1:]) if x.dim() > 1 else x.numel()
+
+    def _lower(self) -> Tensor:
+        return self.lower
+
+    def _write_bounds(self, lower: float, upper: float) -> None:
+        low, high = self.ends(self.sign is True)
+        self.step.fill_(max(upper / high, -lower / low if low else 0.0))
+
+    def _rescale_bounds(self, bits: int) -> None:
+        check_width(self.layer_name, "a_bits", bits, 2)
+        before = self.ends(self.sign is True)[1]
+        after = 2 ** (bits - (self.sign is True)) - 1
+        self.step.mul_(math.sqrt(before / after))  # as its starts at the two widths are
+
+    def _set_sign(self, signed: bool | None) -> None:
+        self._sign = signed
