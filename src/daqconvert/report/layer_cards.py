@@ -1,0 +1,154 @@
+"""Layers on the page of a run: a table of their bits, and a card each of where weights lie and how bounds moved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from daqconvert.report.html import number, percent, table, text
+from daqconvert.report.minis import histogram, lines
+from daqconvert.report.tables import short_number
+
+OPEN = 40  # layers that are seen at once; the others are folded away
+MOST = 400  # cards on a page; all layers are in the table
+Moments = Sequence[tuple[int, Mapping[str, Any]]]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One quantized layer.
+
+    Attributes:
+        name: Dotted name.
+        kind: Its type.
+        params: Its parameters, or None where unknown.
+        bits: Of weight and input, as they are now; None for float.
+        moments: `(epoch, measure)`: `weight`, `weight_spread`, `input`, `scale`; lists of numbers or None.
+        levels: Weights on each level now, or None.
+        start: The same before the first step.
+        unit: Of the weight's bounds: `"std"` where it is normalized.
+        oscillating: Share of its weights that oscillate, or None.
+        frozen: Share that is frozen, or None.
+        rule: What decided its bits.
+    """
+
+    name: str
+    kind: str = ""
+    params: int | None = None
+    bits: tuple[int | None, int | None] = (None, None)
+    moments: Moments = ()
+    levels: Sequence[int] | None = None
+    start: Sequence[int] | None = None
+    unit: str = ""
+    oscillating: float | None = None
+    frozen: float | None = None
+    rule: str = ""
+
+
+def layer_table(layers: Sequence[LayerReport]) -> str:
+    """Return the table: a row for each layer, bits as numbers and bars.
+
+    Args:
+        layers: In order.
+    """
+    columns = ["layer", "type", "weight bits", "input bits", "parameters", "on its fullest level", "output scale"]
+    numbers = ["parameters", "on its fullest level", "output scale"]
+    oscillating = any(layer.oscillating is not None for layer in layers)
+    if oscillating:
+        columns.insert(6, "oscillating")
+        numbers.append("oscillating")
+    rows = []
+    for layer in layers:
+        cells = [text(layer.name), text(layer.kind), _bits(layer.bits[0], "--c1"), _bits(layer.bits[1], "--c2")]
+        cells += [short_number(layer.params), _fullest(layer.levels)]
+        if oscillating:
+            cells.append(percent(layer.oscillating))
+        rows.append([*cells, _scale(layer.moments)])
+    head, rest = rows[:OPEN], rows[OPEN:]
+    found = table(columns, head, numbers=numbers)
+    if rest:
+        found += (
+            f"<details><summary>{len(rest)} more layers</summary>{table(columns, rest, numbers=numbers)}</details>"
+        )
+    return found
+
+
+def layer_cards(layers: Sequence[LayerReport]) -> str:
+    """Return a card for each layer: its weights over their levels, the bounds of weight and input over the epochs.
+
+    Args:
+        layers: In order.
+    """
+    cards = [_card(layer) for layer in layers[:MOST]]
+    note = (
+        '<p class="soft">Left: the share of weights on each level, from the lowest to the highest; bars are now, the '
+        "orange line is before training. Middle and right: lower and upper bound of weight and input, epoch by epoch; "
+        "the grey line is 0.</p>"
+    )
+    found = f'{note}<div class="layers">{"".join(cards[:OPEN])}</div>'
+    if cards[OPEN:]:
+        rest = f'<div class="layers">{"".join(cards[OPEN:])}</div>'
+        found += f"<details><summary>{len(cards) - OPEN} more layers</summary>{rest}</details>"
+    if len(layers) > MOST:
+        found += f'<p class="soft">{len(layers) - MOST} more layers have no card here; see snapshots.jsonl.</p>'
+    return found
+
+
+def _bits(bits: int | None, color: str) -> str:
+    """Bits as a number and a bar; float has none."""
+    if bits is None:
+        return '<span class="bits soft">float</span>'
+    return (
+        f'<span class="bits"><i>{bits}</i><span class="bar" style="width:{0.55 * bits:.2f}em;background:var({color})">'
+        "</span></span>"
+    )
+
+
+def _fullest(levels: Sequence[int] | None) -> str:
+    return percent(max(levels) / (sum(levels) or 1), 1) if levels else "-"
+
+
+def _scale(moments: Moments) -> str:
+    found = moments[-1][1].get("scale") if moments else None
+    if not found:
+        return "-"
+    least, mean, largest = found
+    return number(mean, 3) if least == largest else f"{number(mean, 3)} ({number(least, 2)} to {number(largest, 2)})"
+
+
+def _card(layer: LayerReport) -> str:
+    w, a = ("float" if bits is None else str(bits) for bits in layer.bits)
+    words = [f"weight {w}, input {a}" + (" bits" if layer.bits != (None, None) else "")]
+    if layer.oscillating:
+        words.append(f"{percent(layer.oscillating)} oscillating")
+    if layer.frozen:
+        words.append(f"{percent(layer.frozen)} frozen")
+    panels = [_levels(layer), _bounds(layer, "weight", "--c1"), _bounds(layer, "input", "--c2")]
+    return (
+        f'<div class="layer"><h3>{text(layer.name)}</h3><p class="soft">{text(", ".join(words))}</p>'
+        f'<div class="row">{"".join(f"<div>{panel}</div>" for panel in panels)}</div></div>\n'
+    )
+
+
+def _levels(layer: LayerReport) -> str:
+    if not layer.levels:
+        return "<small>weights not coded</small>"
+    label = f"{layer.name}: weights on {len(layer.levels)} levels, at most {_fullest(layer.levels)} on one"
+    return (
+        histogram(layer.levels, layer.start, label)
+        + f"<small>{len(layer.levels)} levels, up to {_fullest(layer.levels)}</small>"
+    )
+
+
+def _bounds(layer: LayerReport, key: str, color: str) -> str:
+    found = [(epoch, measure.get(key)) for epoch, measure in layer.moments]
+    known = [(epoch, bounds) for epoch, bounds in found if bounds]
+    if not known:
+        return f"<small>{key} in float</small>"
+    low, high = known[-1][1]
+    unit = f" {layer.unit}" if layer.unit and key == "weight" else ""
+    told = f"{number(low, 3)} to {number(high, 3)}{unit}"
+    label = f"{layer.name}: {key} bounds from epoch {known[0][0]} to {known[-1][0]}, now {told}"
+    series = [(color, [bounds[i] if bounds else None for _, bounds in found]) for i in (0, 1)]
+    return lines(series, label) + f"<small>{key} {told}</small>"

@@ -1,0 +1,205 @@
+"""The page of a training run, `report.html`: one file that shows all of it, without a network or a script.
+
+The data are plain, so the page of any run can be made anew from what was written of it. Curves need matplotlib (extra
+`plot`); without it their numbers stay, in the tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from daqconvert.report.html import facts, number, page, percent, table, text
+from daqconvert.report.layer_cards import LayerReport, layer_cards, layer_table
+
+OPEN_EPOCHS = 30  # more epochs than this, and their table is folded away
+MOST_WARNINGS = 100
+MOST_STEPS = 400  # points of the loss by step
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What the page shows.
+
+    Attributes:
+        title: Heading.
+        subtitle: Below it.
+        finished: Whether the run is at its end.
+        epochs: Epochs of the whole run.
+        rows: The history, one row per epoch.
+        layers: The quantized layers, in order.
+        steps: Loss by step: `(epochs done, loss)`.
+        warnings: Dicts with `epoch`, `layer`, `kind`, `text`.
+        tables: Heading -> name -> value: recipe, sizes, versions.
+        commands: What to type: heading -> command.
+    """
+
+    title: str
+    subtitle: str = ""
+    finished: bool = False
+    epochs: int = 0
+    rows: Sequence[Row] = ()
+    layers: Sequence[LayerReport] = ()
+    steps: Sequence[tuple[float, float]] = ()
+    warnings: Sequence[Mapping[str, Any]] = ()
+    tables: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    commands: Mapping[str, str] = field(default_factory=dict)
+
+
+def training_page(data: TrainingReport) -> str:
+    """Return the page as HTML.
+
+    Args:
+        data: What it shows.
+
+    Example:
+        >>> "no epoch is done yet" in training_page(TrainingReport("ResNet, W2A2", epochs=3))
+        True
+    """
+    state = "finished" if data.finished else f"epoch {len(data.rows)} of {data.epochs}"
+    parts = [
+        f'<h1>{text(data.title)} <span class="chip{" done" if data.finished else ""}">{state}</span></h1>',
+        f'<p class="soft">{text(data.subtitle)}</p>' if data.subtitle else "",
+        _figures(data),
+        _section("Warnings", _warnings(data.warnings)) if data.warnings else "",
+        _section("Curves", _curves(data)),
+        _section("Layers", layer_table(data.layers)) if data.layers else "",
+        _section("Weights and bounds", layer_cards(data.layers)) if data.layers else "",
+        _section("Epochs", _epochs(data)),
+        _section("The run", facts(data.tables)) if data.tables else "",
+        *(f"<h3>{text(name)}</h3><pre>{text(command)}</pre>" for name, command in data.commands.items()),
+    ]
+    return page(data.title, "\n".join(part for part in parts if part))
+
+
+def best_row(rows: Sequence[Row]) -> Row | None:
+    """Return the row with the largest `val_top1`, the first of equals; None where there is none."""
+    with_top1 = [row for row in rows if row.get("val_top1") is not None]
+    return max(with_top1, key=lambda row: row["val_top1"], default=None)
+
+
+def _section(heading: str, body: str) -> str:
+    return f"<section><h2>{text(heading)}</h2>\n{body}</section>"
+
+
+def _figures(data: TrainingReport) -> str:
+    """The few numbers that one looks for first."""
+    if not data.rows:
+        return '<p class="soft">no epoch is done yet</p>'
+    last, best = data.rows[-1], best_row(data.rows)
+    cards: list[tuple[str, str]] = []
+    if best is not None:
+        cards.append((percent(best["val_top1"]), f"best top-1 (epoch {best['epoch']})"))
+        cards.append((percent(last.get("val_top1")), "last top-1"))
+    cards.append((number(last.get("train_loss")), "last training loss"))
+    cards.append((number(last.get("images_per_second")), "images per second"))
+    cards.append((_time(sum(row.get("seconds") or 0.0 for row in data.rows)), "training time"))
+    if last.get("oscillating") is not None:
+        cards.append((percent(last["oscillating"]), "of the weights oscillate"))
+    if last.get("frozen"):
+        cards.append((percent(last["frozen"]), "of the weights are frozen"))
+    cards.append((str(len(data.warnings)), "warning" if len(data.warnings) == 1 else "warnings"))
+    shown = "".join(f'<div class="card"><b>{text(a)}</b><span>{text(b)}</span></div>' for a, b in cards)
+    return f'<div class="cards">{shown}</div>'
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _warnings(warnings: Sequence[Mapping[str, Any]]) -> str:
+    shown = "".join(
+        f"<li><b>epoch {text(w['epoch'])}, {text(w['kind'])}</b> {text(w['text'])}</li>"
+        for w in warnings[:MOST_WARNINGS]
+    )
+    more = len(warnings) - MOST_WARNINGS
+    return f'<ul class="warnings">{shown}</ul>' + (f"<p>and {more} more in warnings.jsonl</p>" if more > 0 else "")
+
+
+def _curves(data: TrainingReport) -> str:
+    if not data.rows:
+        return '<p class="soft">nothing to draw yet</p>'
+    try:
+        charts = [chart for chart in (draw(data) for draw in _CHARTS) if chart]
+    except ImportError:
+        return (
+            "<p>Curves are drawn by matplotlib, which is not installed: <code>pip install 'daqconvert[plot]'</code>. "
+            "Their numbers are in the table of epochs.</p>"
+        )
+    return f'<div class="charts">{"".join(f"<figure>{chart}</figure>" for chart in charts)}</div>'
+
+
+def _loss(data: TrainingReport) -> str:
+    from daqconvert.report.curves import Line, curve
+
+    x = [row["epoch"] for row in data.rows]
+    every = max(1, -(-len(data.steps) // MOST_STEPS))
+    steps = data.steps[::every]
+    lines = [Line("", [s[0] for s in steps], [s[1] for s in steps], 0, faint=True)] if steps else []
+    lines.append(Line("training", x, _column(data.rows, "train_loss"), 0))
+    if any(v is not None for v in _column(data.rows, "val_loss")):
+        lines.append(Line("validation", x, _column(data.rows, "val_loss"), 1))
+    return curve("Loss", lines)
+
+
+def _top1(data: TrainingReport) -> str:
+    from daqconvert.report.curves import Line, curve
+
+    x = [row["epoch"] for row in data.rows]
+    names = (("training", "train_top1", 0), ("validation", "val_top1", 1))
+    lines = [Line(n, x, _column(data.rows, key), c) for n, key, c in names if any(_column(data.rows, key))]
+    best = best_row(data.rows)
+    mark = None if best is None else (best["epoch"], best["val_top1"])
+    return curve("Top-1 accuracy", lines, percent=True, mark=mark) if lines else ""
+
+
+def _rates(data: TrainingReport) -> str:
+    from daqconvert.report.curves import Line, curve
+
+    x = [row["epoch"] for row in data.rows]
+    names = (("weights", "lr", 0), ("quantizers", "quantizer_lr", 1))
+    lines = [Line(n, x, _column(data.rows, key), c) for n, key, c in names if any(_column(data.rows, key))]
+    return curve("Learning rate at the end of the epoch", lines, log=True) if lines else ""
+
+
+def _oscillation(data: TrainingReport) -> str:
+    from daqconvert.report.curves import Line, curve
+
+    x = [row["epoch"] for row in data.rows]
+    names = (("oscillating", "oscillating", 2), ("frozen", "frozen", 3))
+    lines = [
+        Line(n, x, _column(data.rows, key), c)
+        for n, key, c in names
+        if any(value is not None for value in _column(data.rows, key))
+    ]
+    return curve("Share of weights that oscillate", lines, percent=True) if lines else ""
+
+
+_CHARTS: tuple[Callable[[TrainingReport], str], ...] = (_loss, _top1, _rates, _oscillation)
+
+
+def _column(rows: Sequence[Row], key: str) -> list[float | None]:
+    return [row.get(key) for row in rows]
+
+
+def _epochs(data: TrainingReport) -> str:
+    columns = list(dict.fromkeys(key for row in data.rows for key in row))
+    best = best_row(data.rows)
+    marked = None if best is None else list(data.rows).index(best)
+    rows = [[text(_cell(key, row.get(key))) for key in columns] for row in data.rows]
+    found = table(
+        [c.replace("_", " ") for c in columns], rows, numbers=[c.replace("_", " ") for c in columns], marked=marked
+    )
+    if len(data.rows) <= OPEN_EPOCHS:
+        return found
+    return f"<details><summary>{len(data.rows)} epochs, the best in bold</summary>{found}</details>"
+
+
+def _cell(key: str, value: object) -> str:
+    if isinstance(value, float) and (key.endswith("top1") or key in ("oscillating", "frozen")):
+        return percent(value)
+    return number(value)
