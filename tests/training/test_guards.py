@@ -2,6 +2,7 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ class Run:
     """As much of a run as this part looks at."""
 
     directory = None
+    processes = SimpleNamespace(is_main=True)
 
     def __init__(self, model):
         self.model = model

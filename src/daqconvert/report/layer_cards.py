@@ -118,8 +118,8 @@ def _scale(moments: Moments) -> str:
 
 
 def _card(layer: LayerReport) -> str:
-    w, a = ("float" if bits is None else str(bits) for bits in layer.bits)
-    words = [f"weight {w}, input {a}" + (" bits" if layer.bits != (None, None) else "")]
+    w, a = ("float" if bits is None else f"{bits} bit{'s' * (bits > 1)}" for bits in layer.bits)
+    words = [f"weight {w}, input {a}"]
     if layer.oscillating:
         words.append(f"{percent(layer.oscillating)} oscillating")
     if layer.frozen:
@@ -133,7 +133,7 @@ def _card(layer: LayerReport) -> str:
 
 def _levels(layer: LayerReport) -> str:
     if not layer.levels:
-        return "<small>weights not coded</small>"
+        return "<small>weight without levels</small>"
     label = f"{layer.name}: weights on {len(layer.levels)} levels, at most {_fullest(layer.levels)} on one"
     return (
         histogram(layer.levels, layer.start, label)

@@ -25,7 +25,7 @@ COLUMNS = (
 
 
 def csv_text(history: Sequence[Mapping[str, Any]]) -> str:
-    """Return the history as CSV with a header.
+    """Return the history as CSV with a header: `COLUMNS`, then what else the rows hold.
 
     Args:
         history: One row per epoch.
@@ -35,7 +35,8 @@ def csv_text(history: Sequence[Mapping[str, Any]]) -> str:
         '1,,,,0.5,,,,,'
     """
     stream = io.StringIO()
-    writer = csv.DictWriter(stream, COLUMNS, restval="", lineterminator="\n")
+    columns = list(dict.fromkeys((*COLUMNS, *(key for row in history for key in row))))
+    writer = csv.DictWriter(stream, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)  # None is written as nothing
     return stream.getvalue()

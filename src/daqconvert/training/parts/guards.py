@@ -43,6 +43,7 @@ class Guards(Part):
 
     Attributes:
         warnings: Dicts with `epoch`, `layer`, `kind`, `text`, of the whole run.
+        levels: Weights on each level after the last epoch, by layer.
 
     Args:
         recipe: Gives `explode`, and the values that the advice starts from.
@@ -53,6 +54,7 @@ class Guards(Part):
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.warnings: list[dict[str, Any]] = []
+        self.levels: dict[str, tuple[int, ...]] = {}
         self._sites: dict[str, QuantizedSite] = {}
         self._start: dict[str, Tensor] = {}
         self._reached: dict[str, Tensor] = {}  # whether a gradient was seen in this epoch
@@ -85,6 +87,8 @@ class Guards(Part):
         """Look at every site, tell what is new, and count it in the row."""
         told = {(warning["layer"], warning["kind"]) for warning in self.warnings}
         new = []
+        counted = {name: level_counts(site) for name, site in self._sites.items()}
+        self.levels = {name: counts for name, counts in counted.items() if counts is not None}
         for name, site in self._sites.items():
             for kind, text in self._problems(name, site):
                 if (name, kind) not in told:
@@ -92,7 +96,7 @@ class Guards(Part):
         self.warnings += new
         self._reached = {}
         row["warnings"] = len(new)
-        if is_main(run):
+        if run.processes.is_main:
             for warning in new:
                 LOGGER.warning("epoch %d: %s", warning["epoch"], warning["text"])
 
@@ -177,7 +181,7 @@ class Guards(Part):
                     f"the range of its weights has shrunk to {100 * max(share, 0.0):.2g} % of its start"
                     f"{_channels(small)}. {self._slower()}",
                 )
-        counts = level_counts(site)
+        counts = self.levels.get(name)
         if counts and sum(counts) >= FEWEST and max(counts) > ONE_LEVEL * sum(counts):
             level, bits = counts.index(max(counts)), site.weight_quantizer.bits if site.weight_quantizer else 0
             yield (
@@ -205,12 +209,6 @@ class Guards(Part):
     def _slower(self) -> str:
         now = self.recipe.quantizer_lr
         return f"Try quantizer_lr={now / 10:g} (now {now:g}) or freeze_bounds_at=0.5."
-
-
-def is_main(run: Run) -> bool:
-    """Whether this process writes and tells: the first of several, or the only one."""
-    accelerator = getattr(run, "accelerator", None)
-    return accelerator is None or bool(accelerator.is_main_process)
 
 
 def _channels(which: Tensor) -> str:

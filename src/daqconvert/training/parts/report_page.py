@@ -1,0 +1,218 @@
+"""`report.html` and `warnings.jsonl` in the run directory, written anew after every epoch.
+
+Drawing takes up to a second, so of a run of short epochs not every one is drawn: at most a twentieth of the time goes
+into it, and the last epoch always is.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import timm
+import torch
+
+from daqconvert.convert import current_plan
+from daqconvert.errors import TrainingError
+from daqconvert.files import write_text
+from daqconvert.layers.site import QuantizedSite
+from daqconvert.quantizers import WeightQuantizer
+from daqconvert.report.layer_cards import LayerReport
+from daqconvert.report.training_page import TrainingReport, best_row, training_page
+from daqconvert.spec import Plan
+from daqconvert.training.appended import Appended
+from daqconvert.training.parts.asking import part_of, writes
+from daqconvert.training.parts.base import Part
+from daqconvert.training.parts.guards import Guards
+from daqconvert.training.parts.measures import sites_of
+from daqconvert.training.parts.oscillation import Oscillation
+from daqconvert.training.parts.snapshots import Snapshots
+from daqconvert.training.parts.steps import StepLog
+from daqconvert.training.recipes import Recipe
+from daqconvert.version import __version__
+
+if TYPE_CHECKING:
+    from daqconvert.training.engine import Run
+    from daqconvert.training.logs import Row
+
+SHARE = 0.05  # of the time that may go into drawing
+FIRST_GUESS = 0.5  # seconds
+
+
+class ReportPage(Part):
+    """Writes the page of the run, and the warnings as a file."""
+
+    name: ClassVar[str] = "report"
+
+    def __init__(self) -> None:
+        self._written, self._took = time.perf_counter(), FIRST_GUESS
+
+    def after_epoch(self, run: Run, row: Row) -> None:
+        """Write the page, unless that would take too much of the time."""
+        if writes(run):
+            _write_warnings(run)
+            if time.perf_counter() - self._written > self._took / SHARE:
+                self._write(run, [*run.history, row], finished=False)
+
+    def finish(self, run: Run) -> None:
+        """Write the page of the whole run."""
+        if writes(run):
+            self._write(run, run.history, finished=True)
+
+    def _write(self, run: Run, rows: list[Row], *, finished: bool) -> None:
+        started = time.perf_counter()
+        assert run.directory is not None
+        path = run.directory.path / "report.html"
+        with Appended(path).telling():
+            write_text(path, training_page(report_data(run, rows, finished=finished)), TrainingError)
+        self._written = time.perf_counter()
+        self._took = self._written - started
+
+
+def report_data(run: Run, rows: list[Row], *, finished: bool) -> TrainingReport:
+    """Return what the page of a run shows.
+
+    Args:
+        run: The run.
+        rows: Its history, with the epoch that has just ended.
+        finished: Whether that was the last.
+    """
+    plan, guards, log = current_plan(run.model), part_of(run, Guards), part_of(run, StepLog)
+    steps = [(step / run.steps, loss) for step, loss in log.rows] if log is not None and run.steps else []
+    assert run.directory is not None
+    return TrainingReport(
+        title=f"{plan.model}, {_widths(plan)}",
+        subtitle=f"{run.directory.path.resolve().name} · recipe {run.recipe.name} · policy {plan.policy}",
+        finished=finished,
+        epochs=run.recipe.epochs,
+        rows=rows,
+        layers=_layers(run, plan),
+        steps=steps,
+        warnings=guards.warnings if guards is not None else (),
+        tables={
+            "Result": _result(run, rows),
+            "Recipe (changed from the default)": _changed(run.recipe),
+            "Sizes": _sizes(plan),
+            "Environment": _environment(run),
+        },
+        commands=_commands(run.directory.path),
+    )
+
+
+def _layers(run: Run, plan: Plan) -> list[LayerReport]:
+    snapshots, oscillation, guards = part_of(run, Snapshots), part_of(run, Oscillation), part_of(run, Guards)
+    shares = oscillation.shares if oscillation is not None else {}
+    moments = snapshots.moments if snapshots is not None else []
+    start = snapshots.start_levels if snapshots is not None else {}
+    levels = guards.levels if guards is not None else {}
+    rows = {row.name or "(root)": row for row in plan}
+    found = []
+    for name, site in sites_of(run.model).items():
+        row, share = rows.get(name), shares.get(name)
+        found.append(
+            LayerReport(
+                name=name,
+                kind=row.site.kind if row is not None else type(site).__name__,
+                params=row.site.params if row is not None else None,
+                bits=_bits(site),
+                moments=[(epoch, sites[name]) for epoch, sites in moments if name in sites],
+                levels=levels.get(name),
+                start=start.get(name),
+                unit="std" if isinstance(site.weight_quantizer, WeightQuantizer) and site.unitless else "",
+                oscillating=share[0] if share else None,
+                frozen=share[1] if share else None,
+                rule=row.rule if row is not None else "",
+            )
+        )
+    return found
+
+
+def _bits(site: QuantizedSite) -> tuple[int | None, int | None]:
+    return (
+        None if site.weight_quantizer is None else site.weight_quantizer.bits,
+        None if site.input_quantizer is None else site.input_quantizer.bits,
+    )
+
+
+def _widths(plan: Plan) -> str:
+    """The bits that most of the layers have, as `W2A2`."""
+    found = [row.bits for row in plan.converted if not row.site.is_output]
+    w, a = max(sorted(set(found)), key=found.count, default=(32, 32))
+    return f"W{w}A{a}"
+
+
+def _result(run: Run, rows: list[Row]) -> dict[str, object]:
+    best, last = best_row(rows), rows[-1] if rows else {}
+    found: dict[str, object] = {"epochs": f"{len(rows)} of {run.recipe.epochs}", "steps": last.get("step")}
+    if run.stop is not None:
+        found["stopped"] = run.stop
+    if best is not None:
+        found["best epoch"] = best["epoch"]
+        found["best top-1"] = f"{100 * best['val_top1']:.2f} %"
+        found["its validation loss"] = best["val_loss"]
+    found["training time, s"] = round(sum(row.get("seconds") or 0.0 for row in rows), 1)
+    return found
+
+
+def _changed(recipe: Recipe) -> dict[str, object]:
+    default = Recipe().to_dict()
+    kept = ("name", "epochs", "lr", "quantizer_lr", "schedule", "distill", "seed")
+    return {key: value for key, value in recipe.to_dict().items() if key in kept or value != default[key]}
+
+
+def _sizes(plan: Plan) -> dict[str, object]:
+    totals = plan.totals
+    found: dict[str, object] = {
+        "quantized layers": f"{totals.converted} of {totals.sites}",
+        "parameters": f"{totals.params:,}",
+        "bytes": f"{totals.bytes:,} ({totals.float_bytes:,} in float32)",
+    }
+    if totals.macs is not None:
+        found["multiply-accumulates"] = f"{totals.macs:,}"
+    return found
+
+
+def _environment(run: Run) -> dict[str, object]:
+    device = str(run.processes.device)
+    if device.startswith("cuda"):
+        device = f"{device} ({torch.cuda.get_device_name(run.processes.device)})"
+    return {
+        "daqconvert": __version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "Python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "processes": run.processes.count,
+        "precision": run.processes.precision,
+    }
+
+
+def _commands(path: Path) -> Mapping[str, str]:
+    """What goes on with the run, and what repeats it: on the command line where it was started there."""
+    if (path / "config.json").is_file():
+        return {"Go on, if it was interrupted": f"daqconvert finetune --out {path} --resume"}
+    recipe = str(path / "recipe.toml")
+    call = f"daqconvert.finetune(qmodel, train_loader, val_loader, recipe={recipe!r}, out_dir="
+    return {
+        "Go on, if it was interrupted": f"{call}{str(path)!r}, resume=True)",
+        "Repeat it": f"{call}{f'{path}-again'!r})",
+    }
+
+
+def _write_warnings(run: Run) -> None:
+    guards = part_of(run, Guards)
+    assert run.directory is not None
+    path = run.directory.path / "warnings.jsonl"
+    warnings: list[dict[str, Any]] = guards.warnings if guards is not None else []
+    file = Appended(path)
+    if not warnings:
+        file.clear()
+        return
+    with file.telling():
+        write_text(path, "".join(json.dumps(warning) + "\n" for warning in warnings), TrainingError)
