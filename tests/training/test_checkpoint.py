@@ -78,8 +78,8 @@ ATTACKS = {
     "a name": (lambda p: rewrite(p, lambda h, t: t.update(b=t.pop("a"))), "do not match their SHA-256"),
     "a missing tensor": (lambda p: rewrite(p, lambda h, t: t.pop("a")), "do not match their SHA-256"),
     "metadata": (lambda p: rewrite(p, lambda h, t: h.update(json='{"epochs_done": 9}')), "do not match their SHA-256"),
-    "newer": (lambda p: rewrite(p, lambda h, t: h.update(version="2")), "version 1, found '2'. Update daqconvert"),
-    "no version": (lambda p: rewrite(p, lambda h, t: h.pop("version")), "version 1, found ''"),
+    "newer": (lambda p: rewrite(p, lambda h, t: h.update(version="3")), "version 2, found '3'. Update daqconvert"),
+    "no version": (lambda p: rewrite(p, lambda h, t: h.pop("version")), "version 2, found ''"),
     "other safetensors": (lambda p: save_file({"a": torch.zeros(1)}, p), "no checkpoint of daqconvert"),
     "missing": (lambda p: p.unlink(), "no such checkpoint"),
 }

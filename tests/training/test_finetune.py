@@ -149,14 +149,15 @@ def test_dict_batches_and_an_own_loss(loader):
 def test_what_is_written(make, loader, val_loader, tmp_path, capsys):
     out, seen = tmp_path / "a" / "run", []
     result = finetune(make(), loader(), val_loader, epochs=2, out_dir=out, on_epoch=seen.append)
-    names = ["best.safetensors", "last.safetensors", "log.csv", "recipe.toml", "teacher.safetensors"]
+    names = ["best.safetensors", "checkpoints", "last.safetensors", "log.csv", "recipe.toml", "teacher.safetensors"]
     assert sorted(p.name for p in out.iterdir()) == names
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-00000003.safetensors"]
     with (out / "log.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == COLUMNS == tuple(result.history[0])
     assert [{key: float(value) for key, value in row.items()} for row in rows] == result.history == seen
     assert recipe(out / "recipe.toml") == Recipe(epochs=2)
-    assert (result.out_dir, result.last, result.best) == (out, out / names[1], out / names[0])
+    assert (result.out_dir, result.last, result.best) == (out, out / names[2], out / names[0])
     assert capsys.readouterr() == ("", "")  # no terminal, no bar
 
 

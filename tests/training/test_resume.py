@@ -21,6 +21,10 @@ def same(a, b) -> bool:
     return rows[0] == rows[1] and all(torch.equal(v, second.tensors[k]) for k, v in first.tensors.items())
 
 
+def files_in(folder) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
 GONE, STOPPED = OSError("disk gone"), KeyboardInterrupt()
 GENERATOR, WORKERS = {"generator": torch.Generator()}, {"num_workers": 2}
 
@@ -85,10 +89,10 @@ def test_killed_between_best_and_last(make, loader, val_loader, tmp_path, monkey
     whole, parts, write = tmp_path / "whole", tmp_path / "parts", persistence.write_checkpoint
     finetune(make(), loader(), val_loader, out_dir=whole, **OPTIONS)
 
-    def killed(path, tensors, meta):
+    def killed(path, tensors, meta, before=None):
         if path.name == "last.safetensors" and meta["epochs_done"] == 1:
             raise KeyboardInterrupt
-        write(path, tensors, meta)
+        write(path, tensors, meta, before)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(persistence, "write_checkpoint", killed)
@@ -131,10 +135,10 @@ def test_resume_where_there_is_no_run_starts_one(make, loader, tmp_path):
 )
 def test_another_recipe_is_refused(make, loader, tmp_path, change, told):
     finetune(make(), loader(), out_dir=tmp_path, **OPTIONS)
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    before = files_in(tmp_path)
     with pytest.raises(TrainingError, match=rf"belongs to another run: {told}"):
         finetune(make(), loader(), out_dir=tmp_path, resume=True, **{**OPTIONS, **change})
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert files_in(tmp_path) == before
 
 
 def test_another_teacher_or_loader_is_refused(make, loader, tmp_path):
@@ -166,17 +170,19 @@ def test_an_out_dir_in_use(make, loader, tmp_path):
     with pytest.raises(TrainingError, match="Pass resume=True to go on, overwrite=True to start again"):
         finetune(make(), loader(), out_dir=tmp_path, **OPTIONS)
     finetune(make(), loader(), out_dir=tmp_path, overwrite=True, epochs=1, distill=0.0)
-    names = ["last.safetensors", "log.csv", "notes.txt", "recipe.toml"]  # best and teacher of the old run are gone
+    # best and teacher of the old run are gone
+    names = ["checkpoints", "last.safetensors", "log.csv", "notes.txt", "recipe.toml"]
     assert sorted(p.name for p in tmp_path.iterdir()) == names
     assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000000.safetensors"]
 
 
 def test_a_wrong_call_with_overwrite_loses_nothing(make, loader, tmp_path):
     finetune(make(), loader(), out_dir=tmp_path, **OPTIONS)
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    for wrong in ({"lr": -1}, {"schedule": "step"}):
+    before = files_in(tmp_path)
+    for wrong in ({"lr": -1}, {"schedule": "bogus"}):
         with pytest.raises(DaqError):
             finetune(make(), loader(), out_dir=tmp_path, overwrite=True, **wrong)
     with pytest.raises(DaqError, match="expected a target"):
         finetune(make(), [torch.zeros(2, 8)], out_dir=tmp_path, overwrite=True)
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert files_in(tmp_path) == before

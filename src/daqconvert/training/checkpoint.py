@@ -1,15 +1,15 @@
 """A checkpoint: one safetensors file, tensors by name and a JSON text in its metadata, under one SHA-256. No pickle.
 
-Tensors are called `model/KEY` (the state dict) and `optimizer/GROUP/SLOT/PARAMETER`. The metadata holds `format`,
-`version`, `json` and `sha256`: of the JSON text, then of each tensor in the order of the names: name, dtype and shape
-as `NAME torch.float32 (2, 3)`, then its bytes.
+Tensors are called `model/KEY` (the state dict), `optimizer/GROUP/SLOT/PARAMETER` and `part/PART/NAME`. The metadata
+holds `format`, `version`, `json` and `sha256`: of the JSON text, then of each tensor in the order of the names: name,
+dtype and shape as `NAME torch.float32 (2, 3)`, then its bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from daqconvert.convert import require_quantized
 from daqconvert.errors import TrainingError
 from daqconvert.files import replacing
 
-FORMAT, VERSION = "daqconvert-checkpoint", 1
-MODEL, OPTIMIZER = "model/", "optimizer/"
+FORMAT, VERSION = "daqconvert-checkpoint", 2
+READABLE = ("1", "2")  # 1 holds whole epochs only: its model can be loaded, its run cannot go on
+MODEL, OPTIMIZER, PART = "model/", "optimizer/", "part/"
 NOT_WRITTEN = "Free some space or choose another out_dir, then go on with resume=True."
 
 
@@ -48,6 +49,9 @@ class Checkpoint:
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return a model's state dict under `model/`.
 
+    Args:
+        model: Any module.
+
     Raises:
         TrainingError: If an entry is no tensor, which a file without pickle cannot hold.
     """
@@ -61,13 +65,16 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {MODEL + key: value for key, value in state.items()}
 
 
-def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+def write_checkpoint(
+    path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], before: Callable[[], None] | None = None
+) -> None:
     """Write a checkpoint so that the file is either the old one or the new one, whatever happens meanwhile.
 
     Args:
         path: The file.
         tensors: By name; tied ones are written under each name.
         meta: What JSON can hold.
+        before: Called when the new one is on the disk and the old one still in its place.
 
     Raises:
         TrainingError: If it cannot be written; what was there before is unchanged.
@@ -77,6 +84,8 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[st
     header = {"format": FORMAT, "version": str(VERSION), "json": text, "sha256": digest(plain, text)}
     with replacing(path, TrainingError, NOT_WRITTEN) as temporary:
         save_file(plain, temporary, metadata=header)
+        if before is not None:
+            before()
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -100,7 +109,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if header.get("format") != FORMAT:
         raise TrainingError(f"{path}: no checkpoint of daqconvert: its metadata has no format = {FORMAT!r}.")
     version = header.get("version", "")
-    if version != str(VERSION):
+    if version not in READABLE:
         raise TrainingError(
             f"{path}: expected a checkpoint of version {VERSION}, found {version!r}. Update daqconvert to read it."
         )
@@ -154,19 +163,22 @@ def layer_settings(qmodel: nn.Module) -> dict[str, dict[str, Any]]:
     return {name: dict(vars(layer.settings)) for name, layer in layers.items()}
 
 
-def check_model(checkpoint: Checkpoint, qmodel: nn.Module, where: str) -> None:
+def check_model(
+    checkpoint: Checkpoint, qmodel: nn.Module, where: str, layers: Mapping[str, Any] | None = None
+) -> None:
     """Raise unless a checkpoint's layers, their settings, names and shapes are those of a model.
 
     Args:
         checkpoint: What was read.
         qmodel: The model to fill.
         where: The file, for the message.
+        layers: Settings of the model's layers, where they are not those that it has now.
 
     Raises:
         TrainingError: Naming what differs.
     """
     saved, found = checkpoint.part(MODEL), qmodel.state_dict()
-    problems = _settings_problems(checkpoint.meta.get("layers", {}), layer_settings(qmodel))
+    problems = _settings_problems(checkpoint.meta.get("layers", {}), layers or layer_settings(qmodel))
     problems += [f"{key}: only in the checkpoint" for key in saved if key not in found]
     problems += [f"{key}: only in the model" for key in found if key not in saved]
     problems += [

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,8 +13,13 @@ from daqconvert.batches import model_device
 from daqconvert.errors import DataError, TrainingError
 from daqconvert.modes import evaluating
 from daqconvert.report.progress import track
+from daqconvert.training.epochs import Epochs
 from daqconvert.training.loaders import check_loader, inputs_count, read_batch
 from daqconvert.training.losses import LossFn, count_correct, cross_entropy, logits_of
+from daqconvert.training.processes import Processes
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ def evaluate(
     topk: tuple[int, ...] = (1,),
     loss_fn: LossFn | None = None,
     progress: bool = True,
+    accelerator: Accelerator | None = None,
 ) -> EvalResult:
     """Measure a model on labelled batches, in evaluation mode; every module gets its own mode back.
 
@@ -55,6 +61,8 @@ def evaluate(
         topk: Each `k` of which the share is wanted.
         loss_fn: Loss of `(outputs, target)`, a mean over the batch, instead of the cross entropy.
         progress: Show a bar where standard error is a terminal.
+        accelerator: Share the batches among its processes, each read by one of them; all get the same result. The
+            model has to be the same on each, as after `finetune`.
 
     Returns:
         Shares in 0..1, mean loss, number of targets.
@@ -71,9 +79,36 @@ def evaluate(
         (0.5, 2)
     """
     check_loader(loader, "evaluate: loader")
+    if accelerator is None:
+        return measured(model, loader, topk=topk, loss_fn=loss_fn, progress=progress)
+    processes = Processes(accelerator, model)
+    processes.place(model)
+    epochs = Epochs(loader, 0, processes.index, processes.count, even=False)
+    show = progress and processes.is_main
+    return measured(model, epochs.batches(0), topk=topk, loss_fn=loss_fn, progress=show, processes=processes)
+
+
+def measured(
+    model: nn.Module, batches: Iterable[Any], *, topk: tuple[int, ...] = (1,), loss_fn: LossFn | None = None,
+    progress: bool = True, total: int | None = None, processes: Processes | None = None,
+) -> EvalResult:  # fmt: skip
+    """Measure a model on batches that were checked, over all processes.
+
+    Args:
+        model: Any model.
+        batches: Of this process.
+        topk: As `evaluate` takes it.
+        loss_fn: As `evaluate` takes it.
+        progress: Show a bar where standard error is a terminal.
+        total: Number of batches, where they do not know it.
+        processes: All of them have to call this; None for this one alone.
+
+    Raises:
+        DataError: If there is no batch, or one does not fit.
+    """
     device, meter = model_device(model), Meter(topk)
     with evaluating(model), torch.no_grad():
-        for i, batch in enumerate(track(loader, "evaluating", enabled=progress)):
+        for i, batch in enumerate(track(batches, "evaluating", total, enabled=progress)):
             (args, kwargs), target = read_batch(batch, device, f"evaluate: batch {i}", needs_target=True)
             outputs = model(*args, **kwargs)
             if loss_fn is None:
@@ -82,6 +117,8 @@ def evaluate(
             else:
                 loss = loss_fn(outputs, target)
             meter.add(float(loss), inputs_count((args, kwargs)), outputs, target, strict=loss_fn is None)
+    if processes is not None:
+        meter = meter.over(processes)
     if meter.inputs == 0:
         raise DataError("evaluate: expected at least one batch, found none. Is the loader empty?")
     return EvalResult(meter.top1, meter.loss, meter.targets or meter.inputs, meter.shares)
@@ -125,6 +162,21 @@ class Meter:
             return
         self.targets += targets
         self._hits = [a + b for a, b in zip(self._hits, hits, strict=True)]
+
+    def sums(self) -> list[float]:
+        """Return everything that was counted, as numbers that may be added to another meter's."""
+        return [self._loss, self.inputs, self.targets, *self._hits]
+
+    def load(self, sums: Sequence[float]) -> None:
+        """Go on from what `sums` returned."""
+        self._loss, inputs, targets, *hits = sums
+        self.inputs, self.targets, self._hits = int(inputs), int(targets), [int(n) for n in hits]
+
+    def over(self, processes: Processes) -> Meter:
+        """Return a meter of what all processes counted; all of them have to ask."""
+        found = Meter(self.topk)
+        found.load(processes.sum(self.sums()))
+        return found
 
     @property
     def loss(self) -> float:

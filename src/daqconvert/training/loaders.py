@@ -53,24 +53,18 @@ def length(loader: Any) -> int | None:
         return None
 
 
-def steps_per_epoch(loader: Any, recipe: Recipe) -> int:
-    """Return the number of batches of an epoch, or 0 where it is unknown and the schedule does not need it.
-
-    Raises:
-        TrainingError: If the loader has no length and the schedule is cosine.
-    """
-    steps = length(loader)
-    if steps is None and recipe.schedule == "cosine":
+def check_length(loader: Any, recipe: Recipe) -> None:
+    """Raise `TrainingError` if a loader has no length and the schedule has to know where it ends."""
+    if length(loader) is None and recipe.schedule != "constant":
         raise TrainingError(
-            "train_loader: has no length, and the cosine schedule has to know where it ends. "
+            f"train_loader: has no length, and the {recipe.schedule} schedule has to know where it ends. "
             'Give the loader a __len__, or train with schedule="constant".'
         )
-    return steps or 0
 
 
-def check_first_batch(loader: Any, name: str, *, needs_target: bool, hint: str = "") -> None:
+def check_first_batch(batches: Iterable[Any], name: str, *, needs_target: bool, hint: str = "") -> None:
     """Read one batch and raise `DataError` if there is none or it has not the right form."""
-    for batch in loader:
+    for batch in batches:
         read_batch(batch, torch.device("cpu"), f"{name}, first batch", needs_target=needs_target, hint=hint)
         return
     raise DataError(f"{name}: expected at least one batch, found none. Is the data set empty?")

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -14,35 +14,52 @@ from daqconvert.convert import require_quantized
 from daqconvert.errors import ConversionError, TrainingError
 from daqconvert.modes import evaluating
 from daqconvert.report.progress import progress as progress_bar
+from daqconvert.training.checkpoint import layer_settings
 from daqconvert.training.engine import Run
-from daqconvert.training.loaders import check_loader, steps_per_epoch
+from daqconvert.training.epochs import Epochs
+from daqconvert.training.loaders import check_length, check_loader
 from daqconvert.training.logs import Row
 from daqconvert.training.losses import LossFn
 from daqconvert.training.objective import Objective, check_teacher, teacher_kind
+from daqconvert.training.parts.assembly import parts_for
+from daqconvert.training.parts.base import Step
 from daqconvert.training.persistence import start
+from daqconvert.training.processes import Processes, launched
 from daqconvert.training.recipes import Recipe
 from daqconvert.training.recipes import recipe as find_recipe
 from daqconvert.training.results import FinetuneResult
 from daqconvert.training.rundir import RunDirectory
 from daqconvert.training.seeding import preserved_random_state
+from daqconvert.training.signals import listening
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def finetune(
     qmodel: nn.Module, train_loader: Iterable[Any], val_loader: Iterable[Any] | None = None, *,
     recipe: str | Path | Recipe = "quick", out_dir: str | Path | None = None, teacher: nn.Module | None = None,
     loss_fn: LossFn | None = None, resume: bool = False, overwrite: bool = False, progress: bool = True,
-    on_epoch: Callable[[Row], None] | None = None, **overrides: Any,
+    on_epoch: Callable[[Row], None] | None = None, on_step: Callable[[Step], None] | None = None,
+    accelerator: Accelerator | None = None, **overrides: Any,
 ) -> FinetuneResult:  # fmt: skip
     """Train a quantized model in place; it is left with the last epoch's weights, in evaluation mode.
 
-    Calibrates first, with the first training batches, if some bounds were never set. The random state is set from
-    (seed, epoch) at every epoch and the caller's is given back at the end, so a run that was interrupted and resumed
-    has the weights of one that was not: bit for bit on the CPU, with the same number of threads.
+    Calibrates first, with the first training batches, if some bounds were never set. The random state of every sample
+    and step is a function of the seed and of where the run is, and the caller's is given back at the end: a run that
+    was killed at any moment and resumed has the weights of one that was not, bit for bit on the CPU, with one process
+    and the same number of threads. SIGTERM and the first Ctrl-C end it after the step in progress, with a checkpoint;
+    SIGUSR1 asks for a checkpoint.
+
+    Started by `accelerate launch` or `torchrun`, each process trains on its share of the batches, on its own device,
+    and gradients are averaged; what is said of steps below is of one process then. Otherwise everything happens where
+    the model is.
 
     Args:
         qmodel: From `quantize`, changed in place; after an exception it holds the weights of the last step.
         train_loader: Batches `(input, target)`, or dicts with the target under `target`, `label` or `labels`; without
-            targets where `distill` is 1. Read once an epoch: a `DataLoader` or a list.
+            targets where `distill` is 1. Read once an epoch: a `DataLoader` or a list. Among several processes the
+            same on each.
         val_loader: Labelled batches; evaluated after each epoch, and the best epoch is kept.
         recipe: A name (`quick`, `paper-cifar10`, `paper-imagenet`), the path of a TOML file, or a `Recipe`.
         out_dir: Where checkpoints and the log go; None writes nothing.
@@ -51,7 +68,9 @@ def finetune(
         resume: Go on with the run in `out_dir`, or start where there is none.
         overwrite: Replace the run in `out_dir`.
         progress: Show a bar where standard error is a terminal.
-        on_epoch: Called with each epoch's row of the history.
+        on_epoch: Called with each epoch's row of the history, on the main process.
+        on_step: Called after each optimizer step, on the main process.
+        accelerator: The caller's own; by default one is made from the launcher's settings and `precision`.
         **overrides: Fields of the recipe to change, as `epochs=10`.
 
     Returns:
@@ -60,7 +79,8 @@ def finetune(
     Raises:
         FrozenError: If the model is frozen.
         TrainingError: If the recipe is wrong, `out_dir` is in use or cannot be written, the checkpoint does not fit,
-            the model is not quantized, its outputs are not logits, or the loss is NaN or infinite.
+            the model is not quantized, its outputs are not logits, the loss is NaN or infinite, or SIGTERM came.
+        KeyboardInterrupt: After Ctrl-C.
         DataError: If a loader is empty or a batch has not the right form.
         CalibrationError: If the data cannot calibrate the model.
 
@@ -75,31 +95,37 @@ def finetune(
     """
     started = time.perf_counter()
     chosen = find_recipe(recipe, **overrides)
-    run = _prepare(qmodel, train_loader, val_loader, chosen, teacher, loss_fn, progress)
+    _check(qmodel, train_loader, val_loader, chosen, teacher, loss_fn)
     if out_dir is None and (resume or overwrite):
         raise TrainingError("finetune: resume and overwrite need an out_dir.")
     if resume and overwrite:
         raise TrainingError("finetune: pass either resume=True, to go on, or overwrite=True, to start again.")
-    run.directory = None if out_dir is None else RunDirectory(out_dir, resume=resume, overwrite=overwrite)
     with ExitStack() as stack:
-        if run.directory is not None:
+        processes = stack.enter_context(launched(qmodel, chosen, accelerator))
+        run = _prepare(qmodel, train_loader, val_loader, chosen, Objective(chosen, loss_fn, teacher), processes)
+        run.show = progress and processes.is_main
+        if out_dir is not None:
+            run.directory = processes.from_main(lambda: RunDirectory(out_dir, resume=resume, overwrite=overwrite))
             stack.callback(run.directory.drop_if_empty)
         stack.callback(qmodel.eval)
         stack.enter_context(preserved_random_state(train_loader, val_loader))
         if teacher is not None:
             stack.enter_context(evaluating(teacher))
+            processes.place(teacher)
         start(run, resume=resume)
-        left = (chosen.epochs - run.epochs_done) * run.steps or None
-        run.train(stack.enter_context(progress_bar(left, "finetuning", enabled=progress)), on_epoch)
+        left = max(0, run.total_steps - run.steps_done) or None
+        bar = stack.enter_context(progress_bar(left, "finetuning", enabled=run.show))
+        run.signals = stack.enter_context(listening())
+        run.train(bar, on_epoch, on_step)
         run.optimizers.zero_grad()
     return _result(run, time.perf_counter() - started)
 
 
-def _prepare(
+def _check(
     qmodel: nn.Module, train_loader: Any, val_loader: Any, recipe: Recipe, teacher: nn.Module | None,
-    loss_fn: LossFn | None, show: bool,
-) -> Run:  # fmt: skip
-    """Check everything that can be checked before any work, and return the run."""
+    loss_fn: LossFn | None,
+) -> None:  # fmt: skip
+    """Check everything that can be checked before any work."""
     try:
         require_quantized(qmodel, "finetune")
     except ConversionError as error:
@@ -113,10 +139,23 @@ def _prepare(
     check_loader(train_loader, "train_loader")
     if val_loader is not None:
         check_loader(val_loader, "val_loader")
-    steps = steps_per_epoch(train_loader, recipe)
-    objective = Objective(recipe, loss_fn, teacher)
-    kind = teacher_kind(teacher, recipe)
-    return Run(qmodel, train_loader, val_loader, recipe, steps, objective, show=show, teacher_kind=kind)
+    check_length(train_loader, recipe)
+
+
+def _prepare(
+    qmodel: nn.Module, train_loader: Any, val_loader: Any, recipe: Recipe, objective: Objective, processes: Processes
+) -> Run:
+    processes.place(qmodel)
+    accumulate = recipe.accumulate if recipe.accumulate > 1 else processes.launcher_accumulate
+    epochs = Epochs(train_loader, recipe.seed, processes.index, processes.count)
+    val_epochs = None
+    if val_loader is not None:
+        val_epochs = Epochs(val_loader, recipe.seed, processes.index, processes.count, even=False)
+    steps = -(-len(epochs) // accumulate)
+    return Run(
+        qmodel, train_loader, val_loader, recipe, objective, processes, accumulate, epochs, val_epochs, steps,
+        layer_settings(qmodel), parts_for(recipe), teacher_kind=teacher_kind(objective.teacher, recipe),
+    )  # fmt: skip
 
 
 def _result(run: Run, seconds: float) -> FinetuneResult:
@@ -131,4 +170,5 @@ def _result(run: Run, seconds: float) -> FinetuneResult:
         last=directory.last if directory else None,
         best=directory.best if directory and run.best else None,
         calibration=run.calibration,
+        stop=run.stop,
     )

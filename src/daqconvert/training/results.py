@@ -26,6 +26,7 @@ class FinetuneResult:
         last: Checkpoint of the last epoch, or None.
         best: Checkpoint of the best epoch, or None.
         calibration: What calibration found, if this call had to calibrate.
+        stop: Why the run ended before its last epoch, or None.
     """
 
     history: list[Row]
@@ -37,6 +38,7 @@ class FinetuneResult:
     last: Path | None = None
     best: Path | None = None
     calibration: CalibrationReport | None = None
+    stop: str | None = None
 
     def __str__(self) -> str:
         """Return a short summary: epochs, time, last and best accuracy, where the files are."""
@@ -48,5 +50,7 @@ class FinetuneResult:
             parts.append(f"top-1 {100 * final['val_top1']:.2f} %")
         if self.best_top1 is not None:
             parts.append(f"best {100 * self.best_top1:.2f} % (epoch {self.best_epoch})")
+        if self.stop is not None:
+            parts.append(f"stopped early: {self.stop}")
         where = f"\n{self.out_dir}: {', '.join(p.name for p in (self.last, self.best) if p)}" if self.out_dir else ""
         return ", ".join(parts) + where

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 from daqconvert.errors import TrainingError
-from daqconvert.files import write_text
+from daqconvert.files import replacing, write_text
 from daqconvert.training.checkpoint import NOT_WRITTEN
 from daqconvert.training.recipes import Recipe
 
@@ -15,11 +17,12 @@ class RunDirectory:
 
     Attributes:
         path: The directory.
-        last: Checkpoint after the last whole epoch: model, optimizers, history.
+        last: The newest checkpoint: model, optimizers, history, and everything else that a run needs to go on.
         best: The model of the best epoch, where there is a validation loader.
         teacher: The float model that distillation started with.
         log: One line per epoch.
         recipe: The recipe, as TOML.
+        checkpoints: Folder of the checkpoints that were `last` before, as `step-00000120.safetensors`.
 
     Args:
         out_dir: The directory; made where it is not there.
@@ -35,7 +38,7 @@ class RunDirectory:
         self.path = Path(out_dir)
         self.last, self.best = self.path / "last.safetensors", self.path / "best.safetensors"
         self.teacher, self.log = self.path / "teacher.safetensors", self.path / "log.csv"
-        self.recipe = self.path / "recipe.toml"
+        self.recipe, self.checkpoints = self.path / "recipe.toml", self.path / "checkpoints"
         self._made: list[Path] = []
         try:
             self._open(resume, overwrite)
@@ -48,8 +51,39 @@ class RunDirectory:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """All files that a run writes."""
+        """All files that a run writes, besides earlier checkpoints."""
         return (self.last, self.best, self.teacher, self.log, self.recipe)
+
+    def kept(self) -> list[Path]:
+        """Return the earlier checkpoints, the newest first."""
+        return sorted(self.checkpoints.glob("step-*.safetensors"), reverse=True)
+
+    def keep_last(self, step: int) -> None:
+        """Keep `last` under its step's number, before it is replaced; takes no space until then.
+
+        Args:
+            step: Optimizer steps that it holds.
+
+        Raises:
+            OSError: If it cannot be kept.
+        """
+        if not self.last.is_file():
+            return
+        self.checkpoints.mkdir(exist_ok=True)
+        kept = self.checkpoints / f"step-{step:08d}.safetensors"
+        kept.unlink(missing_ok=True)
+        try:
+            os.link(self.last, kept)
+        except OSError:  # a file system without links
+            with replacing(kept, TrainingError, NOT_WRITTEN) as temporary:
+                shutil.copyfile(self.last, temporary)
+
+    def prune(self, keep: int) -> None:
+        """Remove the oldest checkpoints but `keep`, `last` among them."""
+        for old in self.kept()[keep - 1 :]:
+            old.unlink(missing_ok=True)
+        if keep == 1 and self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
+            self.checkpoints.rmdir()
 
     def _open(self, resume: bool, overwrite: bool) -> None:
         if self.path.is_dir() and any(self.path.iterdir()) and not (resume or overwrite):
@@ -61,6 +95,8 @@ class RunDirectory:
         for file in self.files:
             for leftover in file.parent.glob(f".{file.name}.*.tmp"):  # of a process that was killed
                 leftover.unlink(missing_ok=True)
+        for leftover in self.checkpoints.glob(".step-*.tmp"):
+            leftover.unlink(missing_ok=True)
         probe = self.path / ".probe"
         try:
             write_text(
@@ -72,8 +108,10 @@ class RunDirectory:
 
     def clear(self) -> None:
         """Remove the files of an earlier run."""
-        for file in self.files:
+        for file in (*self.files, *self.kept()):
             file.unlink(missing_ok=True)
+        if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
+            self.checkpoints.rmdir()
 
     def write_recipe(self, recipe: Recipe) -> None:
         """Write `recipe.toml`, from which the run can be repeated."""

@@ -1,7 +1,8 @@
-"""Random state: each epoch's is a function of (seed, epoch) alone, so that a run can start again at any epoch.
+"""Random state as a function of where a run is, so that nothing of it has to be stored.
 
-What draws random numbers from torch, numpy, `random`, or a generator of the loader or its sampler is covered, in the
-loader's workers too. A data set with a random generator of its own is not: nobody else can set it back.
+An epoch's order is a function of (seed, epoch), a sample's of (seed, epoch, index), a step's dropout of (seed, epoch,
+step). What draws from torch, numpy, `random`, or a generator of the loader or its sampler is covered, in workers too.
+A data set with a random generator of its own is not: nobody else can set it back.
 """
 
 from __future__ import annotations
@@ -16,14 +17,33 @@ import numpy as np
 import torch
 
 
-def epoch_seed(seed: int, epoch: int) -> int:
-    """Return the seed of one epoch, `0 .. 2**63 - 1`; epoch 0 is the calibration.
+def derived_seed(*parts: Any) -> int:
+    """Return a seed, `0 .. 2**63 - 1`, that is a function of everything that tells one moment from another.
+
+    Args:
+        *parts: As seed, epoch and step; their texts count.
 
     Example:
-        >>> epoch_seed(0, 1) != epoch_seed(1, 0)
+        >>> derived_seed(0, 1) == derived_seed(0, 1) != derived_seed(1, 0)
         True
     """
-    return int.from_bytes(hashlib.sha256(f"{seed}:{epoch}".encode()).digest()[:8], "little") >> 1
+    text = ":".join(map(str, parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def seed_generators(value: int, *, devices: bool = False) -> None:
+    """Set the random state of torch, numpy and `random`.
+
+    Args:
+        value: The seed.
+        devices: Of torch's generators on accelerators too; slower.
+    """
+    if devices:
+        torch.manual_seed(value)
+    else:
+        torch.default_generator.manual_seed(value)
+    np.random.seed(value % 2**32)
+    random.seed(value)
 
 
 def seed_epoch(seed: int, epoch: int, *loaders: Any) -> None:
@@ -37,12 +57,10 @@ def seed_epoch(seed: int, epoch: int, *loaders: Any) -> None:
         epoch: Its number, from 1; 0 for the calibration.
         *loaders: Loaders that the epoch reads; None is passed over.
     """
-    value = epoch_seed(seed, epoch)
-    torch.manual_seed(value)
-    np.random.seed(value % 2**32)
-    random.seed(value)
+    value = derived_seed(seed, epoch)
+    seed_generators(value, devices=True)
     for loader in loaders:
-        for part in _parts(loader):
+        for part in parts_of(loader):
             if callable(getattr(part, "set_epoch", None)):
                 part.set_epoch(epoch)
         if isinstance(loader, torch.utils.data.DataLoader) and loader.persistent_workers:
@@ -71,8 +89,8 @@ def preserved_random_state(*loaders: Any) -> Iterator[None]:
                 generator.set_state(state)
 
 
-def _parts(loader: Any) -> list[Any]:
-    """A loader, its data set, its samplers."""
+def parts_of(loader: Any) -> list[Any]:
+    """Return a loader, its data set and its samplers, each once."""
     batch_sampler = getattr(loader, "batch_sampler", None)
     parts = [
         loader,
@@ -86,5 +104,5 @@ def _parts(loader: Any) -> list[Any]:
 
 
 def _generators(*loaders: Any) -> list[torch.Generator]:
-    found = [getattr(part, "generator", None) for loader in loaders for part in _parts(loader)]
+    found = [getattr(part, "generator", None) for loader in loaders for part in parts_of(loader)]
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())

@@ -1,0 +1,288 @@
+"""The one place that touches Accelerate: how many processes there are, their precision, what they tell each other.
+
+Each process trains on batches of its own; gradients are averaged. Process 0, the main one, writes files and shows
+progress. With one process nothing here changes a model: it stays on its device, and its `forward` is its own.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from daqconvert.batches import model_device
+from daqconvert.errors import DaqError, TrainingError
+from daqconvert.training.recipes import Recipe
+from daqconvert.training.scaling import ScaledOptimizers, Steps
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+T = TypeVar("T")
+PRECISIONS = ("no", "bf16", "fp16")
+REFUSED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA")  # they take parameters apart, or want code of their own
+PATCHED = ("forward", "_original_forward", "_is_accelerate_prepared")  # what `prepare_model` leaves on a model
+
+
+class Processes:
+    """The processes of a run, seen from one of them.
+
+    Args:
+        accelerator: Accelerate's.
+        model: The model to train; with several processes it is moved to this process's device.
+
+    Attributes:
+        count: How many there are.
+        index: Number of this one, from 0.
+        device: Where the model is.
+        precision: Of the forward: `"no"`, `"bf16"` or `"fp16"`.
+        launcher_accumulate: Batches per step that the launcher was told.
+    """
+
+    def __init__(self, accelerator: Accelerator, model: nn.Module) -> None:
+        self._accelerator = accelerator
+        self.count, self.index = int(accelerator.num_processes), int(accelerator.process_index)
+        self.precision = str(accelerator.mixed_precision)
+        self.launcher_accumulate = int(accelerator.gradient_accumulation_steps)
+        self.device = accelerator.device if self.count > 1 else model_device(model)
+        _check(accelerator, self)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is process 0, which writes."""
+        return self.index == 0
+
+    def place(self, model: nn.Module) -> None:
+        """Move a model to this process's device; with one process it stays where it is."""
+        if self.count > 1:
+            model.to(self.device)
+
+    @contextmanager
+    def wrapping(self, model: nn.Module) -> Iterator[Any]:
+        """Yield what is called instead of a model while it trains, and take every trace off the model afterwards.
+
+        Args:
+            model: The model.
+
+        Yields:
+            The model itself; among several processes a `DistributedDataParallel` around it.
+        """
+        if self.count == 1:
+            yield model
+            return
+        kept = {key: model.__dict__[key] for key in PATCHED if key in model.__dict__}
+        with warnings.catch_warnings():
+            # it says every time that a model without unused parameters could save the search for them
+            warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
+            try:
+                wrapped = self._accelerator.prepare_model(model, device_placement=False)
+                for key in PATCHED:  # its autocast: ours is around the loss as well
+                    model.__dict__.pop(key, None)
+                model.__dict__.update(kept)
+                yield wrapped
+            finally:
+                self._accelerator._models.clear()
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Return the context of the forward."""
+        found: AbstractContextManager[None] = self._accelerator.autocast()
+        return found
+
+    def syncing(self, wrapped: Any, enabled: bool) -> AbstractContextManager[Any]:
+        """Return the context in which gradients are averaged over processes, or only added up."""
+        found: AbstractContextManager[Any] = (
+            torch.enable_grad() if enabled or self.count == 1 else self._accelerator.no_sync(wrapped)
+        )
+        return found
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a loss's gradients to those there are; in fp16 they are scaled."""
+        scaler = self._accelerator.scaler  # `Accelerator.backward` divides by a number of batches that is not ours
+        (loss if scaler is None else scaler.scale(loss)).backward()
+
+    def update(self, optimizers: Steps, clip: float | None) -> float | None:
+        """Clip the gradients, update the parameters, and return the norm before clipping, if it was needed.
+
+        Args:
+            optimizers: With `parameters` and `step`.
+            clip: Largest norm, or None.
+        """
+        scaler, norm = self._accelerator.scaler, None
+        scaled = ScaledOptimizers(optimizers)
+        if clip is not None:
+            if scaler is not None:
+                scaler.unscale_(scaled)
+            norm = float(self._accelerator.clip_grad_norm_(scaled.parameters, clip))
+        if scaler is None:
+            optimizers.step()
+        else:
+            scaler.step(scaled)
+            scaler.update()
+        return norm
+
+    def scaler_state(self) -> dict[str, Any]:
+        """Return the state of the gradient scaler, as JSON can hold it; empty where there is none."""
+        scaler = self._accelerator.scaler
+        return {} if scaler is None else dict(scaler.state_dict())
+
+    def load_scaler(self, state: dict[str, Any]) -> None:
+        """Take what `scaler_state` returned."""
+        if state and self._accelerator.scaler is not None:
+            self._accelerator.scaler.load_state_dict(state)
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Return the sums of some numbers over all processes, the same everywhere."""
+        if self.count == 1:
+            return list(values)
+        found: list[float] = self._accelerator.reduce(
+            torch.tensor(values, dtype=torch.float64, device=self.device), "sum"
+        ).tolist()
+        return found
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """Return on every process what `make` returns on the main one, or raise on every process what it raises there.
+
+        Args:
+            make: Called on the main process alone.
+
+        Raises:
+            TrainingError: On the others, in place of what is no error of daqconvert.
+        """
+        if self.count == 1:
+            return make()
+        from accelerate.utils import broadcast_object_list
+
+        said: list[Any] = [None, None]
+        failed: Exception | None = None
+        if self.is_main:
+            try:
+                said[0] = make()
+            except Exception as error:  # NOTE: every process has to hear of it, or they wait for the main one forever
+                failed = error
+                said[1] = error if isinstance(error, DaqError) else TrainingError(f"process 0: {error!r}")
+        broadcast_object_list(said)
+        if failed is not None:
+            raise failed
+        if said[1] is not None:
+            raise said[1]
+        result: T = said[0]
+        return result
+
+    @torch.no_grad()
+    def agree(self, model: nn.Module) -> None:
+        """Give a model the parameters and buffers that it has on the main process, quantizers' flags and signs too."""
+        if self.count == 1:
+            return
+        from accelerate.utils import broadcast
+
+        state = model.state_dict()
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                plain = value.detach().to(self.device, copy=True).contiguous()
+                sent = broadcast(plain.to(torch.uint8) if plain.dtype == torch.bool else plain)
+                state[key] = sent.to(value.dtype)
+        if not self.is_main:
+            model.load_state_dict(state)
+
+
+@contextmanager
+def launched(model: nn.Module, recipe: Recipe, accelerator: Accelerator | None = None) -> Iterator[Processes]:
+    """Yield the processes that this one was launched among; what Accelerate keeps globally is as before afterwards.
+
+    Args:
+        model: The model to train.
+        recipe: Gives `precision`.
+        accelerator: The caller's own.
+
+    Yields:
+        The processes.
+
+    Raises:
+        TrainingError: If the launcher, the precision or the device do not go together with this training.
+
+    Example:
+        >>> with launched(nn.Linear(2, 2), Recipe()) as processes:
+        ...     processes.count, processes.is_main
+        (1, True)
+    """
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    states = [kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)]
+    before = [dict(state) for state in states]
+    try:
+        yield Processes(accelerator or _accelerator(model, recipe), _checked(model, recipe, accelerator))
+    finally:
+        if accelerator is None:
+            for state, kept in zip(states, before, strict=True):
+                state.clear()
+                state.update(kept)
+
+
+def _accelerator(model: nn.Module, recipe: Recipe) -> Accelerator:
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    for name in REFUSED:
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise TrainingError(_refusal(name))
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    cpu = not torch.accelerator.is_available() if several else model_device(model).type == "cpu"
+    # a layer that no batch reaches, or bounds that are frozen, have no gradient: DDP must look for them
+    handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+    precision = None if recipe.precision == "launcher" else recipe.precision
+    grouped = torch.distributed.is_initialized()
+    try:
+        made = Accelerator(device_placement=False, mixed_precision=precision, cpu=cpu, kwargs_handlers=[handler])
+    except ValueError as error:
+        raise TrainingError(f"precision={recipe.precision!r}: {error}") from None
+    if torch.distributed.is_initialized() and not grouped:  # it stays for the calls to come
+        atexit.register(_leave_group)
+    return made
+
+
+def _leave_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _checked(model: nn.Module, recipe: Recipe, accelerator: Accelerator | None) -> nn.Module:
+    if accelerator is not None and recipe.precision not in ("launcher", accelerator.mixed_precision):
+        raise TrainingError(
+            f"accelerator: has mixed_precision={accelerator.mixed_precision!r}, the recipe precision="
+            f'{recipe.precision!r}. Pass precision="launcher", or make the accelerator with the same.'
+        )
+    return model
+
+
+def _check(accelerator: Accelerator, processes: Processes) -> None:
+    kind = str(accelerator.distributed_type.value)
+    if kind in REFUSED:
+        raise TrainingError(_refusal(kind))
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if world != processes.count:
+        raise TrainingError(
+            f"finetune: there are {world} processes, and Accelerate knows of {processes.count}. Start them with "
+            "accelerate launch or torchrun, or pass accelerator=Accelerator()."
+        )
+    if processes.precision not in PRECISIONS:
+        raise TrainingError(f"precision: expected one of {', '.join(PRECISIONS)}; found {processes.precision!r}.")
+    if processes.precision == "fp16" and (accelerator.scaler is None or processes.device.type == "cpu"):
+        raise TrainingError('precision="fp16": needs a GPU, and the model is on the CPU. Use "bf16" or "no".')
+    if processes.precision != "no" and processes.device.type != accelerator.device.type:
+        raise TrainingError(
+            f"precision={processes.precision!r}: the model is on {processes.device}, Accelerate on "
+            f"{accelerator.device}. Call model.to({str(accelerator.device)!r})."
+        )
+
+
+def _refusal(kind: str) -> str:
+    return (
+        f"finetune: {kind} is not supported: bounds and weights must be whole on every process. Run accelerate config "
+        "and choose plain multi-GPU or multi-CPU training."
+    )
