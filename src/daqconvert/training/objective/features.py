@@ -1,0 +1,132 @@
+"""Feature distillation: outputs of named modules are drawn towards the teacher's.
+
+    loss = mean over the features f of  mean((s_f - t_f)^2) / mean(t_f^2)
+
+with the first tensor that a module returns, in float32: at 1 the difference is as large as the teacher's output.
+
+Hooks collect these tensors. They are attached at the first step and stay until `close`, because `torch.compile` looks
+at hooks when it compiles and not again: a model that was compiled and has run before that is refused with a message.
+They record nothing outside of a training step, break no graph, and a copy or a pickle of the model has inert ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
+
+from daqconvert.errors import TrainingError
+from daqconvert.training.patterns import matching
+from daqconvert.training.recipes import Recipe
+
+
+def feature_names(recipe: Recipe, model: nn.Module) -> list[str]:
+    """Return the modules of a model that `features` means.
+
+    Args:
+        recipe: Gives names, globs and `re:` patterns.
+        model: The model in training.
+
+    Raises:
+        TrainingError: If one of them matches no module; names the nearest.
+
+    Example:
+        >>> feature_names(Recipe(features=("1", "0*")), nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+        ['0', '1']
+    """
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    return matching(recipe.features, names, "features", "module")
+
+
+class Collector:
+    """Outputs of named modules, while it is recording.
+
+    Args:
+        model: Has the modules; hooks are attached to it until `close`.
+        names: Of the modules.
+    """
+
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        self.model, self.names, self.recording = model, names, False
+        self.found: dict[str, list[Any]] = {}
+        self._handles: list[RemovableHandle] = [
+            model.get_submodule(name).register_forward_hook(_Hook(self, name)) for name in names
+        ]
+
+    def start(self) -> None:
+        """Forget what was found, and record from now on."""
+        self.found, self.recording = {}, True
+
+    def take(self) -> dict[str, list[Any]]:
+        """Stop recording; return what the modules returned, each call of one."""
+        found, self.found, self.recording = self.found, {}, False
+        return found
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self.found, self.recording = [], {}, False
+
+
+class _Hook:
+    """A forward hook that knows its module's name; a copy of it does nothing."""
+
+    def __init__(self, collector: Collector | None = None, name: str = "") -> None:
+        self.collector, self.name = collector, name
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.collector is not None and self.collector.recording:
+            self.collector.found.setdefault(self.name, []).append(output)
+
+    def __reduce__(self) -> Any:  # of copies and pickles: they have no part in the run
+        return _Hook, ()
+
+
+def feature_loss(ours: dict[str, list[Any]], theirs: dict[str, list[Any]], names: list[str]) -> Tensor:
+    """Return the loss above.
+
+    Args:
+        ours: Outputs of the student by name, each call of it.
+        theirs: Of the teacher.
+        names: The features; each is a mean over its calls.
+
+    Raises:
+        TrainingError: If a module was not called, returned no floating-point tensor, or of another shape than the
+            teacher's.
+
+    Example:
+        >>> t = torch.tensor([1.0, 2.0])
+        >>> feature_loss({"a": [t * 0.5]}, {"a": [t]}, ["a"]).item()
+        0.25
+    """
+    losses = []
+    for name in names:
+        if not ours.get(name) or len(ours[name]) != len(theirs.get(name, ())):
+            raise TrainingError(
+                f"features: {name!r} was called {len(ours.get(name, ()))} times by the model and "
+                f"{len(theirs.get(name, ()))} times by the teacher. Name a module that both call alike; if the model "
+                "was compiled and ran before, call torch.compiler.reset() first, for hooks are not seen later."
+            )
+        for student, teacher in zip(ours[name], theirs[name], strict=True):
+            s, t = _tensor(student, name, "model"), _tensor(teacher, name, "teacher")
+            if s.shape != t.shape:
+                raise TrainingError(
+                    f"features: {name!r} returns shape {tuple(s.shape)} in the model, {tuple(t.shape)} in the "
+                    "teacher. Name modules of equal outputs."
+                )
+            scale = t.square().mean().clamp(min=torch.finfo(t.dtype).tiny)
+            losses.append((s - t).square().mean() / scale / len(ours[name]))
+    return torch.stack(losses).sum() / len(names)
+
+
+def _tensor(output: Any, name: str, who: str) -> Tensor:
+    """The first tensor of a module's output, in float32 (float64 stays)."""
+    tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    if not tensors or not tensors[0].is_floating_point():
+        found = f"a tensor of {tensors[0].dtype}" if tensors else f"a {type(output).__name__}"
+        raise TrainingError(f"features: {name!r} of the {who} returned {found}; expected a floating-point tensor.")
+    return tensors[0] if tensors[0].dtype == torch.float64 else tensors[0].float()

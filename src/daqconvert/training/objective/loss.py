@@ -1,0 +1,129 @@
+"""The loss of a batch, from its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from daqconvert.errors import TrainingError
+from daqconvert.training.loaders import Inputs
+from daqconvert.training.losses import LossFn, cross_entropy, distillation, logits_of
+from daqconvert.training.objective.features import Collector, feature_loss, feature_names
+from daqconvert.training.objective.mixing import Mixture, mixed
+from daqconvert.training.objective.teacher import is_taught
+from daqconvert.training.recipes import Recipe
+
+
+@dataclass
+class Objective:
+    """The loss of a model on a batch.
+
+    Attributes:
+        recipe: Gives the weights of the parts, `temperature`, `label_smoothing`, `mixup`, `cutmix` and `features`.
+        loss_fn: Loss of `(outputs, target)` instead of the cross entropy, or None.
+        teacher: In evaluation mode, or None; set before the first call where `distill` is not 0 or there are features.
+        last_parts: What the last call's loss was made of, each a scalar tensor without its weight or gradient:
+            `hard`, `distill`, `features`, those that there are.
+
+    Raises:
+        TrainingError: If `label_smoothing` has no effect.
+    """
+
+    recipe: Recipe
+    loss_fn: LossFn | None = None
+    teacher: nn.Module | None = None
+    last_parts: dict[str, Tensor] = field(default_factory=dict, init=False)
+    _collectors: list[Collector] = field(default_factory=list, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.loss_fn is not None and self.recipe.label_smoothing:
+            raise TrainingError("label_smoothing: has no effect with a loss_fn. Pass label_smoothing=0.0.")
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether the loss uses targets."""
+        return self.recipe.distill < 1.0
+
+    def __call__(self, model: nn.Module, inputs: Inputs, target: Any) -> tuple[Tensor, Any]:
+        """Return the loss, a scalar that carries gradients, and the model's outputs.
+
+        Inputs are mixed where the recipe says so and the model is in training mode; the teacher sees the same.
+
+        Args:
+            model: The model in training.
+            inputs: Positional and keyword arguments.
+            target: Or None where no target is needed.
+
+        Raises:
+            DataError: If the target does not fit the outputs, or the inputs cannot be mixed.
+            TrainingError: If outputs are not one tensor of logits and no `loss_fn` was given, or a feature is missing.
+        """
+        recipe, mixture = self.recipe, None
+        if model.training and (recipe.mixup or recipe.cutmix):
+            mixture = mixed(inputs, recipe)
+            inputs = mixture.inputs
+        with self._recording(model) as collected:
+            outputs = model(*inputs[0], **inputs[1])
+            with torch.no_grad():
+                taught = self.teacher(*inputs[0], **inputs[1]) if self.teacher and is_taught(recipe) else None
+        parts, weights = {}, {}
+        if recipe.distill < 1.0:
+            parts["hard"], weights["hard"] = self._hard(outputs, target, mixture), 1.0 - recipe.distill
+        if recipe.distill > 0.0:
+            wanted = logits_of(taught, "the teacher")
+            parts["distill"] = distillation(logits_of(outputs), wanted, recipe.temperature)
+            weights["distill"] = recipe.distill
+        if collected:
+            ours, theirs = (collector.take() for collector in collected)
+            parts["features"] = feature_loss(ours, theirs, collected[0].names)
+            weights["features"] = recipe.feature_weight
+        self.last_parts = {name: part.detach() for name, part in parts.items()}
+        weighed = [weights[name] * part for name, part in parts.items()]
+        return sum(weighed[1:], weighed[0]), outputs
+
+    def close(self) -> None:
+        """Remove the hooks that collect features; a later call attaches them again."""
+        for collector in self._collectors:
+            collector.close()
+        self._collectors = []
+
+    @contextmanager
+    def _recording(self, model: nn.Module) -> Iterator[list[Collector]]:
+        """Record the features of student and teacher; without features there is no collector."""
+        if self.recipe.features and not self._collectors:
+            assert self.teacher is not None  # set by start()
+            student = unwrapped(model)
+            names = feature_names(self.recipe, student)
+            self._collectors = [Collector(student, names), Collector(self.teacher, names)]
+        for collector in self._collectors:
+            collector.start()
+        try:
+            yield self._collectors
+        finally:
+            for collector in self._collectors:
+                collector.recording = False
+
+    def _hard(self, outputs: Any, target: Any, mixture: Mixture | None) -> Tensor:
+        if mixture is not None:
+            target = mixture.target(logits_of(outputs), target)
+        if self.loss_fn is None:
+            return cross_entropy(logits_of(outputs), target, self.recipe.label_smoothing)
+        loss = self.loss_fn(outputs, target)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = (
+                f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            )
+            raise TrainingError(f"loss_fn: expected it to return a scalar tensor, the batch's mean; found {found}.")
+        return loss
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside of what `DistributedDataParallel` or `torch.compile` made of it."""
+    while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model._orig_mod  # type: ignore[assignment]
+    return model
