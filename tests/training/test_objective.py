@@ -164,10 +164,8 @@ def test_hooks_are_gone_after_close_and_copies_have_inert_ones(taught):
     objective = Objective(Recipe(distill=1.0, features=("4",)), teacher=teacher)
     step(objective, qmodel)
     twin = copy.deepcopy(qmodel)
-    before = objective._collectors[0].found
-    objective._collectors[0].start()
+    assert [hook.collector for hook in twin[4]._forward_hooks.values()] == [None]
     twin(torch.randn(4, 8))
-    assert objective._collectors[0].take() == before == {}
     qmodel(torch.randn(4, 8))
     assert objective._collectors[0].found == {}  # recorded in training steps alone
     pickle.loads(pickle.dumps(list(qmodel[4]._forward_hooks.values())))
