@@ -63,7 +63,7 @@ def test_a_walk_in_one_direction_is_no_oscillation():
     for _ in range(12):
         model[0].weight.data.add_(1.0)
         track.update(threshold=0.02)
-    assert track.oscillating.tolist() == [0.0, 0.0]
+    assert track.state["frequency"].tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize(

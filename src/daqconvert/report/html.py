@@ -37,7 +37,7 @@ figcaption { font-size: .82rem; color: var(--soft); }
 .layer small, .layer h3 + p { display: block; margin: 0; line-height: 1.35; } .layer h3 + p { font-size: .78rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .86rem; }
 th, td { text-align: left; padding: .28rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { color: var(--soft); font-weight: 600; white-space: nowrap; } td { overflow-wrap: anywhere; }
+th { color: var(--soft); font-weight: 600; white-space: nowrap; } td { overflow-wrap: break-word; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 tr.mark td { font-weight: 650; }
 .bar { display: inline-block; height: .62em; border-radius: 2px; margin-right: .45em; }

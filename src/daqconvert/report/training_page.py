@@ -13,7 +13,7 @@ from typing import Any
 from daqconvert.report.html import facts, number, page, percent, table, text
 from daqconvert.report.layer_cards import LayerReport, layer_cards, layer_table
 
-OPEN_EPOCHS = 30  # more epochs than this, and their table is folded away
+OPEN_EPOCHS = 20  # more epochs than this, and their table is folded away
 MOST_WARNINGS = 100
 MOST_STEPS = 400  # points of the loss by step
 Row = Mapping[str, Any]
@@ -29,6 +29,7 @@ class TrainingReport:
         finished: Whether the run is at its end.
         epochs: Epochs of the whole run.
         rows: The history, one row per epoch.
+        best_epoch: Of the best row, or None.
         layers: The quantized layers, in order.
         steps: Loss by step: `(epochs done, loss)`.
         warnings: Dicts with `epoch`, `layer`, `kind`, `text`.
@@ -41,6 +42,7 @@ class TrainingReport:
     finished: bool = False
     epochs: int = 0
     rows: Sequence[Row] = ()
+    best_epoch: int | None = None
     layers: Sequence[LayerReport] = ()
     steps: Sequence[tuple[float, float]] = ()
     warnings: Sequence[Mapping[str, Any]] = ()
@@ -74,10 +76,8 @@ def training_page(data: TrainingReport) -> str:
     return page(data.title, "\n".join(part for part in parts if part))
 
 
-def best_row(rows: Sequence[Row]) -> Row | None:
-    """Return the row with the largest `val_top1`, the first of equals; None where there is none."""
-    with_top1 = [row for row in rows if row.get("val_top1") is not None]
-    return max(with_top1, key=lambda row: row["val_top1"], default=None)
+def _best(data: TrainingReport) -> Row | None:
+    return next((row for row in data.rows if row["epoch"] == data.best_epoch), None)
 
 
 def _section(heading: str, body: str) -> str:
@@ -88,9 +88,9 @@ def _figures(data: TrainingReport) -> str:
     """The few numbers that one looks for first."""
     if not data.rows:
         return '<p class="soft">no epoch is done yet</p>'
-    last, best = data.rows[-1], best_row(data.rows)
+    last, best = data.rows[-1], _best(data)
     cards: list[tuple[str, str]] = []
-    if best is not None:
+    if best is not None and best.get("val_top1") is not None:
         cards.append((percent(best["val_top1"]), f"best top-1 (epoch {best['epoch']})"))
         cards.append((percent(last.get("val_top1")), "last top-1"))
     cards.append((number(last.get("train_loss")), "last training loss"))
@@ -152,8 +152,8 @@ def _top1(data: TrainingReport) -> str:
     x = [row["epoch"] for row in data.rows]
     names = (("training", "train_top1", 0), ("validation", "val_top1", 1))
     lines = [Line(n, x, _column(data.rows, key), c) for n, key, c in names if any(_column(data.rows, key))]
-    best = best_row(data.rows)
-    mark = None if best is None else (best["epoch"], best["val_top1"])
+    best = _best(data)
+    mark = None if best is None or best.get("val_top1") is None else (best["epoch"], best["val_top1"])
     return curve("Top-1 accuracy", lines, percent=True, mark=mark) if lines else ""
 
 
@@ -188,7 +188,7 @@ def _column(rows: Sequence[Row], key: str) -> list[float | None]:
 
 def _epochs(data: TrainingReport) -> str:
     columns = list(dict.fromkeys(key for row in data.rows for key in row))
-    best = best_row(data.rows)
+    best = _best(data)
     marked = None if best is None else list(data.rows).index(best)
     rows = [[text(_cell(key, row.get(key))) for key in columns] for row in data.rows]
     found = table(

@@ -109,10 +109,17 @@ class Track:
         state["frozen"] |= frozen
         self._put()
 
-    @property
-    def oscillating(self) -> Tensor:
-        """The frequencies, one for each weight that is followed."""
-        return self.state["frequency"]
+    def shares(self, threshold: float) -> tuple[float, float]:
+        """Return the shares of the weights that oscillate, and that are frozen.
+
+        Args:
+            threshold: Frequency from which a weight oscillates; a frozen one does not.
+        """
+        moving = self.state["frequency"] > threshold
+        if not self.freezes:
+            return float(moving.float().mean()), 0.0
+        frozen = self.state["frozen"]
+        return float((moving & ~frozen).float().mean()), float(frozen.float().mean())
 
     def _give_back(self) -> None:
         """Undo what the step did to frozen weights: gradient, momentum, weight decay."""
@@ -208,12 +215,8 @@ class Oscillation(Part):
             track.update(self.threshold)
 
     def after_epoch(self, run: Run, row: Row) -> None:
-        """Add the share of oscillating weights to the row."""
-        self.shares = {}
-        for name, track in self.tracks.items():
-            oscillating = (track.oscillating > self.threshold).float().mean()
-            frozen = track.state["frozen"].float().mean() if track.freezes else torch.zeros(())
-            self.shares[name] = float(oscillating), float(frozen)
+        """Add the share of oscillating weights to the row, and that of frozen ones where there may be some."""
+        self.shares = {name: track.shares(self.threshold) for name, track in self.tracks.items()}
         count = sum(track.numel for track in self.tracks.values()) or 1
         totals = [sum(self.shares[name][i] * track.numel for name, track in self.tracks.items()) for i in (0, 1)]
         row["oscillating"] = totals[0] / count

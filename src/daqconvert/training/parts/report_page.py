@@ -22,7 +22,7 @@ from daqconvert.files import write_text
 from daqconvert.layers.site import QuantizedSite
 from daqconvert.quantizers import WeightQuantizer
 from daqconvert.report.layer_cards import LayerReport
-from daqconvert.report.training_page import TrainingReport, best_row, training_page
+from daqconvert.report.training_page import TrainingReport, training_page
 from daqconvert.spec import Plan
 from daqconvert.training.appended import Appended
 from daqconvert.training.parts.asking import part_of, writes
@@ -90,6 +90,7 @@ def report_data(run: Run, rows: list[Row], *, finished: bool) -> TrainingReport:
         finished=finished,
         epochs=run.recipe.epochs,
         rows=rows,
+        best_epoch=None if run.best is None else run.best["epoch"],
         layers=_layers(run, plan),
         steps=steps,
         warnings=guards.warnings if guards is not None else (),
@@ -146,13 +147,14 @@ def _widths(plan: Plan) -> str:
 
 
 def _result(run: Run, rows: list[Row]) -> dict[str, object]:
-    best, last = best_row(rows), rows[-1] if rows else {}
+    best, last = run.best, rows[-1] if rows else {}
     found: dict[str, object] = {"epochs": f"{len(rows)} of {run.recipe.epochs}", "steps": last.get("step")}
     if run.stop is not None:
         found["stopped"] = run.stop
     if best is not None:
         found["best epoch"] = best["epoch"]
-        found["best top-1"] = f"{100 * best['val_top1']:.2f} %"
+        if best["val_top1"] is not None:
+            found["its top-1"] = f"{100 * best['val_top1']:.2f} %"
         found["its validation loss"] = best["val_loss"]
     found["training time, s"] = round(sum(row.get("seconds") or 0.0 for row in rows), 1)
     return found
