@@ -1,8 +1,8 @@
 """Which parts a recipe needs, in the one order in which they are asked.
 
-First the average of the weights, then what changes the model or holds it still (batch norms, bounds, widths,
-oscillating weights), then what watches and stops, and last what writes down. Contexts of `evaluating` open in the same
-order, so that batch norms are estimated for the averaged weights.
+First what changes the model or holds it still (widths, bounds, batch norms, oscillating weights), then the average of
+its weights, then what watches and stops, and last what writes down. Contexts of `evaluating` open in the same order,
+so that batch norms are estimated for the averaged weights; a resumed run has its widths before the average is loaded.
 """
 
 from __future__ import annotations
@@ -10,11 +10,23 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from daqconvert.training.parts.base import Part
+from daqconvert.training.parts.batch_norm import make_frozen_batch_norm, make_reestimation
+from daqconvert.training.parts.bounds import make_bounds
+from daqconvert.training.parts.ema import make_average
+from daqconvert.training.parts.progressive import make_progressive
+from daqconvert.training.parts.stopping import make_stopping
 from daqconvert.training.recipes import Recipe
 
 Make = Callable[[Recipe], Part | None]
 
-MAKERS: tuple[Make, ...] = ()
+MAKERS: tuple[Make, ...] = (
+    make_progressive,
+    make_bounds,
+    make_frozen_batch_norm,
+    make_average,
+    make_reestimation,
+    make_stopping,
+)
 """Each returns its part, or None where a recipe does not need it."""
 
 

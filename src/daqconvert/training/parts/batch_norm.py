@@ -1,0 +1,174 @@
+"""Batch norms of a run: freezing their statistics at some point, and estimating them anew before every evaluation.
+
+A running statistic is an average over steps, each with other weights; with few levels a small step of the weights
+moves what a layer returns a lot, so the average describes no model that ever was. Estimated anew, from batches that
+pass the weights as they are, with equal weight each, it describes this one.
+
+Source: "Rethinking 'Batch' in BatchNorm" (Wu, Johnson, 2021), https://arxiv.org/abs/2105.07576, section 3 (PreciseBN).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from daqconvert.errors import TrainingError
+from daqconvert.modes import evaluating
+from daqconvert.training.loaders import read_batch
+from daqconvert.training.parts.base import Part
+from daqconvert.training.parts.moments import steps_until
+from daqconvert.training.recipes import Recipe
+from daqconvert.training.seeding import preserved_random_state
+
+if TYPE_CHECKING:
+    from daqconvert.training.engine import Run
+
+
+def batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    """Return the batch norms of a model that keep running statistics.
+
+    Example:
+        >>> len(batch_norms(nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm1d(3, track_running_stats=False))))
+        1
+    """
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+
+
+def _required(run: Run, field: str) -> list[_BatchNorm]:
+    found = batch_norms(run.model)
+    if not found:
+        raise TrainingError(
+            f"{field}: has no effect, for {type(run.model).__name__} has no batch norm with running statistics. "
+            f"Leave {field} out."
+        )
+    return found
+
+
+class FrozenBatchNorm(Part):
+    """Keeps running statistics, and uses them, after the first `floor(batch_norm_freeze_at * total)` steps.
+
+    Args:
+        recipe: Gives `batch_norm_freeze_at`.
+    """
+
+    name: ClassVar[str] = "batch_norm"
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.share = recipe.batch_norm_freeze_at
+        self._frozen = False
+
+    def start(self, run: Run) -> None:
+        """Find out when that is.
+
+        Raises:
+            TrainingError: If the model has no batch norm, or the length of the run is unknown.
+        """
+        _required(run, "batch_norm_freeze_at")
+        self._last = steps_until(run, self.share, "batch_norm_freeze_at")
+
+    def before_epoch(self, run: Run, epoch: int) -> None:
+        """Take notice that all modules are in training mode again."""
+        self._frozen = False
+
+    def before_step(self, run: Run, number: int) -> None:
+        """Put batch norms in evaluation mode when it is time."""
+        if number > self._last and not self._frozen:
+            for module in batch_norms(run.model):
+                module.eval()
+            self._frozen = True
+
+
+class Reestimation(Part):
+    """Estimates running statistics anew from the first `reestimate` training batches of the epoch.
+
+    Training does not see it: afterwards the statistics are as they were, bit for bit. After the last epoch they stay.
+
+    Args:
+        recipe: Gives `reestimate`.
+    """
+
+    name: ClassVar[str] = "reestimation"
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.count = recipe.reestimate
+
+    def start(self, run: Run) -> None:
+        """Check that there is something to estimate.
+
+        Raises:
+            TrainingError: If the model has no batch norm.
+        """
+        _required(run, "reestimate")
+
+    @contextmanager
+    def evaluating(self, run: Run) -> Iterator[None]:
+        """Estimate, and give the statistics back afterwards."""
+        buffers = [b for module in batch_norms(run.model) for b in module.buffers(recurse=False)]
+        before = [buffer.clone() for buffer in buffers]
+        try:
+            self._estimate(run, run.position.epoch)
+            yield
+        finally:
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+
+    def finish(self, run: Run) -> None:
+        """Estimate for the weights that the run ends with, from the batches of its last evaluation."""
+        self._estimate(run, run.epochs_done)
+
+    def _estimate(self, run: Run, epoch: int) -> None:
+        with preserved_random_state(run.train_loader):
+            batches = itertools.islice(run.train_epochs.batches(epoch, whole=True), self.count)
+            inputs = (self._inputs(batch, run) for batch in batches)
+            estimate(run.model, inputs, autocast=run.processes.autocast)
+
+    def _inputs(self, batch: Any, run: Run) -> Any:
+        return read_batch(batch, run.processes.device, "train_loader (reestimate)", needs_target=False)[0]
+
+
+@torch.no_grad()
+def estimate(model: nn.Module, batches: Any, autocast: Any = torch.enable_grad) -> None:
+    """Replace the running statistics of all batch norms by the means over some batches of their statistics.
+
+    All else is in evaluation mode meanwhile: no dropout.
+
+    Args:
+        model: Modes of its modules are given back.
+        batches: Inputs, each positional and keyword arguments.
+        autocast: Makes the context of a forward.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(1)
+        >>> estimate(norm, [((torch.tensor([[0.0], [2.0]]),), {}), ((torch.tensor([[4.0], [4.0]]),), {})])
+        >>> norm.running_mean.item(), norm.running_var.item()
+        (2.5, 1.0)
+    """
+    norms = batch_norms(model)
+    momenta = [module.momentum for module in norms]
+    with evaluating(model):
+        try:
+            for module in norms:
+                module.reset_running_stats()
+                module.momentum, module.training = None, True  # None: equal weight for each batch
+            for args, kwargs in batches:
+                with autocast(), torch.no_grad():
+                    model(*args, **kwargs)
+        finally:
+            for module, momentum in zip(norms, momenta, strict=True):
+                module.momentum = momentum
+
+
+def make_frozen_batch_norm(recipe: Recipe) -> Part | None:
+    """Return the part for a recipe with `batch_norm_freeze_at` below 1, else None."""
+    return FrozenBatchNorm(recipe) if recipe.batch_norm_freeze_at < 1.0 else None
+
+
+def make_reestimation(recipe: Recipe) -> Part | None:
+    """Return the part for a recipe with `reestimate`, else None."""
+    return Reestimation(recipe) if recipe.reestimate else None
