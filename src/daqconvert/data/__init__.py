@@ -1,8 +1,13 @@
 """Images for training, evaluation and calibration."""
 
+from daqconvert.data.answers import answered_by
 from daqconvert.data.images import Loaders, create_loaders
 from daqconvert.data.input_config import InputConfig, input_config
 from daqconvert.data.parquet import ParquetImages
 from daqconvert.data.splits import Splits, open_splits
+from daqconvert.data.transforms import Augmentation
 
-__all__ = ["InputConfig", "Loaders", "ParquetImages", "Splits", "create_loaders", "input_config", "open_splits"]
+__all__ = [
+    "Augmentation", "InputConfig", "Loaders", "ParquetImages", "Splits", "answered_by", "create_loaders",
+    "input_config", "open_splits",
+]  # fmt: skip

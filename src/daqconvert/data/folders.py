@@ -1,4 +1,4 @@
-"""Images in folders, one folder a class: with `train/` and `val/` above them, or split by a seeded choice."""
+"""Images in folders: one folder a class, with `train/` and `val/` above them or split by a seeded choice."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from daqconvert.errors import DataError, nearest
 
 VAL_NAMES = ("val", "validation", "valid", "test")
 HOLDOUT = 0.1
+NO_LABEL = -100  # what cross entropy and top-1 leave out
 
 
 def open_folder(
@@ -45,9 +46,63 @@ def open_folder(
         return train, val, len(classes), classes, text
     classes = _classes(path)
     images = _folder(path, classes)
-    rest, held = _stratified(images.targets, holdout, seed, str(path))
+    rest, held = stratified(images.targets, holdout, seed, str(path))
     text = f"{path.name}: {len(rest)} images for training, {len(held)} held out"
     return Subset(images, rest), Subset(images, held), len(classes), classes, text
+
+
+def open_classes(path: Path, classes: Sequence[str] | None = None) -> Folder:
+    """Return all images of a folder of class folders.
+
+    Args:
+        path: The folder.
+        classes: Names of all classes, where another folder decides them.
+
+    Raises:
+        DataError: If a class is empty or there are no images.
+    """
+    return _folder(path, classes or _classes(path))
+
+
+def is_flat(path: Path) -> bool:
+    """Whether a folder holds images and no folder.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        DataError: If it holds both.
+    """
+    entries = list(path.iterdir())
+    folders = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    images = sorted(entry.name for entry in entries if _is_image(entry))
+    if folders and images:
+        raise DataError(
+            f"{path}: it holds images, such as {images[0]}, and folders, such as {folders[0]}. Expected a folder of "
+            "images for each class, or images alone, without labels."
+        )
+    return bool(images)
+
+
+class Unlabelled(Dataset[Any]):
+    """The images of one folder, in the order of their names, each with the label `NO_LABEL`.
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.paths = sorted(str(entry) for entry in path.iterdir() if _is_image(entry))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return load_image(self.paths[index]), NO_LABEL
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMG_EXTENSIONS and path.is_file()
 
 
 def _classes(path: Path) -> tuple[str, ...]:
@@ -106,8 +161,21 @@ def load_image(path: str) -> Any:
         raise DataError(f"{path} is no readable image ({error}).") from error
 
 
-def _stratified(labels: list[int], holdout: float | int | None, seed: int, where: str) -> tuple[list[int], list[int]]:
-    """Split positions so that every class has its share on both sides; both sorted."""
+def stratified(labels: list[int], holdout: float | int | None, seed: int, where: str) -> tuple[list[int], list[int]]:
+    """Split positions so that every class has its share on both sides; both sorted.
+
+    Args:
+        labels: Of all images.
+        holdout: The share or number that is held out; None for a tenth.
+        seed: Seed of the choice.
+        where: What the data is called in the error.
+
+    Returns:
+        Positions of those that remain, and of those held out.
+
+    Raises:
+        DataError: If nothing would remain on one side.
+    """
     count = holdout_count(holdout, len(labels), where)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).tolist()
     seen: dict[int, int] = {}

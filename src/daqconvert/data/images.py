@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from daqconvert.data.digits import load_digits
 from daqconvert.data.input_config import InputConfig, input_config
 from daqconvert.data.splits import Splits, open_splits
-from daqconvert.data.transforms import IMAGENET, SMALL, image_transform
+from daqconvert.data.transforms import IMAGENET, PLAIN, SMALL, Augmentation, image_transform
 from daqconvert.errors import DataError
 
 Images = Dataset[Any]
@@ -30,10 +30,13 @@ class Loaders:
         train: Shuffled (seeded) and augmented training images.
         val: Images kept away from training, in order.
         calibration: Some training images, without augmentation, in one seeded order.
-        num_classes: Number of classes.
+        num_classes: Number of classes; 0 where nothing has a label.
         input_size: `(channels, height, width)` of one image.
         class_names: Names of the classes, or None where the data has only numbers.
         description: One line for people.
+        labelled: Whether training images have labels; those without have -100.
+        val_labelled: Whether the images of `val` have.
+        unused: Fields of `Augmentation` that say nothing about these images.
     """
 
     train: DataLoader[Any]
@@ -43,6 +46,9 @@ class Loaders:
     input_size: tuple[int, int, int]
     class_names: tuple[str, ...] | None
     description: str
+    labelled: bool = True
+    val_labelled: bool = True
+    unused: tuple[str, ...] = ()
 
 
 class Transformed(Dataset[tuple[Any, int]]):
@@ -72,7 +78,7 @@ def create_loaders(
     *,
     source: str | None = None,
     input_size: int | None = None,
-    augment: bool = True,
+    augment: bool | Augmentation = True,
     calibration_images: int = 256,
     num_workers: int = 0,
     seed: int = 0,
@@ -89,11 +95,12 @@ def create_loaders(
         batch_size: Images a batch. A last training batch that would be smaller is left out.
         source: Where the model came from, for torchvision's normalization.
         input_size: Height and width of the images, overriding everything.
-        augment: Whether training images are cropped and mirrored at random (the digits never are).
+        augment: Whether training images are cropped and mirrored at random (the digits never are), or what else they
+            go through.
         calibration_images: How many training images to calibrate with.
         num_workers: Processes that decode.
         seed: Seed of the order, of the choice of calibration images and of a hold-out's choice.
-        options: Passed on to `open_splits`: `holdout`, `data_root`, `download`, `num_classes`.
+        options: Passed on to `open_splits`: `holdout`, `data_root`, `download`, `num_classes`, `val`.
 
     Raises:
         DataError: If the data cannot be read as asked.
@@ -151,12 +158,15 @@ def _digits(config: InputConfig, side: int | None, seed: int) -> tuple[Images, I
     val = TensorDataset(found.val_images, found.val_labels)
     text = f"scikit-learn's digits at {side} x {side}: {len(train)} images for training, {len(val)} held out"
     names = tuple(map(str, range(10)))
-    info = {"num_classes": 10, "input_size": (channels, side, side), "class_names": names, "description": text}
+    info = {
+        "num_classes": 10, "input_size": (channels, side, side), "class_names": names, "description": text,
+        "unused": tuple(field.name for field in dataclasses.fields(Augmentation)),
+    }  # fmt: skip
     return train, val, train, info
 
 
 def _images(
-    splits: Splits, config: InputConfig, side: int | None, augment: bool
+    splits: Splits, config: InputConfig, side: int | None, augment: bool | Augmentation
 ) -> tuple[Images, Images, Images, dict[str, Any]]:
     channels, height, width = config.input_size
     if channels not in (1, 3):
@@ -169,11 +179,17 @@ def _images(
         height = width = max(native)
     config = dataclasses.replace(config, input_size=(channels, height, width))
     plain = image_transform(config, train=False, small=small)
-    noisy = image_transform(config, train=True, small=small, flip=splits.flip) if augment else plain
+    noisy = plain
+    if augment:
+        more = augment if isinstance(augment, Augmentation) else PLAIN
+        noisy = image_transform(config, train=True, small=small, flip=splits.flip, more=more)
     info = {
         "num_classes": splits.num_classes,
         "input_size": (channels, height, width),
         "class_names": splits.class_names,
         "description": f"{splits.description}, at {width} x {height}",
+        "labelled": splits.labelled,
+        "val_labelled": splits.val_labelled,
+        "unused": ("crop_scale",) if small else (),
     }
     return Transformed(splits.train, noisy), Transformed(splits.val, plain), Transformed(splits.train, plain), info

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, Subset
 
-from daqconvert.data.folders import holdout_count, open_folder
+from daqconvert.data.folders import NO_LABEL, Unlabelled, holdout_count, is_flat, open_classes, open_folder, stratified
 from daqconvert.data.parquet import ParquetImages, count_rows
 from daqconvert.errors import DataError, nearest
 
@@ -29,10 +29,12 @@ class Splits:
     Attributes:
         train: What a model is trained on.
         val: What it is evaluated on.
-        num_classes: Number of classes.
+        num_classes: Number of classes; 0 where nothing has a label.
         class_names: Their names, or None where the data has only numbers.
         description: One line for people.
         flip: Whether a mirrored image is still of its class.
+        labelled: Whether the images of `train` have labels; those without have -100.
+        val_labelled: Whether those of `val` have.
     """
 
     train: Dataset[Any]
@@ -41,6 +43,8 @@ class Splits:
     class_names: tuple[str, ...] | None
     description: str
     flip: bool = True
+    labelled: bool = True
+    val_labelled: bool = True
 
 
 def open_splits(
@@ -50,25 +54,30 @@ def open_splits(
     data_root: str | Path | None = None,
     download: bool = False,
     num_classes: int | None = None,
+    val: str | Path | None = None,
 ) -> Splits:
     """Open a folder, a parquet file or a timm data set.
 
     Args:
         data: A folder with `train/` and `val/` (or `validation/`), each with a folder of images per class; one folder
-            of such classes; a `.parquet` file; or `torch/NAME`, `hfds/NAME`.
+            of such classes; one of images alone, without labels; a `.parquet` file; or `torch/NAME`, `hfds/NAME`.
         holdout: Of one folder or a parquet file, what is kept for evaluation: a share below 1, or a number of images.
             Of a parquet file the last rows, of a folder a seeded choice from every class. None: a tenth.
         seed: Seed of that choice.
         data_root: Where a timm data set lies; `data` by default.
         download: Whether a timm data set may be downloaded.
         num_classes: Number of classes where the data does not say it.
+        val: What is evaluated on instead, all of it: a folder of class folders, or of images alone, or a parquet file;
+            then all of `data` is trained on.
 
     Raises:
         DataError: If there is no such data, a split is missing, or a class is empty.
     """
     path = Path(data)
-    if path.is_dir():
-        splits = Splits(*open_folder(path, holdout, seed))
+    if val is not None:
+        splits = _open_two(path, Path(val), holdout)
+    elif path.is_dir():
+        splits = _open_flat(path, holdout, seed) if is_flat(path) else Splits(*open_folder(path, holdout, seed))
     elif path.is_file() and path.suffix == ".parquet":
         splits = _open_parquet(path, holdout)
     elif not path.exists() and str(data).partition("/")[0].lower() in TIMM_PREFIXES + ITERABLE_PREFIXES:
@@ -82,6 +91,43 @@ def open_splits(
     if num_classes is not None and num_classes < splits.num_classes:
         raise DataError(f"{data}: it has {splits.num_classes} classes, more than the {num_classes} asked for.")
     return splits
+
+
+def _open_flat(path: Path, holdout: float | int | None, seed: int) -> Splits:
+    images = Unlabelled(path)
+    rest, held = stratified([NO_LABEL] * len(images), holdout, seed, str(path))
+    text = f"{path.name}: {len(rest)} images without labels for training, {len(held)} held out"
+    return Splits(Subset(images, rest), Subset(images, held), 0, None, text, labelled=False, val_labelled=False)
+
+
+def _open_two(data: Path, val: Path, holdout: float | int | None) -> Splits:
+    """All of one place for training, all of another for evaluation."""
+    if holdout is not None:
+        raise DataError(f"{val}: is what is evaluated on, so nothing of {data} is held out. Leave holdout out.")
+    train, classes, names = _whole(data)
+    held, val_classes, val_names = _whole(val, names)
+    labelled, val_labelled = classes is not None, val_classes is not None
+    without = ("" if labelled else " without labels", "" if val_labelled else " without labels")
+    text = f"{data.name}: {len(train)} images{without[0]} for training, {len(held)}{without[1]} in {val.name}"
+    flip = data.stem not in NO_FLIP
+    most = max(classes or 0, val_classes or 0)
+    return Splits(train, held, most, names or val_names, text, flip, labelled, val_labelled)
+
+
+def _whole(path: Path, names: tuple[str, ...] | None = None) -> tuple[Any, int | None, tuple[str, ...] | None]:
+    """All images of a folder or parquet file, the number of classes (None without labels) and their names."""
+    if path.is_file() and path.suffix == ".parquet":
+        rows = ParquetImages(path)
+        return rows, rows.num_classes, rows.class_names
+    if not path.is_dir():
+        found = "is a file of another kind" if path.exists() else "there is no such folder or file"
+        raise DataError(f"{path}: {found}. Beside --val, expected a folder of images or a .parquet file for both.")
+    if is_flat(path):
+        return Unlabelled(path), None, None
+    if (path / "train").is_dir():
+        raise DataError(f"{path}: it has train/. Name the folder whose images are meant, as {path / 'train'}.")
+    images = open_classes(path, names)
+    return images, len(images.classes), tuple(images.classes)
 
 
 def _open_parquet(path: Path, holdout: float | int | None) -> Splits:

@@ -1,22 +1,46 @@
 """From a PIL image to what a network takes: a float32 tensor `(channels, height, width)`, normalized.
 
 Large images go through timm's own transforms; small ones (at most `SMALL` pixels a side, as CIFAR's) through a random
-crop after padding by an eighth (4 pixels at 32) and a flip, as the paper trains.
+crop after padding by an eighth (4 pixels at 32) and a flip, as the paper trains, and then through the rest of timm's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from daqconvert.data.input_config import InputConfig
+from daqconvert.errors import DataError
 
 SMALL = 64
 IMAGENET = InputConfig((3, 224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear", 0.875)
 
 
-def image_transform(config: InputConfig, train: bool, small: bool, flip: bool = True) -> Callable[[Any], Any]:
+@dataclass(frozen=True)
+class Augmentation:
+    """What training images go through besides crop and flip, in timm's words; the defaults are nothing more.
+
+    Attributes:
+        augment: Automatic augmentation, as `"rand-m9-mstd0.5"`, `"augmix-m3-w3"` or `"original"`.
+        color_jitter: Strength of changes of brightness, contrast and saturation.
+        random_erasing: Probability that a rectangle is replaced by noise.
+        crop_scale: Smallest share of the image that a random crop takes; of large images.
+    """
+
+    augment: str = ""
+    color_jitter: float = 0.0
+    random_erasing: float = 0.0
+    crop_scale: float = 0.08
+
+
+PLAIN = Augmentation()
+
+
+def image_transform(
+    config: InputConfig, train: bool, small: bool, flip: bool = True, more: Augmentation = PLAIN
+) -> Callable[[Any], Any]:
     """Return the transform from a `PIL.Image` to a normalized tensor of `config.input_size`.
 
     Args:
@@ -24,6 +48,10 @@ def image_transform(config: InputConfig, train: bool, small: bool, flip: bool = 
         train: Whether to augment.
         small: Whether the images are small ones.
         flip: Whether augmenting may mirror an image.
+        more: What else augmenting does.
+
+    Raises:
+        DataError: If timm does not know the automatic augmentation.
 
     Example:
         >>> from PIL import Image
@@ -34,26 +62,49 @@ def image_transform(config: InputConfig, train: bool, small: bool, flip: bool = 
 
     channels, height, width = config.input_size
     mode = partial(_convert, mode="L" if channels == 1 else "RGB")
-    if not small:
-        from timm.data import create_transform
-
-        no_jitter: dict[str, Any] = {"color_jitter": None}  # timm's own hint does not allow what its code asks for
-        inner = create_transform(
-            input_size=config.input_size,
-            is_training=train,
-            hflip=0.5 if flip else 0.0,
-            interpolation=config.interpolation,
-            mean=config.mean,
-            std=config.std,
-            crop_pct=config.crop_pct,
-            **no_jitter,
-        )
-        return transforms.Compose([mode, inner])
-    steps: list[Any] = [mode, transforms.Resize((height, width))]
     if train:
-        steps.append(transforms.RandomCrop((height, width), padding=max(height // 8, 1)))
-        steps += [transforms.RandomHorizontalFlip()] if flip else []
-    return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(config.mean, config.std)])
+        cropped, changed, normalized = _timm_training(config, flip, more)
+        if small:
+            crop = transforms.RandomCrop((height, width), padding=max(height // 8, 1))
+            mirror = [transforms.RandomHorizontalFlip()] if flip else []
+            cropped = transforms.Compose([transforms.Resize((height, width)), crop, *mirror])
+        return transforms.Compose([mode, *cropped.transforms, *changed.transforms, *normalized.transforms])
+    if small:
+        resize = transforms.Resize((height, width))
+        normalize = transforms.Normalize(config.mean, config.std)
+        return transforms.Compose([mode, resize, transforms.ToTensor(), normalize])
+    from timm.data import create_transform
+
+    return transforms.Compose([mode, create_transform(config.input_size, **_shared(config))])
+
+
+def _timm_training(config: InputConfig, flip: bool, more: Augmentation) -> tuple[Any, Any, Any]:
+    """timm's three parts: crop and flip, the other changes, normalization."""
+    from timm.data import create_transform
+    from torchvision import transforms
+
+    no_jitter: dict[str, Any] = {"color_jitter": None}  # timm's own hint does not allow what its code asks for
+    try:
+        found: Any = create_transform(
+            config.input_size, is_training=True, separate=True, scale=(more.crop_scale, 1.0),
+            hflip=0.5 if flip else 0.0, auto_augment=more.augment or None, re_prob=more.random_erasing,
+            re_mode="pixel", **no_jitter, **_shared(config),
+        )  # fmt: skip
+    except (AssertionError, KeyError, ValueError, IndexError) as error:
+        raise DataError(
+            f"augment: timm does not know {more.augment!r} ({error or type(error).__name__}). Expected a word such as "
+            "rand-m9-mstd0.5, augmix-m3-w3, original, v0 or 3a."
+        ) from None
+    primary, secondary, final = found
+    if more.color_jitter:  # which timm leaves out beside an automatic augmentation
+        secondary.transforms.append(transforms.ColorJitter(*(more.color_jitter,) * 3))
+    return primary, secondary, final
+
+
+def _shared(config: InputConfig) -> dict[str, Any]:
+    return {
+        "interpolation": config.interpolation, "mean": config.mean, "std": config.std, "crop_pct": config.crop_pct
+    }  # fmt: skip
 
 
 def _convert(image: Any, mode: str) -> Any:
