@@ -112,6 +112,9 @@ def finetune(
         if teacher is not None:
             stack.enter_context(evaluating(teacher))
             processes.place(teacher)
+        stack.callback(run.objective.close)
+        for part in run.parts:
+            stack.callback(part.close, run)
         start(run, resume=resume)
         left = max(0, run.total_steps - run.steps_done) or None
         bar = stack.enter_context(progress_bar(left, "finetuning", enabled=run.show))

@@ -76,6 +76,9 @@ class Part:
     def finish(self, run: Run) -> None:
         """Leave the model as it shall be after the last epoch."""
 
+    def close(self, run: Run) -> None:
+        """Take off the model what must not outlive the call of `finetune`, also after an exception."""
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the state that a checkpoint keeps, by name."""
         return {}

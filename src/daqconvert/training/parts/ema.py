@@ -3,9 +3,9 @@
     average = decay * average + (1 - decay) * weights,   decay = ema, or with warm-up min(ema, 1 - step ** (-2/3))
 
 after every optimizer step, counted from 1; the first one's weights begin it. Of all parameters and floating-point
-buffers, each once however many names it has; flags, signs and counts are copied. Bounds and scales are averaged too, so
-an averaged model is a quantized model like any other. Where the model changes its bits (`progressive`) the average does
-so first.
+buffers, each once however many names it has; flags, signs and counts are copied. Bounds and scales are averaged too,
+so an averaged model is a quantized model like any other. Where the model changes its bits (`progressive`) the average
+does so first.
 
 Source: timm, `timm.utils.ModelEmaV3`.
 """

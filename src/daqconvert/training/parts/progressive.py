@@ -78,7 +78,7 @@ class ProgressiveBits(Part):
         if self.stage < len(self.stages):
             run.best = None
 
-    def finish(self, run: Run) -> None:
+    def close(self, run: Run) -> None:
         """Leave the plan's bits, whenever the run ended."""
         self._enter(len(self.stages))
 
