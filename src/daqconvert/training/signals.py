@@ -47,10 +47,10 @@ class Signals:
         Returns:
             Whether to write a checkpoint, and the name of the signal that ends training, or None.
         """
-        if came[0]:
-            self.came[0] = 0
         ending = next((name for name, n in zip(NAMES[:0:-1], came[:0:-1], strict=True) if n), None)
-        return bool(came[0]) or ending is not None, ending
+        asked = bool(came[0]) or ending is not None
+        self.came[0] = 0
+        return asked, ending
 
 
 @contextmanager

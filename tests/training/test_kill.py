@@ -1,0 +1,51 @@
+"""A run that is killed by SIGKILL at any moment and resumed is one that was not: weights, averages, history."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from training.test_resume import same
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+
+
+def killed(folder: Path, kills: int, seed: int) -> list[int]:
+    root = Path(__file__).parents[2]
+    paths = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root / "src"), str(root / "tests")])}
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        str(Path(__file__).with_name("kills.py")),
+        str(folder),
+        str(kills),
+        str(seed),
+    ]
+    said = subprocess.run(
+        command, env={**paths, "OMP_NUM_THREADS": "1"}, check=True, stdout=subprocess.PIPE, text=True
+    )
+    return json.loads(said.stdout.splitlines()[-1])
+
+
+def check(folder: Path) -> None:
+    for name in ("last.safetensors", "best.safetensors"):
+        assert same(folder / "whole" / name, folder / "parts" / name)
+    kept = [sorted(p.name for p in (folder / run).rglob("*.safetensors")) for run in ("whole", "parts")]
+    assert kept[0] == kept[1]
+    assert not list((folder / "parts").rglob(".*"))  # nothing half written is left
+
+
+def test_killed_three_times(tmp_path):
+    assert len(killed(tmp_path, 3, seed=0)) == 3
+    check(tmp_path)
+
+
+@pytest.mark.slow
+def test_killed_twenty_times(tmp_path):
+    steps = killed(tmp_path, 20, seed=1)
+    assert len(set(steps)) > 3  # at different moments
+    check(tmp_path)
