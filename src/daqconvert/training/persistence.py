@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from daqconvert.calibration import calibrate, is_calibrated
-from daqconvert.errors import TrainingError
 from daqconvert.training.checkpoint import (
     MODEL,
     OPTIMIZER,
@@ -29,6 +28,7 @@ from daqconvert.training.objective import OWN_TEACHER, float_teacher
 from daqconvert.training.optim import Optimizers
 from daqconvert.training.position import Position
 from daqconvert.training.resuming import check_run, last_of, teacher_of
+from daqconvert.training.signals import Terminated
 
 if TYPE_CHECKING:
     from daqconvert.training.engine import Run
@@ -201,4 +201,4 @@ def ended_by(run: Run, signal: str) -> BaseException:
     if run.directory is not None:
         where = f"{run.directory.last} holds the state after {run.saved}. Go on with resume=True."
     said = f"{signal}: training stopped; {where}"
-    return KeyboardInterrupt(said) if signal == "SIGINT" else TrainingError(said)
+    return KeyboardInterrupt(said) if signal == "SIGINT" else Terminated(said)

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from daqconvert.errors import TrainingError
+
 NAMES = ("SIGUSR1", "SIGTERM", "SIGINT")  # the later, the more urgent; Windows has no SIGUSR1
 USUAL = (signal.SIG_DFL, signal.default_int_handler)
 
@@ -26,6 +28,10 @@ class Ended(Exception):
     def __init__(self, signal: str) -> None:
         super().__init__(signal)
         self.signal = signal
+
+
+class Terminated(TrainingError):
+    """SIGTERM ended training, after a checkpoint."""
 
 
 class Signals:
