@@ -8,7 +8,8 @@ from torch import nn
 
 import daqconvert as dq
 from daqconvert.training.parts.base import Step
-from daqconvert.training.parts.oscillation import MOMENTUM, Oscillation, Track
+from daqconvert.training.parts.oscillation import Oscillation
+from daqconvert.training.parts.tracks import MOMENTUM, Track
 
 
 class Run:
@@ -126,6 +127,23 @@ def test_frozen_weights_keep_their_level(make, bits):
             assert torch.equal(codes[frozen], level[frozen])
             assert bool(part.tracks[name].state["frozen"][frozen].all())
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_an_average_of_weights_is_evaluated_with_frozen_weights_at_their_level(make, bits):
+    model, generator = make(bits, first=(bits, 8), last=(bits, 8)), torch.Generator().manual_seed(0)
+    part = Oscillation(freeze=True, threshold=0.02)
+    part.start(Run(model))
+    shaken(part, model, 40, generator, 0.05)
+    with torch.no_grad():  # what stands in the place of the weights while an average is evaluated
+        for track in part.tracks.values():
+            track.site.weight.add_(0.05 * torch.randn(track.site.weight.shape, generator=generator))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with part.evaluating(Run(model)):
+        for track in part.tracks.values():
+            codes = track.site.weight_quantizer.codes(track.site.weight).reshape(-1)
+            assert torch.equal(codes[track.state["frozen"]], track.state["code"][track.state["frozen"]])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_in_real_units_a_frozen_weight_is_the_middle_of_its_level(make):
