@@ -4,6 +4,7 @@ import pytest
 
 from daqconvert.errors import TrainingError
 from daqconvert.training import RECIPES, Recipe, recipe
+from daqconvert.training.recipes import FIELDS, parse_overrides
 
 
 def test_the_published_recipes_are_as_published():
@@ -34,6 +35,10 @@ def test_overrides_change_a_copy():
         ("lr", 10**400), ("momentum", 1.0), ("weight_decay", float("inf")), ("decay", "weight"),
         ("quantizer_lr", None), ("schedule", "cosin"), ("warmup_steps", -1), ("batch_size", 0),
         ("label_smoothing", 1.0), ("distill", 1.5), ("temperature", 0), ("clip_grad", -1.0), ("clip_grad", False),
+        ("accumulate", 0), ("no_decay", [1]), ("features", ["", "a"]), ("ema", 1.0), ("ema_warmup", 1),
+        ("reestimate", -1), ("freeze_bounds_at", 1.5), ("progressive", [[0.5, 4]]), ("progressive", [[1.0, 4, 4]]),
+        ("progressive", [[0.5, 2, 2], [0.6, 4, 4]]), ("progressive", [[0.5, 4, 4], [0.5, 2, 2]]),
+        ("progressive", [[0.5, 9, 4]]), ("patience", 1.0), ("keep", 0), ("oscillation", "no"),
         ("batch_norm", True), ("calibration_batches", 0), ("calibration_method", "mean"), ("seed", 1.5), ("name", 3),
     ],
     ids=lambda value: repr(value)[:12],
@@ -95,3 +100,63 @@ def test_a_bad_file_is_named(text, told, tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(TrainingError, match="none.toml: cannot be read"):
         recipe(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"features": ("a",), "feature_weight": 0}, "features: have no effect"),
+        ({"label_smoothing": 0.1, "distill": 1.0}, "label_smoothing: has no effect"),
+        ({"batch_norm": "freeze", "batch_norm_freeze_at": 0.5}, "batch_norm_freeze_at: has no effect"),
+        ({"batch_norm": "freeze", "reestimate": 2}, "reestimate: takes statistics anew"),
+        ({"batch_norm_freeze_at": 0.5, "reestimate": 2}, "reestimate: takes statistics anew"),
+        ({"progressive": [[0.5, 4, 4]], "freeze_bounds_at": 0.4}, "0.4 is before the end of the last stage"),
+    ],
+    ids=lambda value: " ".join(value)[:40],
+)
+def test_options_that_do_not_go_together(changes, told):
+    with pytest.raises(TrainingError, match=told):
+        recipe("quick", **changes)
+
+
+def test_overrides_are_texts_of_every_kind():
+    texts = [
+        "epochs=10", "lr = 1e-3", "ema_warmup=false", "clip_grad=none", "schedule=step", "augment=rand-m9-mstd0.5",
+        "features=layer1, layer2.*", 'no_decay=["re:a{1,2}"]', "progressive=[[0.2,4,4],[0.5,2,3]]", "name=a=b",
+    ]  # fmt: skip
+    assert parse_overrides(texts) == {
+        "epochs": 10, "lr": 1e-3, "ema_warmup": False, "clip_grad": None, "schedule": "step",
+        "augment": "rand-m9-mstd0.5", "features": ("layer1", "layer2.*"), "no_decay": ("re:a{1,2}",),
+        "progressive": ((0.2, 4, 4), (0.5, 2, 3)), "name": "a=b",
+    }  # fmt: skip
+    assert parse_overrides(["features=", "clip_grad=1"]) == {"features": (), "clip_grad": 1.0}
+
+
+@pytest.mark.parametrize("found", [*RECIPES.values(), Recipe(features=("a", "b"), progressive=((0.5, 4, 4),))])
+def test_overrides_say_whatever_a_recipe_can(found):
+    shown = [f"{field}={getattr(found, field)}" for field in FIELDS]
+    shown = [text.replace("(", "[").replace(")", "]").replace("True", "true") for text in shown]
+    assert Recipe(**parse_overrides(shown)) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("epochs", "override 'epochs': expected FIELD=VALUE"),
+        ("epoch=3", "'epoch' is not a field of a recipe. Nearest: epochs"),
+        ("epochs=many", "epochs: expected an integer of 1 or more; found 'many'"),
+        ("epochs=1.5", "epochs: expected an integer"),
+        ("lr=", "lr: expected a number"),
+        ("schedule=cosin", "Nearest: cosine"),
+        ("progressive=[[0.2,4]]", "progressive: expected stages"),
+        ("ema_warmup=yes", "ema_warmup: expected true or false; found 'yes'"),
+    ],
+)
+def test_an_override_that_cannot_be(text, told):
+    with pytest.raises(TrainingError, match=told):
+        parse_overrides([text])
+
+
+def test_an_override_is_given_once():
+    with pytest.raises(TrainingError, match="lr is given twice"):
+        parse_overrides(["lr=1", "lr=2"])

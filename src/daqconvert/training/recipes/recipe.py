@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from daqconvert.training.recipes.fields import (
     text,
     yes_or_no,
 )
+from daqconvert.training.recipes.together import contradiction
 
 
 @dataclass(frozen=True)
@@ -139,11 +140,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for field in FIELDS:
-            value = getattr(self, field)
-            try:
-                object.__setattr__(self, field, _CHECKS[field](value))
-            except ValueError as error:
-                raise TrainingError(f"recipe {self.name!r}: {field}: expected {error}; found {value!r}.") from None
+            value = check_field(field, getattr(self, field), f"recipe {self.name!r}")
+            object.__setattr__(self, field, value)
+        problem = contradiction(self)
+        if problem:
+            raise TrainingError(f"recipe {self.name!r}: {problem}.")
 
     def replace(self, **changes: Any) -> Recipe:
         """Return a copy with some fields changed.
@@ -152,7 +153,8 @@ class Recipe:
             **changes: Field name -> value.
 
         Raises:
-            TrainingError: If there is no such field or it cannot take that value; names the nearest valid one.
+            TrainingError: If there is no such field or it cannot take that value (names the nearest valid one), or
+                fields do not go together.
         """
         check_names(changes, f"recipe {self.name!r}")
         return dataclasses.replace(self, **changes)
@@ -176,11 +178,28 @@ class Recipe:
 FIELDS = tuple(field.name for field in dataclasses.fields(Recipe))
 
 
-def check_names(values: Mapping[str, Any], where: str) -> None:
+def check_field(field: str, value: Any, where: str) -> Any:
+    """Return the value of one field as a recipe stores it.
+
+    Args:
+        field: Its name.
+        value: As the user wrote it.
+        where: The recipe, for the message.
+
+    Raises:
+        TrainingError: If the field cannot take it.
+    """
+    try:
+        return _CHECKS[field](value)
+    except ValueError as error:
+        raise TrainingError(f"{where}: {field}: expected {error}; found {value!r}.") from None
+
+
+def check_names(values: Iterable[str], where: str) -> None:
     """Raise `TrainingError` if there is a name that is not a field's.
 
     Args:
-        values: By name.
+        values: The names.
         where: The recipe, for the message.
 
     Raises:

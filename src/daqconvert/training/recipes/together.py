@@ -1,0 +1,35 @@
+"""What fields of a recipe say together: an option that can have no effect is an error, never a shrug."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from daqconvert.training.recipes.recipe import Recipe
+
+
+def contradiction(recipe: Recipe) -> str:
+    """Return what does not go together in a recipe, and what to change; `""` where all does.
+
+    Args:
+        recipe: With each field valid by itself.
+    """
+    if recipe.features and not recipe.feature_weight:
+        return "features: have no effect with feature_weight=0.0. Set feature_weight=1.0, or leave features out"
+    if recipe.label_smoothing and recipe.distill == 1.0:
+        return (
+            "label_smoothing: has no effect with distill=1.0, for there is no cross entropy. Set label_smoothing=0.0"
+        )
+    if recipe.batch_norm == "freeze" and recipe.batch_norm_freeze_at < 1.0:
+        return 'batch_norm_freeze_at: has no effect with batch_norm="freeze". Set batch_norm="train"'
+    if recipe.reestimate and (recipe.batch_norm == "freeze" or recipe.batch_norm_freeze_at < 1.0):
+        return (
+            "reestimate: takes statistics anew that batch_norm or batch_norm_freeze_at keep. Set reestimate=0, or "
+            'batch_norm="train" and batch_norm_freeze_at=1.0'
+        )
+    if recipe.progressive and recipe.freeze_bounds_at < recipe.progressive[-1][0]:
+        return (
+            f"freeze_bounds_at: {recipe.freeze_bounds_at:g} is before the end of the last stage of progressive, "
+            f"{recipe.progressive[-1][0]:g}, so no bound would learn its final width. Set it to that or later"
+        )
+    return ""
