@@ -26,6 +26,10 @@ SETTINGS = {
     "paper": {"normalize": True, "grid": "midrise", "granularity": "tensor"},
     "normalized per channel": {"normalize": True, "grid": "midrise", "granularity": "channel"},
     "two bits": {"w_bits": 2, "a_bits": 2},
+    "ewgs": {"rounding": "ewgs", "delta": 0.5},
+    "dsq": {"rounding": "dsq", "normalize": True, "grid": "midrise"},
+    "lsq": {"rounding": "lsq"},
+    "lsq per channel": {"rounding": "lsq", "granularity": "channel", "w_bits": 2, "a_bits": 2},
 }
 compiled = pytest.mark.skipif(not status().compiled, reason="no compiled kernels")
 

@@ -48,9 +48,16 @@ def test_one_step_is_what_its_parts_are(kind, settings, monkeypatch):
         assert torch.equal(qmodel.eval()(x), found[0])
 
 
-@pytest.mark.parametrize("kind", ["linear", "conv2d", "transposed", "reflect"])
-def test_torch_compile_gives_the_same_codes_and_outputs(kind, fresh_compiler):
-    qmodel, x = quantized(kind)
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("linear", "default"), ("conv2d", "default"), ("transposed", "default"), ("reflect", "default"),
+        ("linear", "lsq"), ("conv2d", "lsq per channel"), ("reflect", "lsq"), ("linear", "ewgs"), ("reflect", "ewgs"),
+        ("linear", "dsq"), ("reflect", "dsq"),
+    ],
+)  # fmt: skip
+def test_torch_compile_gives_the_same_codes_and_outputs(kind, settings, fresh_compiler):
+    qmodel, x = quantized(kind, **SETTINGS[settings])
     found = run(qmodel, x)
     same(run(torch.compile(copy.deepcopy(qmodel), fullgraph=True), x), (found[0], _named_as_compiled(found[1])))
 

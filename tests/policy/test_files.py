@@ -201,6 +201,8 @@ VALUES = {
     "a_bits": BITS,
     "attention": BITS,
     **{name: st.sampled_from(choices) for name, choices in CHOICES.items()},
+    "delta": POSITIVE | st.just(0.0),
+    "alpha": st.floats(0.0, 1.0, exclude_min=True, exclude_max=True),
     **dict.fromkeys(("w_gamma", "w_sigma", "a_gamma", "a_sigma"), POSITIVE),
 }
 CHANGES = st.fixed_dictionaries({}, optional=VALUES)

@@ -37,10 +37,10 @@ SITES = st.builds(
 SETTINGS = st.builds(
     Settings,
     w_bits=st.integers(2, 8),
-    a_bits=st.none() | st.integers(1, 8),
+    a_bits=st.none() | st.integers(2, 8),
     granularity=st.sampled_from(("channel", "tensor")),
     w_gamma=st.floats(0.01, 100),
-    rounding=st.sampled_from(("daq", "ste")),
+    rounding=st.sampled_from(("daq", "ste", "ewgs", "dsq", "lsq")),
 ).map(resolve_auto)
 SIGNS = st.none() | st.booleans()
 ROWS = st.builds(PlanRow, SITES, SETTINGS, rule=st.text(), signed=SIGNS, notes=st.lists(st.text()).map(tuple)).map(

@@ -55,6 +55,7 @@ POLICIES = {
     "like-the-rest": {"w_bits": 3, "first": {}, "last": {}},
     "ends-differ": {"w_bits": 4, "first": (2, None), "last": {"w_bits": 6, "granularity": "tensor"}},
     "types": {"rules": [{"type": "Linear", "w_bits": 3, "rounding": "ste", "optional": True}], "share_inputs": True},
+    "lsq": {"w_bits": 3, "a_bits": 3, "rounding": "lsq", "granularity": "channel"},
     "odd": {"w_bits": 3, "grid": "midrise", "normalize": False, "granularity": "tensor", "slope": "paper"},
     "inputs-only": {"w_bits": None, "a_bits": 5},
     "nothing": {"w_bits": None, "a_bits": None, "first": None, "last": None},
@@ -94,7 +95,7 @@ CHANGES = st.fixed_dictionaries(
         "granularity": st.sampled_from(("auto", "channel", "tensor")),
         "grid": st.sampled_from(("auto", "midrise", "integer")),
         "normalize": st.sampled_from(("auto", True, False)),
-        "rounding": st.sampled_from(("daq", "ste")),
+        "rounding": st.sampled_from(("daq", "ewgs", "lsq")),
         "share_inputs": st.booleans(),
     },
 )

@@ -49,14 +49,14 @@ def test_the_midrise_grid_holds_odd_multiples(bits, normalize):
 
 
 @pytest.mark.parametrize(
-    ("bits", "grid"), [(b, g) for b in range(1, 9) for g in ("midrise", "integer") if b > 1 or g == "midrise"]
+    ("bits", "grid"), [(b, g) for b in range(1, 9) for g in ("midrise", "integer", "twos") if b > 1 or g == "midrise"]
 )
 def test_codes_and_operands_are_inverse(bits, grid):
-    codes = torch.arange(2**bits if grid == "midrise" else 2**bits - 1, dtype=torch.uint8)
+    codes = torch.arange(2**bits - 1 if grid == "integer" else 2**bits, dtype=torch.uint8)
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         operand = weight_operand(codes, bits, grid, dtype)
         assert operand.dtype == dtype and torch.equal(weight_codes(operand, bits, grid), codes)
-        assert float(operand.abs().max()) == levels(bits, grid)
+        assert float(operand.max()) == levels(bits, grid) == -float(operand.min()) - (grid == "twos")
 
 
 def test_ties_go_to_the_even_level():

@@ -59,7 +59,7 @@ def integer_layer(
     Args:
         scale: float64, `(C_out,)`: what one unit of the layer's sum of operands is worth, batch norm folded in.
         bias: float64, `(C_out,)`: likewise.
-        top: Largest weight operand.
+        top: Largest size of a weight operand.
         x_scale: float32 scalar: step of the input.
         y_scale: float32 scalar: step of the output.
         y_zero_point: uint8 scalar: of the output.

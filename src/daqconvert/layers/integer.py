@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from daqconvert.errors import ConversionError
-from daqconvert.functional.grid import levels
+from daqconvert.functional.grid import coding
 from daqconvert.functional.integer import IntegerLayer, integer_layer
 from daqconvert.functional.sums import Codes, agreeing_scale
 from daqconvert.layers.folding import fold, folded_numbers, folds
@@ -55,7 +55,7 @@ def make_integer(model: nn.Module, sites: dict[str, FrozenSite], row: PlanRow, e
         scale, bias = scale * g, bias * g + b
         fold(norm)
     numbers = integer_layer(
-        scale, bias, levels(settings.w_bits or 0, settings.grid), site.input_scale, target.input_scale,
+        scale, bias, round(-coding(settings.w_bits or 0, settings.grid)[1]), site.input_scale, target.input_scale,
         target.input_zero_point, target.settings.a_bits, output.lower, output.upper,
     )  # fmt: skip
     _hold(site, numbers)

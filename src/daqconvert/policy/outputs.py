@@ -25,6 +25,8 @@ TRANSPOSED = f"{STAYS}: integer runtimes have no kernel for transposed convoluti
 FLOAT_OPERAND = f"{STAYS}: weight or input is in float"
 TOO_WIDE = f"{STAYS}: codes of the mid-rise grid at 8 bits reach 255, an integer kernel takes {LARGEST_WEIGHT}"
 
+LSQ_TOO_WIDE = f"{STAYS}: codes of LSQ at 8 bits reach -128, an integer kernel takes {LARGEST_WEIGHT}"
+
 
 def with_outputs(policy: Policy, rows: Sequence[PlanRow], sums: Sequence[Output]) -> tuple[PlanRow, ...]:
     """Return the rows with what `deploy="integer"` decides about outputs; the same rows where nothing asks for it.
@@ -106,6 +108,8 @@ def _why_float(row: PlanRow, settings: Settings) -> str:
         return FLOAT_OPERAND
     if settings.grid == "midrise" and 2**settings.w_bits - 1 > LARGEST_WEIGHT:
         return TOO_WIDE
+    if settings.grid == "twos" and 2 ** (settings.w_bits - 1) > LARGEST_WEIGHT:
+        return LSQ_TOO_WIDE
     if not row.site.is_convolution:
         return ""
     if output is None:

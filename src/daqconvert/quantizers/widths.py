@@ -14,8 +14,8 @@ from daqconvert.spec import Settings
 STD_CLIP = 3.0 * math.sqrt(0.5 - 0.5 / math.pi)
 """3 standard deviations of a rectified normal variable: where `calibrate` starts the bound of a 1-bit input."""
 
-POINTS = 4096  # of the distribution, at equal shares of its positive half
-CANDIDATES = torch.linspace(0.3, 5.0, 471, dtype=torch.float64)
+POINTS = 1 << 14  # of the distribution, at equal shares of its positive half
+CANDIDATES = tuple(k / 100 for k in range(30, 500))
 
 
 def make_rounding(settings: Settings, gamma: float, sigma: float, intervals: int) -> Rounding:
@@ -55,12 +55,16 @@ def normal_clip(top: int, midrise: bool) -> float:
     """
     shares = (torch.arange(POINTS, dtype=torch.float64) + 0.5) / (2 * POINTS) + 0.5
     values = torch.special.ndtri(shares)
-    step = CANDIDATES[:, None] / top
-    if midrise:
-        found = ((values / (2.0 * step)).floor().clamp(0.0, (top - 1) / 2) * 2.0 + 1.0) * step
-    else:
-        found = (values / step).round().clamp(0.0, float(top)) * step
-    return float(CANDIDATES[(found - values).square().sum(dim=1).argmin()])
+
+    def error(bound: float) -> float:
+        step = bound / top
+        if midrise:
+            found = ((values / (2.0 * step)).floor().clamp(0.0, (top - 1) / 2) * 2.0 + 1.0) * step
+        else:
+            found = (values / step).round().clamp(0.0, float(top)) * step
+        return float((found - values).square().sum())
+
+    return min(CANDIDATES, key=error)
 
 
 def check_width(name: str, setting: str, bits: int, least: int) -> None:

@@ -1,0 +1,262 @@
+"""The baselines against their formulas written out, in float64: EWGS, DSQ and LSQ as their papers have them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import daqconvert as dq
+from cases import GEOMETRIES
+from daqconvert.errors import PolicyError
+from daqconvert.functional.dasr import clip_round
+from daqconvert.functional.grid import Rounding
+from daqconvert.quantizers import InputQuantizer, WeightQuantizer
+from daqconvert.quantizers.lsq import StepInputQuantizer, StepWeightQuantizer
+
+CLOSE = {"rtol": 1e-11, "atol": 1e-12}
+each_width = pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+
+
+def values(low, high):
+    """Level units from outside of the clip to outside of it, none on a level or half way between two."""
+    x = torch.rand(4000, dtype=torch.float64) * (high - low + 4) + low - 2
+    return x[((2 * x - torch.round(2 * x)).abs() > 1e-6)]
+
+
+class Ewgs(torch.autograd.Function):
+    """Equation 5 of the paper, on the scale where levels span [0, 1]."""
+
+    @staticmethod
+    def forward(ctx, x, n, delta):
+        q = torch.round(x * n) / n
+        ctx.save_for_backward(x - q)
+        ctx.delta = delta
+        return q
+
+    @staticmethod
+    def backward(ctx, grad):
+        (difference,) = ctx.saved_tensors
+        return grad * (1 + ctx.delta * torch.sign(grad) * difference), None, None
+
+
+class Lsq(torch.autograd.Function):
+    """Equations 1-3 of the paper, for a step that broadcasts against `v`."""
+
+    @staticmethod
+    def forward(ctx, v, s, low, high, count):
+        ctx.save_for_backward(v, s)
+        ctx.known = low, high, count
+        return torch.round((v / s).clamp(-low, high)) * s
+
+    @staticmethod
+    def backward(ctx, grad):
+        v, s = ctx.saved_tensors
+        low, high, count = ctx.known
+        x = v / s
+        below, above = x <= -low, x >= high
+        to_step = torch.where(below, -float(low), torch.where(above, float(high), torch.round(x) - x))
+        share = (grad * to_step).sum_to_size(s.shape) / math.sqrt(count * high)
+        return torch.where(below | above, 0.0, grad), share, None, None, None
+
+
+def soft(x, alpha):
+    """DSQ's differentiable rounding within each interval; its value is not the rounded one."""
+    k = 2 * math.atanh(1 - alpha)
+    t = x - torch.floor(x).detach()
+    return torch.tanh(k * (t - 0.5)) / (2 * math.tanh(k / 2)) + 0.5
+
+
+@each_width
+@pytest.mark.parametrize("delta", [0.0, 0.001, 0.7])
+@pytest.mark.parametrize("shift", [0, 3], ids=["weights", "signed inputs"])
+def test_ewgs(bits, delta, shift):
+    n = 2**bits - 1
+    low, high = -min(shift, n), n - min(shift, n)
+    x = values(low, high).requires_grad_()
+    grad = torch.randn_like(x)
+    y = clip_round(x, float(low), float(high), *[getattr(Rounding.ewgs(delta, n), f) for f in ("kind", "c", "a")])
+    y.backward(grad)
+    other = x.detach().clone().requires_grad_()
+    expected = Ewgs.apply((other.clamp(low, high) - low) / n, n, delta) * n + low
+    expected.backward(grad)
+    torch.testing.assert_close(y, expected, **CLOSE)
+    torch.testing.assert_close(x.grad, other.grad, **CLOSE)
+    assert delta == 0.0 or not torch.equal(x.grad, grad)
+
+
+@each_width
+@pytest.mark.parametrize("alpha", [0.01, 0.2, 0.5, 0.99])
+def test_dsq(bits, alpha):
+    n = 2**bits - 1
+    x = values(0, n).requires_grad_()
+    grad, rounding = torch.randn_like(x), Rounding.dsq(alpha)
+    y = clip_round(x, 0.0, float(n), rounding.kind, rounding.c, rounding.a)
+    y.backward(grad)
+    other = x.detach().clone().requires_grad_()
+    soft(other.clamp(0, n), alpha).backward(grad)
+    torch.testing.assert_close(x.grad, other.grad, **CLOSE)
+    assert torch.equal(y, torch.round(x.clamp(0, n)))
+    t = torch.linspace(0, 1, 100_001, dtype=torch.float64)[:-1] + 5e-6
+    mean = clip_round(leaf := t.requires_grad_(), 0.0, 1.0, rounding.kind, rounding.c, rounding.a).sum()
+    assert torch.autograd.grad(mean, leaf)[0].mean().item() == pytest.approx(1.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [1e-300, 1e-12, 1 - 1e-16])
+def test_dsq_at_its_limits_is_finite(alpha):
+    rounding = Rounding.dsq(alpha)
+    x = torch.tensor([0.1, 0.4999, 0.5, 0.9], requires_grad=True)
+    clip_round(x, 0.0, 1.0, rounding.kind, rounding.c, rounding.a).sum().backward()
+    assert x.grad.isfinite().all() and (x.grad >= 0).all()
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("name", ["conv2d", "transposed2d", "linear"])
+def test_lsq(name, bits, signed, granularity):
+    cls, args, kwargs, shape = GEOMETRIES[name]
+    x = torch.randn(5, *shape, dtype=torch.float64)
+    x = x if signed else x.abs()
+    both = {"w_bits": bits, "a_bits": bits, "rounding": "lsq", "granularity": granularity}
+    layer = dq.quantize(cls(*args, **kwargs, dtype=torch.float64), first=both, last=both)
+    dq.calibrate(layer, [x])
+    of_weight, of_input = layer.weight_quantizer, layer.input_quantizer
+    high = 2 ** (bits - 1) - 1
+    ends = (high + 1, high) if signed else (0, 2**bits - 1)
+    rows = of_weight.layout.rows(layer.weight.detach()) if granularity == "channel" else layer.weight.detach()[None]
+    start = 2 * rows.flatten(1).abs().mean(1) / math.sqrt(high)
+    torch.testing.assert_close(of_weight.step.detach(), start.reshape(of_weight.step.shape), **CLOSE)
+    assert of_input.step.item() == pytest.approx(2 * x.abs().mean().item() / math.sqrt(ends[1]), rel=1e-6)
+    with torch.no_grad():
+        of_weight.step.mul_(0.7)
+        of_input.step.mul_(0.6)
+
+    step = of_weight.step.detach().clone().requires_grad_()
+    a_step = of_input.step.detach().clone().requires_grad_()
+    weight = layer.weight.detach().clone().requires_grad_()
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    view = of_weight.layout.view if granularity == "channel" else weight.shape
+    spread = step.reshape(of_weight.layout.bound_view) if granularity == "channel" else step
+    w_q = Lsq.apply(weight.reshape(view), spread, high + 1, high, weight.numel() / step.numel()).reshape(weight.shape)
+    expected = layer.accumulate(Lsq.apply(inputs[0], a_step, *ends, x[0].numel()), w_q)
+    if layer.bias is not None:
+        expected = expected + layer.bias.detach().reshape(-1, *[1] * layer.output_dims)
+    out = layer(inputs[1])
+    grad = torch.randn_like(out)
+    expected.backward(grad)
+    out.backward(grad)
+    close = {"rtol": 1e-9, "atol": 1e-9}
+    torch.testing.assert_close(out, expected, **close)
+    for found, wanted in (
+        (inputs[1], inputs[0]), (layer.weight, weight), (of_weight.step, step), (of_input.step, a_step)
+    ):  # fmt: skip
+        torch.testing.assert_close(found.grad, wanted.grad, **close)
+        assert found.grad.any()
+    assert layer.output_scale.grad is None and layer.output_scale.eq(1.0).all()
+    of_weight.step.data.mul_(0.01)
+    codes = of_weight.codes(layer.weight)
+    assert int(codes.min()) == 0 and int(codes.max()) == 2**bits - 1  # both ends of the grid
+
+
+def network():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 16, 5),
+    )  # fmt: skip
+
+
+def trained(rounding, preset="paper-w2a2", steps=12, **settings):
+    qmodel = dq.quantize(network(), preset=preset, rounding=rounding, **settings)
+    x, target = torch.randn(16, 3, 6, 6), torch.randint(0, 5, (16,))
+    dq.calibrate(qmodel, [x])
+    optimizer = torch.optim.Adam(qmodel.parameters(), 1e-2)
+    losses = []
+    for _ in range(steps):
+        loss = nn.functional.cross_entropy(qmodel(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return qmodel, x, losses
+
+
+@pytest.mark.parametrize("rounding", ["daq", "ste", "ewgs", "dsq", "lsq"])
+def test_one_word_changes_the_rounding_and_every_one_trains(rounding):
+    qmodel, x, losses = trained(rounding)
+    assert losses[-1] < 0.6 * losses[0]
+    assert {row.settings.rounding for row in dq.plan(qmodel).converted} == {rounding}
+    kinds = {type(m) for m in qmodel.modules() if isinstance(m, (WeightQuantizer, InputQuantizer))}
+    lsq = {StepWeightQuantizer, StepInputQuantizer}
+    assert kinds == (lsq if rounding == "lsq" else {WeightQuantizer, InputQuantizer})
+    gap = qmodel.eval()(x)
+    assert torch.equal(dq.freeze(qmodel)(x), gap)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("bits", [2, 5, 8])
+def test_lsq_frozen_saved_and_loaded_is_the_same(bits, granularity, tmp_path):
+    both = {"w_bits": bits, "a_bits": bits}
+    qmodel, x, _ = trained("lsq", None, 6, **both, first=both, last=both, granularity=granularity)
+    assert any(m.sign is True for m in qmodel.modules() if isinstance(m, InputQuantizer))
+    frozen = dq.freeze(qmodel.eval())
+    assert torch.equal(frozen(x), qmodel(x))
+    codes = [m.weight_codes for m in frozen.modules() if "weight_codes" in m._buffers]
+    assert len(codes) == 4 and max(int(c.max()) for c in codes) < 2**bits
+    dq.save(frozen, tmp_path / "artifact")
+    loaded = dq.load(tmp_path / "artifact", model=network())
+    assert torch.equal(loaded(x), frozen(x))
+    again = dq.quantize(network(), rounding="lsq", granularity=granularity, **both, first=both, last=both)
+    again.load_state_dict(qmodel.state_dict())
+    assert torch.equal(again.eval()(x), qmodel(x))
+
+
+@pytest.mark.parametrize("deploy", ["float", "integer"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_lsq_exported_agrees(bits, deploy, tmp_path):
+    both = {"w_bits": bits, "a_bits": bits}
+    qmodel, x, _ = trained("lsq", None, 6, **both, first=both, last=both, deploy=deploy)
+    frozen = dq.freeze(qmodel.eval())
+    if deploy == "integer":
+        notes = [" ".join(row.notes) for row in dq.plan(frozen).converted]
+        assert ("reach -128" in notes[1]) == (bits == 8)
+    report = dq.export(frozen, tmp_path / "model.onnx", x[:2], check_batches=[x])
+    assert report.agrees, str(report)
+    assert report.sqnr_same_codes > 100
+
+
+def test_lsq_keeps_the_contract():
+    qmodel, *_ = trained("lsq")
+    layer = qmodel[2]
+    for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+        assert list(dict(quantizer.named_parameters())) == ["step"]
+        with torch.no_grad():
+            quantizer.step.fill_(0.25)
+    assert (layer.weight_quantizer.lower.item(), layer.weight_quantizer.upper.item()) == (-0.5, 0.25)
+    assert (layer.input_quantizer.lower.item(), layer.input_quantizer.upper.item()) == (0.0, 0.75)
+    missing, unexpected = qmodel.load_state_dict(network().state_dict(), strict=False)
+    assert all("quantizer" in key or key.endswith("output_scale") for key in missing) and not unexpected
+    dq.load_float(qmodel, network().state_dict())
+    dq.calibrate(qmodel, [torch.randn(4, 3, 6, 6)], method="std")
+    assert layer.input_quantizer.step.item() != 0.25
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        pytest.param({"preset": "paper-w1a2"}, "defined for 2 bits and more; found w_bits = 1", id="weight"),
+        pytest.param({"w_bits": 4, "a_bits": 1}, "found a_bits = 1", id="input"),
+        pytest.param({"w_bits": 4, "grid": "integer"}, 'found grid = "integer". Set grid = "auto"', id="grid"),
+        pytest.param({"w_bits": 4, "normalize": True}, "found normalize = true. Set grid", id="normalize"),
+        pytest.param({"w_bits": 4, "rounding": "ste", "grid": "twos"}, 'belongs to rounding = "lsq"', id="twos"),
+        pytest.param({"delta": -1}, "delta: expected a number of 0 or more; found -1", id="delta"),
+        pytest.param({"alpha": 1}, "alpha: expected a number between 0 and 1, both excluded; found 1", id="alpha"),
+        pytest.param({"alpha": True}, "alpha: expected a number", id="no number"),
+    ],
+)
+def test_what_cannot_be_is_refused(asked, told):
+    with pytest.raises(PolicyError) as caught:
+        dq.quantize(network(), **{"rounding": "lsq", **asked})
+    assert told in str(caught.value)
