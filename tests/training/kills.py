@@ -1,8 +1,8 @@
 """Trains a small network in a process that is killed again and again, and lets the last one finish.
 
-`python kills.py FOLDER KILLS SEED` writes `FOLDER/whole`, a run that nobody touched, and `FOLDER/parts`, and prints one
-line of JSON: after how many steps each process was killed. It forks, so that every start is quick: one thread, and
-nothing computed before.
+`python kills.py FOLDER KILLS EPOCHS SEED` writes `FOLDER/whole`, a run that nobody touched, and `FOLDER/parts`, and
+prints one line of JSON: the steps in the checkpoint that each killed process left. It forks, so that every start is
+quick: one thread, and nothing computed before.
 """
 
 import json
@@ -16,27 +16,29 @@ from pathlib import Path
 import torch
 
 from daqconvert.errors import TrainingError
-from daqconvert.training import finetune
+from daqconvert.training import Recipe, evaluate, finetune
 from daqconvert.training.checkpoint import read_checkpoint
-from training.conftest import make_loader, quantized_model
+from daqconvert.training.processes import launched
+from training.conftest import float_model, make_loader, quantized_model
 
 OPTIONS = {
-    "epochs": 4, "lr": 0.05, "ema": 0.9, "checkpoint_steps": 2, "clip_grad": 1.0, "oscillation": "freeze",
-    "accumulate": 2, "progress": False,
+    "lr": 0.05, "ema": 0.9, "checkpoint_steps": 2, "clip_grad": 1.0, "oscillation": "freeze", "accumulate": 2,
+    "progress": False,
 }  # fmt: skip
 
 
-def train(out: Path, workers: int) -> None:
+def train(out: Path, workers: int, epochs: int) -> None:
     noisy = {"noise": 0.3, "num_workers": workers}
-    finetune(quantized_model(), make_loader(**noisy), make_loader(**noisy), out_dir=out, resume=True, **OPTIONS)
+    train_loader, val_loader = make_loader(**noisy), make_loader(**noisy)
+    finetune(quantized_model(), train_loader, val_loader, out_dir=out, resume=True, epochs=epochs, **OPTIONS)
 
 
-def in_child(out: Path, workers: int) -> int:
+def in_child(out: Path, workers: int, epochs: int) -> int:
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            train(out, workers)
+            train(out, workers, epochs)
             code = 0
         finally:
             os._exit(code)
@@ -50,26 +52,26 @@ def steps_of(out: Path) -> int:
         return -1  # killed before there was one
 
 
-def main(folder: Path, kills: int, seed: int) -> None:
+def main(folder: Path, kills: int, epochs: int, seed: int) -> None:
     chosen, whole, parts = random.Random(seed), folder / "whole", folder / "parts"
+    with launched(quantized_model(), Recipe()):  # a forked process finds everything imported
+        evaluate(float_model(), make_loader())
     started = time.perf_counter()
-    assert os.waitpid(in_child(whole, 0), 0)[1] == 0
+    assert os.waitpid(in_child(whole, 0, epochs), 0)[1] == 0
     most, killed = time.perf_counter() - started, []
     while len(killed) < kills:
-        if steps_of(parts) == steps_of(whole):  # too quick for us: once more from the start
-            (parts / "last.safetensors").unlink()
-            for kept in (parts / "checkpoints").iterdir():
-                kept.unlink()
-        child = in_child(parts, chosen.choice((0, 2)))
-        time.sleep(chosen.uniform(0.0, most))
+        child = in_child(parts, chosen.choice((0, 2)), epochs)
+        time.sleep(chosen.uniform(0.0, 3 * most / kills))
         if os.waitpid(child, os.WNOHANG)[0] == 0:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             killed.append(steps_of(parts))
-    assert os.waitpid(in_child(parts, 1), 0)[1] == 0
+        elif len(killed) < kills:
+            raise RuntimeError(f"the run ended after {len(killed)} kills: give it more epochs")
+    assert os.waitpid(in_child(parts, 1, epochs), 0)[1] == 0
     print(json.dumps(killed))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

@@ -13,21 +13,13 @@ from training.test_resume import same
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 
 
-def killed(folder: Path, kills: int, seed: int) -> list[int]:
+def killed(folder: Path, kills: int, epochs: int, seed: int = 0) -> list[int]:
     root = Path(__file__).parents[2]
     paths = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root / "src"), str(root / "tests")])}
-    command = [
-        sys.executable,
-        "-W",
-        "error",
-        str(Path(__file__).with_name("kills.py")),
-        str(folder),
-        str(kills),
-        str(seed),
-    ]
-    said = subprocess.run(
-        command, env={**paths, "OMP_NUM_THREADS": "1"}, check=True, stdout=subprocess.PIPE, text=True
-    )
+    program, numbers = Path(__file__).with_name("kills.py"), map(str, (kills, epochs, seed))
+    command = [sys.executable, "-W", "error", str(program), str(folder), *numbers]
+    env = {**paths, "OMP_NUM_THREADS": "1"}
+    said = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(said.stdout.splitlines()[-1])
 
 
@@ -40,12 +32,12 @@ def check(folder: Path) -> None:
 
 
 def test_killed_three_times(tmp_path):
-    assert len(killed(tmp_path, 3, seed=0)) == 3
+    assert len(killed(tmp_path, 3, 4)) == 3
     check(tmp_path)
 
 
 @pytest.mark.slow
 def test_killed_twenty_times(tmp_path):
-    steps = killed(tmp_path, 20, seed=1)
+    steps = killed(tmp_path, 20, 40)
     assert len(set(steps)) > 3  # at different moments
     check(tmp_path)
