@@ -149,7 +149,8 @@ def test_dict_batches_and_an_own_loss(loader):
 def test_what_is_written(make, loader, val_loader, tmp_path, capsys):
     out, seen = tmp_path / "a" / "run", []
     result = finetune(make(), loader(), val_loader, epochs=2, out_dir=out, on_epoch=seen.append)
-    names = ["best.safetensors", "checkpoints", "last.safetensors", "log.csv", "recipe.toml", "teacher.safetensors"]
+    names = ["best.safetensors", "checkpoints", "last.safetensors", "log.csv", "recipe.toml", "report.html"]
+    names += ["snapshots.jsonl", "steps.csv", "teacher.safetensors", "tensorboard"]
     assert sorted(p.name for p in out.iterdir()) == names
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-00000003.safetensors"]
     with (out / "log.csv").open(newline="") as file:

@@ -26,7 +26,7 @@ class Appended:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.failed = False
+        self._told: set[Path] = set()
 
     def lines(self) -> list[str]:
         """Return its lines; the last one is left out where it was cut off, as by a process that was killed."""
@@ -49,26 +49,32 @@ class Appended:
             except (ValueError, KeyError, TypeError):  # damaged
                 continue
         if self.path.is_file():
-            with self.telling():
+            with telling(self.path, self._told):
                 write_text(self.path, "".join(f"{line}\n" for line in kept), TrainingError)
         return kept
 
     def clear(self) -> None:
         """Remove the file."""
-        with self.telling():
+        with telling(self.path, self._told):
             self.path.unlink(missing_ok=True)
 
     def add(self, line: str) -> None:
         """Write one more line."""
-        with self.telling(), self.path.open("a", encoding="utf-8", newline="") as file:
+        with telling(self.path, self._told), self.path.open("a", encoding="utf-8", newline="") as file:
             file.write(line + "\n")
 
-    @contextmanager
-    def telling(self) -> Iterator[None]:
-        """Say once that the file cannot be written, instead of raising."""
-        try:
-            yield
-        except (OSError, TrainingError) as error:
-            if not self.failed:
-                LOGGER.warning("%s: cannot be written (%s); training goes on without it.", self.path, error)
-            self.failed = True
+
+@contextmanager
+def telling(path: Path, told: set[Path]) -> Iterator[None]:
+    """Say once that a file cannot be written, instead of raising.
+
+    Args:
+        path: The file.
+        told: The files of which it was said; added to.
+    """
+    try:
+        yield
+    except (OSError, TrainingError) as error:
+        if path not in told:
+            LOGGER.warning("%s: cannot be written (%s); training goes on without it.", path, error)
+        told.add(path)

@@ -11,9 +11,15 @@ from collections.abc import Callable
 
 from daqconvert.training.parts.base import Part
 from daqconvert.training.parts.batch_norm import make_frozen_batch_norm, make_reestimation
+from daqconvert.training.parts.board import Board
 from daqconvert.training.parts.bounds import make_bounds
 from daqconvert.training.parts.ema import make_average
+from daqconvert.training.parts.guards import Guards
+from daqconvert.training.parts.oscillation import Oscillation
 from daqconvert.training.parts.progressive import make_progressive
+from daqconvert.training.parts.report_page import ReportPage
+from daqconvert.training.parts.snapshots import Snapshots
+from daqconvert.training.parts.steps import StepLog
 from daqconvert.training.parts.stopping import make_stopping
 from daqconvert.training.recipes import Recipe
 
@@ -24,8 +30,14 @@ MAKERS: tuple[Make, ...] = (
     make_bounds,
     make_frozen_batch_norm,
     make_average,
+    Oscillation.wanted,  # within the average, whose frozen weights it puts at their level
     make_reestimation,
     make_stopping,
+    Guards,
+    lambda recipe: StepLog(),
+    lambda recipe: Snapshots(),
+    lambda recipe: Board(),
+    lambda recipe: ReportPage(),
 )
 """Each returns its part, or None where a recipe does not need it."""
 

@@ -6,11 +6,13 @@ checkpoint is not shown.
 
 from __future__ import annotations
 
-import weakref
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from daqconvert.training.appended import Appended
+from daqconvert.training.events import EventFile
 from daqconvert.training.parts.asking import part_of, writes
 from daqconvert.training.parts.base import Part, Step
 from daqconvert.training.parts.measures import measure, sites_of
@@ -30,55 +32,46 @@ class Board(Part):
     def __init__(self) -> None:
         self._step = 0
         self._resumed = False
-        self._writer: Any = None
+        self._file: EventFile | None = None
 
     def before_epoch(self, run: Run, epoch: int) -> None:
         """Open the log, if there is something to write it with."""
-        if self._writer is not None or not writes(run):
-            return
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
+        if self._file is not None or not writes(run):
             return
         assert run.directory is not None
         folder = run.directory.path / "tensorboard"
         if not self._resumed:
             for old in folder.glob("events.out.tfevents.*"):
-                old.unlink(missing_ok=True)
-        purge = self._step + 1 if self._resumed else None
-        self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=30)
-        weakref.finalize(self, self._writer.close)  # whatever ends the run
+                Appended(old).clear()
+        with suppress(ImportError):
+            self._file = EventFile(folder, self._step + 1 if self._resumed else None)
 
     def after_step(self, run: Run, step: Step) -> None:
         """Write what `steps.csv` has just got."""
         self._step = step.number
         log = part_of(run, StepLog)
-        if self._writer is None or log is None or log.last is None:
+        if self._file is None or log is None or log.last is None:
             return
-        for key, value in log.last.items():
-            if key not in ("step", "epoch") and value is not None:
-                self._writer.add_scalar(f"step/{key}", value, step.number)
+        values = {key: value for key, value in log.last.items() if key not in ("step", "epoch")}
+        self._file.add(step.number, {f"step/{key}": value for key, value in values.items() if value is not None})
 
     def after_epoch(self, run: Run, row: Row) -> None:
         """Write the row of the history, and where bounds and scales are."""
-        if self._writer is None:
+        if self._file is None:
             return
-        for key, value in row.items():
-            if key not in ("step", "epoch") and isinstance(value, (int, float)):
-                self._writer.add_scalar(f"epoch/{key}", value, self._step)
+        scalars = {
+            f"epoch/{key}": value
+            for key, value in row.items()
+            if key not in ("step", "epoch") and isinstance(value, (int, float))
+        }
         oscillation = part_of(run, Oscillation)
         shares = {} if oscillation is None else oscillation.shares
         for name, site in sites_of(run.model).items():
-            for key, value in _scalars(measure(site, levels=False).plain()):
-                self._writer.add_scalar(f"{name}/{key}", value, self._step)
+            found = measure(site, levels=False).plain()
+            scalars |= {f"{name}/{key}": value for key, value in _scalars(found)}
             if name in shares:
-                self._writer.add_scalar(f"{name}/oscillating", shares[name][0], self._step)
-        self._writer.flush()
-
-    def finish(self, run: Run) -> None:
-        """Close the log."""
-        if self._writer is not None:
-            self._writer.close()
+                scalars[f"{name}/oscillating"] = shares[name][0]
+        self._file.add(self._step, scalars)
 
     def meta(self) -> Any:
         """Return the last step."""

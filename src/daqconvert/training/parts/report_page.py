@@ -24,7 +24,7 @@ from daqconvert.quantizers import WeightQuantizer
 from daqconvert.report.layer_cards import LayerReport
 from daqconvert.report.training_page import TrainingReport, training_page
 from daqconvert.spec import Plan
-from daqconvert.training.appended import Appended
+from daqconvert.training.appended import Appended, telling
 from daqconvert.training.parts.asking import part_of, writes
 from daqconvert.training.parts.base import Part
 from daqconvert.training.parts.guards import Guards
@@ -50,11 +50,12 @@ class ReportPage(Part):
 
     def __init__(self) -> None:
         self._written, self._took = time.perf_counter(), FIRST_GUESS
+        self._told: set[Path] = set()
 
     def after_epoch(self, run: Run, row: Row) -> None:
         """Write the page, unless that would take too much of the time."""
         if writes(run):
-            _write_warnings(run)
+            _write_warnings(run, self._told)
             if time.perf_counter() - self._written > self._took / SHARE:
                 self._write(run, [*run.history, row], finished=False)
 
@@ -67,7 +68,7 @@ class ReportPage(Part):
         started = time.perf_counter()
         assert run.directory is not None
         path = run.directory.path / "report.html"
-        with Appended(path).telling():
+        with telling(path, self._told):
             write_text(path, training_page(report_data(run, rows, finished=finished)), TrainingError)
         self._written = time.perf_counter()
         self._took = self._written - started
@@ -207,14 +208,13 @@ def _commands(path: Path) -> Mapping[str, str]:
     }
 
 
-def _write_warnings(run: Run) -> None:
+def _write_warnings(run: Run, told: set[Path]) -> None:
     guards = part_of(run, Guards)
     assert run.directory is not None
     path = run.directory.path / "warnings.jsonl"
     warnings: list[dict[str, Any]] = guards.warnings if guards is not None else []
-    file = Appended(path)
     if not warnings:
-        file.clear()
+        Appended(path).clear()
         return
-    with file.telling():
+    with telling(path, told):
         write_text(path, "".join(json.dumps(warning) + "\n" for warning in warnings), TrainingError)
