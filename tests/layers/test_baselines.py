@@ -15,6 +15,7 @@ from daqconvert.functional.dasr import clip_round
 from daqconvert.functional.grid import Rounding
 from daqconvert.quantizers import InputQuantizer, WeightQuantizer
 from daqconvert.quantizers.lsq import StepInputQuantizer, StepWeightQuantizer
+from layers.test_gradients import SETTINGS, literal_input, literal_weight
 
 CLOSE = {"rtol": 1e-11, "atol": 1e-12}
 each_width = pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
@@ -110,6 +111,49 @@ def test_dsq_at_its_limits_is_finite(alpha):
     x = torch.tensor([0.1, 0.4999, 0.5, 0.9], requires_grad=True)
     clip_round(x, 0.0, 1.0, rounding.kind, rounding.c, rounding.a).sum().backward()
     assert x.grad.isfinite().all() and (x.grad >= 0).all()
+
+
+def literal_ewgs(x, low, high):
+    n = high - low
+    return Ewgs.apply((x.clamp(low, high) - low) / n, n, 0.6) * n + low
+
+
+def literal_dsq(x, low, high):
+    smooth = soft(x.clamp(low, high), 0.2)
+    return torch.round(x.detach().clamp(low, high)) + smooth - smooth.detach()
+
+
+@pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
+@pytest.mark.parametrize(("kind", "literal"), [("ewgs", literal_ewgs), ("dsq", literal_dsq)])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_whole_layers(settings, kind, literal, signed):
+    cls, args, kwargs, shape = GEOMETRIES["conv2d"]
+    x = torch.randn(5, *shape, dtype=torch.float64)
+    x = x if signed else x.abs()
+    both = {"a_bits": 3, "rounding": kind, "delta": 0.6} | settings
+    layer = dq.quantize(cls(*args, **kwargs, dtype=torch.float64), first=both, last=both)
+    dq.calibrate(layer, [x], method="percentile")
+    with torch.no_grad():  # so that both ends clip, and no grid is symmetric by chance
+        for key, parameter in layer.named_parameters():
+            if key not in ("weight", "bias"):
+                parameter.mul_(0.6 + 0.2 * torch.rand_like(parameter))
+    parameters = {key: p.detach().clone().requires_grad_(p.requires_grad) for key, p in layer.named_parameters()}
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    w_q, x_q = literal_weight(layer, parameters, literal), literal_input(layer, inputs[0], parameters, literal)
+    scale = parameters["output_scale"]
+    expected = layer.accumulate(x_q, w_q) * (scale.reshape(-1, 1, 1) if scale.dim() else scale)
+    if layer.bias is not None:
+        expected = expected + parameters["bias"].reshape(-1, 1, 1)
+    out = layer(inputs[1])
+    grad = torch.randn_like(out)
+    expected.backward(grad)
+    out.backward(grad)
+    close = {"rtol": 1e-9, "atol": 1e-9}
+    torch.testing.assert_close(out, expected, **close)
+    torch.testing.assert_close(inputs[1].grad, inputs[0].grad, **close)
+    for key, parameter in layer.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, parameters[key].grad, **close)
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])

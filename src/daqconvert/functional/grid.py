@@ -49,8 +49,8 @@ class Rounding:
         """Return that of EWGS on a grid of so many intervals.
 
         Example:
-            >>> Rounding.ewgs(0.3, 15).over(3).c
-            0.1
+            >>> Rounding.ewgs(0.75, 15).over(3).c
+            0.25
         """
         return Rounding("ewgs", delta / intervals, delta)
 

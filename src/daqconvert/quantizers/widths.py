@@ -28,8 +28,8 @@ def make_rounding(settings: Settings, gamma: float, sigma: float, intervals: int
         intervals: Between the lowest and the highest level.
 
     Example:
-        >>> make_rounding(Settings(rounding="ewgs", delta=0.3), 2.0, 1.0, 3).numbers[1]
-        0.1
+        >>> make_rounding(Settings(rounding="ewgs", delta=0.75), 2.0, 1.0, 3).numbers[1]
+        0.25
     """
     if settings.rounding == "ewgs":
         return Rounding.ewgs(settings.delta, intervals)
