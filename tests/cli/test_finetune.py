@@ -17,7 +17,8 @@ from daqconvert.cli.rundir import read_config
 
 FILES = {
     "config.json", "recipe.toml", "log.csv", "last.safetensors", "best.safetensors", "teacher.safetensors",
-    "float.safetensors", "float.onnx", "artifact", "model.onnx", "summary.json",
+    "float.safetensors", "float.onnx", "artifact", "model.onnx", "summary.json", "checkpoints", "report.html",
+    "steps.csv", "snapshots.jsonl", "tensorboard",
 }  # fmt: skip
 
 
@@ -77,6 +78,12 @@ def test_existing_directory_is_refused_and_unchanged(daq, run, tiny):
         (("--policy", "none.toml"), "none.toml"),
         (("--recipe", "paper-cifar"), "paper-cifar10"),
         (("--epochs", "0"), "epochs"),
+        (("--with", "epoch=3"), "--with 'epoch=3': 'epoch' is not a field of a recipe. Nearest: epochs"),
+        (("--with", "epochs=some"), "--with 'epochs=some': epochs: expected an integer of 1 or more; found 'some'"),
+        (("--with", "epochs"), "--with 'epochs': expected FIELD=VALUE"),
+        (("--with", "epochs=3", "--epochs", "3"), "--epochs and --with epochs: give one of them."),
+        (("--with", "color_jitter=0.4"), "--with color_jitter: has no effect on scikit-learn's digits"),
+        (("--val", "{folder}"), "Name a model"),
         (("--exclude", "layer9.*"), "layer9.*"),
         (("--holdout", "0.5"), "The digits have their own split"),
         (("--pretrained",), "Name a model"),
@@ -119,7 +126,9 @@ def test_resume_after_an_interruption_gives_the_same_weights(daq, finished, run)
     ("arguments", "message"),
     [
         (("resnet18",), "has model 'test_resnet', found 'resnet18'"),
-        (("--epochs", "3"), "epochs"),
+        (("--epochs", "3"), "has epochs 2, found 3. A run goes on with its own recipe"),
+        (("--with", "mixup=0.2", "--lr", "0.02"), "has mixup 0.0, found 0.2."),
+        (("--recipe", "fewshot"), "has decay 'all', found 'weights'; "),
         (("--float-epochs", "5"), "2 float epochs, found 5"),
         (("--w-bits", "2"), "another policy"),
         (("--workers", "1", "--input-size", "64"), "has input_size None, found 64"),

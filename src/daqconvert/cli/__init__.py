@@ -18,6 +18,7 @@ from daqconvert.cli.freeze import freeze_command
 from daqconvert.cli.inspect import inspect_command
 from daqconvert.cli.output import guarded
 from daqconvert.cli.plan import plan_command
+from daqconvert.cli.recipes import recipes_command
 from daqconvert.cli.verify import verify_command
 
 __all__ = ["app", "main"]
@@ -38,6 +39,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "freeze": freeze_command,
     "export": export_command,
     "inspect": inspect_command,
+    "recipes": recipes_command,
     "verify": verify_command,
     "bench": bench_command,
 }

@@ -46,7 +46,7 @@ def _run(path: Path) -> tuple[str, dict[str, Any]]:
     facts = [f"{path}: {config.job.source}, {bits_text(config.plan)}, recipe {config.recipe.name}"]
     facts += ["  ".join(f"{key}={value}" for key, value in job.items())]
     table = render(simple_table("", ("file", "bytes"), list(files.items())))
-    last = summary_text(summary) if summary else "not finished: it has no summary"
+    last = summary_text(summary, path) if summary else "not finished: it has no summary"
     document = {"job": job, "recipe": config.recipe.to_dict(), "files": files, "summary": summary}
     return "\n".join([*facts, table, last]), document
 

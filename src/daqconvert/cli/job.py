@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from daqconvert.data import Loaders, Splits, create_loaders, open_splits
+from daqconvert.data import Augmentation, Loaders, Splits, answered_by, create_loaders, open_splits
 from daqconvert.errors import ConversionError, DataError
 from daqconvert.sources import Source, build_model, parse_source
+from daqconvert.training import Recipe
 
 DEMO_MODEL = "timm:test_resnet"
 EVAL_BATCH = 64
@@ -29,6 +31,7 @@ class Job:
         pretrained: Whether published weights are wanted.
         checkpoint: File of float weights.
         data: Folder, parquet file or data set name; None for the digits.
+        val: Folder or parquet file to evaluate on instead of a part of it.
         holdout: Share or number of images held out.
         data_root: Where a timm data set lies.
         download: Whether it may be downloaded.
@@ -43,6 +46,7 @@ class Job:
     pretrained: bool = False
     checkpoint: str | None = None
     data: str | None = None
+    val: str | None = None
     holdout: float | int | None = None
     data_root: str | None = None
     download: bool = False
@@ -56,7 +60,7 @@ class Job:
             raise DataError("--workers and --seed: expected 0 or more.")
         if self.input_size is not None and self.input_size < 1:
             raise DataError(f"--input-size {self.input_size}: expected 1 or more.")
-        if self.model is None and (self.pretrained or self.checkpoint or self.model_args or self.data):
+        if self.model is None and (self.pretrained or self.checkpoint or self.model_args or self.data or self.val):
             raise ConversionError("Name a model: without one, only the digits and their small network are at hand.")
 
     @property
@@ -99,20 +103,22 @@ class Opened:
         return {"source": str(self.source), "source_kwargs": self.model_args}
 
 
-def open_job(job: Job, batch_size: int, skeleton: bool = False) -> Opened:
+def open_job(job: Job, batch_size: int, skeleton: bool = False, recipe: Recipe | None = None) -> Opened:
     """Build a job's model and open its data.
 
     Args:
         job: The job.
         batch_size: Images a batch.
         skeleton: Leave published weights and the checkpoint out; whoever asks has weights of their own.
+        recipe: How it is trained: says what training images go through, and whether a new head would learn anything.
 
     Raises:
         ConversionError: If the model cannot be built.
         DataError: If the data cannot be read, or has more classes than the model.
     """
     splits = _splits(job)
-    arguments = dict(job.model_args) | _defaults(job, splits)
+    taught = recipe is not None and recipe.distill == 1.0
+    arguments = dict(job.model_args) | _defaults(job, splits, taught)
     model = build_model(
         job.source,
         pretrained=job.pretrained and not skeleton,
@@ -126,36 +132,65 @@ def open_job(job: Job, batch_size: int, skeleton: bool = False) -> Opened:
         batch_size,
         source=str(job.source),
         input_size=job.input_size,
+        augment=True if recipe is None else _augmentation(recipe),
         num_workers=job.workers,
         seed=job.seed,
     )
+    _check_classes(job, model, loaders, taught)
+    return Opened(model.to(_device()), loaders, job.source, arguments)
+
+
+def measured_by_float(opened: Opened) -> Opened:
+    """Return a job whose held-out images have labels: the float model's answers, where the data has none.
+
+    Args:
+        opened: With the float model's weights.
+    """
+    return dataclasses.replace(opened, loaders=answered_by(opened.model, opened.loaders))
+
+
+def _augmentation(recipe: Recipe) -> Augmentation:
+    return Augmentation(recipe.augment, recipe.color_jitter, recipe.random_erasing, recipe.crop_scale)
+
+
+def _check_classes(job: Job, model: nn.Module, loaders: Loaders, taught: bool) -> None:
     outputs = getattr(model, "num_classes", None)
-    if isinstance(outputs, int) and outputs < loaders.num_classes:
+    if not isinstance(outputs, int):
+        return
+    if outputs < loaders.num_classes:
         raise DataError(
             f"{job.source} has {outputs} classes, its data {loaders.num_classes}. Give --model-arg "
             f"num_classes={loaders.num_classes}."
         )
-    return Opened(model.to(_device()), loaders, job.source, arguments)
+    names = loaders.class_names
+    if taught and names is not None and outputs != len(names) and job.data is not None:
+        raise DataError(
+            f"{job.source} has {outputs} classes, the folders {len(names)}. Training towards the float model alone "
+            f"(distill = 1) keeps its classes: name all {outputs} folders, give a --checkpoint of a model with "
+            f"{len(names)} classes, or images without class folders."
+        )
 
 
 def _splits(job: Job) -> Splits | None:
     if job.data is None:
-        if job.holdout is not None or job.num_classes is not None or job.data_root is not None or job.download:
+        others = (job.holdout, job.num_classes, job.data_root, job.val)
+        if job.download or any(value is not None for value in others):
             raise DataError(
                 "The digits have their own split and ten classes. Give --data, or no other option on data."
             )
         return None
-    return open_splits(job.data, job.holdout, job.seed, job.data_root, job.download, job.num_classes)
+    return open_splits(job.data, job.holdout, job.seed, job.data_root, job.download, job.num_classes, job.val)
 
 
-def _defaults(job: Job, splits: Splits | None) -> dict[str, Any]:
+def _defaults(job: Job, splits: Splits | None, taught: bool) -> dict[str, Any]:
     """Arguments that the data decides, unless the user has, or the builder is the user's own."""
     if job.source.kind == "import":
         return {}
     found: dict[str, Any] = {}
     named = splits is None or splits.class_names is not None or not (job.pretrained or job.checkpoint)
+    named = named and not (taught and job.pretrained)  # where labels teach nothing a new head stays random
     classes = job.num_classes or (10 if splits is None else splits.num_classes)
-    if "num_classes" not in job.model_args and (named or job.num_classes):
+    if "num_classes" not in job.model_args and classes and (named or job.num_classes):
         found["num_classes"] = classes  # numbers alone may be some of the published model's classes: its head stays
     fresh = not (job.pretrained or job.checkpoint)
     if splits is None and fresh and job.source.kind == "timm" and "in_chans" not in job.model_args:
@@ -164,7 +199,9 @@ def _defaults(job: Job, splits: Splits | None) -> dict[str, Any]:
 
 
 def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def job_from_dict(values: Mapping[str, Any], where: str | Path) -> Job:

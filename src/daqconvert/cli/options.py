@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from daqconvert.cli.job import Job
-from daqconvert.errors import DataError, PolicyError
+from daqconvert.errors import DataError, PolicyError, TrainingError
 from daqconvert.policy.arguments import build
 from daqconvert.spec import Policy
+from daqconvert.training.recipes import parse_overrides
 
 DEFAULT_BITS = 4
 
@@ -37,6 +38,10 @@ CodeModel = Annotated[
 Data = Annotated[
     str | None,
     option("--data", "Folder of images, .parquet file or timm data set name. Default: scikit-learn's digits."),
+]
+Val = Annotated[
+    Path | None,
+    option("--val", "Folder or .parquet file to evaluate on, all of it; then all of --data is trained on."),
 ]
 Holdout = Annotated[float | None, option("--holdout", "Share (below 1) or number of images held out.")]
 DataRoot = Annotated[Path | None, option("--data-root", "Where a timm data set lies. Default: data.")]
@@ -73,6 +78,18 @@ Setting = Annotated[
     list[str] | None, option("--set", "KEY=VALUE of any other setting, as granularity=tensor; repeatable.")
 ]
 
+RecipeName = Annotated[
+    str | None, option("--recipe", "A name that daqconvert recipes shows, or a TOML file. Default: quick.")
+]
+With = Annotated[
+    list[str] | None, option("--with", "FIELD=VALUE of any field of the recipe, as clip_grad=1; repeatable.")
+]
+Epochs = Annotated[int | None, option("--epochs", "Epochs of finetuning.")]
+Rate = Annotated[float | None, option("--lr", "Learning rate of the weights.")]
+QuantizerRate = Annotated[float | None, option("--quantizer-lr", "Learning rate of the quantizers.")]
+Distill = Annotated[float | None, option("--distill", "Weight of distillation, 0 to 1.")]
+Seed = Annotated[int | None, option("--seed", "Seed of everything random.")]
+
 Json = Annotated[bool, option("--json", "Print one JSON document on standard output, and nothing else there.")]
 Overwrite = Annotated[bool, option("--overwrite", "Replace what is there.")]
 
@@ -101,6 +118,30 @@ def pairs(texts: list[str] | None, option: str) -> dict[str, Any]:
         except json.JSONDecodeError:
             found[key.strip().replace("-", "_")] = value
     return found
+
+
+def recipe_changes(fields: list[str] | None, **named: Any) -> dict[str, Any]:
+    """Return the fields of the recipe that the user changed, by `--with` and by options of their own.
+
+    Args:
+        fields: FIELD=VALUE as typed.
+        **named: Of options of their own; None where it was not given.
+
+    Raises:
+        TrainingError: If one of them is no field, cannot be read, or is given in both ways.
+
+    Example:
+        >>> recipe_changes(["clip_grad=1", "mixup=0.2"], epochs=3, lr=None)
+        {'clip_grad': 1.0, 'mixup': 0.2, 'epochs': 3}
+    """
+    try:
+        found = parse_overrides(fields or [])
+    except TrainingError as error:
+        raise TrainingError(str(error).replace("override", "--with", 1)) from None
+    given = {name: value for name, value in named.items() if value is not None}
+    for name in found.keys() & given.keys():
+        raise TrainingError(f"--{name.replace('_', '-')} and --with {name}: give one of them.")
+    return found | given
 
 
 def read_policy(
@@ -198,7 +239,7 @@ def _position(text: str, option: str) -> tuple[int | None, ...] | None:
 def job_from(
     model: str | None, model_arg: list[str] | None, pretrained: bool, checkpoint: Path | None, data: str | None,
     holdout: float | None, data_root: Path | None, download: bool, input_size: int | None, num_classes: int | None,
-    workers: int, seed: int | None = None,
+    workers: int, seed: int | None = None, val: Path | None = None,
 ) -> Job:  # fmt: skip
     """Return the job that the options name; arguments are those of `Job`, as typed."""
     return Job(
@@ -207,6 +248,7 @@ def job_from(
         pretrained=pretrained,
         checkpoint=None if checkpoint is None else str(checkpoint),
         data=data,
+        val=None if val is None else str(val),
         holdout=holdout_value(holdout),
         data_root=None if data_root is None else str(data_root),
         download=download,

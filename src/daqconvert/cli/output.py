@@ -8,13 +8,16 @@ import json
 import math
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import typer
 
+from daqconvert.cli.processes import is_main, number
 from daqconvert.errors import DaqError
 
+LATER = 5.0  # seconds in which a launcher ends the other processes when one has failed
 WORKER = re.compile(r"Caught \w+ in DataLoader worker process.*?\n(?:\w+\.)*\w*Error: ", re.DOTALL)
 
 
@@ -44,6 +47,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 def fail(text: str, code: int) -> None:
     """Print one paragraph on standard error and leave.
 
+    A process that is not the main one speaks later: where all fail alike, the launcher has ended it by then.
+
     Args:
         text: What happened.
         code: Exit code.
@@ -51,13 +56,18 @@ def fail(text: str, code: int) -> None:
     Raises:
         typer.Exit: Always.
     """
-    print(" ".join(text.split()), file=sys.stderr)
+    said = " ".join(text.split())
+    if not is_main():
+        time.sleep(LATER)
+        said = f"process {number()}: {said}"
+    print(said, file=sys.stderr, flush=True)
     raise typer.Exit(code)
 
 
 def say(text: str) -> None:
-    """Print a line of progress on standard error."""
-    print(text, file=sys.stderr, flush=True)
+    """Print a line of progress on standard error, on the main process."""
+    if is_main():
+        print(text, file=sys.stderr, flush=True)
 
 
 class Output:

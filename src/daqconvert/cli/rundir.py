@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from daqconvert.cli.job import Job, Opened, job_from_dict, open_job
+from daqconvert.cli.job import Job, Opened, job_from_dict, measured_by_float, open_job
 from daqconvert.convert import apply_plan
 from daqconvert.errors import ConversionError, TrainingError
 from daqconvert.files import replacing, write_text
@@ -19,6 +19,7 @@ from daqconvert.sources import parse_source
 from daqconvert.spec import Plan
 from daqconvert.state_dicts import load_checkpoint
 from daqconvert.training import Recipe, load_weights
+from daqconvert.training.rundir import RunDirectory
 from daqconvert.version import __version__
 
 RUN = "run"
@@ -26,6 +27,7 @@ CONFIG, FLOAT, SUMMARY = "config.json", "float.safetensors", "summary.json"
 ARTIFACT, ONNX, FLOAT_ONNX = "artifact", "model.onnx", "float.onnx"
 HINT = "Free some space or choose another --out."
 BEST = "best.safetensors"
+LOGS = {"report": "report.html", "log": "log.csv", "steps": "steps.csv", "warnings": "warnings.jsonl"}
 OWN = (CONFIG, FLOAT, SUMMARY, ARTIFACT, ONNX, FLOAT_ONNX)
 
 
@@ -79,12 +81,24 @@ def clear(path: Path) -> None:
     Args:
         path: The run directory.
     """
+    if path.is_dir():
+        RunDirectory(path, overwrite=True).clear()
     for name in OWN:
         target = path / name
         if target.is_dir() and not target.is_symlink():
             shutil.rmtree(target)
         else:
             target.unlink(missing_ok=True)
+
+
+def written(path: Path) -> dict[str, str]:
+    """Return what a run has to read, by what it is: its page, its logs, its warnings.
+
+    Args:
+        path: The run directory.
+    """
+    found = {key: name for key, name in LOGS.items() if (path / name).is_file()}
+    return found | ({"tensorboard": "tensorboard"} if (path / "tensorboard").is_dir() else {})
 
 
 def write_config(path: Path, config: Config) -> None:
@@ -185,9 +199,9 @@ def open_run(
     job = dataclasses.replace(allow_code(config.job, typed, path), **changes or {})
     if not (path / FLOAT).is_file():
         raise TrainingError(f"{path}: it has no {FLOAT} yet. Go on with daqconvert finetune --out {path} --resume.")
-    opened = open_job(job, batch_size, skeleton=True)
+    opened = open_job(job, batch_size, skeleton=True, recipe=config.recipe)
     load_checkpoint(opened.model, path / FLOAT)
-    return config, opened
+    return config, measured_by_float(opened)
 
 
 def quantized_model(path: Path, config: Config, opened: Opened) -> Any:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from daqconvert.cli.deployment import Deployed
-from daqconvert.cli.rundir import ARTIFACT, FLOAT, FLOAT_ONNX, ONNX, Config
+from daqconvert.cli.rundir import ARTIFACT, FLOAT, FLOAT_ONNX, ONNX, SUMMARY, Config
+from daqconvert.data import Loaders
 from daqconvert.report.tables import render, simple_table
 from daqconvert.spec import Plan
 
@@ -34,13 +36,13 @@ def bits_text(plan: Plan) -> str:
 
 
 def summary_document(
-    config: Config, data: str, top1: tuple[float | None, float | None], deployed: Deployed, seconds: float
+    config: Config, data: Loaders, top1: tuple[float | None, float | None], deployed: Deployed, seconds: float
 ) -> dict[str, Any]:
     """Return everything that a run found, as plain values.
 
     Args:
         config: The run's configuration.
-        data: One line about the data.
+        data: What it was trained and measured on.
         top1: Accuracy of the float and of the quantized model on the held-out images.
         deployed: Files, agreement and times.
         seconds: Time of the whole run.
@@ -49,7 +51,8 @@ def summary_document(
     same = None if report is None else report.class_agreement
     return {
         "model": str(config.job.source),
-        "data": data,
+        "data": data.description,
+        "measured_by": "labels" if data.val_labelled else "the float model's answers",
         "bits": bits_text(config.plan),
         "epochs": config.recipe.epochs,
         "top1": {"float": top1[0], "quantized": top1[1]},
@@ -62,11 +65,12 @@ def summary_document(
     }
 
 
-def summary_text(document: Mapping[str, Any]) -> str:
-    """Return the summary as text, the table last.
+def summary_text(document: Mapping[str, Any], out: Path) -> str:
+    """Return the summary as text: the table, and below it where there is more to read.
 
     Args:
         document: From `summary_document`, or read from `summary.json`.
+        out: The run directory.
     """
     same = document["onnx_class_agreement"]
     top1 = {**document["top1"], "onnx": document["top1"]["quantized"] if same == 1.0 else None}
@@ -85,8 +89,10 @@ def summary_text(document: Mapping[str, Any]) -> str:
     if same is not None:
         checked = document["onnx_images_checked"]
         lines.append(f"ONNX Runtime gives the frozen model's class for {same:.2%} of {checked} images")
-    table = simple_table("", ("model", "top-1", "file", "size", "time per image"), rows)
-    return "\n".join([*lines, render(table)])
+    measured = "top-1" if document["measured_by"] == "labels" else "as float"
+    table = simple_table("", ("model", measured, "file", "size", "time per image"), rows)
+    read = [name + "/" * (key == "tensorboard") for key, name in document["files"].items()]
+    return "\n".join([*lines, render(table), f"in {out}: {', '.join([*read, SUMMARY])}"])
 
 
 def _milliseconds(seconds: float | None) -> str | None:

@@ -12,10 +12,10 @@ from daqconvert.artifact import load, read_manifest
 from daqconvert.artifact.manifest import MANIFEST
 from daqconvert.calibration import calibrate
 from daqconvert.cli import rundir
-from daqconvert.cli.job import Job, Opened, open_job
+from daqconvert.cli.job import Job, Opened, measured_by_float, open_job
 from daqconvert.convert import quantize
 from daqconvert.data import Loaders, create_loaders, open_splits
-from daqconvert.errors import ArtifactError, ConversionError, PolicyError
+from daqconvert.errors import ArtifactError, ConversionError, DataError, PolicyError
 from daqconvert.sources import build_model
 from daqconvert.spec import Policy
 
@@ -95,7 +95,8 @@ def data_changes(job: Job) -> dict[str, Any]:
     """
     names = ("data", "holdout", "data_root", "download", "input_size", "num_classes", "workers")
     default = Job()
-    return {name: getattr(job, name) for name in names if getattr(job, name) != getattr(default, name)}
+    found = {name: getattr(job, name) for name in names if getattr(job, name) != getattr(default, name)}
+    return found | ({"val": None} if "data" in found else {})  # which belongs to the run's own data
 
 
 def loaders_of(path: Path, frozen: nn.Module, job: Job, batch_size: int) -> Loaders:
@@ -106,12 +107,19 @@ def loaders_of(path: Path, frozen: nn.Module, job: Job, batch_size: int) -> Load
         frozen: Its model.
         job: Read from the options.
         batch_size: Images a batch.
+
+    Raises:
+        DataError: If its images have no labels.
     """
     splits = (
         None
         if job.data is None
         else open_splits(job.data, job.holdout, job.seed, job.data_root, job.download, job.num_classes)
     )
+    if splits is not None and not splits.val_labelled:
+        raise DataError(
+            f"{job.data}: its images have no labels to measure an artifact by. Put them into class folders."
+        )
     source = read_manifest(path).source
     return create_loaders(
         splits, frozen, batch_size, source=source, input_size=job.input_size, num_workers=job.workers
@@ -131,7 +139,7 @@ def open_named(job: Job, batch_size: int = EVAL_BATCH) -> Opened:
     if not job.has_weights:
         raise ConversionError(f"{job.source} would have random weights. Give --pretrained or --checkpoint FILE.")
     torch.manual_seed(job.seed)
-    return open_job(job, batch_size)
+    return measured_by_float(open_job(job, batch_size))
 
 
 def not_artifact(kind: str, target: str) -> None:

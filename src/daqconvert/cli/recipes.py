@@ -1,0 +1,72 @@
+"""`daqconvert recipes`: the recipes that have a name, field by field; or one of them, or a file, with what it says."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from typing import Annotated, Any
+
+import typer
+
+from daqconvert.cli import options as o
+from daqconvert.cli.output import Output
+from daqconvert.report.tables import render, simple_table
+from daqconvert.training import RECIPES, Recipe, recipe
+
+Name = Annotated[
+    str | None, typer.Argument(help="One of them, or a TOML file. Default: all that have a name.", show_default=False)
+]
+FIELD = re.compile(r"(\w+): (.*)")
+
+
+def recipes_command(name: Name = None, as_json: o.Json = False) -> None:
+    """Show the fields of the recipes; each can be changed by daqconvert finetune --with FIELD=VALUE."""
+    with Output(as_json).capturing() as output:
+        found = RECIPES if name is None else {name: recipe(name)}
+        document = {title: one.to_dict() for title, one in found.items()}
+        output.show(_one(found[name]) if name else _all(found), document)
+
+
+def _all(found: dict[str, Recipe]) -> str:
+    documents = [one.to_dict() for one in found.values()]
+    names = [field for field in documents[0] if field != "name"]
+    rows = [(field, *(_text(document[field]) for document in documents)) for field in names]
+    hint = "daqconvert recipes NAME says what the fields are; daqconvert finetune --with FIELD=VALUE changes one."
+    return f"{render(simple_table('', ('field', *found), rows))}\n{hint}"
+
+
+def _one(chosen: Recipe) -> str:
+    said = meanings()
+    rows = [(field, _text(value), said.get(field, "")) for field, value in chosen.to_dict().items()]
+    return render(simple_table("", ("field", "value", ""), rows))
+
+
+def meanings() -> dict[str, str]:
+    """Return what each field of a recipe is, from where it is documented.
+
+    Example:
+        >>> meanings()["epochs"]
+        'Passes over the training loader.'
+    """
+    text = inspect.getdoc(Recipe) or ""
+    found: dict[str, str] = {}
+    last = ""
+    for line in text.partition("Attributes:")[2].partition("Example:")[0].splitlines():
+        match = FIELD.fullmatch(line.strip()) if line.startswith("    ") and not line.startswith("     ") else None
+        if match:
+            last = match[1]
+            found[last] = match[2]
+        elif last and line.strip():
+            found[last] += f" {line.strip()}"
+    return {field: said.replace("`", "") for field, said in found.items()}
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):  # names, or stages
+        return (",".join(value) if all(isinstance(item, str) for item in value) else json.dumps(value)) or "-"
+    return f"{value:g}" if isinstance(value, float) else str(value) or "-"
