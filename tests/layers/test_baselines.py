@@ -280,6 +280,8 @@ def test_lsq_keeps_the_contract():
             quantizer.step.fill_(0.25)
     assert (layer.weight_quantizer.lower.item(), layer.weight_quantizer.upper.item()) == (-0.5, 0.25)
     assert (layer.input_quantizer.lower.item(), layer.input_quantizer.upper.item()) == (0.0, 0.75)
+    shown = repr(layer)
+    assert "2 bits, twos, per tensor, lsq" in shown and "2 bits, unsigned, lsq" in shown
     missing, unexpected = qmodel.load_state_dict(network().state_dict(), strict=False)
     assert all("quantizer" in key or key.endswith("output_scale") for key in missing) and not unexpected
     dq.load_float(qmodel, network().state_dict())

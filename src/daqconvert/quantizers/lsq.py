@@ -118,6 +118,10 @@ class StepWeightQuantizer(WeightQuantizer):
     def _rescale_bounds(self, bits: int) -> None:
         self.step.mul_(math.sqrt(self.top / levels(bits, self.grid)))  # as its starts at the two widths are
 
+    def extra_repr(self) -> str:
+        """Return bits, grid and granularity for `print(model)`."""
+        return f"{super().extra_repr().removesuffix(self.rounding.kind)}lsq"
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         Quantizer._save_to_state_dict(self, destination, prefix, keep_vars)
 
@@ -191,6 +195,10 @@ class StepInputQuantizer(InputQuantizer):
         before = self.ends(self.sign is True)[1]
         after = 2 ** (bits - (self.sign is True)) - 1
         self.step.mul_(math.sqrt(before / after))  # as its starts at the two widths are
+
+    def extra_repr(self) -> str:
+        """Return bits and sign for `print(model)`."""
+        return f"{super().extra_repr().removesuffix(self.rounding.kind)}lsq"
 
     def _set_sign(self, signed: bool | None) -> None:
         self._sign = signed
