@@ -1,0 +1,97 @@
+import itertools
+import types
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+
+import daqconvert as dq
+from daqconvert.errors import TrainingError
+from daqconvert.training import Recipe
+from daqconvert.training.epochs import Epochs
+from daqconvert.training.parts.batch_norm import Reestimation, batch_norms, estimate
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4, momentum=0.3))
+
+
+def test_statistics_are_means_over_batches_of_the_weights_as_they_are():
+    model, batches = net().train(), [torch.randn(8, 4) + i for i in range(3)]
+    estimate(model, [((x,), {}) for x in batches])
+    first, second = batch_norms(model)
+    inner = []
+    for x in batches:
+        normed = (x - x.mean(0)) / (x.var(0, unbiased=False) + first.eps).sqrt()
+        inner.append(model[2](normed * first.weight + first.bias))
+    for norm, seen in ((first, batches), (second, inner)):
+        torch.testing.assert_close(norm.running_mean, torch.stack([x.mean(0) for x in seen]).mean(0))
+        torch.testing.assert_close(norm.running_var, torch.stack([x.var(0) for x in seen]).mean(0))
+    assert (first.momentum, second.momentum) == (0.1, 0.3)
+    assert all(module.training for module in model.modules())
+
+
+def test_a_context_gives_everything_back():
+    loader = [(torch.randn(8, 4), torch.zeros(8).long()) for _ in range(4)]
+    model = net().train()
+    processes = types.SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext)
+    run = types.SimpleNamespace(
+        model=model, train_loader=loader, train_epochs=Epochs(loader, 0), processes=processes,
+        position=types.SimpleNamespace(epoch=1), epochs_done=1,
+    )  # fmt: skip
+    part = Reestimation(Recipe(reestimate=2))
+    part.start(run)
+    before, random = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    with part.evaluating(run):
+        torch.testing.assert_close(model[1].running_mean, torch.stack([x.mean(0) for x, _ in loader[:2]]).mean(0))
+        assert torch.equal(torch.get_rng_state(), random)
+        inside = {k: v.clone() for k, v in model.state_dict().items()}
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    part.finish(run)
+    assert all(torch.equal(v, inside[k]) for k, v in model.state_dict().items())
+
+
+def steps(qmodel, loader, val_loader=None, **options):
+    seen = []
+    options = {"progress": False, "epochs": 2, "lr": 0.1, **options}
+    result = dq.finetune(
+        qmodel, loader(), val_loader, **options,
+        on_step=lambda step: seen.append({k: v.detach().clone() for k, v in qmodel.state_dict().items()}),
+    )  # fmt: skip
+    return seen, result
+
+
+def test_training_does_not_see_a_reestimation_and_the_end_keeps_it(make, loader, val_loader):
+    plain, before = steps(make(), loader, val_loader)
+    qmodel = make()
+    seen, result = steps(qmodel, loader, val_loader, reestimate=2)
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(seen, plain, strict=True) for k in a)
+    assert result.history[0]["val_loss"] != before.history[0]["val_loss"]
+    assert dq.evaluate(qmodel, val_loader).loss == result.history[-1]["val_loss"]
+
+
+def test_averaged_weights_have_statistics_of_their_own(make, loader, val_loader):
+    qmodel = make()
+    _, result = steps(qmodel, loader, val_loader, reestimate=2, ema=0.9)
+    assert dq.evaluate(qmodel, val_loader).loss == result.history[-1]["val_loss"]
+    first = qmodel.state_dict()["1.running_mean"].clone()
+    other = make()
+    steps(other, loader, val_loader, ema=0.9)
+    assert torch.equal(other[0].weight, qmodel[0].weight)
+    assert not torch.equal(first, other.state_dict()["1.running_mean"])
+
+
+def test_statistics_freeze_at_their_step(make, loader):
+    seen, _ = steps(make(), loader, batch_norm_freeze_at=0.7)  # 6 steps, so after 4
+    means = [state["1.running_mean"] for state in seen]
+    assert [torch.equal(a, b) for a, b in itertools.pairwise(means)] == [False, False, False, True, True]
+    assert not torch.equal(seen[4]["1.weight"], seen[5]["1.weight"])
+
+
+@pytest.mark.parametrize("options", [{"reestimate": 1}, {"batch_norm_freeze_at": 0.5}], ids=str)
+def test_without_batch_norm_it_has_no_effect(options):
+    qmodel = dq.quantize(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)), w_bits=4, a_bits=4)
+    with pytest.raises(TrainingError, match=f"{next(iter(options))}: has no effect.*no batch norm"):
+        dq.finetune(qmodel, [(torch.randn(8, 8), torch.zeros(8).long())], progress=False, **options)
