@@ -24,7 +24,8 @@ def test_blocks_run(page, tmp_path, monkeypatch, capsys):
             exec(block, namespace)
     assert "2 epochs" in capsys.readouterr().out
     files = set(re.findall(r"^\| `([\w.]+)` \| ", page.split("## What is written")[1], re.MULTILINE))
-    assert files == {path.name for path in (tmp_path / "runs" / "a").iterdir()}
+    there = {path.name for path in (tmp_path / "runs" / "a").iterdir()}
+    assert files - {"warnings.jsonl"} == there - {"warnings.jsonl"}  # written where there are some
 
 
 def test_the_file_is_a_recipe(page, tmp_path):
