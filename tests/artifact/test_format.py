@@ -52,6 +52,8 @@ def decoded(artifact):
 
 
 def operand(codes, bits, grid):
+    if grid == "twos":
+        return codes - 2.0 ** (bits - 1)
     return 2 * codes - (2**bits - 1) if grid == "midrise" else codes - (2 ** (bits - 1) - 1)
 
 
@@ -67,12 +69,13 @@ def linear(state, name, settings, x):
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize("grid", ["midrise", "integer"])
+@pytest.mark.parametrize("grid", ["midrise", "integer", "twos"])
 def test_the_prose_is_enough_to_compute_an_output(bits, grid, tmp_path):
-    if (bits, grid) == (1, "integer"):
-        grid = "auto"
+    if bits == 1:
+        grid = "midrise"
     model = nn.Sequential(nn.Linear(7, 5), nn.Sigmoid(), nn.Linear(5, 3))
     both, x = {"w_bits": bits, "a_bits": max(bits, 2), "grid": grid}, torch.randn(6, 7)
+    both["rounding"] = "lsq" if grid == "twos" else "daq"
     frozen = frozen_of(model, (x,), **both, first=both, last=both)
     state, settings = decoded(dq.save(frozen, tmp_path / "a"))
     for key, value in frozen.state_dict().items():

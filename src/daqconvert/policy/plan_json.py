@@ -18,6 +18,8 @@ from daqconvert.spec import Plan, PlanRow
 from daqconvert.spec.auto import resolve_auto, resolve_computed
 
 ORDERS = ("fx", "modules")
+LATER = ("delta", "alpha")
+"""Settings that plans written before they existed do not have."""
 _WORDS = {str: "a text", bool: "true or false", int: "a count", float: "a number", NoneType: "null"}
 
 
@@ -99,10 +101,10 @@ def _decode_dataclass(kind: Any, data: object, where: str) -> Any:
         if key not in names:
             close = nearest(key, names) if isinstance(key, str) else ""
             raise PolicyError(f"{where}: unknown field {reprlib.repr(key)}.{close}")
-    missing = [name for name in names if name not in data]
+    missing = [name for name in names if name not in data and name not in LATER]
     if missing:
         raise PolicyError(f"{where}: missing field {missing[0]!r}.")
-    values = {name: _decode(hints[name], data[name], f"{where}.{name}") for name in names}
+    values = {name: _decode(hints[name], data[name], f"{where}.{name}") for name in names if name in data}
     try:
         return kind(**values)
     except PolicyError as error:
