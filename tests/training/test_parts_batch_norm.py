@@ -95,3 +95,22 @@ def test_without_batch_norm_it_has_no_effect(options):
     qmodel = dq.quantize(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)), w_bits=4, a_bits=4)
     with pytest.raises(TrainingError, match=f"{next(iter(options))}: has no effect.*no batch norm"):
         dq.finetune(qmodel, [(torch.randn(8, 8), torch.zeros(8).long())], progress=False, **options)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_has_whole_graphs_and_the_same_statistics(make):
+    batches = [((torch.randn(16, 8),), {}) for _ in range(3)]
+    plain = make().train()
+    dq.calibrate(plain, [args[0] for args, _ in batches])
+    compiled = make().train()
+    compiled.load_state_dict(plain.state_dict())
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled.compile()
+    compiled(*batches[0][0])
+    compiled.load_state_dict(plain.state_dict())
+    for model in (plain, compiled):
+        estimate(model, batches)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch.equal(plain[1].running_var, compiled[1].running_var)
+    torch._dynamo.reset()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -151,7 +151,7 @@ def estimate(model: nn.Module, batches: Any, autocast: Any = torch.enable_grad) 
     """
     norms = batch_norms(model)
     momenta = [module.momentum for module in norms]
-    with evaluating(model):
+    with evaluating(model), _eager(model):
         try:
             for module in norms:
                 module.reset_running_stats()
@@ -162,6 +162,12 @@ def estimate(model: nn.Module, batches: Any, autocast: Any = torch.enable_grad) 
         finally:
             for module, momentum in zip(norms, momenta, strict=True):
                 module.momentum = momentum
+
+
+def _eager(model: nn.Module) -> AbstractContextManager[Any]:
+    """Call a compiled model as if it were not: equal weights are read from a count, which breaks its graph."""
+    compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules())
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def make_frozen_batch_norm(recipe: Recipe) -> Part | None:
