@@ -41,6 +41,16 @@ def test_a_bar_on_a_terminal(terminal):
     assert not module._shown
 
 
+def test_what_a_training_run_shows(terminal):
+    out = terminal()
+    with progress(100, "finetuning") as bar:
+        bar.advance(42, epoch="1/5", loss=0.6001234, top1=0.3125, lr=0.0212, per_s=569.4)
+        module._shown[0].refresh()
+    line = next(line for line in reversed(out.getvalue().splitlines()) if "epoch 1/5" in line)
+    for said in ("finetuning", " 42/100", "0:00:00", "left", "epoch 1/5  loss 0.6001  top-1 31.25 %  lr 0.021  "):
+        assert said in line, said  # of 100 characters; what is last is cut off first
+
+
 def test_silence_elsewhere(capsys):
     with progress(10, "calibrate") as bar:
         bar.advance(loss=0.5)

@@ -34,7 +34,8 @@ class Bar:
 
         Args:
             n: Steps done since the last call.
-            **fields: What to show, as `loss=0.25`; floats get four significant digits.
+            **fields: What to show, as `loss=0.25`; floats get four significant digits, `top1` is a share written as
+                percent, `per_s` a number of inputs per second, `lr` and `q_lr` get two digits.
 
         Example:
             >>> with progress(total=10, description="calibrate") as bar:
@@ -44,12 +45,18 @@ class Bar:
         """
         self.done += n
         if self._display is not None and self._task is not None:
-            shown = "  ".join(f"{name} {_text(value)}" for name, value in fields.items())
+            shown = "  ".join(_text(name, value) for name, value in fields.items())
             self._display.update(self._task, advance=n, fields=shown)
 
 
-def _text(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _text(name: str, value: object) -> str:
+    if name == "top1" and isinstance(value, float):
+        return f"top-1 {100 * value:.2f} %"
+    if name == "per_s" and isinstance(value, float):
+        return f"{value:.0f}/s"
+    if name in ("lr", "q_lr") and isinstance(value, float):
+        return f"{name} {value:.2g}"
+    return f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
 
 
 @contextmanager
@@ -120,14 +127,20 @@ def _is_terminal() -> bool:
 def _display() -> Progress:
     from rich import progress as bars
     from rich.console import Console
+    from rich.table import Column
+
+    def fixed(width: int) -> Column:
+        """A column that is not narrowed where the terminal is: bar and fields are."""
+        return Column(no_wrap=True, min_width=width)
 
     return bars.Progress(
-        bars.TextColumn("{task.description}", markup=False),
-        bars.BarColumn(),
-        bars.MofNCompleteColumn(),
-        bars.TimeElapsedColumn(),
-        bars.TimeRemainingColumn(),
-        bars.TextColumn("{task.fields[fields]}", markup=False),
+        bars.TextColumn("{task.description}", markup=False, table_column=fixed(10)),
+        bars.BarColumn(bar_width=24, table_column=Column(min_width=6)),
+        bars.MofNCompleteColumn(table_column=fixed(7)),
+        bars.TimeElapsedColumn(table_column=fixed(7)),
+        bars.TextColumn("left"),
+        bars.TimeRemainingColumn(table_column=fixed(7)),
+        bars.TextColumn("{task.fields[fields]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
         console=Console(stderr=True, force_terminal=True),
         transient=True,
     )

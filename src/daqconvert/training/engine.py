@@ -166,7 +166,7 @@ class Run:
         shown: dict[str, Any] = {} if meter.top1 is None else {"top1": meter.top1}
         speed = meter.inputs / max(1e-9, self.position.seconds)
         epoch = f"{self.position.epoch}/{self.recipe.epochs}"
-        bar.advance(epoch=epoch, loss=meter.loss, **shown, lr=rates[WEIGHTS], per_s=speed)
+        bar.advance(epoch=epoch, loss=meter.loss, **shown, lr=rates[WEIGHTS], q_lr=rates[QUANTIZERS], per_s=speed)
 
     def _rates(self) -> dict[str, float]:
         """Learning rates of the last step."""
