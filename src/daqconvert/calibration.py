@@ -46,12 +46,10 @@ def observer_for(method: str, bits: int, by_mean: bool = False) -> InputObserver
     Args:
         method: A key of `METHODS`.
         bits: Of the quantizer.
-        by_mean: Whether the quantizer starts from the mean size of its inputs whatever the method, as LSQ's does.
+        by_mean: Whether it starts from the mean size of its inputs whatever the method, as LSQ's does.
     """
-    if by_mean:
-        return InputObserver(std=False, histogram=False, mean=True)
-    of_std = method == "std" or (method == "mse" and bits == 1)
-    return InputObserver(std=of_std, histogram=method != "minmax" and not of_std)
+    of_std = not by_mean and (method == "std" or (method == "mse" and bits == 1))
+    return InputObserver(of_std, histogram=not (by_mean or of_std or method == "minmax"), mean=by_mean)
 
 
 METHODS: dict[str, Bounds] = {
@@ -171,8 +169,7 @@ def calibrate(
 
 def is_calibrated(qmodel: nn.Module) -> bool:
     """Whether every quantizer of a model has bounds."""
-    quantizers = [q for layer in require_quantized(qmodel, "is_calibrated").values() for q in _quantizers(layer)]
-    return all(q.ready for q in quantizers)
+    return all(q.ready for layer in require_quantized(qmodel, "is_calibrated").values() for q in _quantizers(layer))
 
 
 def _quantizers(layer: QuantizedSite) -> list[Any]:
@@ -274,7 +271,8 @@ def _choose(operands: dict[int, _Operand], method: str, proven: set[str]) -> dic
         signed = observer.minimum < 0.0 if quantizer.sign is None else quantizer.sign
         if signed and quantizer.bits == 1:
             one_bit.append(f"{name or '(root)'} (down to {observer.minimum:.3g})")
-        lower, upper = _bounds(quantizer, observer, method, signed)
+        own = quantizer.start(observer.mean, signed) if isinstance(quantizer, StepInputQuantizer) else None
+        lower, upper = own or METHODS[method](observer, quantizer.bits, signed)
         if upper <= 0.0 and lower >= 0.0:
             upper = 1.0  # an input that is always zero: any range represents it exactly
         known = operand.role == "input" and name in proven
@@ -286,12 +284,6 @@ def _choose(operands: dict[int, _Operand], method: str, proven: set[str]) -> dic
             f'Give them a_bits = 2: [[rule]] match = "{one_bit[0].split(" ")[0]}", a_bits = 2.'
         )
     return rows
-
-
-def _bounds(quantizer: InputQuantizer, observer: InputObserver, method: str, signed: bool) -> tuple[float, float]:
-    if isinstance(quantizer, StepInputQuantizer):
-        return quantizer.start(observer.mean, signed)
-    return METHODS[method](observer, quantizer.bits, signed)
 
 
 def _set_output_scales(qmodel: nn.Module, layers: dict[str, QuantizedSite], first: Any) -> None:
