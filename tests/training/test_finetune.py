@@ -155,7 +155,7 @@ def test_what_is_written(make, loader, val_loader, tmp_path, capsys):
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-00000003.safetensors"]
     with (out / "log.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == COLUMNS == tuple(result.history[0])
+    assert tuple(rows[0]) == tuple(result.history[0]) == (*COLUMNS, "oscillating", "warnings")
     assert [{key: float(value) for key, value in row.items()} for row in rows] == result.history == seen
     assert recipe(out / "recipe.toml") == Recipe(epochs=2)
     assert (result.out_dir, result.last, result.best) == (out, out / names[2], out / names[0])
