@@ -1,8 +1,10 @@
 """Steps: accumulation, precision, what Accelerate keeps globally, compiled models; the model is left clean."""
 
+import json
+
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 from torch.utils.data import DataLoader
@@ -10,7 +12,8 @@ from torch.utils.data import DataLoader
 import daqconvert as dq
 from daqconvert.errors import TrainingError
 from daqconvert.training import evaluate, finetune
-from daqconvert.training.processes import launched
+from daqconvert.training.optim import Optimizers
+from daqconvert.training.processes import Processes, launched
 from daqconvert.training.recipes import Recipe
 from training.conftest import Clusters
 
@@ -126,6 +129,48 @@ def test_evaluation_with_an_accelerator_is_evaluation(plain, val_loader, acceler
 def test_half_precision_needs_a_gpu(plain, loader, accelerator):
     with pytest.raises(TrainingError, match='precision="fp16": needs a GPU.*Use "bf16"'):
         finetune(plain(), loader(), epochs=1, precision="fp16")
+
+
+class Scaled:
+    """Accelerate's side of fp16, with torch's own scaler, which works on the CPU as well."""
+
+    num_processes, process_index, gradient_accumulation_steps, mixed_precision = 1, 0, 1, "no"
+    device, distributed_type = torch.device("cpu"), DistributedType.NO
+
+    def __init__(self):
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+
+    def clip_grad_norm_(self, parameters, most):
+        return nn.utils.clip_grad_norm_(parameters, most)
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_scaled_gradients(plain, clip):
+    """The same update as without a scaler; infinite ones change nothing, in no group, and halve the scale."""
+    updated = []
+    for accelerator in (Scaled(), Scaled()):
+        qmodel = plain()
+        processes, optimizers = Processes(accelerator, qmodel), Optimizers(qmodel, Recipe(), 10)
+        if updated:
+            accelerator.scaler = None
+        optimizers.set_step(0)
+        processes.backward(qmodel(torch.ones(2, 8)).square().sum())
+        norm = processes.update(optimizers, clip)
+        updated.append((qmodel, norm))
+    assert close(updated[0][0], updated[1][0])
+    assert not close(updated[0][0], plain())
+    assert updated[0][1] == pytest.approx(updated[1][1]) if clip else updated[0][1] is None
+    qmodel, scaled = plain().eval(), Scaled()  # batch norms stay
+    processes, optimizers = Processes(scaled, qmodel), Optimizers(qmodel, Recipe(), 10)
+    processes.backward(qmodel(torch.ones(2, 8)).square().sum())
+    qmodel[0].weight.grad.fill_(float("inf"))
+    processes.update(optimizers, clip)
+    assert close(qmodel, plain(), atol=0.0)
+    state = processes.scaler_state()
+    assert state["scale"] == 4.0
+    other = Processes(Scaled(), qmodel)
+    other.load_scaler(json.loads(json.dumps(state)))
+    assert other.scaler_state() == state
 
 
 def test_processes_that_accelerate_does_not_know(plain, monkeypatch):
