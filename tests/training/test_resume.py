@@ -171,8 +171,8 @@ def test_an_out_dir_in_use(make, loader, tmp_path):
         finetune(make(), loader(), out_dir=tmp_path, **OPTIONS)
     finetune(make(), loader(), out_dir=tmp_path, overwrite=True, epochs=1, distill=0.0)
     # best and teacher of the old run are gone
-    names = ["checkpoints", "last.safetensors", "log.csv", "notes.txt", "recipe.toml", "report.html", "snapshots.jsonl"]
-    names += ["steps.csv", "tensorboard"]
+    names = ["checkpoints", "last.safetensors", "log.csv", "notes.txt", "recipe.toml", "report.html"]
+    names += ["snapshots.jsonl", "steps.csv", "tensorboard"]
     assert sorted(p.name for p in tmp_path.iterdir()) == names
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000000.safetensors"]
