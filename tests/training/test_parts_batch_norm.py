@@ -72,6 +72,21 @@ def test_training_does_not_see_a_reestimation_and_the_end_keeps_it(make, loader,
     assert dq.evaluate(qmodel, val_loader).loss == result.history[-1]["val_loss"]
 
 
+def test_frozen_statistics_are_taken_once_before_the_first_step(make, loader, val_loader):
+    qmodel = make()
+    dq.calibrate(qmodel, [x for x, _ in val_loader])
+    float_mean = qmodel[1].running_mean.clone()
+    seen, result = steps(qmodel, loader, val_loader, reestimate=3, batch_norm="freeze", distill=0.5)
+    assert not torch.equal(seen[0]["1.running_mean"], float_mean)
+    assert all(torch.equal(state["1.running_mean"], seen[0]["1.running_mean"]) for state in seen)
+    assert dq.evaluate(qmodel, val_loader).loss == result.history[-1]["val_loss"]
+    untrained = make()
+    dq.calibrate(untrained, [x for x, _ in val_loader])
+    steps(untrained, loader, reestimate=3, batch_norm="freeze", lr=0.0, quantizer_lr=0.0, epochs=1)
+    first = untrained.state_dict()["1.running_mean"]
+    assert torch.equal(first, seen[0]["1.running_mean"])  # those of the weights that training starts from
+
+
 def test_averaged_weights_have_statistics_of_their_own(make, loader, val_loader):
     qmodel = make()
     _, result = steps(qmodel, loader, val_loader, reestimate=2, ema=0.9)

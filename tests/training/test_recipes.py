@@ -108,7 +108,6 @@ def test_a_missing_file_is_named(tmp_path):
         ({"features": ("a",), "feature_weight": 0}, "features: have no effect"),
         ({"label_smoothing": 0.1, "distill": 1.0}, "label_smoothing: has no effect"),
         ({"batch_norm": "freeze", "batch_norm_freeze_at": 0.5}, "batch_norm_freeze_at: has no effect"),
-        ({"batch_norm": "freeze", "reestimate": 2}, "reestimate: takes statistics anew"),
         ({"batch_norm_freeze_at": 0.5, "reestimate": 2}, "reestimate: takes statistics anew"),
         ({"progressive": [[0.5, 4, 4]], "freeze_bounds_at": 0.4}, "0.4 is before the end of the last stage"),
     ],

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from daqconvert.training.parts.base import Part
-from daqconvert.training.parts.batch_norm import make_frozen_batch_norm, make_reestimation
+from daqconvert.training.parts.batch_norm import make_fresh_statistics, make_frozen_batch_norm, make_reestimation
 from daqconvert.training.parts.board import Board
 from daqconvert.training.parts.bounds import make_bounds
 from daqconvert.training.parts.ema import make_average
@@ -29,6 +29,7 @@ MAKERS: tuple[Make, ...] = (
     make_progressive,
     make_bounds,
     make_frozen_batch_norm,
+    make_fresh_statistics,
     make_average,
     Oscillation.wanted,  # within the average, whose frozen weights it puts at their level
     make_reestimation,

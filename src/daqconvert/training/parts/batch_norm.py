@@ -84,6 +84,31 @@ class FrozenBatchNorm(Part):
             self._frozen = True
 
 
+class FreshStatistics(Part):
+    """Estimates running statistics once, from the first `reestimate` training batches, before the first step.
+
+    For `batch_norm="freeze"`: what training uses from there on are statistics of the quantized model. At few bits
+    those of the float model describe it badly; a teacher that is the float model has taken its own before.
+
+    Args:
+        recipe: Gives `reestimate`.
+    """
+
+    name: ClassVar[str] = "statistics"
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.count = recipe.reestimate
+
+    def start(self, run: Run) -> None:
+        """Estimate; a run that is resumed takes the statistics of its checkpoint after this.
+
+        Raises:
+            TrainingError: If the model has no batch norm.
+        """
+        _required(run, "reestimate")
+        _estimate(run, 0, self.count)
+
+
 class Reestimation(Part):
     """Estimates running statistics anew from the first `reestimate` training batches of the epoch.
 
@@ -112,7 +137,7 @@ class Reestimation(Part):
         buffers = [b for module in batch_norms(run.model) for b in module.buffers(recurse=False)]
         before = [buffer.clone() for buffer in buffers]
         try:
-            self._estimate(run, run.position.epoch)
+            _estimate(run, run.position.epoch, self.count)
             yield
         finally:
             for buffer, value in zip(buffers, before, strict=True):
@@ -120,16 +145,16 @@ class Reestimation(Part):
 
     def finish(self, run: Run) -> None:
         """Estimate for the weights that the run ends with, from the batches of its last evaluation."""
-        self._estimate(run, run.epochs_done)
+        _estimate(run, run.epochs_done, self.count)
 
-    def _estimate(self, run: Run, epoch: int) -> None:
-        with preserved_random_state(run.train_loader):
-            batches = itertools.islice(run.train_epochs.batches(epoch, whole=True), self.count)
-            inputs = (self._inputs(batch, run) for batch in batches)
-            estimate(run.model, inputs, autocast=run.processes.autocast)
 
-    def _inputs(self, batch: Any, run: Run) -> Any:
-        return read_batch(batch, run.processes.device, "train_loader (reestimate)", needs_target=False)[0]
+def _estimate(run: Run, epoch: int, count: int) -> None:
+    """Estimate from the first batches of an epoch, the same on every process; random state is given back."""
+    with preserved_random_state(run.train_loader):
+        batches = itertools.islice(run.train_epochs.batches(epoch, whole=True), count)
+        where, device = "train_loader (reestimate)", run.processes.device
+        inputs = (read_batch(batch, device, where, needs_target=False)[0] for batch in batches)
+        estimate(run.model, inputs, autocast=run.processes.autocast)
 
 
 @torch.no_grad()
@@ -175,6 +200,11 @@ def make_frozen_batch_norm(recipe: Recipe) -> Part | None:
     return FrozenBatchNorm(recipe) if recipe.batch_norm_freeze_at < 1.0 else None
 
 
+def make_fresh_statistics(recipe: Recipe) -> Part | None:
+    """Return the part for a recipe with `reestimate` and statistics that stay, else None."""
+    return FreshStatistics(recipe) if recipe.reestimate and recipe.batch_norm == "freeze" else None
+
+
 def make_reestimation(recipe: Recipe) -> Part | None:
-    """Return the part for a recipe with `reestimate`, else None."""
-    return Reestimation(recipe) if recipe.reestimate else None
+    """Return the part for a recipe with `reestimate` and statistics that move, else None."""
+    return Reestimation(recipe) if recipe.reestimate and recipe.batch_norm == "train" else None

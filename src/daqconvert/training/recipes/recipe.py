@@ -72,7 +72,8 @@ class Recipe:
         ema_warmup: Whether that decay rises to its value over the first steps.
         batch_norm: `"train"`, or `"freeze"` to keep the running statistics and use them.
         batch_norm_freeze_at: Share of the run after which `"train"` becomes `"freeze"`; 1 is never.
-        reestimate: Training batches from which batch norms take their statistics anew before every evaluation.
+        reestimate: Training batches from which batch norms take their statistics anew before every evaluation; where
+            `batch_norm` is `"freeze"`, once before the first step.
         freeze_bounds_at: Share of the run after which the quantizers' parameters stay as they are; 1 is never.
         progressive: Stages `(until, w_bits, a_bits)`: until that share of the run no site has fewer bits than these.
         patience: Epochs without a better validation result after which training stops, 0 for never.

@@ -22,10 +22,10 @@ def contradiction(recipe: Recipe) -> str:
         )
     if recipe.batch_norm == "freeze" and recipe.batch_norm_freeze_at < 1.0:
         return 'batch_norm_freeze_at: has no effect with batch_norm="freeze". Set batch_norm="train"'
-    if recipe.reestimate and (recipe.batch_norm == "freeze" or recipe.batch_norm_freeze_at < 1.0):
+    if recipe.reestimate and recipe.batch_norm_freeze_at < 1.0:
         return (
-            "reestimate: takes statistics anew that batch_norm or batch_norm_freeze_at keep. Set reestimate=0, or "
-            'batch_norm="train" and batch_norm_freeze_at=1.0'
+            "reestimate: takes statistics anew that batch_norm_freeze_at keeps. Set reestimate=0, or "
+            'batch_norm_freeze_at=1.0; with batch_norm="freeze" it takes them once, before the first step'
         )
     if recipe.progressive and recipe.freeze_bounds_at < recipe.progressive[-1][0]:
         return (
