@@ -3,10 +3,6 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -154,27 +150,3 @@ def test_own_model_is_a_skeleton_that_the_user_names_again(daq, own_model, folde
         assert f"add --model {own_model}" in daq(command, run).fails()
     assert not (tmp_path / "imported").exists()
     assert daq("eval", run, "--model", own_model, "--json").json["results"]["W8A8, frozen"]["images"] == 8
-
-
-def test_interrupt(folder, tmp_path, child_env):
-    """Ctrl-C ends with 130 and one line that says how to go on; what it says works."""
-    run = tmp_path / "run"
-    options = ["--data", str(folder), "--float-epochs", "1", "--epochs", "4000", "--batch-size", "6", "--no-onnx"]
-    command = [sys.executable, "-m", "daqconvert.cli", "finetune", "test_resnet", *options, "--out", str(run)]
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite run in the background ignores it, and
-    try:  # so would its child
-        child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=child_env)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    try:
-        deadline = time.monotonic() + 120
-        while not (run / "best.safetensors").exists() and child.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.1)
-        child.send_signal(signal.SIGINT)
-        out, err = child.communicate(timeout=60)
-    finally:
-        child.kill()
-    assert child.returncode == 130, err
-    assert out == ""
-    assert f"Interrupted. Go on with: daqconvert finetune --out {run} --resume" in err
-    assert "Traceback" not in err

@@ -10,11 +10,11 @@ import typer
 
 from daqconvert.artifact import read_manifest
 from daqconvert.cli import options as o
-from daqconvert.cli import rundir
 from daqconvert.cli.deployment import size_of
+from daqconvert.cli.inspect_run import run_text
 from daqconvert.cli.output import Output
 from daqconvert.cli.plan import example_image
-from daqconvert.cli.summary import bits_text, summary_text
+from daqconvert.cli.summary import bits_text
 from daqconvert.cli.targets import ARTIFACT, MODEL, kind_of, refuse
 from daqconvert.data import input_config
 from daqconvert.graph import find_sites
@@ -34,21 +34,8 @@ def inspect_command(
             text, document = _model(target, o.pairs(model_arg, "--model-arg"), input_size)
         else:
             refuse(kind, model_arg=model_arg, input_size=input_size)
-            text, document = (_artifact if kind == ARTIFACT else _run)(Path(target))
+            text, document = (_artifact if kind == ARTIFACT else run_text)(Path(target))
         output.show(text, {"target": target, "kind": kind, **document})
-
-
-def _run(path: Path) -> tuple[str, dict[str, Any]]:
-    config = rundir.read_config(path)
-    files = {entry.name: size_of(entry) for entry in sorted(path.iterdir()) if not entry.name.startswith(".")}
-    summary = rundir.read_json(path / rundir.SUMMARY) if rundir.SUMMARY in files else None
-    job = {key: value for key, value in dataclasses.asdict(config.job).items() if value not in (None, {}, False)}
-    facts = [f"{path}: {config.job.source}, {bits_text(config.plan)}, recipe {config.recipe.name}"]
-    facts += ["  ".join(f"{key}={value}" for key, value in job.items())]
-    table = render(simple_table("", ("file", "bytes"), list(files.items())))
-    last = summary_text(summary, path) if summary else "not finished: it has no summary"
-    document = {"job": job, "recipe": config.recipe.to_dict(), "files": files, "summary": summary}
-    return "\n".join([*facts, table, last]), document
 
 
 def _artifact(path: Path) -> tuple[str, dict[str, Any]]:

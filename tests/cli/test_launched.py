@@ -1,0 +1,47 @@
+"""`daqconvert finetune` on two processes: one speaks and writes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import daqconvert as dq
+
+LAUNCHERS = {
+    "torchrun": ("torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+    "accelerate": ("accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
+}
+TINY = ("--float-epochs", "1", "--epochs", "1", "--batch-size", "128", "--no-onnx", "--json")
+
+
+def launch(name, arguments, env):
+    command = [sys.executable, "-m", *LAUNCHERS[name], "-m", "daqconvert", "finetune", *map(str, arguments)]
+    one_thread = {**env, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=one_thread, capture_output=True, text=True, timeout=500)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes(launcher, tmp_path, child_env):
+    run = tmp_path / "run"
+    done = launch(launcher, ("--out", run, *TINY), child_env)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document == json.loads((run / "summary.json").read_text())
+    assert done.stderr.count("float: top-1") == 1
+    assert done.stderr.count("1347 images for training, 450 held out, on 2 processes") == 1
+    (row,) = (run / "log.csv").read_text().splitlines()[1:]
+    assert row.split(",")[:2] == ["1", "5"]  # ten batches of 128, shared by two
+    assert dq.load(run / "artifact") is not None
+    assert not [path for path in run.rglob("*") if path.name.endswith(".tmp")]
+
+
+@pytest.mark.slow
+def test_a_mistake_is_told_once(tmp_path, child_env):
+    done = launch("torchrun", ("--out", tmp_path / "run", "--exclude", "layer9.*"), child_env)
+    assert done.returncode != 0
+    assert done.stderr.count('"layer9.*" matches no layer') == 1
+    assert not (tmp_path / "run").exists()
