@@ -11,7 +11,9 @@ from daqconvert.deploy.unpacking import Parts, add_weight
 from daqconvert.functional import pack
 from daqconvert.functional.grid import weight_operand
 
-WIDTHS = [(bits, grid) for bits in range(1, 9) for grid in ("midrise", "integer", "twos") if bits > 1 or grid == "midrise"]
+WIDTHS = [
+    (bits, grid) for bits in range(1, 9) for grid in ("midrise", "integer", "twos") if bits > 1 or grid == "midrise"
+]
 SHAPES = [(4, 6), (3, 5, 3, 3), (1,), (2, 4, 1), (7, 1)]
 
 
