@@ -75,6 +75,7 @@ def test_a_walk_in_one_direction_is_no_oscillation():
         pytest.param({"w_bits": 2, "normalize": True, "granularity": "channel"}, id="normalized per channel"),
         pytest.param({"w_bits": 3, "grid": "midrise", "normalize": False}, id="midrise in real units"),
         pytest.param({"w_bits": 4}, id="integer per channel"),
+        pytest.param({"w_bits": 3, "rounding": "lsq"}, id="lsq"),
         pytest.param({"w_bits": 4, "granularity": "tensor"}, id="integer per tensor"),
     ],
 )
@@ -127,6 +128,40 @@ def test_frozen_weights_keep_their_level(make, bits):
             assert torch.equal(codes[frozen], level[frozen])
             assert bool(part.tracks[name].state["frozen"][frozen].all())
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_what_a_step_does_to_frozen_weights_is_undone(make, bits):
+    model, generator = make(bits, first=(bits, 8), last=(bits, 8)), torch.Generator().manual_seed(0)
+    part = Oscillation(freeze=True, threshold=0.02)
+    part.start(Run(model))
+    shaken(part, model, 40, generator, 0.05)
+    for number in range(10):  # until mean and std are at rest, too
+        part.before_step(Run(model), number)
+        part.after_step(Run(model), Step(42, 42, 1, 1.0))
+    before = {name: track.site.weight.clone() for name, track in part.tracks.items()}
+    part.before_step(Run(model), 42)
+    with torch.no_grad():
+        for track in part.tracks.values():  # the others stay, so that mean and std do
+            frozen = track.state["frozen"].reshape(track.site.weight.shape)
+            track.site.weight.add_(0.01 * frozen)
+    part.after_step(Run(model), Step(42, 42, 1, 1.0))
+    for name, track in part.tracks.items():
+        torch.testing.assert_close(track.site.weight, before[name], rtol=0, atol=1e-4)  # undone, 0.01 was added
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_with_all_weights_frozen_nothing_grows(make, bits):
+    model, generator = make(bits, first=(bits, 8), last=(bits, 8)), torch.Generator().manual_seed(0)
+    part = Oscillation(freeze=True, threshold=0.02)
+    part.start(Run(model))
+    before = {name: float(track.weight().std()) for name, track in part.tracks.items()}
+    for track in part.tracks.values():
+        track.state["frozen"].fill_(True)
+    for _ in range(20):
+        shaken(part, model, 10, generator, 0.02)
+    for name, track in part.tracks.items():
+        assert 0.5 * before[name] < float(track.weight().std()) < 2 * before[name]
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])

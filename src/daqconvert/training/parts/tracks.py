@@ -25,7 +25,8 @@ from daqconvert.training.parts.measures import lowest_level
 
 MOMENTUM = 0.01
 SAMPLE = 4096  # weights of a site that are looked at where nothing is frozen
-SLACK = 0.25  # of a step: how far from the middle of its level a frozen weight may lie where weights are normalized
+MARGIN = 0.1  # std: how far from the edge of its level a frozen weight must lie where weights are normalized ...
+MIDDLE = 0.25  # ... but nearer to the middle than this part of a step it need not be
 
 
 class Track:
@@ -128,16 +129,17 @@ class Track:
 
         In real units that is the middle of the level. A normalized weight goes only so far into its level that it
         cannot leave it soon: its value is a part of the mean and the std by which all others are measured, and levels
-        may lie several std from where the weights are. Twice, for putting it there moves mean and std a little.
+        may lie several std from where the weights are. (With the middle of levels at 3 std, 1 bit, and most weights
+        frozen, the std would grow without end.) Twice, for putting it there moves mean and std a little.
         """
         quantizer, weight = _quantizer(self.site), _weight(self.site)
-        level, slack = self.state["code"].to(torch.float32), SLACK if quantizer.normalize else 0.0
+        level, slack = self.state["code"].to(torch.float32), self._slack()
         for _ in range(2 if quantizer.normalize else 1):
             place, _ = self._codes()
             target = torch.minimum(torch.maximum(place, level - slack), level + slack)
             origin, step, offset = self._grid()
             moved = ((target - offset) * step + origin).reshape(weight.shape)
-            moving = self.state["frozen"] & ((target != place) if slack else True)
+            moving = self.state["frozen"] & ((target != place) if quantizer.normalize else True)
             weight.copy_(torch.where(moving.reshape(weight.shape), moved.to(weight.dtype), weight))
 
     @torch.no_grad()
@@ -163,6 +165,14 @@ class Track:
             shape = upper.shape
             step, origin = step * std.reshape(shape), lower * std.reshape(shape) + mean.reshape(shape)
         return self._each(origin.to(torch.float32)), self._each(step.to(torch.float32)), 0.0
+
+    def _slack(self) -> Tensor | float:
+        """Return how far from the middle of its level a frozen weight may lie, in steps: 0 in real units."""
+        quantizer = _quantizer(self.site)
+        if quantizer.own_lower is None:
+            return 0.0
+        step = (quantizer.upper.detach() - quantizer.own_lower.detach()).float().clamp(min=TINY) / quantizer.top
+        return self._each(0.5 - (MARGIN / step).clamp(max=0.5 - MIDDLE))
 
     def _each(self, bound: Tensor) -> Tensor:
         return bound if self._channel is None else bound[self._channel]
