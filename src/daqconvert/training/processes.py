@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -77,17 +76,15 @@ class Processes:
             yield model
             return
         kept = {key: model.__dict__[key] for key in PATCHED if key in model.__dict__}
-        with warnings.catch_warnings():
-            # it says every time that a model without unused parameters could save the search for them
-            warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
-            try:
-                wrapped = self._accelerator.prepare_model(model, device_placement=False)
-                for key in PATCHED:  # its autocast: ours is around the loss as well
-                    model.__dict__.pop(key, None)
-                model.__dict__.update(kept)
-                yield wrapped
-            finally:
-                self._accelerator._models.clear()
+        before = list(self._accelerator._models)
+        wrapped = self._accelerator.prepare_model(model, device_placement=False)
+        for key in PATCHED:  # its autocast: ours is around the loss as well
+            model.__dict__.pop(key, None)
+        model.__dict__.update(kept)
+        try:
+            yield wrapped
+        finally:
+            self._accelerator._models[:] = before
 
     def autocast(self) -> AbstractContextManager[None]:
         """Return the context of the forward."""
@@ -233,7 +230,8 @@ def _accelerator(model: nn.Module, recipe: Recipe) -> Accelerator:
             raise TrainingError(_refusal(name))
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     cpu = not torch.accelerator.is_available() if several else model_device(model).type == "cpu"
-    # a layer that no batch reaches, or bounds that are frozen, have no gradient: DDP must look for them
+    # NOTE: a layer that no batch reaches has no gradient, and DDP must look for such; where there is none torch says
+    # once, from C++, that it looked in vain
     handler = DistributedDataParallelKwargs(find_unused_parameters=True)
     precision = None if recipe.precision == "launcher" else recipe.precision
     grouped = torch.distributed.is_initialized()
