@@ -24,8 +24,8 @@ def histogram(now: Sequence[int], start: Sequence[int] | None, label: str) -> st
         label: What it shows, for those who cannot see it.
 
     Example:
-        >>> histogram([1, 3], None, "levels").count("<path")
-        1
+        >>> histogram([1, 3], None, "levels").count("v-")  # bars
+        2
     """
     bars = _shares(now)
     before = _shares(start) if start is not None and len(start) == len(now) else None
@@ -52,8 +52,8 @@ def lines(series: Sequence[tuple[str, Sequence[float | None]]], label: str) -> s
         label: What it shows, for those who cannot see it.
 
     Example:
-        >>> lines([("--c1", [1.0, None, 2.0, 3.0])], "upper").count("M")
-        3
+        >>> lines([("--c1", [1.0, None, 2.0, 3.0])], "upper").count("L")  # from 2 to 3; the gap leaves a point
+        1
     """
     finite = [v for _, values in series for v in values if v is not None and math.isfinite(v)]
     low, high = min([0.0, *finite]), max([0.0, *finite])
