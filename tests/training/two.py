@@ -56,9 +56,9 @@ def error_of(*args: Any, **options: Any) -> str:
 
 
 def calibration(rank: int) -> dict[str, Any]:
-    """Every process is shown other data, so each alone would find other bounds."""
+    """Every process is shown other data, so each alone would find other bounds, and another sign."""
     qmodel = model(calibrated=False)
-    data = [(x + 5.0 * rank, y) for x, y in loader(8)]
+    data = [(x + 50.0 * rank, y) for x, y in loader(8)]
     finetune(qmodel, data, epochs=1, **{**OPTIONS, "lr": 0.0}, quantizer_lr=0.0, batch_norm="freeze")
     quantizers = [m for m in qmodel.modules() if isinstance(m, dq.quantizers.base.Quantizer)]
     mirrors = [(q.ready, getattr(q, "sign", None), q.lower.requires_grad) for q in quantizers]
