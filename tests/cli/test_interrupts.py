@@ -57,7 +57,8 @@ def test_stopped_runs_say_how_to_go_on(folder, tmp_path, child_env, number, stag
     assert (run / "float.safetensors").exists() == (stage == "quantized")
 
 
-def test_going_on_after_sigterm(daq, folder, tmp_path, child_env):
+@pytest.mark.slow
+def test_going_on_after_sigterm(folder, tmp_path, child_env):
     """A run that SIGTERM stopped between two epochs or in one ends as an uninterrupted one does."""
     options = [
         "test_resnet",
@@ -66,7 +67,7 @@ def test_going_on_after_sigterm(daq, folder, tmp_path, child_env):
         "--float-epochs",
         "1",
         "--epochs",
-        "40",
+        "12",
         "--batch-size",
         "6",
         "--no-onnx",
@@ -79,6 +80,6 @@ def test_going_on_after_sigterm(daq, folder, tmp_path, child_env):
     subprocess.run([*command[:4], "--out", str(first), "--resume"], env=child_env, check=True, capture_output=True)
     subprocess.run([*command[:-1], str(second)], env=child_env, check=True, capture_output=True)
     one, two = (json.loads((run / "summary.json").read_text()) for run in (first, second))
-    assert (one["epochs"], one["top1"]) == (40, two["top1"])
+    assert (one["epochs"], one["top1"]) == (12, two["top1"])
     files = (run / "artifact" / "model.safetensors" for run in (first, second))
     assert len({file.read_bytes() for file in files}) == 1

@@ -49,7 +49,7 @@ def test_labelled_images_to_measure_by(daq, weights, photos, folder, tmp_path):
     found = daq("finetune", *weights, "--data", photos, "--val", folder / "val", *QUICK, "--out", run, "--json").json
     assert found["data"] == "photos: 12 images without labels for training, 8 in val, at 32 x 32"
     assert found["measured_by"] == "labels"
-    assert "has val" in daq("finetune", "--out", run, "--resume", "--val", photos).fails()
+    assert "has val" in daq("finetune", "test_resnet", "--out", run, "--resume", "--val", photos).fails()
 
 
 @pytest.mark.parametrize(
