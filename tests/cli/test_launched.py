@@ -12,8 +12,11 @@ import daqconvert as dq
 
 LAUNCHERS = {
     "torchrun": ("torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-    "accelerate": ("accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
-}
+    "accelerate": (  # with --cpu it would start one process, unless by MPI
+        "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+    ),
+}  # fmt: skip
 TINY = ("--float-epochs", "1", "--epochs", "1", "--batch-size", "128", "--no-onnx", "--json")
 
 
