@@ -133,7 +133,10 @@ def test_resume_after_an_interruption_gives_the_same_weights(daq, finished, run)
         (("resnet18",), "has model 'test_resnet', found 'resnet18'"),
         (("--epochs", "3"), "has epochs 2, found 3. A run goes on with its own recipe"),
         (("--with", "mixup=0.2", "--lr", "0.02"), "has mixup 0.0, found 0.2."),
-        (("--recipe", "fewshot"), "has epochs 2, found 60; batch_size 6, found 32; lr 0.02, found 0.001 (and "),
+        (
+            ("--recipe", "fewshot"),
+            "has epochs 2, found 32; batch_size 6, found 25; optimizer 'sgd', found 'adam' (and ",
+        ),
         (("--float-epochs", "5"), "2 float epochs, found 5"),
         (("--w-bits", "2"), "another policy"),
         (("--workers", "1", "--input-size", "64"), "has input_size None, found 64"),

@@ -105,6 +105,11 @@ def test_statistics_freeze_at_their_step(make, loader):
     assert not torch.equal(seen[4]["1.weight"], seen[5]["1.weight"])
 
 
+def test_fewshot_is_for_networks_without_batch_norm_too():
+    qmodel = dq.quantize(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)), w_bits=4, a_bits=4)
+    assert dq.finetune(qmodel, [torch.randn(8, 8)], recipe="fewshot", epochs=1, progress=False).epochs == 1
+
+
 @pytest.mark.parametrize("options", [{"reestimate": 1}, {"batch_norm_freeze_at": 0.5}], ids=str)
 def test_without_batch_norm_it_has_no_effect(options):
     qmodel = dq.quantize(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)), w_bits=4, a_bits=4)

@@ -100,13 +100,9 @@ class FreshStatistics(Part):
         self.count = recipe.reestimate
 
     def start(self, run: Run) -> None:
-        """Estimate; a run that is resumed takes the statistics of its checkpoint after this.
-
-        Raises:
-            TrainingError: If the model has no batch norm.
-        """
-        _required(run, "reestimate")
-        _estimate(run, 0, self.count)
+        """Estimate, where there are batch norms; a run that is resumed takes those of its checkpoint after this."""
+        if batch_norms(run.model):  # `fewshot` is for networks without them, too
+            _estimate(run, 0, self.count)
 
 
 class Reestimation(Part):

@@ -18,7 +18,8 @@ _PUBLISHED: dict[str, Any] = {
 RECIPES: dict[str, Recipe] = {
     "quick": Recipe(),
     "fewshot": Recipe(
-        "fewshot", epochs=60, batch_size=32, lr=0.001, distill=1.0, batch_norm="freeze", decay="weights"
+        "fewshot", epochs=32, batch_size=25, optimizer="adam", lr=1e-4, weight_decay=0.0, quantizer_lr=1e-4,
+        distill=1.0, temperature=1.0, crop_scale=0.35, batch_norm="freeze", reestimate=8,
     ),
     "paper-cifar10": Recipe("paper-cifar10", epochs=400, lr=0.1, quantizer_lr=1e-4, **_PUBLISHED),
     "paper-imagenet": Recipe("paper-imagenet", epochs=100, lr=0.01, quantizer_lr=1e-5, **_PUBLISHED),

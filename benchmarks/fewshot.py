@@ -1,0 +1,108 @@
+"""A few hundred unlabelled images: how much of a real ImageNet checkpoint do they bring back at low bits?
+
+tf_efficientnet_lite0, the recipe `fewshot`: one half of 500 ImageNet images, without labels, distils the float model;
+the other half, with labels, evaluates the frozen model; halves swapped and averaged. Each run is resumable, and its
+result is written as it ends:
+
+    python benchmarks/fewshot.py --data imagenet_sample500.parquet [--only W4A8 W4A4]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import common
+import timm
+import torch
+from imagenet_lite0 import WIDTHS, compare, images, logits, mean, network
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+import daqconvert as dq
+from daqconvert.data.parquet import ParquetImages
+
+RESULT = "fewshot"
+FEATURES = ("blocks.*.*", "conv_head")  # the outputs of the network's 16 blocks and of its last convolution
+
+
+class Unlabelled(Dataset[tuple[Tensor]]):
+    """Training images without their labels: random crop and flip, as the float network was trained.
+
+    Args:
+        path: Parquet file.
+        rows: Of the images.
+        model: Says size and normalization.
+    """
+
+    def __init__(self, path: Path, rows: Tensor, model: nn.Module) -> None:
+        config = timm.data.resolve_data_config({}, model=model)
+        config = {key: config[key] for key in ("input_size", "interpolation", "mean", "std")}
+        self.transform = timm.data.create_transform(**config, is_training=True, scale=(0.35, 1.0), color_jitter=0.0)
+        self.images, self.rows = ParquetImages(path, lambda image: image.convert("RGB")), rows.tolist()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor]:
+        return (self.transform(self.images[self.rows[index]][0]),)
+
+
+def run(name: str, half: int, args: argparse.Namespace, x: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Train on one half, evaluate on the other: the frozen model, and what it was before the first step."""
+    model = network()
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    halves = order[: len(x) // 2], order[len(x) // 2 :]
+    train, held_out = halves if half == 0 else halves[::-1]
+    reference = logits(model, x[held_out])
+    w_bits, a_bits = WIDTHS[name]
+    qmodel = dq.quantize(model, w_bits=w_bits, a_bits=a_bits)
+    loader = DataLoader(Unlabelled(args.data, train, model), batch_size=25, shuffle=True, drop_last=True)
+    dq.calibrate(qmodel, x[train].split(25), max_batches=6)
+    untrained = compare(logits(qmodel, x[held_out]), reference, labels[held_out])
+    started = time.perf_counter()
+    result = dq.finetune(
+        qmodel, loader, recipe="fewshot", features=FEATURES, epochs=args.epochs, resume=True,
+        out_dir=args.work / f"{name.lower()}-half{half}-e{args.epochs}", checkpoint_steps=20,
+        on_epoch=lambda row: print(name, half, row["epoch"], row["train_loss"], row["seconds"], flush=True),
+    )  # fmt: skip
+    trained = time.perf_counter() - started
+    found = compare(logits(dq.freeze(qmodel), x[held_out]), reference, labels[held_out])
+    minutes = sum(row["seconds"] for row in result.history) / 60  # of an interrupted run too
+    return {**found, "untrained_top1": untrained["top1"], "minutes": round(minutes, 2), "this_call_s": round(trained)}
+
+
+def main() -> None:
+    """Run what has no result yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="parquet file of the 500 images")
+    parser.add_argument("--work", type=Path, default=Path("runs/fewshot"), help="where checkpoints go")
+    parser.add_argument("--epochs", type=int, default=dq.training.recipe("fewshot").epochs)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", nargs="*", choices=list(WIDTHS), default=["W4A8", "W4A4"])
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    x, labels = images(args.data, network())
+    for name in args.only:
+        runs: dict[str, Any] = {}
+        for half in (0, 1):
+            key = f"{name}-half{half}"
+            known = common.read(RESULT).get("runs", {})
+            if key not in known:
+                known = {**known, key: run(name, half, args, x, labels)}
+                common.write(RESULT, {**_kept(), "epochs": args.epochs, "runs": known})
+                print(key, known[key], flush=True)
+            runs[key] = known[key]
+        means = {**common.read(RESULT).get("means", {}), name: mean(list(runs.values()))}
+        common.write(RESULT, {**_kept(), "epochs": args.epochs, "means": means})
+        print(name, means[name], flush=True)
+
+
+def _kept() -> dict[str, Any]:
+    return {key: value for key, value in common.read(RESULT).items() if key in ("runs", "means")}
+
+
+if __name__ == "__main__":
+    main()
