@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from daqconvert.artifact import read_manifest
 from daqconvert.cli import options as o
 from daqconvert.cli import rundir
 from daqconvert.cli.deployment import export_checked, quiet_export
@@ -83,7 +84,7 @@ def _export_run(path: Path, out: Path, typed: str | None, overwrite: bool) -> Ex
 
 def _export_artifact(path: Path, out: Path, typed: str | None, side: int | None, overwrite: bool) -> ExportReport:
     frozen = load_artifact(path, typed)
-    example = example_image(frozen, typed or "", side)
+    example = example_image(frozen, typed or str(read_manifest(path).source or ""), side)
     if example is None:
         raise ExportError(f"{path}: the size of its images is not known. Give --input-size.")
     return quiet_export(frozen, out, example, None, overwrite)
