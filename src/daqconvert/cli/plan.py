@@ -145,7 +145,7 @@ def example_image(model: nn.Module, source: str, side: int | None) -> Tensor | N
         source: Where it came from.
         side: Height and width that the user asked for.
     """
-    config = input_config(model, source)
+    config = input_config(model, source or None)
     if config is None and side is None:
         return None
     channels, height, width = config.input_size if config is not None else (3, 0, 0)
