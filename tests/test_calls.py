@@ -74,6 +74,18 @@ def test_disabled_is_the_original_in_every_mode(case):
                     assert same(run(copy_model(qmodel), case.batch(1)), expected), (training, grad)
 
 
+@each_case
+def test_no_verb_moves_what_the_model_keeps(case):
+    model = case.make().train()
+    before = copy.deepcopy(model.state_dict())
+    qmodel = dq.quantize(model, w_bits=3, a_bits=3)
+    dq.calibrate(qmodel, [case.batch()])
+    dq.freeze(qmodel)
+    assert model.training and qmodel.training
+    for state in (model.state_dict(), qmodel.state_dict()):
+        assert [key for key, value in before.items() if not torch.equal(state[key], value)] == []
+
+
 class Seen(Watcher):
     def __init__(self):
         self.names = set()

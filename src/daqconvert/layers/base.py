@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from daqconvert.errors import ConversionError
+from daqconvert.layers.reading import still
 from daqconvert.layers.site import Operation, QuantizedSite
 from daqconvert.quantizers import ChannelLayout
 from daqconvert.spec import Settings
@@ -68,7 +69,8 @@ class QuantizedLayer(BareOperation, QuantizedSite):
             raise ConversionError(f"{name}: expected exactly {cls.original.__name__}, found {type(layer).__name__}.")
         layer.__class__ = cls
         assert isinstance(layer, cls)
-        weight = layer.weight
+        with still(layer):
+            weight = layer.weight
         layer.attach(settings, name, signed, weight, layer.channel_layout(tuple(weight.shape)))
         return layer
 
@@ -78,11 +80,14 @@ class QuantizedLayer(BareOperation, QuantizedSite):
 
     def float_weight(self) -> Tensor:
         """Return the weight."""
-        return self.weight
+        with still(self):
+            return self.weight
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output from integer-valued operands; the original's where `enabled` is False."""
         original = super().forward
+        if not self.enabled and not self.watchers:  # it reads the weight itself, and a computed one may move by that
+            return original(input, *args, **kwargs)
         return self.run(
             input, self.weight, self.bias, self.bare_operation(*args, **kwargs),
             lambda x: original(x, *args, **kwargs),

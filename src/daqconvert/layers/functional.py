@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from daqconvert.layers.frozen_site import FrozenSite
 from daqconvert.layers.operations import FUNCTIONS, split_call
+from daqconvert.layers.reading import still
 from daqconvert.layers.site import QuantizedSite
 
 WeightOf = Callable[[nn.Module], Tensor]
@@ -30,7 +31,11 @@ class FunctionalSite(QuantizedSite):
 
     def float_weight(self) -> Tensor | None:
         """Return the weight as the original computes it; None where it depends on the data."""
-        return None if self.source is None else self.source[1](self.source[0])
+        if self.source is None:
+            return None
+        module, weight_of = self.source
+        with still(module):
+            return weight_of(module)
 
     def extra_repr(self) -> str:
         """Return the bits."""
@@ -56,7 +61,8 @@ class OwnSite(QuantizedSite):
 
     def float_weight(self) -> Tensor:
         """Return the weight as the original computes it."""
-        return self.weight_of(self)
+        with still(self):
+            return self.weight_of(self)
 
 
 def call_site(holder: Any, function: str, weight_at: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
