@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from daqconvert.errors import TrainingError
+from daqconvert.quantizers.base import Quantizer
 from daqconvert.training.patterns import matching
 from daqconvert.training.recipes import Recipe
 
@@ -37,7 +38,8 @@ def feature_names(recipe: Recipe, model: nn.Module) -> list[str]:
         >>> feature_names(Recipe(features=("1", "0*")), nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
         ['0', '1']
     """
-    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    modules = dict(model.named_modules(remove_duplicate=False))  # a teacher calls no quantizer
+    names = [name for name, module in modules.items() if name and not isinstance(module, Quantizer)]
     return matching(recipe.features, names, "features", "module")
 
 
