@@ -22,7 +22,7 @@ from daqconvert.training.objective import (
     float_teacher,
     teacher_kind,
 )
-from daqconvert.training.objective.features import Collector, feature_loss
+from daqconvert.training.objective.features import Collector, feature_loss, feature_names
 from daqconvert.training.objective.mixing import mixed
 
 
@@ -157,6 +157,12 @@ def test_features_are_drawn_towards_the_teachers(taught):
     torch.testing.assert_close(objective.last_parts["features"], (sum(ratios) / 2).detach())
     assert all(p.grad is None for p in teacher.parameters())
     assert qmodel[0].weight.grad is not None
+
+
+def test_a_pattern_of_features_passes_quantizers_over(taught):
+    names = feature_names(Recipe(features=("*",)), taught[0])
+    assert names == [str(i) for i in range(7)]
+    assert step(Objective(Recipe(distill=1.0, features=("*",)), teacher=taught[1]), taught[0]).isfinite()
 
 
 def test_hooks_are_gone_after_close_and_copies_have_inert_ones(taught):
