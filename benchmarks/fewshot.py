@@ -88,12 +88,12 @@ def main() -> None:
         runs: dict[str, Any] = {}
         for half in (0, 1):
             key = f"{name}-half{half}"
-            known = common.read(RESULT).get("runs", {})
-            if key not in known:
-                known = {**known, key: run(name, half, args, x, labels)}
+            if key not in common.read(RESULT).get("runs", {}):
+                found = run(name, half, args, x, labels)
+                known = {**common.read(RESULT).get("runs", {}), key: found}  # another process may have added its own
                 common.write(RESULT, {**_kept(), "epochs": args.epochs, "runs": known})
-                print(key, known[key], flush=True)
-            runs[key] = known[key]
+                print(key, found, flush=True)
+            runs[key] = common.read(RESULT)["runs"][key]
         means = {**common.read(RESULT).get("means", {}), name: mean(list(runs.values()))}
         common.write(RESULT, {**_kept(), "epochs": args.epochs, "means": means})
         print(name, means[name], flush=True)
