@@ -10,13 +10,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import daqconvert as dq
-from daqconvert.calibration import METHODS, observer_for
 from daqconvert.functional.grid import Rounding, input_scale, input_zero_point, quantize_input
 from daqconvert.observers import (
     BINS,
+    METHODS,
     InputObserver,
     minimum_error_bounds,
     minmax_bounds,
+    observer_for,
     percentile_bounds,
     std_bounds,
 )

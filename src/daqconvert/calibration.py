@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,47 +17,10 @@ from daqconvert.graph.watch import watching_weights
 from daqconvert.layers.output_scale import OutputScaleStart
 from daqconvert.layers.site import Operation, QuantizedSite, Watcher, watching
 from daqconvert.modes import disabled, evaluating, unchanged_on_error
-from daqconvert.observers import (
-    InputObserver,
-    minimum_error_bounds,
-    minmax_bounds,
-    percentile_bounds,
-    std_bounds,
-)
+from daqconvert.observers import METHODS, InputObserver, observer_for
 from daqconvert.quantizers import InputQuantizer, WeightQuantizer
 from daqconvert.quantizers.lsq import StepInputQuantizer
 from daqconvert.report.progress import track
-
-Bounds = Callable[[InputObserver, int, bool], tuple[float, float]]
-
-
-def error_bounds(observer: InputObserver, bits: int, signed: bool) -> tuple[float, float]:
-    """Return the bounds of least squared error; at 1 bit the paper's 3 std.
-
-    At 1 bit the least error has its upper level inside the bulk of the values, and what lies above it gets no
-    gradient: training started there ends several points lower.
-    """
-    return std_bounds(observer, bits, signed) if bits == 1 else minimum_error_bounds(observer, bits, signed)
-
-
-def observer_for(method: str, bits: int, by_mean: bool = False) -> InputObserver:
-    """Return an observer that takes no more than a method needs for its bounds.
-
-    Args:
-        method: A key of `METHODS`.
-        bits: Of the quantizer.
-        by_mean: Whether it starts from the mean size of its inputs whatever the method, as LSQ's does.
-    """
-    of_std = not by_mean and (method == "std" or (method == "mse" and bits == 1))
-    return InputObserver(of_std, histogram=not (by_mean or of_std or method == "minmax"), mean=by_mean)
-
-
-METHODS: dict[str, Bounds] = {
-    "mse": error_bounds,
-    "minmax": minmax_bounds,
-    "percentile": percentile_bounds,
-    "std": std_bounds,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +76,9 @@ class CalibrationReport:
 
 
 def calibrate(
-    qmodel: nn.Module, batches: Iterable[Any], *, method: str = "mse", max_batches: int | None = None
-) -> CalibrationReport:
+    qmodel: nn.Module, batches: Iterable[Any], *, method: str = "mse", max_batches: int | None = None,
+    progress: bool = True,
+) -> CalibrationReport:  # fmt: skip
     """Set the bounds of every quantizer from data in one pass, then the output scales from the first batch.
 
     Inputs are observed while the model computes in float; the model's mode, batch-norm statistics and weights stay as
@@ -128,6 +92,7 @@ def calibrate(
         method: `"mse"` (least squared error; 3 std at 1 bit), `"minmax"`, `"percentile"` (99.99) or `"std"` (the
             paper's 3 std). A step of LSQ starts at its own `2 mean|v| / sqrt(Q_p)` whatever is asked for.
         max_batches: Read no more than this many.
+        progress: Show a bar where standard error is a terminal.
 
     Returns:
         What was found and chosen for each input.
@@ -157,7 +122,7 @@ def calibrate(
             weight = layer.float_weight()
             assert weight is not None  # what depends on data has another quantizer
             layer.weight_quantizer.check(weight)
-    operands, first, count = _observe(qmodel, layers, batches, method, max_batches)
+    operands, first, count = _observe(qmodel, layers, batches, method, max_batches, progress)
     proven = {row.name for row in getattr(qmodel, PLAN_ATTRIBUTE, ()) if row.signed is not None}
     rows = _choose(operands, method, proven)
     unseen = tuple(dict.fromkeys(operand.name for key, operand in operands.items() if key not in rows))
@@ -220,7 +185,12 @@ def _sources(qmodel: nn.Module) -> set[str]:
 
 
 def _observe(
-    qmodel: nn.Module, layers: dict[str, QuantizedSite], batches: Iterable[Any], method: str, max_batches: int | None
+    qmodel: nn.Module,
+    layers: dict[str, QuantizedSite],
+    batches: Iterable[Any],
+    method: str,
+    max_batches: int | None,
+    progress: bool,
 ) -> tuple[dict[int, _Operand], Any, int]:
     operands = _operands(layers, method)
     first, count = None, 0
@@ -232,7 +202,7 @@ def _observe(
         watch = watching_weights(qmodel, layers, _sources(qmodel))
         for context in (evaluating(qmodel), disabled(qmodel), watch, torch.no_grad()):
             stack.enter_context(context)
-        for batch in track(batches, "calibrating", max_batches):
+        for batch in track(batches, "calibrating", max_batches, enabled=progress):
             run_batch(qmodel, batch)
             first = batch if count == 0 else first
             count += 1

@@ -7,6 +7,7 @@ doubles and pairs of bins merge, which is exact: one pass over the data is enoug
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -170,3 +171,35 @@ def _least(values: Tensor, weights: Tensor, lows: Tensor, highs: Tensor, bits: i
     errors = codes.mul_(scale).sub_(values).square_().mul_(weights).sum(dim=1)
     index = int(errors.argmin())
     return float(lows[index]), float(highs[index])
+
+
+Bounds = Callable[[InputObserver, int, bool], tuple[float, float]]
+
+
+def error_bounds(observer: InputObserver, bits: int, signed: bool) -> tuple[float, float]:
+    """Return the bounds of least squared error; at 1 bit the paper's 3 std.
+
+    At 1 bit the least error has its upper level inside the bulk of the values, and what lies above it gets no
+    gradient: training started there ends several points lower.
+    """
+    return std_bounds(observer, bits, signed) if bits == 1 else minimum_error_bounds(observer, bits, signed)
+
+
+def observer_for(method: str, bits: int, by_mean: bool = False) -> InputObserver:
+    """Return an observer that takes no more than a method needs for its bounds.
+
+    Args:
+        method: A key of `METHODS`.
+        bits: Of the quantizer.
+        by_mean: Whether it starts from the mean size of its inputs whatever the method, as LSQ's does.
+    """
+    of_std = not by_mean and (method == "std" or (method == "mse" and bits == 1))
+    return InputObserver(of_std, histogram=not (by_mean or of_std or method == "minmax"), mean=by_mean)
+
+
+METHODS: dict[str, Bounds] = {
+    "mse": error_bounds,
+    "minmax": minmax_bounds,
+    "percentile": percentile_bounds,
+    "std": std_bounds,
+}

@@ -132,7 +132,9 @@ def _start_fresh(run: Run) -> None:
         most = run.recipe.calibration_batches
         count = min(most, length(run.train_loader) or most)
         batches = _calibration_batches(run)
-        run.calibration = calibrate(run.model, batches, method=run.recipe.calibration_method, max_batches=count)
+        run.calibration = calibrate(
+            run.model, batches, method=run.recipe.calibration_method, max_batches=count, progress=run.show
+        )
     run.processes.agree(run.model)
     if run.teacher_kind == OWN_TEACHER:
         run.objective.teacher = float_teacher(run.model)
