@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from daqconvert.errors import ConversionError, FrozenError
 from daqconvert.layers.frozen_site import FrozenSite
+from daqconvert.layers.mode import evaluating as evaluating
+from daqconvert.layers.mode import in_mode as in_mode
 from daqconvert.layers.site import QuantizedSite
 
 
@@ -48,24 +50,6 @@ def copy_model(model: nn.Module, *, to_look_at: bool = False, sharing: Iterable[
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
     return found
-
-
-def evaluating(model: nn.Module) -> AbstractContextManager[nn.Module]:
-    """Put every module in evaluation mode; give each its own mode back afterwards."""
-    return in_mode(model, False)
-
-
-@contextmanager
-def in_mode(model: nn.Module, training: bool) -> Iterator[nn.Module]:
-    """Put every module in one mode; give each its own mode back afterwards."""
-    before = [(module, module.training) for module in model.modules()]
-    for module, _ in before:
-        module.training = training
-    try:
-        yield model
-    finally:
-        for module, mode in before:
-            module.training = mode
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from daqconvert.errors import ConversionError
-from daqconvert.layers.reading import still
+from daqconvert.layers.mode import evaluating
 from daqconvert.layers.site import Operation, QuantizedSite
 from daqconvert.quantizers import ChannelLayout
 from daqconvert.spec import Settings
@@ -69,7 +69,7 @@ class QuantizedLayer(BareOperation, QuantizedSite):
             raise ConversionError(f"{name}: expected exactly {cls.original.__name__}, found {type(layer).__name__}.")
         layer.__class__ = cls
         assert isinstance(layer, cls)
-        with still(layer):
+        with evaluating(layer):
             weight = layer.weight
         layer.attach(settings, name, signed, weight, layer.channel_layout(tuple(weight.shape)))
         return layer
@@ -80,7 +80,7 @@ class QuantizedLayer(BareOperation, QuantizedSite):
 
     def float_weight(self) -> Tensor:
         """Return the weight."""
-        with still(self):
+        with evaluating(self):
             return self.weight
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:

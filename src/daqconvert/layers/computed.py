@@ -15,12 +15,12 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook, remove_spectral_norm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from daqconvert.layers.reading import still
+from daqconvert.layers.mode import evaluating
 
 
 def is_computed(module: nn.Module) -> bool:
     """Whether a layer has a weight that is no parameter of its own but computed from some."""
-    with still(module):
+    with evaluating(module):
         return "weight" not in module._parameters and isinstance(getattr(module, "weight", None), Tensor)
 
 
@@ -38,7 +38,7 @@ def settle_weight(module: Any) -> None:
         module: A convolution or linear; changed in place. Its class is the caller's business.
     """
     if parametrize.is_parametrized(module):
-        with still(module):
+        with evaluating(module):
             values = {name: getattr(module, name).detach() for name in module.parametrizations}
         module.__class__ = plain_class(getattr(module, "original", type(module)))
         del module.parametrizations

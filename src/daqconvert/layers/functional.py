@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from daqconvert.layers.frozen_site import FrozenSite
+from daqconvert.layers.mode import evaluating
 from daqconvert.layers.operations import FUNCTIONS, split_call
-from daqconvert.layers.reading import still
 from daqconvert.layers.site import QuantizedSite
 
 WeightOf = Callable[[nn.Module], Tensor]
@@ -34,7 +34,7 @@ class FunctionalSite(QuantizedSite):
         if self.source is None:
             return None
         module, weight_of = self.source
-        with still(module):
+        with evaluating(module):
             return weight_of(module)
 
     def extra_repr(self) -> str:
@@ -61,7 +61,7 @@ class OwnSite(QuantizedSite):
 
     def float_weight(self) -> Tensor:
         """Return the weight as the original computes it."""
-        with still(self):
+        with evaluating(self):
             return self.weight_of(self)
 
 
