@@ -7,13 +7,16 @@ as it ends, with the table of all of them beside it:
 
     python benchmarks/cifar10.py --data cifar10_train.parquet --weights resnet20_cifar10.safetensors --epochs 10
     python benchmarks/cifar10.py ... --only w1a1-daq w1a1-ste --seeds 0 1
+    python benchmarks/cifar10.py ... --device cuda --jobs 16
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
 import statistics
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +41,26 @@ TWICE = [f"{width}-{rounding}" for width in ("w1a1", "w2a2") for rounding in ("d
 
 def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Train one variant and return its result."""
+    torch.set_num_threads(args.threads)
+    logging.getLogger("torch").setLevel(logging.ERROR)
     settings = VARIANTS[name]
-    train, held_out = cifar10(args.data, 256)
-    qmodel = dq.quantize(resnet20(args.weights), **settings)
+    train, held_out = cifar10(args.data, 256, args.device)
+    qmodel = dq.quantize(resnet20(args.weights).to(args.device), **settings)
     paper = "preset" in settings
     torch.manual_seed(seed)
     dq.calibrate(qmodel, train, method="std" if paper else "mse", max_batches=1 if paper else 8)
-    qmodel.compile()
+    if args.device == "cpu":
+        qmodel.compile()
     result = dq.finetune(
         qmodel, train, held_out, recipe="paper-cifar10", epochs=args.epochs, seed=seed, resume=True,
         out_dir=args.work / f"{name}-e{args.epochs}-s{seed}", checkpoint_steps=50,
         on_epoch=lambda row: print(name, seed, {k: row[k] for k in SHOWN}, flush=True),
     )  # fmt: skip
     return {
+        "name": name,
         "settings": settings,
         "seed": seed,
+        "device": args.device if args.device == "cpu" else torch.cuda.get_device_name(args.device),
         "commit": common.facts()["commit"],
         "top1": dq.evaluate(dq.freeze(qmodel), held_out).top1,  # the reported figure is the frozen model's
         "top1_by_epoch": [row["val_top1"] for row in result.history],
@@ -86,18 +94,19 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/cifar10"), help="where checkpoints go")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, nargs="*", help="default: 0, and 1 for DAQ and STE at W1A1 and W2A2")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("--threads", type=int, default=2, help="of each run")
     parser.add_argument("--only", nargs="*", choices=VARIANTS, default=list(VARIANTS))
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    logging.getLogger("torch").setLevel(logging.ERROR)
     title = f"cifar10_resnet20_e{args.epochs}"
-    for name in args.only:
-        for seed in args.seeds if args.seeds is not None else (0, 1) if name in TWICE else (0,):
-            key = f"{name}-s{seed}"
-            if key in common.read(title).get("results", {}):
-                continue
-            result = {"name": name, **run(name, seed, args)}
+    known = common.read(title).get("results", {})
+    wanted = [(n, s) for n in args.only for s in args.seeds or ((0, 1) if n in TWICE else (0,))]
+    wanted = [(name, seed) for name, seed in wanted if f"{name}-s{seed}" not in known]
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(run, name, seed, args) for name, seed in wanted]):
+            result = future.result()
+            key = f"{result['name']}-s{result['seed']}"
             results = {**common.read(title).get("results", {}), key: result}  # another process may have added its own
             path = common.write(title, {"epochs": args.epochs, "results": results})
             path.with_suffix(".md").write_text(table(results, args.epochs))

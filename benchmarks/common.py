@@ -36,11 +36,15 @@ def facts() -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": command,
-        "commit": commit.stdout.strip(),
-        "machine": {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "commit": commit.stdout.strip() or os.environ.get("COMMIT", ""),  # a copy without its history is told
+        "machine": {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), **_accelerator()},
         "python": platform.python_version(),
         "versions": versions,
     }
+
+
+def _accelerator() -> dict[str, str]:
+    return {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
 
 
 def write(name: str, result: dict[str, Any]) -> Path:
