@@ -36,7 +36,7 @@ def facts() -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": command,
-        "commit": commit.stdout.strip() or os.environ.get("COMMIT", ""),  # a copy without its history is told
+        "commit": os.environ.get("COMMIT") or commit.stdout.strip(),  # a copy of the tree is told
         "machine": {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), **_accelerator()},
         "python": platform.python_version(),
         "versions": versions,
