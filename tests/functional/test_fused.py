@@ -229,10 +229,11 @@ def samples():
     values = weight.detach(), None, upper.detach(), None, None
     yield operators.quantize_weight_backward.default, (torch.ones(3, 4), *values, *last)
     bounds = *detached[1:], None, upper.detach(), None, None
-    both = [1, 1, 3, 4], 4, 4, "integer", 1, 1.0, 4.0, 1, 1.0, 4.0
+    both = [1, 1, 3, 4], 4, 4, "integer"
+    slopes = torch.tensor((1.0, 4.0), dtype=torch.float64), torch.tensor((1.0, 4.0), dtype=torch.float64)
     yield operators.layer_forward.default, (weight.detach(), std, *bounds, *both)
     tensors = torch.ones(3, 3), detached[0], weight.detach(), std
-    yield operators.layer_backward.default, (*tensors, *bounds, [], True, True, *both)
+    yield operators.layer_backward.default, (*tensors, *bounds, *slopes, [], True, True, *both, 1, 1)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own check reads it

@@ -29,7 +29,7 @@ from daqconvert.functional.registration import refuse, register
 def compiled_layer(
     operation: KnownProducts, x: Tensor, weight: Tensor, bias: Tensor | None, output_scale: Tensor,
     lower: Tensor, upper: Tensor, w_lower: Tensor | None, w_upper: Tensor, mean: Tensor | None, std: Tensor | None,
-    view: View, bits: int, w_bits: int, grid: str, rounding: Rounding, w_rounding: Rounding,
+    view: View, bits: int, w_bits: int, grid: str, kinds: tuple[str, str], slope: Tensor, w_slope: Tensor,
 ) -> Tensor:  # fmt: skip
     """Return what `functional.layer.quantized_layer` does, under `torch.compile`.
 
@@ -49,13 +49,15 @@ def compiled_layer(
         bits: Of the input.
         w_bits: Of the weight.
         grid: Of the weight.
-        rounding: Of the input.
-        w_rounding: Of the weight.
+        kinds: Of the roundings of input and weight.
+        slope: `(2,)` on the CPU, `c` and `a` of the input's: tensors, so that they may change from step to step.
+        w_slope: Likewise of the weight's.
     """
-    constants = list(view), bits, w_bits, grid, *rounding.numbers, *w_rounding.numbers
+    constants = list(view), bits, w_bits, grid, KINDS.index(kinds[0]), KINDS.index(kinds[1])
     out: Tensor = _CompiledLayer.apply(
-        x, weight, bias, output_scale, lower, upper, w_lower, w_upper, mean, std, encode(operation), constants
-    )
+        x, weight, bias, output_scale, lower, upper, w_lower, w_upper, mean, std, slope, w_slope, encode(operation),
+        constants,
+    )  # fmt: skip
     return out
 
 
@@ -63,11 +65,11 @@ class _CompiledLayer(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, output_scale: Tensor, lower: Tensor, upper: Tensor,
-        w_lower: Tensor | None, w_upper: Tensor, mean: Tensor | None, std: Tensor | None, geometry: list[int],
-        constants: tuple[Any, ...],
+        w_lower: Tensor | None, w_upper: Tensor, mean: Tensor | None, std: Tensor | None, slope: Tensor,
+        w_slope: Tensor, geometry: list[int], constants: tuple[Any, ...],
     ) -> Tensor:  # fmt: skip
         tensors = weight, output_scale, lower, upper, w_lower, w_upper, mean, std
-        operand_w, total, step, zero_point = torch.ops.daqconvert.layer_forward.default(*tensors, *constants)
+        operand_w, total, step, zero_point = torch.ops.daqconvert.layer_forward.default(*tensors, *constants[:4])
         top = 2 ** constants[1] - 1
         operand = round_half_even(torch.clamp(x / step, -zero_point, top - zero_point))
         operation = decode(geometry)
@@ -76,7 +78,7 @@ class _CompiledLayer(torch.autograd.Function):
         y = y * (total.reshape(-1, *trailing) if total.dim() else total)
         if bias is not None:
             y = y + bias.reshape(-1, *trailing)
-        ctx.save_for_backward(x, *tensors)
+        ctx.save_for_backward(x, *tensors, slope, w_slope)
         ctx.geometry, ctx.constants, ctx.biased = geometry, constants, bias is not None
         return y
 
@@ -88,7 +90,7 @@ class _CompiledLayer(torch.autograd.Function):
         x, weight, bias, scale, lower, upper, w_lower, w_upper = found
         normalized = ctx.saved_tensors[5] is not None
         bias, w_lower = bias if ctx.biased else None, w_lower if normalized else None
-        return x, weight, bias, scale, lower, upper, w_lower, w_upper, None, None, None, None
+        return x, weight, bias, scale, lower, upper, w_lower, w_upper, None, None, None, None, None, None
 
 
 def encode(operation: KnownProducts) -> list[int]:
@@ -123,21 +125,21 @@ def _constants(
 
 def _forward(
     weight: Tensor, output_scale: Tensor, lower: Tensor, upper: Tensor, w_lower: Tensor | None, w_upper: Tensor,
-    mean: Tensor | None, std: Tensor | None, view: list[int], bits: int, w_bits: int, grid: str, kind: int,
-    c: float, a: float, w_kind: int, w_c: float, w_a: float,
+    mean: Tensor | None, std: Tensor | None, view: list[int], bits: int, w_bits: int, grid: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    of_weight = _constants(view, w_bits, grid, w_kind, w_c, w_a, mean is not None)
-    operand, _ = fused_weight.forward(weight, w_lower, w_upper, mean, std, None, view, w_bits, grid, w_kind, w_c, w_a)
+    of_weight = _constants(view, w_bits, grid, *_ANY, mean is not None)
+    operand, _ = fused_weight.forward(weight, w_lower, w_upper, mean, std, None, view, w_bits, grid, *_ANY)
     step, zero_point = fused_input.parameters(lower, upper, bits)
     return operand, combine_scale(output_scale, *scale_parts(w_upper, step, bits, of_weight)), step, zero_point
 
 
 def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, output_scale: Tensor, lower: Tensor, upper: Tensor,
-    w_lower: Tensor | None, w_upper: Tensor, mean: Tensor | None, std: Tensor | None, geometry: list[int],
-    biased: bool, to_input: bool, view: list[int], bits: int, w_bits: int, grid: str, kind: int, c: float,
-    a: float, w_kind: int, w_c: float, w_a: float,
+    w_lower: Tensor | None, w_upper: Tensor, mean: Tensor | None, std: Tensor | None, slope: Tensor,
+    w_slope: Tensor, geometry: list[int], biased: bool, to_input: bool, view: list[int], bits: int, w_bits: int,
+    grid: str, kind: int, w_kind: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    (c, a), (w_c, w_a) = slope.tolist(), w_slope.tolist()
     of_weight = _constants(view, w_bits, grid, w_kind, w_c, w_a, mean is not None)
     _, codes = fused_weight.forward(weight, w_lower, w_upper, mean, std, None, view, w_bits, grid, w_kind, w_c, w_a)
     operand, _, step, zero_point = fused_input.forward(x, lower, upper, bits, kind, c, a, False, scratch_like)
@@ -153,6 +155,8 @@ def _backward(
     made = [like.new_zeros(()) if f is None else f for f, like in zip(found, likes, strict=True)]
     return in_memory_order(made[0], x) if to_input else made[0], in_memory_order(made[1], weight), *made[2:]
 
+
+_ANY = 0, 0.0, 0.0  # a rounding where only values are asked for, no gradients
 
 _scratch = threading.local()
 
@@ -177,7 +181,8 @@ def _fake_forward(
 
 def _fake_backward(
     grad: Tensor, x: Tensor, weight: Tensor, output_scale: Tensor, lower: Tensor, upper: Tensor, w_lower: Any,
-    w_upper: Tensor, mean: Any, std: Any, geometry: list[int], biased: bool, to_input: bool, *_: Any,
+    w_upper: Tensor, mean: Any, std: Any, slope: Any, w_slope: Any, geometry: list[int], biased: bool, to_input: bool,
+    *_: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     channels = grad.shape[grad.dim() - 1 - decode(geometry).output_dims]
     bias = grad.new_empty((channels,) if biased else ())
@@ -188,14 +193,14 @@ def _fake_backward(
 
 
 _WEIGHT = "Tensor lower, Tensor upper, Tensor? w_lower, Tensor w_upper, Tensor? mean, Tensor? std"
-_CONSTANTS = "int[] view, int bits, int w_bits, str grid, int kind, float c, float a, int w_kind, float w_c, float w_a"
+_GRIDS = "int[] view, int bits, int w_bits, str grid"
 register(
-    f"layer_forward(Tensor weight, Tensor output_scale, {_WEIGHT}, {_CONSTANTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"layer_forward(Tensor weight, Tensor output_scale, {_WEIGHT}, {_GRIDS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward, _fake_forward, refuse,
 )  # fmt: skip
 register(
-    f"layer_backward(Tensor grad, Tensor x, Tensor weight, Tensor output_scale, {_WEIGHT}, int[] geometry,"
-    f" bool biased, bool to_input, {_CONSTANTS})"
+    f"layer_backward(Tensor grad, Tensor x, Tensor weight, Tensor output_scale, {_WEIGHT}, Tensor slope,"
+    f" Tensor w_slope, int[] geometry, bool biased, bool to_input, {_GRIDS}, int kind, int w_kind)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward, _fake_backward, refuse,
 )  # fmt: skip

@@ -188,8 +188,8 @@ class QuantizedSite(nn.Module):
         mean, std = of_weight.moments(weight)
         return compiled_layer(
             operation, x, weight, bias, self.output_scale, grid.lower, grid.upper, of_weight.own_lower,
-            of_weight.upper, mean, std, of_weight.view, grid.bits, of_weight.bits, of_weight.grid, grid.rounding,
-            of_weight.rounding,
+            of_weight.upper, mean, std, of_weight.view, grid.bits, of_weight.bits, of_weight.grid,
+            (grid.rounding.kind, of_weight.rounding.kind), of_input.slope, of_weight.slope,
         )  # fmt: skip
 
     def combined_scale(self, operand: Tensor | None = None) -> Tensor:

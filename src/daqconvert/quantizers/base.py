@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from daqconvert.errors import CalibrationError
+from daqconvert.functional.grid import Rounding
 
 _GLOBAL_HOOKS = tuple(
     f"_global_{kind}_hooks" for kind in ("forward", "forward_pre", "backward", "backward_pre")
@@ -29,12 +30,15 @@ class Quantizer(nn.Module):
         layer_name: Dotted name of the layer, for error messages.
         calibrated: Bool buffer, saved with the bounds.
         ready: The same as a Python bool: what forward reads.
+        slope: `c` and `a` of the rounding as a tensor, for compiled models: a number that changes from step to step
+            would be compiled anew each time.
     """
 
     calibrated: Tensor
     by_mean: ClassVar[bool] = False  # whether `calibrate` starts it from the mean size of what it quantizes
     lower: Tensor
     upper: Tensor
+    slope: Tensor
     own_forward: ClassVar[Any] = None  # the `forward` that `is_plain` knows
 
     def __init__(self, layer_name: str) -> None:
@@ -42,6 +46,24 @@ class Quantizer(nn.Module):
         self.layer_name = layer_name
         self.ready = False
         self.register_buffer("calibrated", torch.tensor(False))
+
+    @property
+    def rounding(self) -> Rounding:
+        """The gradient of its rounding; it may change between two steps."""
+        return self._rounding
+
+    @rounding.setter
+    def rounding(self, rounding: Rounding) -> None:
+        numbers = torch.tensor((rounding.c, rounding.a), dtype=torch.float64, device="cpu")
+        if "slope" in self.__dict__:
+            self.slope.copy_(numbers)  # the same tensor, which compiled code holds
+        else:
+            self.slope = numbers
+        self._rounding = rounding
+
+    def traced_rounding(self) -> Rounding:
+        """The same as compiled code should see it, with tensors for its numbers."""
+        return Rounding(self._rounding.kind, self.slope[0], self.slope[1])  # type: ignore[arg-type]
 
     def is_plain(self) -> bool:
         """Whether a call does what the class says and nobody watches: a layer may quantize without calling it then."""

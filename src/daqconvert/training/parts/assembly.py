@@ -18,6 +18,7 @@ from daqconvert.training.parts.guards import Guards
 from daqconvert.training.parts.oscillation import Oscillation
 from daqconvert.training.parts.progressive import make_progressive
 from daqconvert.training.parts.report_page import ReportPage
+from daqconvert.training.parts.sharpening import make_sharpening
 from daqconvert.training.parts.snapshots import Snapshots
 from daqconvert.training.parts.steps import StepLog
 from daqconvert.training.parts.stopping import make_stopping
@@ -27,6 +28,7 @@ Make = Callable[[Recipe], Part | None]
 
 MAKERS: tuple[Make, ...] = (
     make_progressive,
+    make_sharpening,
     make_bounds,
     make_frozen_batch_norm,
     make_fresh_statistics,

@@ -19,7 +19,7 @@ RECIPES: dict[str, Recipe] = {
     "quick": Recipe(),
     "fewshot": Recipe(
         "fewshot",
-        epochs=20,
+        epochs=12,
         batch_size=25,
         optimizer="adam",
         lr=1e-4,
@@ -27,6 +27,8 @@ RECIPES: dict[str, Recipe] = {
         quantizer_lr=1e-4,
         distill=1.0,
         temperature=1.0,
+        feature_weight=10.0,
+        ema=0.98,
         crop_scale=0.35,
         batch_norm="freeze",
         reestimate=8,

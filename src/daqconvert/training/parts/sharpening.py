@@ -1,0 +1,78 @@
+"""Sharpening: DAQ's slope is flat when a run begins and peaked when it ends.
+
+    sigma(step) = own + (final - own) * floor(100 * (step - 1) / total) / 100
+
+A flat slope lets every weight move; a peaked one, whose gradient is largest half way between two levels, tells which
+of them are about to change level, and that pays when learning rates are small. Roundings other than DAQ's have no
+such width, and nothing is done to them, so that a comparison changes the word `rounding` alone.
+
+Reference: "Distance-aware Quantization" (Kim, Lee, Ham, ICCV 2021), equations 6-11, for the slope; "Forward and
+Backward Information Retention for Accurate Binary Neural Networks" (Qin et al., CVPR 2020), section 3.3, for a slope
+that sharpens with time.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from daqconvert.functional.grid import Rounding
+from daqconvert.modes import quantized_layers
+from daqconvert.quantizers.base import Quantizer
+from daqconvert.training.parts.base import Part
+from daqconvert.training.parts.moments import steps_until
+from daqconvert.training.recipes import Recipe
+
+if TYPE_CHECKING:
+    from daqconvert.training.engine import Run
+
+STAGES = 100
+
+
+class Sharpening(Part):
+    """Moves the kernel widths of DAQ's roundings from the model's own to those of the recipe.
+
+    Args:
+        recipe: Gives `final_w_sigma` and `final_a_sigma`, of which at least one is positive.
+    """
+
+    name: ClassVar[str] = "sharpening"
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._final = recipe.final_w_sigma, recipe.final_a_sigma
+        self._stage = -1
+        self._moving: dict[Quantizer, tuple[Rounding, float, float, float, bool]] = {}
+
+    def start(self, run: Run) -> None:
+        """Note every DAQ quantizer's own rounding.
+
+        Raises:
+            TrainingError: If the length of the run is unknown.
+        """
+        self._total = max(1, steps_until(run, 1.0, "final_w_sigma and final_a_sigma"))
+        for site in quantized_layers(run.model).values():
+            s = site.settings
+            if s.rounding != "daq":
+                continue
+            operands = (site.weight_quantizer, s.w_gamma, s.w_sigma), (site.input_quantizer, s.a_gamma, s.a_sigma)
+            for (quantizer, gamma, sigma), final in zip(operands, self._final, strict=True):
+                if quantizer is not None and final:
+                    self._moving[quantizer] = quantizer.rounding, gamma, sigma, final, s.slope == "unit"
+
+    def before_step(self, run: Run, number: int) -> None:
+        """Set this step's roundings."""
+        stage = STAGES * (number - 1) // self._total
+        if stage == self._stage:
+            return
+        self._stage = stage
+        for quantizer, (_, gamma, sigma, final, unit) in self._moving.items():
+            quantizer.rounding = Rounding.make("daq", gamma, sigma + (final - sigma) * stage / STAGES, unit)
+
+    def close(self, run: Run) -> None:
+        """Give every quantizer its own rounding back: it is what its settings say."""
+        for quantizer, (own, *_) in self._moving.items():
+            quantizer.rounding = own
+
+
+def make_sharpening(recipe: Recipe) -> Part | None:
+    """Return the part for a recipe with a final kernel width, else None."""
+    return Sharpening(recipe) if recipe.final_w_sigma or recipe.final_a_sigma else None
