@@ -165,6 +165,50 @@ def test_a_pattern_of_features_passes_quantizers_over(taught):
     assert step(Objective(Recipe(distill=1.0, features=("*",)), teacher=taught[1]), taught[0]).isfinite()
 
 
+def blocks(last: nn.Module) -> nn.Sequential:
+    inner = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    return nn.Sequential(nn.Linear(4, 4), nn.Sequential(inner, nn.ReLU()), nn.Linear(4, 4), last)
+
+
+def test_auto_is_every_block_and_what_lies_between_them():
+    qmodel = dq.quantize(blocks(nn.Linear(4, 3)))
+    assert feature_names(Recipe(features=("auto",)), qmodel) == ["1.0", "2"]
+    assert feature_names(Recipe(features=("auto", "3")), qmodel) == ["1.0", "2", "3"]
+    assert (
+        feature_names(Recipe(features=("auto",)), dq.quantize(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))) == []
+    )
+
+
+def test_auto_leaves_what_the_teacher_does_not_have_and_a_name_does_not():
+    qmodel = dq.quantize(blocks(nn.Linear(4, 3)))
+    dq.calibrate(qmodel, [torch.randn(8, 4)])
+    other = nn.Sequential(nn.Linear(4, 4), nn.Identity(), nn.Linear(4, 4), nn.Linear(4, 3))
+    check_teacher(other, qmodel, Recipe(distill=1.0, features=("auto",)))
+    objective = Objective(Recipe(distill=1.0, features=("auto",)), teacher=other)
+    objective(qmodel, ((torch.randn(8, 4),), {}), None)[0].backward()
+    assert [collector.names for collector in objective._collectors] == [["2"], ["2"]]
+    objective.close()
+    with pytest.raises(TrainingError, match="'1.0' is a module of the model, but not of the teacher"):
+        check_teacher(other, qmodel, Recipe(distill=1.0, features=("auto", "1.0")))
+
+
+def test_auto_leaves_what_one_of_them_does_not_call():
+    class Uncalled(nn.Sequential):
+        def forward(self, x):
+            return self[3](self[2](self[0](x))) if self.training else super().forward(x)
+
+    qmodel = dq.quantize(Uncalled(*blocks(nn.Linear(4, 3)))).train()
+    dq.calibrate(qmodel, [torch.randn(8, 4)])
+    x = torch.randn(8, 4)
+    objective = Objective(Recipe(distill=1.0, features=("auto",)), teacher=float_teacher(qmodel))
+    objective(qmodel.train(), ((x,), {}), None)
+    assert objective.last_parts["features"].isfinite()
+    objective.close()
+    objective = Objective(Recipe(distill=1.0, features=("1.0",)), teacher=float_teacher(qmodel))
+    with pytest.raises(TrainingError, match="'1.0' was called 0 times by the model and 1 times"):
+        objective(qmodel, ((x,), {}), None)
+
+
 def test_hooks_are_gone_after_close_and_copies_have_inert_ones(taught):
     qmodel, teacher = taught
     objective = Objective(Recipe(distill=1.0, features=("4",)), teacher=teacher)

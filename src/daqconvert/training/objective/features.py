@@ -20,15 +20,18 @@ from torch.utils.hooks import RemovableHandle
 
 from daqconvert.errors import TrainingError
 from daqconvert.quantizers.base import Quantizer
+from daqconvert.training.objective.blocks import block_names
 from daqconvert.training.patterns import matching
 from daqconvert.training.recipes import Recipe
+
+AUTO = "auto"
 
 
 def feature_names(recipe: Recipe, model: nn.Module) -> list[str]:
     """Return the modules of a model that `features` means.
 
     Args:
-        recipe: Gives names, globs and `re:` patterns.
+        recipe: Gives names, globs and `re:` patterns, or `"auto"`: the blocks that `block_names` finds.
         model: The model in training.
 
     Raises:
@@ -40,7 +43,23 @@ def feature_names(recipe: Recipe, model: nn.Module) -> list[str]:
     """
     modules = dict(model.named_modules(remove_duplicate=False))  # a teacher calls no quantizer
     names = [name for name, module in modules.items() if name and not isinstance(module, Quantizer)]
-    return matching(recipe.features, names, "features", "module")
+    named = set(matching([f for f in recipe.features if f != AUTO], names, "features", "module"))
+    if AUTO in recipe.features:
+        named.update(block_names(model))
+    return [name for name in names if name in named]
+
+
+def optional_names(recipe: Recipe, model: nn.Module) -> set[str]:
+    """Return those of them that nobody wrote: without them in the teacher, or called otherwise there, they are left.
+
+    Args:
+        recipe: As for `feature_names`.
+        model: Likewise.
+    """
+    if AUTO not in recipe.features:
+        return set()
+    written = tuple(feature for feature in recipe.features if feature != AUTO)
+    return set(block_names(model)) - set(feature_names(recipe.replace(features=written), model))
 
 
 class Collector:
@@ -86,6 +105,24 @@ class _Hook:
 
     def __reduce__(self) -> Any:  # of copies and pickles: they have no part in the run
         return _Hook, ()
+
+
+def called_alike(ours: dict[str, list[Any]], theirs: dict[str, list[Any]], name: str) -> bool:
+    """Return whether student and teacher called a module equally often, and got tensors of the same shapes.
+
+    Args:
+        ours: Outputs of the student by name, each call of it.
+        theirs: Of the teacher.
+        name: Of the module.
+    """
+    shapes = [[_shape(output) for output in found.get(name, ())] for found in (ours, theirs)]
+    return bool(shapes[0]) and shapes[0] == shapes[1] and None not in shapes[0]
+
+
+def _shape(output: Any) -> torch.Size | None:
+    """The shape of the first tensor of a module's output, or None where it is none of floating point."""
+    tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    return tensors[0].shape if tensors and tensors[0].is_floating_point() else None
 
 
 def feature_loss(ours: dict[str, list[Any]], theirs: dict[str, list[Any]], names: list[str]) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from daqconvert.errors import TrainingError
 from daqconvert.training.loaders import Inputs
 from daqconvert.training.losses import LossFn, cross_entropy, distillation, logits_of
-from daqconvert.training.objective.features import Collector, feature_loss, feature_names
+from daqconvert.training.objective.features import Collector, called_alike, feature_loss, feature_names, optional_names
 from daqconvert.training.objective.mixing import Mixture, mixed
 from daqconvert.training.objective.teacher import is_taught
 from daqconvert.training.recipes import Recipe
@@ -39,6 +39,7 @@ class Objective:
     teacher: nn.Module | None = None
     last_parts: dict[str, Tensor] = field(default_factory=dict, init=False)
     _collectors: list[Collector] = field(default_factory=list, init=False, repr=False)
+    _optional: set[str] = field(default_factory=set, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.loss_fn is not None and self.recipe.label_smoothing:
@@ -80,8 +81,10 @@ class Objective:
             weights["distill"] = recipe.distill
         if collected:
             ours, theirs = (collector.take() for collector in collected)
-            parts["features"] = feature_loss(ours, theirs, collected[0].names)
-            weights["features"] = recipe.feature_weight
+            names = [n for n in collected[0].names if n not in self._optional or called_alike(ours, theirs, n)]
+            if names:
+                parts["features"] = feature_loss(ours, theirs, names)
+                weights["features"] = recipe.feature_weight
         self.last_parts = {name: part.detach() for name, part in parts.items()}
         weighed = [weights[name] * part for name, part in parts.items()]
         return sum(weighed[1:], weighed[0]), outputs
@@ -98,7 +101,9 @@ class Objective:
         if self.recipe.features and not self._collectors:
             assert self.teacher is not None  # set by start()
             student = unwrapped(model)
-            names = feature_names(self.recipe, student)
+            theirs = dict(self.teacher.named_modules())
+            self._optional = optional_names(self.recipe, student)
+            names = [n for n in feature_names(self.recipe, student) if n in theirs or n not in self._optional]
             self._collectors = [Collector(student, names), Collector(self.teacher, names)]
         for collector in self._collectors:
             collector.start()

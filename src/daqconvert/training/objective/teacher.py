@@ -10,7 +10,7 @@ from daqconvert.batches import model_device
 from daqconvert.errors import TrainingError
 from daqconvert.layers.site import QuantizedSite
 from daqconvert.training.checkpoint import digest
-from daqconvert.training.objective.features import feature_names
+from daqconvert.training.objective.features import feature_names, optional_names
 from daqconvert.training.recipes import Recipe
 
 NO_TEACHER, OWN_TEACHER = "none", "own"
@@ -47,7 +47,7 @@ def check_teacher(teacher: nn.Module | None, qmodel: nn.Module, recipe: Recipe) 
             "takes a float copy of the model itself."
         )
     theirs = dict(teacher.named_modules())
-    missing = [name for name in names if name not in theirs]
+    missing = [name for name in names if name not in theirs and name not in optional_names(recipe, qmodel)]
     if missing:
         raise TrainingError(
             f"features: {missing[0]!r} is a module of the model, but not of the teacher. Name modules that both "

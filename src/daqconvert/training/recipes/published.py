@@ -27,6 +27,7 @@ RECIPES: dict[str, Recipe] = {
         quantizer_lr=1e-4,
         distill=1.0,
         temperature=1.0,
+        features=("auto",),
         feature_weight=10.0,
         ema=0.98,
         crop_scale=0.35,

@@ -66,7 +66,7 @@ class Recipe:
         crop_scale: Smallest share of the image that a random crop takes.
         distill: Weight 0..1 of the distillation loss, towards the float model; 1 needs no targets.
         temperature: Of the distillation's softmax.
-        features: Names or globs of modules whose outputs are drawn towards the teacher's.
+        features: Names or globs of modules whose outputs are drawn towards the teacher's; `"auto"` is every block.
         feature_weight: Weight of that loss.
         ema: Decay of an average of the weights that is evaluated and kept, 0 for none.
         ema_warmup: Whether that decay rises to its value over the first steps.
