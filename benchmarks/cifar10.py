@@ -1,7 +1,8 @@
 """Gradients of rounding in short training: ResNet-20 on CIFAR-10, the published recipe cut to a few epochs.
 
 For each bit-width the paper's settings with DAQ's gradient and with those of the baselines, everything else the same;
-and daqconvert's default. Accuracy is the frozen model's on the last 5,000 rows of the file, which no run trains on
+then daqconvert's default settings, and the best recipe that we know for so few epochs (`BEST`), with DAQ, with STE, and
+with one part of it left out. Accuracy is the frozen model's on the last 5,000 rows of the file, which no run trains on
 (the float network was trained on them too, so only comparisons count). Runs are resumable, and each result is written
 as it ends, with the table of all of them beside it:
 
@@ -36,7 +37,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 VARIANTS |= {f"w2a2-{rounding}": {"preset": "paper-w2a2", "rounding": rounding} for rounding in ("ewgs", "dsq", "lsq")}
 VARIANTS |= {f"w{bits}a{bits}-default": {"w_bits": bits, "a_bits": bits} for bits in (1, 2)}
-TWICE = [f"{width}-{rounding}" for width in ("w1a1", "w2a2") for rounding in ("daq", "ste")]
+BEST: dict[str, Any] = {"distill": 0.5, "temperature": 2.0, "final_a_sigma": 2.0}
+RECIPES: dict[str, dict[str, Any]] = {  # what each changes of `paper-cifar10`
+    "best": BEST,
+    "best-ste": BEST,
+    "best-flat": {**BEST, "final_a_sigma": 0.0},
+    "best-undistilled": {**BEST, "distill": 0.0},
+}
+VARIANTS |= {
+    f"w{bits}a{bits}-{kind}": {"w_bits": bits, "a_bits": bits, **({"rounding": "ste"} if kind == "best-ste" else {})}
+    for bits in (1, 2)
+    for kind in RECIPES
+}
+TWICE = [f"{width}-{kind}" for width in ("w1a1", "w2a2") for kind in ("daq", "ste", "best", "best-ste")]
 
 
 def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -51,14 +64,16 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     dq.calibrate(qmodel, train, method="std" if paper else "mse", max_batches=1 if paper else 8)
     if args.device == "cpu":
         qmodel.compile()
+    changes = RECIPES.get(name.partition("-")[2], {})
     result = dq.finetune(
-        qmodel, train, held_out, recipe="paper-cifar10", epochs=args.epochs, seed=seed, resume=True,
+        qmodel, train, held_out, recipe="paper-cifar10", **changes, epochs=args.epochs, seed=seed, resume=True,
         out_dir=args.work / f"{name}-e{args.epochs}-s{seed}", checkpoint_steps=50,
         on_epoch=lambda row: print(name, seed, {k: row[k] for k in SHOWN}, flush=True),
     )  # fmt: skip
     return {
         "name": name,
         "settings": settings,
+        "recipe": changes,
         "seed": seed,
         "device": args.device if args.device == "cpu" else torch.cuda.get_device_name(args.device),
         "commit": common.facts()["commit"],

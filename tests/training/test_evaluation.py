@@ -2,10 +2,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import daqconvert as dq
 from daqconvert.errors import CalibrationError, DataError, TrainingError
 from daqconvert.training import evaluate
+from daqconvert.training.evaluation import Meter
 
 
 def test_shares_and_loss_are_over_all_targets():
@@ -80,3 +82,23 @@ def test_bad_batches(batches, error, told):
 def test_more_than_there_are_classes():
     with pytest.raises(TrainingError, match="topk: expected numbers from 1 to 2"):
         evaluate(nn.Linear(2, 2), [(torch.zeros(1, 2), torch.tensor([0]))], topk=(1, 5))
+
+
+def test_a_meter_reads_nothing_before_it_is_asked():
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    meter, z, y = Meter((1, 2)), torch.randn(6, 4), torch.randint(0, 4, (6,))
+    with Reads() as reads:
+        for _ in range(3):
+            meter.add(0.5, 6, z, y, strict=True)
+    assert reads.count == 0
+    other = Meter((1, 2))
+    other.load(meter.sums())
+    hits = [int((z.topk(k).indices == y[:, None]).any(1).sum()) for k in (1, 2)]
+    assert meter.shares == other.shares == {1: hits[0] / 6, 2: hits[1] / 6}
+    assert (meter.inputs, meter.targets, meter.loss) == (18, 18, 0.5)

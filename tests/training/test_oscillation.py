@@ -244,6 +244,49 @@ def test_other_bits_start_anew(make):
         assert int(track.state["code"].max()) <= 6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_all_sites_at_once_are_one_after_another(dtype, monkeypatch):
+    """Sites of all kinds in one model, of which most have more weights than are followed."""
+    monkeypatch.setattr("daqconvert.training.parts.oscillation.SAMPLE", 50)
+    kinds = [
+        {"w_bits": 1, "normalize": True},
+        {"w_bits": 2, "normalize": True, "granularity": "channel"},
+        {"w_bits": 3, "grid": "midrise", "normalize": False},
+        {"w_bits": 4},
+        {"w_bits": 3, "rounding": "lsq"},
+        {"w_bits": 4, "granularity": "tensor"},
+        {"w_bits": 8},
+    ]
+    torch.manual_seed(0)
+    whole = nn.ModuleList()
+    for kind in kinds:
+        for layer in (nn.Conv2d(4, 6, 3), nn.ConvTranspose2d(4, 6, 3, groups=2), nn.Linear(4, 3)):
+            settings = {key: value for key, value in kind.items() if key != "w_bits"}
+            whole.append(dq.quantize(nn.Sequential(layer), bits={"0": (kind["w_bits"], 8)}, **settings)[0].to(dtype))
+    part = Oscillation(freeze=False, threshold=0.02)
+    part.start(Run(whole))
+    single = [Track(track.site, 50) for track in part.tracks.values()]
+    generator, sites = torch.Generator().manual_seed(0), list(part.tracks.values())
+    assert len(sites) == len(whole)
+    for number in range(1, 21):
+        if number == 10:
+            for index in (0, 9):  # a midrise and an integer grid
+                sites[index].site.weight_quantizer.set_bits(5)
+        with torch.no_grad():
+            for name, parameter in whole.named_parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_((0.002 if "quantizer" in name else 0.05) * noise)
+        part.after_step(Run(whole), Step(number, 20, 1, 1.0))
+        for track in single:
+            track.update(0.02)
+    assert sum(float(track.state["frequency"].sum()) for track in single) > 0
+    for index, (ours, theirs) in enumerate(zip(sites, single, strict=True)):
+        assert ours.bits == theirs.bits
+        for key, value in theirs.state.items():
+            assert torch.equal(ours.state[key], value), (index, key)
+            assert ours.state[key].dtype == value.dtype
+
+
 def test_a_weight_of_two_layers_is_followed_once():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     model[2].weight = model[0].weight

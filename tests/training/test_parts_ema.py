@@ -98,6 +98,43 @@ def test_halves_are_averaged_in_float32():
     assert not torch.equal(model.weight, part.module.weight.bfloat16())
 
 
+class Replaced(nn.Module):
+    """Its buffer is another tensor after every forward, and its state dict has a tensor that nothing holds."""
+
+    def __init__(self, computed):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.register_buffer("seen", torch.zeros(2))
+        if computed:
+            self.register_state_dict_post_hook(self.add)
+
+    def forward(self):
+        self.seen = self.seen + 1.0
+
+    @staticmethod
+    def add(module, state, prefix, metadata):
+        state[f"{prefix}twice"] = 2 * module.seen
+
+
+@pytest.mark.parametrize("computed", [False, True])
+def test_a_buffer_that_is_replaced_is_followed(computed):
+    model = Replaced(computed)
+    part, run = alone(model, ema=0.5, ema_warmup=False)
+    for number in range(1, 4):
+        model()
+        part.after_step(run, Step(number, 9, 1, 0.0))
+    assert part.module.seen.tolist() == [2.25, 2.25]  # 1, then halfway to 2, then halfway to 3
+
+
+def test_a_step_makes_no_state_dict(make, monkeypatch):
+    qmodel = make()
+    dq.calibrate(qmodel, [torch.randn(16, 8)])
+    part, run = alone(qmodel, ema=0.9)
+    part.after_step(run, Step(1, 9, 1, 0.0))
+    monkeypatch.setattr(nn.Module, "state_dict", None)
+    part.after_step(run, Step(2, 9, 1, 0.0))
+
+
 def test_values_come_back_after_an_error(make):
     qmodel = make()
     dq.calibrate(qmodel, [torch.randn(16, 8)])

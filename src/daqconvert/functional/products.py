@@ -2,6 +2,9 @@
 
 Each is a callable `(x, w) -> sums`, as every operation of a site is, and knows besides where its output channels are
 and how its gradients are computed, so that a site need not keep what autograd would keep.
+
+They are made in a forward, so they have the hash of any object (`eq=False`): dynamo, up to torch 2.11, asks for it
+before there are fields.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LinearProducts:
     """`x W^T`, the channel of the output last.
 
@@ -62,7 +65,7 @@ class LinearProducts:
         return of_x, of_w, flat.sum(dim=0) if needs[2] else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ConvolutionProducts:
     """A convolution, or a transposed one, whose padding is zeros.
 
@@ -140,7 +143,7 @@ KNOWN = (LinearProducts, ConvolutionProducts)
 KnownProducts = LinearProducts | ConvolutionProducts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PaddedProducts:
     """Known products of an input that is padded first: its zeros stay zeros, or its own values are repeated.
 

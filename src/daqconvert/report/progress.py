@@ -29,6 +29,11 @@ class Bar:
         self.done = 0
         self._display, self._task = display, task
 
+    @property
+    def shown(self) -> bool:
+        """Whether anybody sees it."""
+        return self._display is not None
+
     def advance(self, n: int = 1, **fields: object) -> None:
         """Count `n` steps and show `fields` behind the bar until the next call.
 

@@ -162,6 +162,9 @@ class Run:
             raise ended_by(self, ending)
 
     def _show(self, bar: Bar) -> None:
+        if not bar.shown:  # the hits are on the device until somebody reads them
+            bar.advance()
+            return
         meter, rates = self.position.meter, self._rates()
         shown: dict[str, Any] = {} if meter.top1 is None else {"top1": meter.top1}
         speed = meter.inputs / max(1e-9, self.position.seconds)
@@ -170,8 +173,7 @@ class Run:
 
     def _rates(self) -> dict[str, float]:
         """Learning rates of the last step."""
-        rates = self.optimizers.set_step(self.position.number - 1)
-        return {WEIGHTS: 0.0, QUANTIZERS: 0.0} | rates
+        return {WEIGHTS: 0.0, QUANTIZERS: 0.0} | self.optimizers.rates(self.position.number - 1)
 
     def _row(self) -> Row:
         """What is known of the epoch before its evaluation, over all processes."""

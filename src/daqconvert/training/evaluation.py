@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from daqconvert.batches import model_device
 from daqconvert.errors import DataError, TrainingError
@@ -15,7 +15,7 @@ from daqconvert.modes import evaluating
 from daqconvert.report.progress import track
 from daqconvert.training.epochs import Epochs
 from daqconvert.training.loaders import check_loader, inputs_count, read_batch
-from daqconvert.training.losses import LossFn, count_correct, cross_entropy, logits_of
+from daqconvert.training.losses import LossFn, correct, cross_entropy, logits_of
 from daqconvert.training.processes import Processes
 
 if TYPE_CHECKING:
@@ -127,15 +127,18 @@ def measured(
 class Meter:
     """Means over batches: the loss, weighted by inputs, and the share of targets hit, for each `k`.
 
+    Hits are counted where the outputs are, and read when somebody asks for them: a device is not waited for.
+
     Args:
         topk: Each `k`; the first must be 1 for `top1`.
     """
 
     def __init__(self, topk: tuple[int, ...] = (1,)) -> None:
         self.topk = topk
-        self.inputs = self.targets = 0
+        self.inputs = 0
         self._loss = 0.0
-        self._hits = [0] * len(topk)
+        self._counts = [0] * (len(topk) + 1)  # hits, and targets
+        self._unread: Tensor | None = None  # what is to be added to them
 
     def add(self, loss: float, inputs: int, outputs: Any, target: Any, *, strict: bool) -> None:
         """Count one batch.
@@ -154,29 +157,42 @@ class Meter:
         self.inputs += inputs
         self._loss += loss * inputs
         try:
-            logits = logits_of(outputs)
-            hits, targets = count_correct(logits, target, self.topk)
+            new = correct(logits_of(outputs), target, self.topk)
         except (DataError, TrainingError):
             if strict:
                 raise
             return
-        self.targets += targets
-        self._hits = [a + b for a, b in zip(self._hits, hits, strict=True)]
+        if self._unread is not None and self._unread.device != new.device:
+            self._read()
+        self._unread = new if self._unread is None else self._unread + new
+
+    def _read(self) -> list[int]:
+        """Return hits and number of targets."""
+        if self._unread is not None:
+            self._counts = [a + b for a, b in zip(self._counts, self._unread.tolist(), strict=True)]
+            self._unread = None
+        return self._counts
 
     def sums(self) -> list[float]:
         """Return everything that was counted, as numbers that may be added to another meter's."""
-        return [self._loss, self.inputs, self.targets, *self._hits]
+        *hits, targets = self._read()
+        return [self._loss, self.inputs, targets, *hits]
 
     def load(self, sums: Sequence[float]) -> None:
         """Go on from what `sums` returned."""
         self._loss, inputs, targets, *hits = sums
-        self.inputs, self.targets, self._hits = int(inputs), int(targets), [int(n) for n in hits]
+        self.inputs, self._counts, self._unread = int(inputs), [int(n) for n in (*hits, targets)], None
 
     def over(self, processes: Processes) -> Meter:
         """Return a meter of what all processes counted; all of them have to ask."""
         found = Meter(self.topk)
         found.load(processes.sum(self.sums()))
         return found
+
+    @property
+    def targets(self) -> int:
+        """Number of targets."""
+        return self._read()[-1]
 
     @property
     def loss(self) -> float:
@@ -186,7 +202,8 @@ class Meter:
     @property
     def shares(self) -> dict[int, float]:
         """Share of targets hit, by `k`; empty where nothing was counted."""
-        return {k: hits / self.targets for k, hits in zip(self.topk, self._hits, strict=True)} if self.targets else {}
+        *hits, targets = self._read()
+        return {k: n / targets for k, n in zip(self.topk, hits, strict=True)} if targets else {}
 
     @property
     def top1(self) -> float | None:

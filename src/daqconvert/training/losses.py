@@ -114,16 +114,35 @@ def count_correct(logits: Tensor, target: Any, topk: tuple[int, ...] = (1,)) -> 
         >>> count_correct(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]))
         ([1], 2)
     """
+    *hits, targets = correct(logits, target, topk).tolist()
+    return hits, targets
+
+
+def correct(logits: Tensor, target: Any, topk: tuple[int, ...]) -> Tensor:
+    """Return what `count_correct` does as one tensor on the logits' device, the number of targets last.
+
+    Args:
+        logits: `(N, C, ...)`.
+        target: Class numbers or probabilities.
+        topk: Each `k`.
+
+    Raises:
+        TrainingError: If there are fewer than `k` classes.
+
+    Example:
+        >>> correct(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]), (1,)).tolist()
+        [1, 2]
+    """
     if topk and not 1 <= min(topk) <= max(topk) <= logits.shape[1]:
         raise TrainingError(f"topk: expected numbers from 1 to {logits.shape[1]}, the model's classes; found {topk}.")
     target = checked_target(logits, target)
     if target.is_floating_point():
         target = target.argmax(dim=1)
-    hits = []
+    counts = []
     for k in topk:  # argmax for k = 1: what everybody else calls the model's class, ties too
         best = logits.argmax(dim=1, keepdim=True) if k == 1 else logits.topk(k, dim=1).indices
-        hits.append(int((best == target.unsqueeze(1)).any(dim=1).sum()))
-    return hits, int((target != IGNORED).sum())
+        counts.append((best == target.unsqueeze(1)).any(dim=1).sum())
+    return torch.stack([*counts, (target != IGNORED).sum()])
 
 
 def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:

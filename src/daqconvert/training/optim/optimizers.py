@@ -76,15 +76,19 @@ class Optimizers:
             for parameter in named.values()
         ]
 
-    def set_step(self, step: int) -> dict[str, float]:
-        """Set the learning rates of a step, counted from 0, and return them by group."""
+    def rates(self, step: int) -> dict[str, float]:
+        """Return the learning rates of a step, counted from 0, by group."""
         recipe = self.recipe
         fall_steps = recipe.step_epochs * self.total_steps // recipe.epochs
         factor = lr_factor(
             step, self.total_steps, recipe.schedule, recipe.warmup_steps, fall_steps=fall_steps,
             fall=recipe.step_factor,
         )  # fmt: skip
-        rates = {group: base * factor for group, base in self.base_lr.items()}
+        return {group: base * factor for group, base in self.base_lr.items()}
+
+    def set_step(self, step: int) -> dict[str, float]:
+        """Set the learning rates of a step, counted from 0, and return them by group."""
+        rates = self.rates(step)
         for group, optimizer in self.optimizers.items():
             for parameters in optimizer.param_groups:
                 parameters["lr"] = rates[group]

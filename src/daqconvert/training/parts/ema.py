@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from daqconvert.layers.site import QuantizedSite
 from daqconvert.modes import copy_model, quantized_layers
 from daqconvert.training.parts.base import Part, Step
 from daqconvert.training.parts.progressive import set_site_bits
@@ -41,8 +42,9 @@ class Average(Part):
 
     def __init__(self, recipe: Recipe) -> None:
         self.decay, self.warmup = recipe.ema, recipe.ema_warmup
-        self._model: nn.Module | None = None
         self._average: Any = None
+        self._sites: list[tuple[QuantizedSite, QuantizedSite]] = []
+        self._kept: Pairs | None = None
 
     @property
     def module(self) -> nn.Module:
@@ -54,24 +56,25 @@ class Average(Part):
         """Begin with the weights as they are."""
         from timm.utils import ModelEmaV3
 
-        self._model = run.model
         halves = any(tensor.dtype in HALVES for tensor in run.model.parameters())
-        self._average = ModelEmaV3(
-            copy_model(run.model), decay=self.decay, use_warmup=self.warmup, dtype=torch.float32 if halves else None
-        )
+        self._average = ModelEmaV3(copy_model(run.model), decay=self.decay, use_warmup=self.warmup)
+        if halves:
+            self.module.float()
+        averaged = quantized_layers(self.module)
+        self._sites = [(averaged[name], site) for name, site in quantized_layers(run.model).items()]
+        self._kept = None
 
     @torch.no_grad()
     def after_step(self, run: Run, step: Step) -> None:
         """Take the weights of this step in."""
         self._follow()
         weight = 1.0 - self._average.get_decay(step.number)
-        averaged, new = [], []
-        for ours, theirs in _pairs(self.module, run.model):
-            if not ours.is_floating_point():
-                ours.copy_(theirs)
-            else:
-                averaged.append(ours)
-                new.append(theirs.to(ours.dtype))
+        if self._kept is None or not self._kept.valid():
+            self._kept = Pairs(self.module, run.model)
+        for copied, values in self._kept.copied:
+            torch._foreach_copy_(copied, values)
+        averaged, new = self._kept.averaged
+        new = [t if t.dtype == mean.dtype else t.to(mean.dtype) for mean, t in zip(averaged, new, strict=True)]
         torch._foreach_lerp_(averaged, new, weight=weight)
 
     @contextmanager
@@ -79,7 +82,7 @@ class Average(Part):
         """Put the averaged values in the model's place, and its own back afterwards, bit for bit."""
         self._follow()
         pairs = _pairs(self.module, run.model)
-        before = [theirs.clone() for _, theirs in pairs]
+        before = [theirs.detach().clone() for _, theirs in pairs]
         try:
             self.finish(run)
             yield
@@ -107,19 +110,46 @@ class Average(Part):
 
     def _follow(self) -> None:
         """Give the average the bits that the model has, its bounds where they are sensible for them."""
-        assert self._model is not None
-        model = quantized_layers(self._model)
-        for name, site in quantized_layers(self.module).items():
-            if site.settings != model[name].settings:
-                set_site_bits(site, model[name].settings)
+        for ours, theirs in self._sites:
+            if ours.settings is not theirs.settings:
+                set_site_bits(ours, theirs.settings)
+
+
+class Pairs:
+    """What a step reads and writes, as lists that are made once.
+
+    Args:
+        average: The averaged model.
+        model: The model in training.
+
+    Attributes:
+        averaged: Tensors of the average that are averaged, and those of the model.
+        copied: The same of what is copied, by dtype and device.
+    """
+
+    def __init__(self, average: nn.Module, model: nn.Module) -> None:
+        self.averaged: tuple[list[Tensor], list[Tensor]] = ([], [])
+        copied: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+        for ours, theirs in _pairs(average, model):
+            key = ours.dtype, theirs.dtype, ours.device
+            lists = self.averaged if ours.is_floating_point() else copied.setdefault(key, ([], []))
+            lists[0].append(ours)
+            lists[1].append(theirs)
+        self.copied = list(copied.values())
+        owners = [tensors for m in model.modules() for tensors in (m._parameters, m._buffers)]
+        self._owned = [(owner, name, value) for owner in owners for name, value in owner.items()]
+        own = {id(value) for _, _, value in self._owned}
+        self._own = all(id(theirs) in own for _, found in (self.averaged, *self.copied) for theirs in found)
+
+    def valid(self) -> bool:
+        """Whether the model still has these tensors; where its state dict computes some they never are kept."""
+        return self._own and all(owner.get(name) is value for owner, name, value in self._owned)
 
 
 def _pairs(average: nn.Module, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """What the average has and what the model has of each tensor, each tensor of the model once."""
     ours, theirs = average.state_dict(keep_vars=True), model.state_dict(keep_vars=True)
-    unique = {
-        id(value): (ours[key].detach(), value.detach()) for key, value in theirs.items() if isinstance(value, Tensor)
-    }
+    unique = {id(value): (ours[key], value) for key, value in theirs.items() if isinstance(value, Tensor)}
     return list(unique.values())
 
 

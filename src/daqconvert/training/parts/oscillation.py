@@ -21,6 +21,7 @@ from daqconvert.layers.site import QuantizedSite
 from daqconvert.modes import quantized_layers
 from daqconvert.quantizers import WeightQuantizer
 from daqconvert.training.parts.base import Part, Step
+from daqconvert.training.parts.together import Together
 from daqconvert.training.parts.tracks import SAMPLE, Track
 from daqconvert.training.recipes import Recipe
 
@@ -47,6 +48,7 @@ class Oscillation(Part):
         self.freeze, self.threshold = freeze, threshold
         self.tracks: dict[str, Track] = {}
         self.shares: dict[str, tuple[float, float]] = {}
+        self._together: list[Together] | None = None
 
     @staticmethod
     def wanted(recipe: Recipe) -> Oscillation | None:
@@ -61,7 +63,7 @@ class Oscillation(Part):
 
     def start(self, run: Run) -> None:
         """Take the codes before the first step."""
-        self.tracks, seen = {}, set()
+        self.tracks, self._together, seen = {}, None, set()
         for name, site in quantized_layers(run.model).items():
             if not isinstance(site, QuantizedSite) or not isinstance(site.weight_quantizer, WeightQuantizer):
                 continue
@@ -79,8 +81,18 @@ class Oscillation(Part):
 
     def after_step(self, run: Run, step: Step) -> None:
         """Take notice of the codes after a step."""
+        if any(track.outdated for track in self.tracks.values()):
+            self._together = None  # made anew after this step, that every track takes on its own
+            for track in self.tracks.values():
+                track.update(self.threshold)
+            return
+        if self._together is None:
+            self._together = Together.of(self.tracks.values())
+        for tracks in self._together:
+            tracks.update()
         for track in self.tracks.values():
-            track.update(self.threshold)
+            if track.freezes:
+                track.update(self.threshold)
 
     def after_epoch(self, run: Run, row: Row) -> None:
         """Add the share of oscillating weights to the row, and that of frozen ones where there may be some."""
@@ -115,7 +127,7 @@ class Oscillation(Part):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return codes, directions, frequencies, and what is frozen, as `KEY/SITE`."""
-        return {f"{key}/{name}": value for name, t in self.tracks.items() for key, value in t.state.items()}
+        return {f"{key}/{name}": value.clone() for name, t in self.tracks.items() for key, value in t.state.items()}
 
     def meta(self) -> Any:
         """Return the bits for which that holds."""
@@ -123,6 +135,7 @@ class Oscillation(Part):
 
     def load(self, tensors: dict[str, Tensor], meta: Any) -> None:
         """Go on with what `tensors` and `meta` returned."""
+        self._together = None
         for name, track in self.tracks.items():
             track.bits = meta[name]
             for key, value in track.state.items():

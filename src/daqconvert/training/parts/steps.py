@@ -58,7 +58,7 @@ class StepLog(Part):
             return
         loss, self._sum, self._count = self._sum / self._count, 0.0, 0
         self.rows.append((step.number, loss))
-        rates = run.optimizers.set_step(step.number - 1)
+        rates = run.optimizers.rates(step.number - 1)
         inputs, seconds = run.position.meter.inputs - self._seen[0], run.position.seconds - self._seen[1]
         self._seen = (run.position.meter.inputs, run.position.seconds)
         speed = round(inputs * run.processes.count / seconds, 1) if seconds > 0 else None

@@ -38,21 +38,28 @@ class Track:
 
     Attributes:
         bits: For which the state holds; other bits start it anew.
+        stride: Every how many weights one is followed.
+        channel: The channel of each weight that is followed; None where one bound is for all.
         state: `code` (uint8), `direction` (int8, of the last change), `frequency`; and, where weights may be frozen,
             `average` and `frozen` (bool).
     """
 
     def __init__(self, site: QuantizedSite, most: int | None = SAMPLE) -> None:
-        weight = _weight(site)
+        weight = weight_of(site)
         self.site, self.numel, self.freezes = site, weight.numel(), most is None
         self.stride = 1 if most is None else math.ceil(weight.numel() / most)
-        self._channel = _channels(_quantizer(site), self.stride, weight.device)
+        self.channel = _channels(quantizer_of(site), self.stride, weight.device)
         self._held: Tensor | None = None
         self.restart()
 
+    @property
+    def outdated(self) -> bool:
+        """Whether the quantizer has other bits by now."""
+        return quantizer_of(self.site).bits != self.bits
+
     def restart(self) -> None:
         """Forget everything, and start from the codes of now."""
-        self.bits = _quantizer(self.site).bits
+        self.bits = quantizer_of(self.site).bits
         _, codes = self._codes()
         self.state = {
             "code": codes.to(torch.uint8),
@@ -67,7 +74,7 @@ class Track:
     def hold(self) -> None:
         """Note the values of the weights before a step changes them."""
         if self.freezes:
-            weight = _weight(self.site)
+            weight = weight_of(self.site)
             self._held = weight.detach().clone() if self._held is None else self._held.copy_(weight.detach())
 
     @torch.no_grad()
@@ -77,7 +84,7 @@ class Track:
         Args:
             threshold: Frequency from which a weight oscillates.
         """
-        if _quantizer(self.site).bits != self.bits:
+        if self.outdated:
             self.restart()
             return
         if self.freezes:
@@ -115,11 +122,11 @@ class Track:
 
     def weight(self) -> Tensor:
         """Return the weight, without a graph."""
-        return _weight(self.site).detach()
+        return weight_of(self.site).detach()
 
     def _give_back(self) -> None:
         """Undo what the step did to frozen weights: gradient, momentum, weight decay."""
-        weight = _weight(self.site)
+        weight = weight_of(self.site)
         if self._held is not None:
             weight.copy_(torch.where(self.state["frozen"].reshape(weight.shape), self._held, weight))
 
@@ -132,7 +139,7 @@ class Track:
         may lie several std from where the weights are. (With the middle of levels at 3 std, 1 bit, and most weights
         frozen, the std would grow without end.) Twice, for putting it there moves mean and std a little.
         """
-        quantizer, weight = _quantizer(self.site), _weight(self.site)
+        quantizer, weight = quantizer_of(self.site), weight_of(self.site)
         level, slack = self.state["code"].to(torch.float32), self._slack()
         for _ in range(2 if quantizer.normalize else 1):
             place, _ = self._codes()
@@ -145,20 +152,20 @@ class Track:
     @torch.no_grad()
     def _codes(self) -> tuple[Tensor, Tensor]:
         """Return the places of the weights among the levels, clipped to them, and the codes; both float32."""
-        quantizer = _quantizer(self.site)
+        quantizer = quantizer_of(self.site)
         origin, step, offset = self._grid()
-        x = (_weight(self.site).detach().reshape(-1)[:: self.stride].to(torch.float32) - origin) / step
+        x = (weight_of(self.site).detach().reshape(-1)[:: self.stride].to(torch.float32) - origin) / step
         x = x.clamp(-offset, float(quantizer.top))
         return x + offset, x.round() + offset
 
     def _grid(self) -> tuple[Tensor, Tensor, float]:
         """Return `origin`, `step`, `offset` of `W = (code - offset) * step + origin`, for the weights followed."""
-        quantizer = _quantizer(self.site)
+        quantizer = quantizer_of(self.site)
         upper = quantizer.upper.detach().to(torch.float32)
         if quantizer.grid != "midrise":
             step = upper.clamp(min=TINY) / quantizer.top
             return torch.zeros((), device=upper.device), self._each(step), float(lowest_level(quantizer))
-        mean, std = quantizer.moments(_weight(self.site).detach())
+        mean, std = quantizer.moments(weight_of(self.site).detach())
         lower = -upper if quantizer.own_lower is None else quantizer.own_lower.detach().to(torch.float32)
         step, origin = (upper - lower).clamp(min=TINY) / quantizer.top, lower
         if mean is not None and std is not None:
@@ -168,22 +175,24 @@ class Track:
 
     def _slack(self) -> Tensor | float:
         """Return how far from the middle of its level a frozen weight may lie, in steps: 0 in real units."""
-        quantizer = _quantizer(self.site)
+        quantizer = quantizer_of(self.site)
         if quantizer.own_lower is None:
             return 0.0
         step = (quantizer.upper.detach() - quantizer.own_lower.detach()).float().clamp(min=TINY) / quantizer.top
         return self._each(0.5 - (MARGIN / step).clamp(max=0.5 - MIDDLE))
 
     def _each(self, bound: Tensor) -> Tensor:
-        return bound if self._channel is None else bound[self._channel]
+        return bound if self.channel is None else bound[self.channel]
 
 
-def _quantizer(site: QuantizedSite) -> WeightQuantizer:
+def quantizer_of(site: QuantizedSite) -> WeightQuantizer:
+    """Return the quantizer of a site's weight."""
     assert isinstance(site.weight_quantizer, WeightQuantizer)
     return site.weight_quantizer
 
 
-def _weight(site: QuantizedSite) -> Tensor:
+def weight_of(site: QuantizedSite) -> Tensor:
+    """Return the float weight of a site."""
     weight = site.float_weight()
     assert weight is not None
     return weight
