@@ -2,7 +2,7 @@
 
 For each bit-width the paper's settings with DAQ's gradient and with those of the baselines, everything else the same;
 then daqconvert's default settings, and the best recipe that we know for so few epochs (`BEST`), with DAQ, with STE,
-and with one part of it left out. Accuracy is the frozen model's on the last 5,000 rows of the file, which no run trains on
+and with one part of it left out. Accuracy is the frozen model's on the file's last 5,000 rows, which no run trains on
 (the float network was trained on them too, so only comparisons count). Runs are resumable, and each result is written
 as it ends, with the table of all of them beside it:
 
