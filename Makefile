@@ -10,6 +10,8 @@ STAMP := $(VENV)/.installed
 RUN_DIR ?= runs/demo
 # more arguments for pytest, as in `make test PYTEST_ARGS="-k plan -x"`
 PYTEST_ARGS ?=
+# tests run side by side, one for each processor, at most four, a thread each; `-n 0` in PYTEST_ARGS for one at a time
+SIDE_BY_SIDE := -n logical --maxprocesses 4
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
@@ -32,7 +34,7 @@ demo: $(STAMP)  ## the main job: digits, a small network, W4A4, ONNX; results in
 	$(BIN)/daqconvert finetune --out $(RUN_DIR) --overwrite
 
 test: check  ## lint, types and all fast tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(PYTEST_ARGS)
 
 test-slow: $(STAMP)  ## the tests marked slow, which `make test` leaves out
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

@@ -175,7 +175,7 @@ def test_every_parameter_is_counted_once(case):
     assert sum(site.params for site in found.sites) + found.other_params == total + shared
 
 
-@pytest.mark.parametrize("bad", [7, "image", object(), torch.float32], ids=repr)
+@pytest.mark.parametrize("bad", [7, "image", object(), torch.float32], ids=["number", "text", "object", "dtype"])
 def test_example_inputs_of_another_kind_are_refused(bad):
     with pytest.raises(ConversionError, match="example_inputs: expected a tensor, a tuple .* or a dict"):
         find_sites(awkward.Chain(), bad)
