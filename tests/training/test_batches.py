@@ -32,7 +32,10 @@ def same(a, b) -> bool:
 PERSISTENT = {"num_workers": 1, "persistent_workers": True, "prefetch_factor": 3}
 
 
-@pytest.mark.parametrize("options", [{"num_workers": 2}, PERSISTENT, {"generator": torch.Generator()}], ids=["two", "kept", "own"])
+OWN = {"generator": torch.Generator()}
+
+
+@pytest.mark.parametrize("options", [{"num_workers": 2}, PERSISTENT, OWN], ids=["two", "kept", "own"])
 def test_workers_do_not_matter(loader, options):
     alone, others = read(loader(noise=1.0)), read(loader(noise=1.0, **options))
     if "generator" not in options:  # with one the order is another, but it is the seed's
