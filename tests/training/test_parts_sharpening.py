@@ -3,13 +3,17 @@ import torch
 from torch import nn
 
 import daqconvert as dq
-from daqconvert.errors import TrainingError
 from daqconvert.functional.grid import Rounding
 from daqconvert.quantizers.base import Quantizer
 
 
 def roundings(qmodel):
     return [module.rounding for module in qmodel.modules() if isinstance(module, Quantizer)]
+
+
+def low(make, bits=2, **settings):
+    """A model whose first layer has few bits as well: its roundings come first."""
+    return make(bits=bits, first=(bits, bits), **settings)
 
 
 def train(qmodel, data, seen=None, **options):
@@ -20,7 +24,7 @@ def train(qmodel, data, seen=None, **options):
 
 
 def test_the_kernel_widens_from_its_own_width_to_the_final_one(make, loader):
-    qmodel, seen = make(w_sigma=0.5, a_sigma=0.5, slope="unit"), []
+    qmodel, seen = low(make, w_sigma=0.5, a_sigma=0.5, slope="unit"), []
     own = roundings(qmodel)
     train(qmodel, loader(), seen)
     weights, inputs = zip(*[(step[0], step[1]) for step in seen], strict=True)
@@ -34,7 +38,7 @@ def test_the_kernel_widens_from_its_own_width_to_the_final_one(make, loader):
 def test_the_final_width_counts_and_the_last_step_is_near_it(make, loader):
     results = []
     for options in ({"final_a_sigma": 0.0}, {}, {"final_a_sigma": 0.0, "final_w_sigma": 2.0}):
-        qmodel = make(a_sigma=0.5, w_sigma=0.5, slope="unit")
+        qmodel = low(make, a_sigma=0.5, w_sigma=0.5, slope="unit")
         train(qmodel, loader(), **options)
         results.append([p.detach().clone() for p in qmodel.parameters()])
     for i in range(3):
@@ -43,23 +47,32 @@ def test_the_final_width_counts_and_the_last_step_is_near_it(make, loader):
 
 @pytest.mark.parametrize("rounding", ["ste", "ewgs", "dsq"])
 def test_other_roundings_are_left_alone(make, loader, rounding):
-    qmodel, seen = make(rounding=rounding), []
+    qmodel, seen = low(make, rounding=rounding), []
     own = roundings(qmodel)
     train(qmodel, loader(), seen, final_w_sigma=2.0)
     assert all(step == own for step in seen)
 
 
-def test_a_length_is_needed(make, loader):
+def test_a_run_of_unknown_length_and_operands_of_more_bits_keep_their_own(make, loader):
     class Stream:
         def __iter__(self):
             return iter(loader())
 
-    with pytest.raises(TrainingError, match="final_a_sigma: is a share of the run"):
-        train(make(), Stream(), schedule="constant")
+    for qmodel, data in ((low(make), Stream()), (low(make, bits=3), loader())):
+        own, seen = roundings(qmodel), []
+        train(qmodel, data, seen, schedule="constant")
+        assert seen
+        assert all(step == own for step in seen)
+
+
+def test_the_bits_of_the_plan_decide_not_those_of_a_stage(make, loader):
+    qmodel, seen = low(make), []
+    train(qmodel, loader(), seen, progressive=[[0.5, 4, 4]])
+    assert seen[1][1] != seen[0][1]
 
 
 def test_own_roundings_come_back_after_an_exception(make, loader):
-    qmodel = make()
+    qmodel = low(make)
     own = roundings(qmodel)
 
     def stop(step):

@@ -27,8 +27,8 @@ from daqconvert.training.recipes import Recipe
 Make = Callable[[Recipe], Part | None]
 
 MAKERS: tuple[Make, ...] = (
+    make_sharpening,  # sees the bits of the plan, before progressive changes them
     make_progressive,
-    make_sharpening,
     make_bounds,
     make_frozen_batch_norm,
     make_fresh_statistics,

@@ -2,9 +2,11 @@
 
     sigma(step) = own + (final - own) * floor(100 * (step - 1) / total) / 100
 
-A flat slope lets every weight move; a peaked one, whose gradient is largest half way between two levels, tells which
-of them are about to change level, and that pays when learning rates are small. Roundings other than DAQ's have no
-such width, and nothing is done to them, so that a comparison changes the word `rounding` alone.
+A flat slope lets everything move; a peaked one, whose gradient is largest half way between two levels, acts on what is
+about to change its level, and that pays when learning rates are small. It was measured for operands of one and two
+bits (`benchmarks/cifar10.py`); those of more bits keep their own. Roundings other than DAQ's have no such width, and
+nothing is done to them, so that a comparison changes the word `rounding` alone. A run whose length nobody knows has no
+end to move to: it keeps its own as well.
 
 Reference: "Distance-aware Quantization" (Kim, Lee, Ham, ICCV 2021), equations 6-11, for the slope; "Forward and
 Backward Information Retention for Accurate Binary Neural Networks" (Qin et al., CVPR 2020), section 3.3, for a slope
@@ -19,13 +21,13 @@ from daqconvert.functional.grid import Rounding
 from daqconvert.modes import quantized_layers
 from daqconvert.quantizers.base import Quantizer
 from daqconvert.training.parts.base import Part
-from daqconvert.training.parts.moments import steps_until
 from daqconvert.training.recipes import Recipe
 
 if TYPE_CHECKING:
     from daqconvert.training.engine import Run
 
 STAGES = 100
+MOST_BITS = 2
 
 
 class Sharpening(Part):
@@ -43,24 +45,20 @@ class Sharpening(Part):
         self._moving: dict[Quantizer, tuple[Rounding, float, float, float, bool]] = {}
 
     def start(self, run: Run) -> None:
-        """Note every DAQ quantizer's own rounding.
-
-        Raises:
-            TrainingError: If the length of the run is unknown.
-        """
-        self._total = max(1, steps_until(run, 1.0, "final_w_sigma and final_a_sigma"))
+        """Note the roundings that will move; the model has the bits of its plan here."""
+        self._total = run.total_steps
         for site in quantized_layers(run.model).values():
             s = site.settings
-            if s.rounding != "daq":
+            if s.rounding != "daq" or not self._total:
                 continue
             operands = (site.weight_quantizer, s.w_gamma, s.w_sigma), (site.input_quantizer, s.a_gamma, s.a_sigma)
             for (quantizer, gamma, sigma), final in zip(operands, self._final, strict=True):
-                if quantizer is not None and final:
+                if quantizer is not None and final and quantizer.bits <= MOST_BITS:
                     self._moving[quantizer] = quantizer.rounding, gamma, sigma, final, s.slope == "unit"
 
     def before_step(self, run: Run, number: int) -> None:
         """Set this step's roundings."""
-        stage = STAGES * (number - 1) // self._total
+        stage = STAGES * (number - 1) // self._total if self._moving else self._stage
         if stage == self._stage:
             return
         self._stage = stage

@@ -76,9 +76,9 @@ class Recipe:
             `batch_norm` is `"freeze"`, once before the first step.
         freeze_bounds_at: Share of the run after which the quantizers' parameters stay as they are; 1 is never.
         progressive: Stages `(until, w_bits, a_bits)`: until that share of the run no site has fewer bits than these.
-        final_w_sigma: Kernel width that DAQ's rounding of weights has at the end of the run; from the model's own it
-            gets there evenly, so that a flat slope becomes a peaked one. 0 leaves it.
-        final_a_sigma: Likewise of inputs.
+        final_w_sigma: Kernel width that DAQ's rounding of weights of one or two bits has at the end of the run; from
+            the model's own it gets there evenly, so that a flat slope becomes a peaked one. 0 leaves it.
+        final_a_sigma: Likewise of inputs of one or two bits.
         patience: Epochs without a better validation result after which training stops, 0 for never.
         oscillation: What is done about weights that jump between two levels: `"log"` their share, `"freeze"` them,
             or `"off"`.
@@ -133,7 +133,7 @@ class Recipe:
     freeze_bounds_at: float = 1.0
     progressive: tuple[tuple[float, int, int], ...] = ()
     final_w_sigma: float = 0.0
-    final_a_sigma: float = 0.0
+    final_a_sigma: float = 2.0
     patience: int = 0
     oscillation: str = "log"
     oscillation_threshold: float = 0.02
