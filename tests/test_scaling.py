@@ -41,11 +41,14 @@ def calls(run: Callable[[], Any]) -> int:
         count += event in ("call", "c_call")
 
     before = sys.getprofile()
+    gc.collect()  # what earlier tests left is finalized now, not in between
+    gc.disable()
     sys.setprofile(note)
     try:
         run()
     finally:
         sys.setprofile(before)
+        gc.enable()
     return count
 
 
