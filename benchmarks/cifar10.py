@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True, help="safetensors file of the float ResNet-20")
     parser.add_argument("--work", type=Path, default=Path("runs/cifar10"), help="where checkpoints go")
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--seeds", type=int, nargs="*", help="default: 0, and 1 for DAQ and STE at W1A1 and W2A2")
+    parser.add_argument("--seeds", type=int, nargs="*", help="default: 0, and 1 for what is in TWICE")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--threads", type=int, default=2, help="of each run")

@@ -25,7 +25,6 @@ import daqconvert as dq
 from daqconvert.data.parquet import ParquetImages
 
 RESULT = "fewshot"
-FEATURES = (r"re:blocks\.\d+\.\d+", "conv_head")  # the output of every block: what this network can be taught by
 
 
 class Unlabelled(Dataset[tuple[Tensor]]):
@@ -64,7 +63,7 @@ def run(name: str, half: int, args: argparse.Namespace, x: Tensor, labels: Tenso
     untrained = compare(logits(qmodel, x[held_out]), reference, labels[held_out])
     started = time.perf_counter()
     result = dq.finetune(
-        qmodel, loader, recipe="fewshot", features=FEATURES, epochs=args.epochs, resume=True, checkpoint_steps=20,
+        qmodel, loader, recipe="fewshot", epochs=args.epochs, resume=True, checkpoint_steps=20,
         out_dir=args.work / f"{name.lower()}-half{half}-e{args.epochs}",
         on_epoch=lambda row: print(name, half, row["epoch"], row["train_loss"], row["seconds"], flush=True),
     )  # fmt: skip

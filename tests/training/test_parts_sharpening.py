@@ -35,7 +35,7 @@ def test_the_kernel_widens_from_its_own_width_to_the_final_one(make, loader):
     assert roundings(qmodel) == own
 
 
-def test_the_final_width_counts_and_the_last_step_is_near_it(make, loader):
+def test_the_final_width_counts(make, loader):
     results = []
     for options in ({"final_a_sigma": 0.0}, {}, {"final_a_sigma": 0.0, "final_w_sigma": 2.0}):
         qmodel = low(make, a_sigma=0.5, w_sigma=0.5, slope="unit")
@@ -91,13 +91,11 @@ def test_compiled_models_see_the_change_without_another_compilation(kind):
     torch.manual_seed(0)
     layer = nn.Linear(6, 4) if kind is nn.Linear else nn.Conv2d(3, 4, 3)
     shape = (8, 6) if kind is nn.Linear else (2, 3, 8, 8)
-    options = {"w_bits": 2, "a_bits": 2, "first": None, "last": None}
-    eager = dq.quantize(nn.Sequential(nn.Identity(), layer, nn.ReLU()), **{**options, "first": (2, 2), "last": (2, 2)})
+    options = {"w_bits": 2, "a_bits": 2, "first": (2, 2), "last": (2, 2)}
+    eager = dq.quantize(nn.Sequential(nn.Identity(), layer, nn.ReLU()), **options)
     x = torch.randn(shape).relu()
     dq.calibrate(eager, [(x,)])
-    compiled = dq.quantize(
-        nn.Sequential(nn.Identity(), layer, nn.ReLU()), **{**options, "first": (2, 2), "last": (2, 2)}
-    )
+    compiled = dq.quantize(nn.Sequential(nn.Identity(), layer, nn.ReLU()), **options)
     compiled.load_state_dict(eager.state_dict())
     torch._dynamo.reset()
     compiled.compile()

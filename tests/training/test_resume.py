@@ -7,7 +7,7 @@ import torch
 
 from daqconvert.errors import DaqError, TrainingError
 from daqconvert.training import finetune
-from daqconvert.training.checkpoint import read_checkpoint
+from daqconvert.training.checkpoint import read_checkpoint, write_checkpoint
 
 OPTIONS = {"epochs": 3, "lr": 0.05}
 
@@ -139,6 +139,18 @@ def test_another_recipe_is_refused(make, loader, tmp_path, change, told):
     with pytest.raises(TrainingError, match=rf"belongs to another run: {told}"):
         finetune(make(), loader(), out_dir=tmp_path, resume=True, **{**OPTIONS, **change})
     assert files_in(tmp_path) == before
+
+
+def test_a_run_from_before_a_field_was_there_had_none_of_it(make, loader, tmp_path):
+    options = {**OPTIONS, "final_a_sigma": 0.0}
+    finetune(make(), loader(), out_dir=tmp_path, **options)
+    path = tmp_path / "last.safetensors"
+    checkpoint = read_checkpoint(path)
+    meta = {**checkpoint.meta, "recipe": {k: v for k, v in checkpoint.meta["recipe"].items() if "sigma" not in k}}
+    write_checkpoint(path, checkpoint.part(""), meta)
+    assert finetune(make(), loader(), out_dir=tmp_path, resume=True, **options).epochs == 3
+    with pytest.raises(TrainingError, match="final_a_sigma: 0.0 in the run, 2.0 now"):
+        finetune(make(), loader(), out_dir=tmp_path, resume=True, **OPTIONS)
 
 
 def test_another_teacher_or_loader_is_refused(make, loader, tmp_path):

@@ -61,8 +61,10 @@ class Quantizer(nn.Module):
             self.slope = numbers
         self._rounding = rounding
 
-    def traced_rounding(self) -> Rounding:
-        """The same as compiled code should see it, with tensors for its numbers."""
+    def plain_rounding(self) -> Rounding:
+        """The same for plain operations: a compiler gets tensors for its numbers, an exporter the numbers."""
+        if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+            return self._rounding
         return Rounding(self._rounding.kind, self.slope[0], self.slope[1])  # type: ignore[arg-type]
 
     def is_plain(self) -> bool:

@@ -74,8 +74,7 @@ class InputQuantizer(Quantizer):
         self._see(x)
         if torch.compiler.is_compiling():  # the compiler fuses plain operations, and cannot look into an operator
             scale = self.scale()
-            rounding = self.rounding if torch.compiler.is_exporting() else self.traced_rounding()
-            return quantize_input(x, scale, self.zero_point(scale), self.bits, rounding)
+            return quantize_input(x, scale, self.zero_point(scale), self.bits, self.plain_rounding())
         operand, codes, scale, zero_point = fused_input.quantize_input(
             x, self._lower(), self.upper, self.bits, self.rounding, codes=torch.is_grad_enabled()
         )

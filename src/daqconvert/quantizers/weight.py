@@ -93,9 +93,7 @@ class WeightQuantizer(Quantizer):
             v = (v - mean) / std
         upper = self._expand(self.upper)
         lower = self._expand(self.lower) if self.normalize else -upper
-        tracing = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        rounding = self.traced_rounding() if tracing else self.rounding
-        operand = quantize_weight(v, lower, upper, self.bits, self.grid, rounding)
+        operand = quantize_weight(v, lower, upper, self.bits, self.grid, self.plain_rounding())
         return operand.reshape(weight.shape).to(weight.dtype)
 
     def quantized(self, weight: Tensor) -> WeightGrid:

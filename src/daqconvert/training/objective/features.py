@@ -119,10 +119,15 @@ def called_alike(ours: dict[str, list[Any]], theirs: dict[str, list[Any]], name:
     return bool(shapes[0]) and shapes[0] == shapes[1] and None not in shapes[0]
 
 
+def _first(output: Any) -> Tensor | None:
+    """The first tensor of a module's output."""
+    return next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
+
+
 def _shape(output: Any) -> torch.Size | None:
-    """The shape of the first tensor of a module's output, or None where it is none of floating point."""
-    tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-    return tensors[0].shape if tensors and tensors[0].is_floating_point() else None
+    """Its shape, or None where it is none of floating point."""
+    tensor = _first(output)
+    return tensor.shape if tensor is not None and tensor.is_floating_point() else None
 
 
 def feature_loss(ours: dict[str, list[Any]], theirs: dict[str, list[Any]], names: list[str]) -> Tensor:
@@ -164,8 +169,8 @@ def feature_loss(ours: dict[str, list[Any]], theirs: dict[str, list[Any]], names
 
 def _tensor(output: Any, name: str, who: str) -> Tensor:
     """The first tensor of a module's output, in float32 (float64 stays)."""
-    tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-    if not tensors or not tensors[0].is_floating_point():
-        found = f"a tensor of {tensors[0].dtype}" if tensors else f"a {type(output).__name__}"
+    tensor = _first(output)
+    if tensor is None or not tensor.is_floating_point():
+        found = f"a {type(output).__name__}" if tensor is None else f"a tensor of {tensor.dtype}"
         raise TrainingError(f"features: {name!r} of the {who} returned {found}; expected a floating-point tensor.")
-    return tensors[0] if tensors[0].dtype == torch.float64 else tensors[0].float()
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

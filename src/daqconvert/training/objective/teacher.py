@@ -47,7 +47,8 @@ def check_teacher(teacher: nn.Module | None, qmodel: nn.Module, recipe: Recipe) 
             "takes a float copy of the model itself."
         )
     theirs = dict(teacher.named_modules())
-    missing = [name for name in names if name not in theirs and name not in optional_names(recipe, qmodel)]
+    optional = optional_names(recipe, qmodel)
+    missing = [name for name in names if name not in theirs and name not in optional]
     if missing:
         raise TrainingError(
             f"features: {missing[0]!r} is a module of the model, but not of the teacher. Name modules that both "

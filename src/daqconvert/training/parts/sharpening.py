@@ -46,10 +46,9 @@ class Sharpening(Part):
 
     def start(self, run: Run) -> None:
         """Note the roundings that will move; the model has the bits of its plan here."""
-        self._total = run.total_steps
         for site in quantized_layers(run.model).values():
             s = site.settings
-            if s.rounding != "daq" or not self._total:
+            if s.rounding != "daq" or not run.total_steps:
                 continue
             operands = (site.weight_quantizer, s.w_gamma, s.w_sigma), (site.input_quantizer, s.a_gamma, s.a_sigma)
             for (quantizer, gamma, sigma), final in zip(operands, self._final, strict=True):
@@ -58,7 +57,9 @@ class Sharpening(Part):
 
     def before_step(self, run: Run, number: int) -> None:
         """Set this step's roundings."""
-        stage = STAGES * (number - 1) // self._total if self._moving else self._stage
+        if not self._moving:
+            return
+        stage = STAGES * (number - 1) // run.total_steps
         if stage == self._stage:
             return
         self._stage = stage

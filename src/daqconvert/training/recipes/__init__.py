@@ -2,6 +2,6 @@
 
 from daqconvert.training.recipes.finding import RECIPES, recipe
 from daqconvert.training.recipes.overrides import parse_overrides
-from daqconvert.training.recipes.recipe import FIELDS, Recipe
+from daqconvert.training.recipes.recipe import BEFORE, FIELDS, Recipe
 
-__all__ = ["FIELDS", "RECIPES", "Recipe", "parse_overrides", "recipe"]
+__all__ = ["BEFORE", "FIELDS", "RECIPES", "Recipe", "parse_overrides", "recipe"]
