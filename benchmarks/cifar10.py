@@ -38,14 +38,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
 VARIANTS |= {f"w2a2-{rounding}": {"preset": "paper-w2a2", "rounding": rounding} for rounding in ("ewgs", "dsq", "lsq")}
 VARIANTS |= {f"w{bits}a{bits}-default": {"w_bits": bits, "a_bits": bits} for bits in (1, 2)}
 BEST: dict[str, Any] = {"distill": 0.5, "temperature": 2.0, "final_a_sigma": 2.0}
+TAUGHT = {**BEST, "lr": 0.05, "features": ("auto",), "feature_weight": 1.0}  # every block is taught, at half the rate
 RECIPES: dict[str, dict[str, Any]] = {  # what each changes of `paper-cifar10`
     "best": BEST,
     "best-ste": BEST,
     "best-flat": {**BEST, "final_a_sigma": 0.0},
     "best-undistilled": {**BEST, "distill": 0.0},
+    "taught": TAUGHT,
+    "taught-ste": TAUGHT,
 }
 VARIANTS |= {
-    f"w{bits}a{bits}-{kind}": {"w_bits": bits, "a_bits": bits, **({"rounding": "ste"} if kind == "best-ste" else {})}
+    f"w{bits}a{bits}-{kind}": {"w_bits": bits, "a_bits": bits, **({"rounding": "ste"} if kind.endswith("-ste") else {})}
     for bits in (1, 2)
     for kind in RECIPES
 }
