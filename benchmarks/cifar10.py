@@ -48,7 +48,7 @@ RECIPES: dict[str, dict[str, Any]] = {  # what each changes of `paper-cifar10`
     "taught-ste": TAUGHT,
 }
 VARIANTS |= {
-    f"w{bits}a{bits}-{kind}": {"w_bits": bits, "a_bits": bits, **({"rounding": "ste"} if kind.endswith("-ste") else {})}
+    f"w{bits}a{bits}-{kind}": {"w_bits": bits, "a_bits": bits} | ({"rounding": "ste"} if kind.endswith("-ste") else {})
     for bits in (1, 2)
     for kind in RECIPES
 }

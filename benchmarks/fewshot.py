@@ -51,7 +51,7 @@ class Unlabelled(Dataset[tuple[Tensor]]):
 
 def run(name: str, half: int, args: argparse.Namespace, x: Tensor, labels: Tensor) -> dict[str, Any]:
     """Train on one half, evaluate on the other: the frozen model, and what it was before the first step."""
-    model = network()
+    model = network().to(memory_format=torch.channels_last)  # a fifth faster on a CPU
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     halves = order[: len(x) // 2], order[len(x) // 2 :]
     train, held_out = halves if half == 0 else halves[::-1]

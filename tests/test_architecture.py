@@ -30,6 +30,7 @@ LAYERS = (
     ("convert", "calibration", "freezing", "counting"),
     ("data",),
     ("artifact",),
+    ("gptq",),
     ("training",),
     ("deploy",),
     ("cli",),

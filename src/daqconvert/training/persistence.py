@@ -28,6 +28,7 @@ from daqconvert.training.objective import OWN_TEACHER, float_teacher
 from daqconvert.training.optim import Optimizers
 from daqconvert.training.position import Position
 from daqconvert.training.resuming import check_run, last_of, teacher_of
+from daqconvert.training.rounding import round_weights
 from daqconvert.training.signals import Terminated
 
 if TYPE_CHECKING:
@@ -139,6 +140,8 @@ def _start_fresh(run: Run) -> None:
     if run.teacher_kind == OWN_TEACHER:
         run.objective.teacher = float_teacher(run.model)
     initial = model_copy(run) if run.teacher_kind == OWN_TEACHER else {}
+    if run.recipe.gptq:
+        round_weights(run)
     _make_optimizers_and_parts(run)
     if run.directory is None:
         return

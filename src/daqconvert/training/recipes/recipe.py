@@ -72,6 +72,8 @@ class Recipe:
         ema_warmup: Whether that decay rises to its value over the first steps.
         batch_norm: `"train"`, or `"freeze"` to keep the running statistics and use them.
         batch_norm_freeze_at: Share of the run after which `"train"` becomes `"freeze"`; 1 is never.
+        gptq: Training batches from which GPTQ chooses the weights' levels, once, before the first step; 0 leaves them
+            the nearest.
         reestimate: Training batches from which batch norms take their statistics anew before every evaluation; where
             `batch_norm` is `"freeze"`, once before the first step.
         freeze_bounds_at: Share of the run after which the quantizers' parameters stay as they are; 1 is never.
@@ -129,6 +131,7 @@ class Recipe:
     ema_warmup: bool = True
     batch_norm: str = "train"
     batch_norm_freeze_at: float = 1.0
+    gptq: int = 0
     reestimate: int = 0
     freeze_bounds_at: float = 1.0
     progressive: tuple[tuple[float, int, int], ...] = ()
@@ -181,7 +184,7 @@ class Recipe:
         return "".join(f"{key} = {_toml(value)}\n" for key, value in values.items())
 
 
-BEFORE: dict[str, Any] = {"final_w_sigma": 0.0, "final_a_sigma": 0.0}
+BEFORE: dict[str, Any] = {"final_w_sigma": 0.0, "final_a_sigma": 0.0, "gptq": 0}
 """What a run had that was written before a field was there."""
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Recipe))
@@ -264,6 +267,7 @@ _CHECKS: dict[str, Check] = {
     "ema_warmup": yes_or_no,
     "batch_norm": choice("train", "freeze"),
     "batch_norm_freeze_at": share,
+    "gptq": count(0),
     "reestimate": count(0),
     "freeze_bounds_at": share,
     "progressive": stages,

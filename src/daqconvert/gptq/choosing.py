@@ -1,0 +1,120 @@
+"""Stage after stage, so that inputs are what the layers before give with the levels that were chosen for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from daqconvert.functional.grid import levels
+from daqconvert.gptq.solver import output_error, second_order_levels
+from daqconvert.gptq.stages import Moments, first_forward, gather
+from daqconvert.layers.base import QuantizedLayer
+from daqconvert.modes import evaluating, quantized_layers
+from daqconvert.quantizers import WeightQuantizer
+from daqconvert.report.progress import progress
+
+DAMPING = 0.01  # of GPTQ
+
+
+@dataclass(frozen=True)
+class ChosenCodes:
+    """What was chosen for one layer; errors are `||(Q - W) X||^2 / ||W X||^2`.
+
+    Attributes:
+        name: Of the layer.
+        nearest: Error of the nearest levels.
+        chosen: Error of the chosen levels.
+        left_alone: Why its levels stayed the nearest, or `""`.
+    """
+
+    name: str
+    nearest: float = 0.0
+    chosen: float = 0.0
+    left_alone: str = ""
+
+
+@torch.no_grad()
+def choose_codes(model: nn.Module, batches: list[Any], blocks: list[str], *, show: bool = True) -> list[ChosenCodes]:
+    """Set the weights of a quantized model, in place, to levels with which its layers' outputs stay what they were.
+
+    Args:
+        model: From `quantize`, calibrated.
+        batches: Inputs as `calibrate` takes them; each block reads them once.
+        blocks: Names of modules; layers of one are chosen for together, each other layer on its own.
+        show: Whether to show progress.
+
+    Returns:
+        One entry per layer that a forward reaches and whose weight is quantized, in that order. Left alone are layers
+        whose grid has no fixed step (normalized weights, LSQ), transposed and 3-D convolutions, and weights that are
+        shared, computed, or depend on the data.
+
+    Example:
+        >>> qmodel, x = dq.quantize(nn.Sequential(nn.Linear(8, 4)), w_bits=4, a_bits=8), torch.randn(64, 8)
+        >>> _ = dq.calibrate(qmodel, [x])
+        >>> (found,) = choose_codes(qmodel, [x], [])
+        >>> found.name, found.chosen <= found.nearest
+        ('0', True)
+    """
+    with evaluating(model), torch.compiler.set_stance("force_eager"):
+        seen = first_forward(model, batches[0])
+        sites: dict[str, Any] = quantized_layers(model)
+        todo = [name for name, found in seen.items() if not found.why_not]
+        rows = {name: ChosenCodes(name, left_alone=found.why_not) for name, found in seen.items()}
+        with _switched_off([sites[name] for name in todo]), progress(len(todo), "GPTQ", enabled=show) as bar:
+            for _, group in groupby(todo, partial(_stage, blocks)):
+                names = list(group)
+                inputs = gather(model, batches, names, sum(seen[name].calls for name in names))
+                for name in names:
+                    rows[name] = _choose(sites[name], name, inputs[name])
+                    sites[name].enabled = True
+                    bar.advance(layer=name)
+    return [row for name, row in rows.items() if sites[name].weight_quantizer is not None]
+
+
+def _choose(site: QuantizedLayer, name: str, found: Moments) -> ChosenCodes:
+    """Set one layer's weight."""
+    own, quantizer = found.own, site.weight_quantizer
+    assert isinstance(own, Tensor) and isinstance(quantizer, WeightQuantizer)
+    own = own.cpu() if own.device.type == "mps" else own  # it has no float64
+    groups, inputs = own.shape[:2]
+    weight = site.weight.detach().to(own.device, torch.float64).reshape(groups, -1, inputs)
+    step = torch.as_tensor(quantizer.multiplier()).to(own.device, torch.float64)
+    step = step.expand(len(site.weight)).reshape(groups, -1)
+    nearest = partial(_nearest, bits=quantizer.bits, grid=quantizer.grid)
+    plain = nearest(weight / step[:, :, None])
+    operands = second_order_levels(weight, own, step, nearest, DAMPING)
+    errors = [output_error(found * step[:, :, None], weight, own) for found in (plain, operands)]
+    if errors[1] < errors[0]:
+        site.weight.copy_((operands * step[:, :, None]).reshape(site.weight.shape))
+    return ChosenCodes(name, errors[0], min(errors))
+
+
+def _nearest(steps: Tensor, bits: int, grid: str) -> Tensor:
+    """Return the operand nearest to a weight that is given in steps."""
+    top = levels(bits, grid)
+    if grid == "midrise":  # -top, -top + 2, .., top
+        return 2 * ((steps + top) / 2).round().clamp(0, top) - top
+    return steps.round().clamp(-top, top)
+
+
+def _stage(blocks: list[str], name: str) -> str:
+    return next((block for block in blocks if name == block or name.startswith(f"{block}.")), name)
+
+
+@contextmanager
+def _switched_off(sites: list[QuantizedLayer]) -> Iterator[None]:
+    before = [site.enabled for site in sites]
+    try:
+        for site in sites:
+            site.enabled = False
+        yield
+    finally:
+        for site, enabled in zip(sites, before, strict=True):
+            site.enabled = enabled

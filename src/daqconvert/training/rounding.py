@@ -1,0 +1,41 @@
+"""GPTQ before the first step of a run: the weights' levels are chosen from inputs of its own training batches.
+
+What a few hundred images teach many weights by gradients is soon learned by heart. Second moments of the inputs are
+another matter: every position of every image counts, and each layer is a small problem of its own. So a run of few
+images starts with it, and its steps are for what is left: norms, scales, bounds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from typing import TYPE_CHECKING
+
+from daqconvert.gptq import choose_codes
+from daqconvert.training.objective.blocks import block_names
+from daqconvert.training.seeding import preserved_random_state
+
+if TYPE_CHECKING:
+    from daqconvert.training.engine import Run
+
+LOGGER = logging.getLogger(__name__)
+
+
+def round_weights(run: Run) -> None:
+    """Choose the weights' levels from the first `gptq` training batches, the same on every process.
+
+    Layers that GPTQ is not for keep their nearest levels; a warning names them and says why.
+
+    Args:
+        run: Calibrated, its teacher made; its model is changed in place.
+    """
+    with preserved_random_state(run.train_loader):
+        batches = list(itertools.islice(run.train_epochs.batches(0, whole=True), run.recipe.gptq))
+    rows = choose_codes(run.model, batches, block_names(run.model), show=run.show)
+    left = [row for row in rows if row.left_alone]
+    if left and run.processes.is_main:
+        names = ", ".join(f"{row.name} ({row.left_alone})" for row in left[:3]) + (", ..." if left[3:] else "")
+        LOGGER.warning(
+            "gptq: %d of %d layers keep the nearest levels of their weights: %s.", len(left), len(rows), names
+        )
+    run.processes.agree(run.model)
