@@ -95,7 +95,7 @@ def _why_not(site: Any, weight: Tensor | None, operation: Operation) -> str:
         return "its weight depends on the data"
     if site.settings.rounding == "lsq" or site.unitless or quantizer.normalize:
         return "the grid of its weight has no fixed step"
-    if weight is None or weight is not dict(site.named_parameters(recurse=False)).get("weight"):
+    if weight is None or id(weight) != id(site._parameters.get("weight")):
         return "its weight is computed from other parameters"
     if not has_columns(operation):
         return "it is neither linear nor a convolution of one or two dimensions, padded by numbers"
