@@ -24,8 +24,6 @@ from torch.utils.data import DataLoader, Dataset
 import daqconvert as dq
 from daqconvert.data.parquet import ParquetImages
 
-RESULT = "fewshot"
-
 
 class Unlabelled(Dataset[tuple[Tensor]]):
     """Training images without their labels: random crop and flip, as the float network was trained.
@@ -63,8 +61,8 @@ def run(name: str, half: int, args: argparse.Namespace, x: Tensor, labels: Tenso
     untrained = compare(logits(qmodel, x[held_out]), reference, labels[held_out])
     started = time.perf_counter()
     result = dq.finetune(
-        qmodel, loader, recipe="fewshot", epochs=args.epochs, resume=True, checkpoint_steps=20,
-        out_dir=args.work / f"{name.lower()}-half{half}-e{args.epochs}",
+        qmodel, loader, recipe="fewshot", epochs=args.epochs, gptq=args.gptq, resume=True, checkpoint_steps=20,
+        out_dir=args.work / f"{name.lower()}-half{half}-e{args.epochs}" + ("-gptq" if args.gptq else ""),
         on_epoch=lambda row: print(name, half, row["epoch"], row["train_loss"], row["seconds"], flush=True),
     )  # fmt: skip
     trained = time.perf_counter() - started
@@ -79,28 +77,30 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="parquet file of the 500 images")
     parser.add_argument("--work", type=Path, default=Path("runs/fewshot"), help="where checkpoints go")
     parser.add_argument("--epochs", type=int, default=dq.training.recipe("fewshot").epochs)
+    parser.add_argument("--gptq", type=int, default=0, help="batches for GPTQ; a result of its own")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="*", choices=list(WIDTHS), default=["W4A8", "W4A4"])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     x, labels = images(args.data, network())
+    result = "fewshot_gptq" if args.gptq else "fewshot"
     for name in args.only:
         runs: dict[str, Any] = {}
         for half in (0, 1):
             key = f"{name}-half{half}"
-            if key not in common.read(RESULT).get("runs", {}):
+            if key not in common.read(result).get("runs", {}):
                 found = run(name, half, args, x, labels)
-                known = {**common.read(RESULT).get("runs", {}), key: found}  # another process may have added its own
-                common.write(RESULT, {**_kept(), "epochs": args.epochs, "runs": known})
+                known = {**common.read(result).get("runs", {}), key: found}  # another process may have added its own
+                common.write(result, {**_kept(result), "epochs": args.epochs, "runs": known})
                 print(key, found, flush=True)
-            runs[key] = common.read(RESULT)["runs"][key]
-        means = {**common.read(RESULT).get("means", {}), name: mean(list(runs.values()))}
-        common.write(RESULT, {**_kept(), "epochs": args.epochs, "means": means})
+            runs[key] = common.read(result)["runs"][key]
+        means = {**common.read(result).get("means", {}), name: mean(list(runs.values()))}
+        common.write(result, {**_kept(result), "epochs": args.epochs, "means": means})
         print(name, means[name], flush=True)
 
 
-def _kept() -> dict[str, Any]:
-    return {key: value for key, value in common.read(RESULT).items() if key in ("runs", "means")}
+def _kept(result: str) -> dict[str, Any]:
+    return {key: value for key, value in common.read(result).items() if key in ("runs", "means")}
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ RECIPES: dict[str, Recipe] = {
         final_a_sigma=0.0,
         crop_scale=0.35,
         batch_norm="freeze",
-        gptq=10,
         reestimate=8,
     ),
     "paper-cifar10": Recipe("paper-cifar10", epochs=400, lr=0.1, quantizer_lr=1e-4, **_PUBLISHED),
