@@ -53,23 +53,23 @@ def test_outputs_are_nearer_and_weights_on_their_grid(w_bits, granularity, grid)
 
 
 def test_a_block_is_chosen_for_with_what_the_blocks_before_it_give():
-    """With one layer a stage, the inputs of the second are those that the first gives with its new levels."""
+    """With one layer a stage, inputs are what the 2-bit layers before it give, their inputs quantized too."""
     model, x = network(), images()
-    qmodel = dq.quantize(model, w_bits=3, a_bits=8)
+    qmodel = dq.quantize(model, w_bits=2, a_bits=2, grid="integer", normalize=False)
     dq.calibrate(qmodel, x.split(8), progress=False)
     choose_codes(qmodel, [x], [], show=False)
-    site, seen = qmodel[2], []
+    site, seen = qmodel[4], []
     handle = site.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.no_grad():
         qmodel(x)
     handle.remove()
-    weight = model[2].weight.detach()
+    weight = model[4].weight.detach()
     grid = site.input_quantizer(seen[0]) * site.input_quantizer.scale()
     own = second_moments(columns(site.bare_operation(), grid, tuple(weight.shape)))
-    step = site.weight_quantizer.multiplier().reshape(16, 1)
-    expected = second_order_levels(weight.reshape(16, 1, 9), own, step, lambda v: v.round().clamp(-3, 3), 0.01)
+    step = site.weight_quantizer.multiplier().reshape(1, 8)
+    expected = second_order_levels(weight.reshape(1, 8, 16), own, step, lambda v: v.round().clamp(-1, 1), 0.01)
     torch.testing.assert_close(
-        site.weight.detach().double().reshape(16, 1, 9), expected * step[:, :, None].double(), rtol=1e-5, atol=1e-6
+        site.weight.detach().double().reshape(1, 8, 16), expected * step[:, :, None].double(), rtol=1e-5, atol=1e-6
     )
 
 
