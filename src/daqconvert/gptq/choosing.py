@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -12,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from daqconvert.functional.grid import levels
+from daqconvert.functional.grid import quantize_weight
 from daqconvert.gptq.solver import output_error, second_order_levels
-from daqconvert.gptq.stages import Moments, first_forward, gather
+from daqconvert.gptq.stages import first_forward, gather
 from daqconvert.layers.base import QuantizedLayer
-from daqconvert.modes import evaluating, quantized_layers
+from daqconvert.modes import disabled, evaluating, quantized_layers
 from daqconvert.quantizers import WeightQuantizer
 from daqconvert.report.progress import progress
 
@@ -67,7 +65,9 @@ def choose_codes(model: nn.Module, batches: list[Any], blocks: list[str], *, sho
         sites: dict[str, Any] = quantized_layers(model)
         todo = [name for name, found in seen.items() if not found.why_not]
         rows = {name: ChosenCodes(name, left_alone=found.why_not) for name, found in seen.items()}
-        with _switched_off([sites[name] for name in todo]), progress(len(todo), "GPTQ", enabled=show) as bar:
+        with disabled(model), progress(len(todo), "GPTQ", enabled=show) as bar:
+            for name in sites.keys() - todo:
+                sites[name].enabled = True
             for _, group in groupby(todo, partial(_stage, blocks)):
                 names = list(group)
                 inputs = gather(model, batches, names, sum(seen[name].calls for name in names))
@@ -78,16 +78,16 @@ def choose_codes(model: nn.Module, batches: list[Any], blocks: list[str], *, sho
     return [row for name, row in rows.items() if sites[name].weight_quantizer is not None]
 
 
-def _choose(site: QuantizedLayer, name: str, found: Moments) -> ChosenCodes:
-    """Set one layer's weight."""
-    own, quantizer = found.own, site.weight_quantizer
-    assert isinstance(own, Tensor) and isinstance(quantizer, WeightQuantizer)
+def _choose(site: QuantizedLayer, name: str, own: Tensor) -> ChosenCodes:
+    """Set one layer's weight; `own` are the second moments of its inputs."""
+    quantizer = site.weight_quantizer
+    assert isinstance(quantizer, WeightQuantizer)
     own = own.cpu() if own.device.type == "mps" else own  # it has no float64
     groups, inputs = own.shape[:2]
     weight = site.weight.detach().to(own.device, torch.float64).reshape(groups, -1, inputs)
     step = torch.as_tensor(quantizer.multiplier()).to(own.device, torch.float64)
     step = step.expand(len(site.weight)).reshape(groups, -1)
-    nearest = partial(_nearest, bits=quantizer.bits, grid=quantizer.grid)
+    nearest = partial(_nearest, quantizer=quantizer)
     plain = nearest(weight / step[:, :, None])
     operands = second_order_levels(weight, own, step, nearest, DAMPING)
     errors = [output_error(found * step[:, :, None], weight, own) for found in (plain, operands)]
@@ -96,25 +96,11 @@ def _choose(site: QuantizedLayer, name: str, found: Moments) -> ChosenCodes:
     return ChosenCodes(name, errors[0], min(errors))
 
 
-def _nearest(steps: Tensor, bits: int, grid: str) -> Tensor:
+def _nearest(steps: Tensor, quantizer: WeightQuantizer) -> Tensor:
     """Return the operand nearest to a weight that is given in steps."""
-    top = levels(bits, grid)
-    if grid == "midrise":  # -top, -top + 2, .., top
-        return 2 * ((steps + top) / 2).round().clamp(0, top) - top
-    return steps.round().clamp(-top, top)
+    top = steps.new_tensor(quantizer.top)
+    return quantize_weight(steps, -top, top, quantizer.bits, quantizer.grid, quantizer.plain_rounding())
 
 
 def _stage(blocks: list[str], name: str) -> str:
     return next((block for block in blocks if name == block or name.startswith(f"{block}.")), name)
-
-
-@contextmanager
-def _switched_off(sites: list[QuantizedLayer]) -> Iterator[None]:
-    before = [site.enabled for site in sites]
-    try:
-        for site in sites:
-            site.enabled = False
-        yield
-    finally:
-        for site, enabled in zip(sites, before, strict=True):
-            site.enabled = enabled

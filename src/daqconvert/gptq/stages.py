@@ -40,19 +40,6 @@ class Seen:
     why_not: str = ""
 
 
-@dataclass
-class Moments:
-    """Second moments of a layer's inputs, as its quantizer gives them.
-
-    Attributes:
-        own: `X X^T`, shape `(G, K, K)`.
-        columns: How many columns `X` has.
-    """
-
-    own: Tensor | float = 0.0
-    columns: int = 0
-
-
 class _First(Watcher):
     """Notes calls, in order, and what a layer cannot be chosen for."""
 
@@ -89,8 +76,6 @@ def first_forward(model: nn.Module, batch: Any) -> dict[str, Seen]:
 
 def _why_not(site: Any, weight: Tensor | None, operation: Operation) -> str:
     quantizer = site.weight_quantizer
-    if quantizer is None:
-        return "its weight stays float"
     if not isinstance(site, QuantizedLayer) or not isinstance(quantizer, WeightQuantizer):
         return "its weight depends on the data"
     if site.settings.rounding == "lsq" or site.unitless or quantizer.normalize:
@@ -105,27 +90,27 @@ def _why_not(site: Any, weight: Tensor | None, operation: Operation) -> str:
 
 
 class _Inputs(Watcher):
-    """Adds the inputs of one layer to its moments."""
+    """Adds up second moments of layers' inputs, until a forward has shown all of them."""
 
-    def __init__(self, found: Moments, left: list[int]) -> None:
-        self.found, self.left = found, left
+    def __init__(self) -> None:
+        self.found: dict[nn.Module, Tensor] = {}
+        self.left = 0
 
     def before(self, site: Any, x: Tensor, weight: Tensor | None, operation: Operation) -> Tensor:
         """Add those of one call; end the forward where it was the last."""
         assert weight is not None
         quantizer = site.input_quantizer
         grid = x if quantizer is None else quantizer(x) * quantizer.scale()
-        own = columns(operation, grid, tuple(weight.shape))
-        self.found.own = self.found.own + second_moments(own)
-        self.found.columns += own.shape[2]
-        self.left[0] -= 1
-        if not self.left[0]:
+        own = second_moments(columns(operation, grid, tuple(weight.shape)))
+        self.found[site] = self.found[site] + own if site in self.found else own
+        self.left -= 1
+        if not self.left:
             raise _Enough
         return x
 
 
-def gather(model: nn.Module, batches: Iterable[Any], names: list[str], calls: int) -> dict[str, Moments]:
-    """Return the second moments of some layers' inputs.
+def gather(model: nn.Module, batches: Iterable[Any], names: list[str], calls: int) -> dict[str, Tensor]:
+    """Return the second moments of some layers' inputs as their quantizers give them, `X X^T`, shape `(G, K, K)`.
 
     Args:
         model: From `quantize`, in evaluation mode; these layers are switched off, the ones before them are not.
@@ -133,13 +118,12 @@ def gather(model: nn.Module, batches: Iterable[Any], names: list[str], calls: in
         names: Of the layers.
         calls: How often they are called in one forward, together.
     """
-    found, left = {name: Moments() for name in names}, [0]
-    sites = quantized_layers(model)
+    inputs, sites = _Inputs(), quantized_layers(model)
     with ExitStack() as stack:
         for name in names:
-            stack.enter_context(watching(sites[name], _Inputs(found[name], left)))
+            stack.enter_context(watching(sites[name], inputs))
         for batch in batches:
-            left[0] = calls
+            inputs.left = calls
             with suppress(_Enough):
                 run_batch(model, batch)
-    return found
+    return {name: inputs.found[sites[name]] for name in names}

@@ -1,8 +1,8 @@
 """GPTQ before the first step of a run: the weights' levels are chosen from inputs of its own training batches.
 
 What a few hundred images teach many weights by gradients is soon learned by heart. Second moments of the inputs are
-another matter: every position of every image counts, and each layer is a small problem of its own. So a run of few
-images starts with it, and its steps are for what is left: norms, scales, bounds.
+another matter: every position of every image counts, and each layer is a small problem of its own. After it, steps are
+for what is left: norms, scales, bounds.
 """
 
 from __future__ import annotations
