@@ -27,6 +27,7 @@ from daqconvert.training.logs import write_log
 from daqconvert.training.objective import OWN_TEACHER, float_teacher
 from daqconvert.training.optim import Optimizers
 from daqconvert.training.position import Position
+from daqconvert.training.rebuilding import reconstruct_blocks
 from daqconvert.training.resuming import check_run, last_of, teacher_of
 from daqconvert.training.rounding import round_weights
 from daqconvert.training.signals import Terminated
@@ -140,8 +141,11 @@ def _start_fresh(run: Run) -> None:
     if run.teacher_kind == OWN_TEACHER:
         run.objective.teacher = float_teacher(run.model)
     initial = model_copy(run) if run.teacher_kind == OWN_TEACHER else {}
+    before = float_teacher(run.model) if run.recipe.reconstruct else None
     if run.recipe.gptq:
         round_weights(run)
+    if before is not None:
+        reconstruct_blocks(run, before)
     _make_optimizers_and_parts(run)
     if run.directory is None:
         return

@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, ClassVar
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from daqconvert.errors import TrainingError
-from daqconvert.modes import evaluating
+from daqconvert.norms import batch_norms, estimate
 from daqconvert.training.loaders import read_batch
 from daqconvert.training.parts.base import Part
 from daqconvert.training.parts.moments import steps_until
@@ -28,16 +26,6 @@ from daqconvert.training.seeding import preserved_random_state
 
 if TYPE_CHECKING:
     from daqconvert.training.engine import Run
-
-
-def batch_norms(model: nn.Module) -> list[_BatchNorm]:
-    """Return the batch norms of a model that keep running statistics.
-
-    Example:
-        >>> len(batch_norms(nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm1d(3, track_running_stats=False))))
-        1
-    """
-    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
 
 
 def _required(run: Run, field: str) -> list[_BatchNorm]:
@@ -151,44 +139,6 @@ def _estimate(run: Run, epoch: int, count: int) -> None:
         where, device = "train_loader (reestimate)", run.processes.device
         inputs = (read_batch(batch, device, where, needs_target=False)[0] for batch in batches)
         estimate(run.model, inputs, autocast=run.processes.autocast)
-
-
-@torch.no_grad()
-def estimate(model: nn.Module, batches: Any, autocast: Any = torch.enable_grad) -> None:
-    """Replace the running statistics of all batch norms by the means over some batches of their statistics.
-
-    All else is in evaluation mode meanwhile: no dropout.
-
-    Args:
-        model: Modes of its modules are given back.
-        batches: Inputs, each positional and keyword arguments.
-        autocast: Makes the context of a forward.
-
-    Example:
-        >>> norm = nn.BatchNorm1d(1)
-        >>> estimate(norm, [((torch.tensor([[0.0], [2.0]]),), {}), ((torch.tensor([[4.0], [4.0]]),), {})])
-        >>> norm.running_mean.item(), norm.running_var.item()
-        (2.5, 1.0)
-    """
-    norms = batch_norms(model)
-    momenta = [module.momentum for module in norms]
-    with evaluating(model), _eager(model):
-        try:
-            for module in norms:
-                module.reset_running_stats()
-                module.momentum, module.training = None, True  # None: equal weight for each batch
-            for args, kwargs in batches:
-                with autocast(), torch.no_grad():
-                    model(*args, **kwargs)
-        finally:
-            for module, momentum in zip(norms, momenta, strict=True):
-                module.momentum = momentum
-
-
-def _eager(model: nn.Module) -> AbstractContextManager[Any]:
-    """Call a compiled model as if it were not: equal weights are read from a count, which breaks its graph."""
-    compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules())
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def make_frozen_batch_norm(recipe: Recipe) -> Part | None:

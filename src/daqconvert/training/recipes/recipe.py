@@ -74,6 +74,8 @@ class Recipe:
         batch_norm_freeze_at: Share of the run after which `"train"` becomes `"freeze"`; 1 is never.
         gptq: Training batches from which GPTQ chooses the weights' levels, once, before the first step; 0 leaves them
             the nearest.
+        reconstruct: Steps that each block trains on its own output, one block after the other, before the first step.
+        reconstruct_batches: Training batches from which it does, of several epochs where one has fewer.
         reestimate: Training batches from which batch norms take their statistics anew before every evaluation; where
             `batch_norm` is `"freeze"`, once before the first step.
         freeze_bounds_at: Share of the run after which the quantizers' parameters stay as they are; 1 is never.
@@ -132,6 +134,8 @@ class Recipe:
     batch_norm: str = "train"
     batch_norm_freeze_at: float = 1.0
     gptq: int = 0
+    reconstruct: int = 0
+    reconstruct_batches: int = 32
     reestimate: int = 0
     freeze_bounds_at: float = 1.0
     progressive: tuple[tuple[float, int, int], ...] = ()
@@ -184,7 +188,13 @@ class Recipe:
         return "".join(f"{key} = {_toml(value)}\n" for key, value in values.items())
 
 
-BEFORE: dict[str, Any] = {"final_w_sigma": 0.0, "final_a_sigma": 0.0, "gptq": 0}
+BEFORE: dict[str, Any] = {
+    "final_w_sigma": 0.0,
+    "final_a_sigma": 0.0,
+    "gptq": 0,
+    "reconstruct": 0,
+    "reconstruct_batches": 32,
+}
 """What a run had that was written before a field was there."""
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Recipe))
@@ -268,6 +278,8 @@ _CHECKS: dict[str, Check] = {
     "batch_norm": choice("train", "freeze"),
     "batch_norm_freeze_at": share,
     "gptq": count(0),
+    "reconstruct": count(0),
+    "reconstruct_batches": count(1),
     "reestimate": count(0),
     "freeze_bounds_at": share,
     "progressive": stages,

@@ -1,0 +1,169 @@
+"""What a model gives its blocks, batch by batch: by forwards that end there, or carried on from the block before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from daqconvert.batches import run_batch
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of one call of a module."""
+
+
+class _Enough(BaseException):
+    """What was asked for has been seen; no model's `except Exception` catches it."""
+
+
+@dataclass
+class Stage:
+    """A block as the first forward shows it.
+
+    Attributes:
+        name: Of the module.
+        chained: Whether all that it is called with is the tensor that the stage before it returned.
+        calls: Of one forward.
+        tensor: Whether it returns one tensor of floating point.
+    """
+
+    name: str
+    chained: bool = False
+    calls: int = 0
+    tensor: bool = False
+
+
+def stages(model: nn.Module, batch: Any, names: list[str]) -> list[Stage]:
+    """Return the modules that a forward reaches, in order.
+
+    Args:
+        model: From `quantize`, in evaluation mode.
+        batch: As `calibrate` takes it.
+        names: Of the modules; none is inside of another.
+    """
+    found: dict[str, Stage] = {}
+    last: list[Any] = [None]
+
+    def before(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            stage = found.setdefault(name, Stage(name))
+            stage.calls += 1
+            stage.chained = stage.calls == 1 and len(args) == 1 and not kwargs and args[0] is last[0]
+
+        return hook
+
+    def after(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            found[name].tensor = isinstance(output, Tensor) and output.is_floating_point()
+            last[0] = output if found[name].tensor else None
+
+        return hook
+
+    with ExitStack() as stack, torch.no_grad():
+        for name in names:
+            module = model.get_submodule(name)
+            stack.callback(module.register_forward_pre_hook(before(name), with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(after(name)).remove)
+        run_batch(model, batch)
+    return list(found.values())
+
+
+class Flow:
+    """A model's inputs to one stage after another, and what it returns there.
+
+    Args:
+        model: In evaluation mode.
+        batches: As `calibrate` takes them; read once for each stage that is not chained.
+
+    Attributes:
+        block: The module of the stage that was reached last.
+        calls: What it is called with, one entry per batch.
+    """
+
+    def __init__(self, model: nn.Module, batches: list[Any]) -> None:
+        self.model, self.batches = model, batches
+        self.block: nn.Module = model
+        self.calls: list[Call] = []
+
+    def reach(self, stage: Stage, given: list[Tensor] | None) -> None:
+        """Go on to a stage.
+
+        Args:
+            stage: The next one.
+            given: What the stage before it returns now, if that is all that this one is called with.
+        """
+        self.block = self.model.get_submodule(stage.name)
+        self.calls = [((tensor,), {}) for tensor in given] if given is not None else self._record()
+
+    @torch.no_grad()
+    def outputs(self) -> list[Tensor]:
+        """Return what the block returns for every call, as it is now."""
+        return [call_block(self.block, call) for call in self.calls]
+
+    @torch.no_grad()
+    def _record(self) -> list[Call]:
+        calls: list[Call] = []
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append((args, kwargs))
+            raise _Enough
+
+        handle = self.block.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            for batch in self.batches:
+                with suppress(_Enough):
+                    run_batch(self.model, batch)
+        finally:
+            handle.remove()
+        return calls
+
+
+def copied(call: Call) -> Call:
+    """Return a call with copies of its tensors: some blocks change their input in place, and it is needed again."""
+    found: Call = tree_map_only(Tensor, torch.clone, call)
+    return found
+
+
+def call_block(block: nn.Module, call: Call) -> Tensor:
+    """Return what a block returns; the call stays as it was."""
+    args, kwargs = copied(call)
+    output: Tensor = block(*args, **kwargs)
+    return output
+
+
+def rows_of(call: Call, rows: Tensor) -> Call:
+    """Return a call with one tensor for some of its rows."""
+    found: Call = tree_map_only(Tensor, lambda tensor: tensor[rows], call)
+    return found
+
+
+def treats_rows_alone(block: nn.Module, call: Call, target: Tensor) -> bool:
+    """Return whether a block computes for some rows of its input what it computes for them among all.
+
+    Not where the first dimension is none of samples, and where something else has to fit the batch.
+
+    Args:
+        block: In evaluation mode, in float.
+        call: Of the whole batch.
+        target: What it returned.
+
+    Example:
+        >>> x = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+        >>> [treats_rows_alone(m, ((x,), {}), m(x)) for m in (nn.Softmax(dim=1), nn.Softmax(dim=0))]
+        [True, False]
+    """
+    tensors = [leaf for leaf in tree_leaves(call) if isinstance(leaf, Tensor)]
+    if len(tensors) != 1 or not tensors[0].dim() or not target.dim() or len(tensors[0]) != len(target):
+        return False
+    rows = torch.arange(0, len(target), 2, device=target.device)
+    try:
+        with torch.no_grad():
+            some = call_block(block, rows_of(call, rows))
+    except RuntimeError:  # shapes that do not fit
+        return False
+    return some.shape == target[rows].shape and torch.allclose(some, target[rows], rtol=1e-2, atol=1e-3)
