@@ -147,8 +147,12 @@ def make_frozen_batch_norm(recipe: Recipe) -> Part | None:
 
 
 def make_fresh_statistics(recipe: Recipe) -> Part | None:
-    """Return the part for a recipe with `reestimate` and statistics that stay, else None."""
-    return FreshStatistics(recipe) if recipe.reestimate and recipe.batch_norm == "freeze" else None
+    """Return the part for a recipe with `reestimate` and statistics that stay, else None.
+
+    None too where blocks were reconstructed: their statistics were estimated then, and the rest was trained with them.
+    """
+    wanted = recipe.reestimate and recipe.batch_norm == "freeze" and not recipe.reconstruct
+    return FreshStatistics(recipe) if wanted else None
 
 
 def make_reestimation(recipe: Recipe) -> Part | None:
