@@ -25,7 +25,7 @@ LAYERS = (
     ("policy",),
     ("graph",),
     ("report",),
-    ("batches", "norms", "observers", "state_dicts"),
+    ("batches", "norms", "observers", "sizes", "state_dicts"),
     ("sources",),
     ("convert", "calibration", "freezing", "counting"),
     ("data",),

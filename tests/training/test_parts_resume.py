@@ -10,7 +10,7 @@ CASES = {
     "ema of fewer and fewer bits": {"ema": 0.9, "progressive": [[0.3, 6, 6], [0.6, 3, 4]]},
     "reestimation": {"reestimate": 2, "ema": 0.5, "ema_warmup": False},
     "gptq": {"gptq": 2, "distill": 0.5, "features": ("4",)},
-    "reconstruct": {"reconstruct": 3, "distill": 0.5},
+    "reconstruct": {"reconstruct": 3, "distill": 0.5, "optimizer": "adam", "lr_unit": "size"},
     "fresh statistics": {"reestimate": 2, "batch_norm": "freeze", "distill": 0.5, "ema": 0.5, "ema_warmup": False},
     "sharpening": {"final_w_sigma": 1.0, "final_a_sigma": 2.0},
     "freezing": {"freeze_bounds_at": 0.4, "batch_norm_freeze_at": 0.6},

@@ -146,7 +146,7 @@ def test_a_run_from_before_a_field_was_there_had_none_of_it(make, loader, tmp_pa
     finetune(make(), loader(), out_dir=tmp_path, **options)
     path = tmp_path / "last.safetensors"
     checkpoint = read_checkpoint(path)
-    later = ("final_w_sigma", "final_a_sigma", "gptq", "reconstruct", "reconstruct_batches")
+    later = ("final_w_sigma", "final_a_sigma", "gptq", "reconstruct", "reconstruct_batches", "lr_unit")
     meta = {**checkpoint.meta, "recipe": {k: v for k, v in checkpoint.meta["recipe"].items() if k not in later}}
     write_checkpoint(path, checkpoint.part(""), meta)
     assert finetune(make(), loader(), out_dir=tmp_path, resume=True, **options).epochs == 3

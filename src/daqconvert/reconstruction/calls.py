@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from daqconvert.batches import run_batch
@@ -23,54 +24,80 @@ class _Enough(BaseException):
 
 @dataclass
 class Stage:
-    """A block as the first forward shows it.
+    """A block as the first forward shows it, with the batch norms that follow it.
 
     Attributes:
-        name: Of the module.
-        chained: Whether all that it is called with is the tensor that the stage before it returned.
-        calls: Of one forward.
-        tensor: Whether it returns one tensor of floating point.
+        names: Of the modules; what one returns is all that the next one is called with.
+        chained: Whether all that the first is called with is the tensor that the stage before this one returned.
+        calls: Of the first, in one forward.
+        tensor: Whether the last returns one tensor of floating point.
     """
 
-    name: str
+    names: list[str]
     chained: bool = False
     calls: int = 0
     tensor: bool = False
 
+    def module(self, model: nn.Module) -> nn.Module:
+        """Return the stage as one module of a model."""
+        modules = [model.get_submodule(name) for name in self.names]
+        return modules[0] if len(modules) == 1 else nn.Sequential(*modules).eval()
+
+
+class _Order:
+    """Hooks of one forward: modules that are not inside of each other begin and end in turn."""
+
+    def __init__(self) -> None:
+        self.stages: dict[str, Stage] = {}
+        self._norms: set[str] = set()
+        self._open: Stage | None = None
+        self._last: Tensor | None = None
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> None:
+        """A block begins."""
+        if name not in self.stages:
+            self.stages[name] = Stage([name], self._follows(args, kwargs))
+        self._open = self.stages[name]
+        self._open.calls += 1
+
+    def before_norm(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> None:
+        """A batch norm begins that is in no block: it goes with the stage whose output it takes."""
+        follows = name not in self._norms and self._follows(args, kwargs)
+        self._open = list(self.stages.values())[-1] if follows else None
+        self._norms.add(name)
+        if self._open is not None:
+            self._open.names.append(name)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Either ends."""
+        self._last = output if isinstance(output, Tensor) and output.is_floating_point() else None
+        if self._open is None:
+            self._last = None
+        else:
+            self._open.tensor = self._last is not None
+
+    def _follows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        return self._last is not None and len(args) == 1 and not kwargs and args[0] is self._last
+
 
 def stages(model: nn.Module, batch: Any, names: list[str]) -> list[Stage]:
-    """Return the modules that a forward reaches, in order.
+    """Return the stages that a forward reaches, in order.
 
     Args:
         model: From `quantize`, in evaluation mode.
         batch: As `calibrate` takes it.
-        names: Of the modules; none is inside of another.
+        names: Of the blocks; none is inside of another.
     """
-    found: dict[str, Stage] = {}
-    last: list[Any] = [None]
-
-    def before(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            stage = found.setdefault(name, Stage(name))
-            stage.calls += 1
-            stage.chained = stage.calls == 1 and len(args) == 1 and not kwargs and args[0] is last[0]
-
-        return hook
-
-    def after(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            found[name].tensor = isinstance(output, Tensor) and output.is_floating_point()
-            last[0] = output if found[name].tensor else None
-
-        return hook
-
+    order, inside = _Order(), {id(m) for name in names for m in model.get_submodule(name).modules()}
+    norms = [name for name, m in model.named_modules() if isinstance(m, _BatchNorm) and id(m) not in inside]
     with ExitStack() as stack, torch.no_grad():
-        for name in names:
-            module = model.get_submodule(name)
-            stack.callback(module.register_forward_pre_hook(before(name), with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(after(name)).remove)
+        for hook, several in ((order.before, names), (order.before_norm, norms)):
+            for name in several:
+                module = model.get_submodule(name)
+                stack.callback(module.register_forward_pre_hook(partial(hook, name=name), with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(order.after).remove)
         run_batch(model, batch)
-    return list(found.values())
+    return list(order.stages.values())
 
 
 class Flow:
@@ -81,7 +108,7 @@ class Flow:
         batches: As `calibrate` takes them; read once for each stage that is not chained.
 
     Attributes:
-        block: The module of the stage that was reached last.
+        block: The stage that was reached last, as a module.
         calls: What it is called with, one entry per batch.
     """
 
@@ -97,7 +124,8 @@ class Flow:
             stage: The next one.
             given: What the stage before it returns now, if that is all that this one is called with.
         """
-        self.block = self.model.get_submodule(stage.name)
+        self.block = stage.module(self.model)
+        self._first = self.model.get_submodule(stage.names[0])
         self.calls = [((tensor,), {}) for tensor in given] if given is not None else self._record()
 
     @torch.no_grad()
@@ -113,7 +141,7 @@ class Flow:
             calls.append((args, kwargs))
             raise _Enough
 
-        handle = self.block.register_forward_pre_hook(hook, with_kwargs=True)
+        handle = self._first.register_forward_pre_hook(hook, with_kwargs=True)
         try:
             for batch in self.batches:
                 with suppress(_Enough):

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from daqconvert.layers.site import QuantizedSite
-from daqconvert.quantizers import WeightQuantizer
-from daqconvert.quantizers.widths import normal_clip
 from daqconvert.reconstruction.calls import Call, call_block, rows_of
+from daqconvert.sizes import bounds_and_scales, parameter_sizes, quantized_weights, step_in_sizes
 
-STEP_RATE = 0.02  # of a weight's own quantization step, for each step of training
-RATE = 1e-3
+RATE = 0.02  # of a parameter's size, for each step
 VALUES = 1 << 19  # of a block's output in one step: many images where they are small, few where they are large
 
 
@@ -54,16 +50,18 @@ class Examples:
 
 
 def fit(
-    block: nn.Module, examples: Examples, groups: list[dict[str, Any]], steps: int, generator: torch.Generator,
+    block: nn.Module, examples: Examples, trained: list[nn.Parameter], steps: int, generator: torch.Generator,
     advance: Callable[[], None],
 ) -> tuple[float, float]:  # fmt: skip
     """Train a block, in place, to return the targets; where the error does not fall it stays as it was.
 
+    The steps are Adam's, whose size does not depend on the loss, in units of each parameter's own size (`sizes`).
+
     Args:
         block: In evaluation mode.
         examples: Its calls.
-        groups: What is trained, as an optimizer takes it.
-        steps: Of training; rates fall as a cosine.
+        trained: Its parameters that are trained.
+        steps: Of training; their rate falls from `RATE` to 0 as a cosine.
         generator: Draws examples.
         advance: Called at every step.
 
@@ -71,22 +69,23 @@ def fit(
         The error over all examples before and after.
     """
     before = examples.error(block)
-    trained: list[Tensor] = [parameter for group in groups for parameter in group["params"]]
-    kept = [parameter.detach().clone() for parameter in trained]
     power = sum(float(target.double().square().mean()) for target in examples.targets) / len(examples.targets)
-    if not groups or not power:
+    if not trained or not power:
         return before, before
-    optimizer = torch.optim.Adam(groups)
+    kept = [parameter.detach().clone() for parameter in trained]
+    sizes = parameter_sizes(block)
+    optimizer = torch.optim.Adam(trained, lr=RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         call, target = examples.draw(generator)
         optimizer.zero_grad(set_to_none=True)
         loss = (call_block(block, call) - target).square().mean() / power
         loss.backward(inputs=trained)
-        optimizer.step()
+        step_in_sizes(optimizer, sizes)
         schedule.step()
         advance()
     optimizer.zero_grad(set_to_none=True)
+    settle(block, trained)
     after = examples.error(block)
     if after < before:
         return before, after
@@ -96,32 +95,33 @@ def fit(
     return before, before
 
 
-def parameter_groups(block: nn.Module, shared: set[int]) -> list[dict[str, Any]]:
-    """Return what is trained, and how fast: weights by their quantization step; biases, norms and bounds at `RATE`.
+@torch.no_grad()
+def settle(block: nn.Module, trained: list[nn.Parameter]) -> None:
+    """Put trained weights on the levels that they have, which changes nothing that the block returns.
 
-    Other tensors of two dimensions or more - float weights, tables, what a parametrization computes from - stay.
+    Training leaves many of them right between two levels, from one to the other and back at every step: without this
+    the least step of what trains them next would draw their levels anew.
+
+    Args:
+        block: In evaluation mode.
+        trained: Its trained parameters.
+
+    Reference: "Overcoming Oscillations in Quantization-Aware Training" (Nagel et al., ICML 2022), section 3.
+    """
+    chosen = {id(parameter) for parameter in trained}
+    for weight, quantizer in quantized_weights(block):
+        if id(weight) in chosen:
+            weight.copy_(quantizer.on_grid(weight))
+
+
+def trainable(block: nn.Module, shared: set[int]) -> list[nn.Parameter]:
+    """Return quantized weights, bounds and scales, biases and norms.
+
+    Other tensors - float weights, tables, what a parametrization computes from - stay as they are.
 
     Args:
         block: Part of a quantized model.
         shared: Parameters that stay, by `id`.
     """
-    quantizers = {
-        id(site._parameters.get("weight")): site.weight_quantizer
-        for site in block.modules()
-        if isinstance(site, QuantizedSite) and isinstance(site.weight_quantizer, WeightQuantizer)
-    }
-    groups: list[dict[str, Any]] = []
-    for parameter in block.parameters():
-        if not parameter.requires_grad or id(parameter) in shared:
-            continue
-        if id(parameter) in quantizers:
-            groups.append({"params": [parameter], "lr": STEP_RATE * _step(parameter, quantizers[id(parameter)])})
-        elif parameter.dim() < 2:
-            groups.append({"params": [parameter], "lr": RATE})
-    return groups
-
-
-def _step(weight: Tensor, quantizer: WeightQuantizer) -> float:
-    """About one quantization step: what is best for a normal distribution of the weight's size."""
-    size = float(weight.detach().double().square().mean().sqrt())
-    return size * normal_clip(quantizer.top, quantizer.grid == "midrise") / quantizer.top
+    known = set(dict(quantized_weights(block))) | bounds_and_scales(block)
+    return [p for p in block.parameters() if p.requires_grad and id(p) not in shared and (p in known or p.dim() < 2)]

@@ -12,7 +12,7 @@ from torch import nn
 from daqconvert.modes import evaluating
 from daqconvert.norms import estimate
 from daqconvert.reconstruction.calls import Flow, Stage, copied, stages, treats_rows_alone
-from daqconvert.reconstruction.fitting import Examples, fit, parameter_groups
+from daqconvert.reconstruction.fitting import Examples, fit, trainable
 from daqconvert.report.progress import progress
 
 
@@ -71,7 +71,7 @@ def reconstruct(
         with progress(steps * len(found), "reconstruct", enabled=show) as bar:
             for number, stage in enumerate(found, 1):
                 if why_not := _why_not(stage):
-                    rows.append(Reconstructed(stage.name, left_alone=why_not))
+                    rows.append(Reconstructed(stage.names[0], left_alone=why_not))
                     targets = None
                     bar.advance(steps)
                     continue
@@ -82,9 +82,10 @@ def reconstruct(
                 estimate(ours.block, map(copied, ours.calls))
                 whole = not treats_rows_alone(theirs.block, theirs.calls[0], targets[0])
                 examples = Examples(ours.calls, targets, whole)
-                groups = parameter_groups(ours.block, _used_elsewhere(model, ours.block))
+                trained = trainable(ours.block, _used_elsewhere(model, ours.block))
                 advance = partial(bar.advance, block=f"{number}/{len(found)}")
-                rows.append(Reconstructed(stage.name, *fit(ours.block, examples, groups, steps, generator, advance)))
+                errors = fit(ours.block, examples, trained, steps, generator, advance)
+                rows.append(Reconstructed(stage.names[0], *errors))
     return rows
 
 

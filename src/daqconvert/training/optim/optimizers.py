@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from daqconvert.errors import TrainingError
+from daqconvert.sizes import parameter_sizes, step_in_sizes
 from daqconvert.training.optim.factory import check_optimizer, make_optimizer
 from daqconvert.training.optim.groups import QUANTIZERS, WEIGHTS, decay_groups, parameter_groups, undecayed
 from daqconvert.training.optim.schedule import lr_factor
@@ -43,7 +44,7 @@ class Optimizers:
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, total_steps: int) -> None:
-        self.recipe, self.total_steps = recipe, total_steps
+        self.recipe, self.total_steps, self._model = recipe, total_steps, model
         self.resting: set[str] = set()
         self.named = {group: named for group, named in parameter_groups(model).items() if named}
         if not self.named:
@@ -99,6 +100,8 @@ class Optimizers:
         for group, optimizer in self.optimizers.items():
             if group in self.resting:
                 optimizer.zero_grad(set_to_none=True)
+            elif self.recipe.lr_unit == "size":
+                step_in_sizes(optimizer, parameter_sizes(self._model))
             else:
                 optimizer.step()
 

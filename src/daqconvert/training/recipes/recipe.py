@@ -44,6 +44,8 @@ class Recipe:
             was told, and `"no"` without it.
         optimizer: Of everything that is not a quantizer's: a name of timm's factory, as `"sgd"` or `"adamw"`.
         lr: Its learning rate.
+        lr_unit: What both learning rates are in: `"absolute"`, or `"size"`, each parameter's own - a weight's
+            quantization step, a tenth of anything else - for optimizers whose steps do not depend on the gradient's.
         momentum: Of optimizers that have one.
         weight_decay: Of the weights; quantizers have `quantizer_weight_decay`.
         decay: Which of them decay: `"all"` as published, or `"weights"`, not biases and norms.
@@ -106,6 +108,7 @@ class Recipe:
     precision: str = "launcher"
     optimizer: str = "sgd"
     lr: float = 0.02
+    lr_unit: str = "absolute"
     momentum: float = 0.9
     weight_decay: float = 1e-4
     decay: str = "all"
@@ -192,6 +195,7 @@ BEFORE: dict[str, Any] = {
     "final_w_sigma": 0.0,
     "final_a_sigma": 0.0,
     "gptq": 0,
+    "lr_unit": "absolute",
     "reconstruct": 0,
     "reconstruct_batches": 32,
 }
@@ -250,6 +254,7 @@ _CHECKS: dict[str, Check] = {
     "precision": choice("launcher", "no", "bf16", "fp16"),
     "optimizer": text,
     "lr": nonnegative,
+    "lr_unit": choice("absolute", "size"),
     "momentum": below_one,
     "weight_decay": nonnegative,
     "decay": choice("all", "weights"),

@@ -1,0 +1,100 @@
+"""How large a parameter is, so that a step can be a share of it.
+
+Channels of one layer may differ a thousandfold in size where a batch norm follows; a rate that is one number for all
+of them destroys the small ones or leaves the large ones where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from daqconvert.layers.site import QuantizedSite
+from daqconvert.quantizers import WeightQuantizer
+from daqconvert.quantizers.base import Quantizer
+from daqconvert.quantizers.widths import normal_clip
+
+SHARE = 0.1
+
+
+def quantized_weights(model: nn.Module) -> Iterator[tuple[nn.Parameter, WeightQuantizer]]:
+    """Yield weights that are parameters of their layer, and what quantizes each.
+
+    Args:
+        model: A quantized model, or a part of one.
+    """
+    for site in model.modules():
+        if isinstance(site, QuantizedSite) and isinstance(site.weight_quantizer, WeightQuantizer):
+            weight = site._parameters.get("weight")
+            if weight is not None:
+                yield weight, site.weight_quantizer
+
+
+def bounds_and_scales(model: nn.Module) -> set[nn.Parameter]:
+    """Return bounds, steps and output scales.
+
+    Args:
+        model: A quantized model, or a part of one.
+    """
+    found: set[nn.Parameter] = set()
+    for module in model.modules():
+        if isinstance(module, QuantizedSite):
+            found.add(module.output_scale)
+        elif isinstance(module, Quantizer):
+            found.update(module.parameters())
+    return found
+
+
+@torch.no_grad()
+def parameter_sizes(model: nn.Module) -> dict[nn.Parameter, Tensor]:
+    """Return the unit in which each parameter may well be moved; it broadcasts against the parameter.
+
+    Of a quantized weight it is about its quantization step, per channel where its bounds are; of bounds, steps and
+    output scales a tenth of each; of anything else a tenth of its root mean square, of 1 where it is all 0.
+
+    Args:
+        model: A quantized model, or a part of one.
+
+    Example:
+        >>> import daqconvert as dq
+        >>> qmodel = dq.quantize(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), w_bits=8, a_bits=8)
+        >>> round(parameter_sizes(qmodel)[qmodel[1].weight].item(), 6)
+        0.1
+    """
+    weights, scales = dict(quantized_weights(model)), bounds_and_scales(model)
+    sizes: dict[nn.Parameter, Tensor] = {}
+    for parameter in model.parameters():
+        if parameter in weights:
+            sizes[parameter] = _step(parameter.detach(), weights[parameter])
+        elif parameter in scales:
+            sizes[parameter] = SHARE * parameter.detach().abs()
+        else:
+            size = parameter.detach().square().mean().sqrt()
+            sizes[parameter] = SHARE * torch.where(size > 0, size, torch.ones_like(size))
+    return sizes
+
+
+def _step(weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
+    """What is best for a normal distribution of the weight's size."""
+    layout = quantizer.layout
+    rows = layout.rows(weight.float())
+    size = rows.square().mean(dim=1).sqrt() if quantizer.per_channel else rows.square().mean().sqrt().expand(len(rows))
+    step = size * (normal_clip(quantizer.top, quantizer.grid == "midrise") / quantizer.top)
+    return step.reshape(layout.bound_view).expand(layout.view).reshape(weight.shape).to(weight.dtype)
+
+
+@torch.no_grad()
+def step_in_sizes(optimizer: torch.optim.Optimizer, sizes: dict[nn.Parameter, Tensor]) -> None:
+    """Let an optimizer take a step, and move each parameter by that many of its sizes instead.
+
+    Args:
+        optimizer: Has gradients; one whose steps do not depend on the size of the gradient, as Adam.
+        sizes: Of its parameters.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    last = [parameter.detach().clone() for parameter in parameters]
+    optimizer.step()
+    for parameter, value in zip(parameters, last, strict=True):
+        parameter.copy_(torch.lerp(value, parameter.detach(), sizes[parameter]))
