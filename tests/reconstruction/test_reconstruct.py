@@ -241,7 +241,9 @@ def test_rows_are_drawn_where_a_block_treats_them_alone():
     assert len(Examples(examples.calls, examples.targets, whole=True).draw(torch.Generator())[1]) == 6
 
 
-def test_finetune_starts_from_rebuilt_blocks_and_says_which_are_not(caplog):
+def test_finetune_starts_from_rebuilt_blocks_and_says_which_are_not(caplog, monkeypatch):
+    estimated = []
+    monkeypatch.setattr("daqconvert.training.parts.batch_norm._estimate", lambda run, *_: estimated.append(run))
     x = images()
     model = trained_norms(Net(), x)
     options = {"recipe": "fewshot", "epochs": 1, "lr": 0.0, "quantizer_lr": 0.0, "progress": False}
@@ -249,10 +251,12 @@ def test_finetune_starts_from_rebuilt_blocks_and_says_which_are_not(caplog):
     for steps in (0, 40, 40):
         qmodel = low(model, x)
         with caplog.at_level(logging.WARNING):
-            dq.finetune(qmodel, list(x.split(8)), **options, reconstruct=steps, reconstruct_batches=9)
+            result = dq.finetune(qmodel, list(x.split(8)), **options, reconstruct=steps, reconstruct_batches=9)
+        assert [row.name for row in result.reconstructed] == ["blocks.0", "blocks.1", "blocks.2"][: 3 * (steps > 0)]
         found.append(qmodel)
     plain, once, again = (error(qmodel, model, images(seed=1)) for qmodel in found)
     assert once == again < 0.8 * plain
+    assert len(estimated) == 1  # blocks keep the statistics that they were trained with
     assert not caplog.records
     qmodel = low(Odd(), torch.randn(64, 6))
     with caplog.at_level(logging.WARNING):

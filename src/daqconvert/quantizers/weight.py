@@ -176,26 +176,6 @@ class WeightQuantizer(Quantizer):
         top = levels(self.bits, self.grid)
         return 1.0 / top if self.normalize else _real(self.upper).clamp(min=0.0) / top
 
-    @torch.no_grad()
-    def on_grid(self, weight: Tensor) -> Tensor:
-        """Return the weight that lies on the levels that are used for this one, in its own units.
-
-        A normalized weight is returned as it is: its levels move with its mean and standard deviation.
-
-        Example:
-            >>> s = Settings(w_bits=4, grid="integer", normalize=False, granularity="tensor")
-            >>> quantizer = WeightQuantizer(s, ChannelLayout.forward((1, 3)))
-            >>> quantizer.initialize(torch.tensor([[-0.7, 0.1, 0.7]]), "minmax")
-            >>> quantizer.on_grid(torch.tensor([[-0.7, 0.14, 0.66]])).tolist()[0][1]
-            0.10000000149011612
-        """
-        if self.normalize:
-            return weight.detach().clone()
-        step = torch.as_tensor(self.multiplier())
-        step = step.reshape(self.layout.bound_view) if self.per_channel else step
-        values = _real(self(weight)).reshape(self.layout.view) * step
-        return values.reshape(weight.shape).to(weight.dtype)
-
     def codes(self, weight: Tensor) -> Tensor:
         """Return the stored codes `0 .. 2**bits - 1`, uint8, shape of `weight`."""
         with torch.no_grad():

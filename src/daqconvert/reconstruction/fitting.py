@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from daqconvert.quantizers import WeightQuantizer
 from daqconvert.reconstruction.calls import Call, call_block, rows_of
 from daqconvert.sizes import bounds_and_scales, parameter_sizes, quantized_weights, step_in_sizes
 
@@ -111,7 +112,16 @@ def settle(block: nn.Module, trained: list[nn.Parameter]) -> None:
     chosen = {id(parameter) for parameter in trained}
     for weight, quantizer in quantized_weights(block):
         if id(weight) in chosen:
-            weight.copy_(quantizer.on_grid(weight))
+            weight.copy_(_on_levels(weight, quantizer))
+
+
+def _on_levels(weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
+    """The weight as it is used, in its own units; one that is normalized as it is, for its levels move with it."""
+    if quantizer.normalize:
+        return weight
+    layout, step = quantizer.layout, torch.as_tensor(quantizer.multiplier())
+    step = step.reshape(layout.bound_view) if quantizer.per_channel else step
+    return (quantizer(weight).reshape(layout.view) * step).reshape(weight.shape)
 
 
 def trainable(block: nn.Module, shared: set[int]) -> list[nn.Parameter]:

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from daqconvert.calibration import CalibrationReport
 from daqconvert.errors import DataError, TrainingError
+from daqconvert.reconstruction import Reconstructed
 from daqconvert.report.progress import Bar
 from daqconvert.training.epochs import Epochs
 from daqconvert.training.evaluation import EvalResult, measured
@@ -59,6 +60,7 @@ class Run:
         history: One row per epoch done.
         best: Row of the best epoch, or None.
         calibration: What calibration found, if it was needed.
+        reconstructed: Blocks that were, before the first step of this call.
         position: The epoch in progress.
         stop: Why training ends before its last epoch, or None; a part may set it after an epoch.
         saved: What the last checkpoint holds, as `epoch 3`; None before there is one.
@@ -85,6 +87,7 @@ class Run:
     history: list[Row] = field(default_factory=list)
     best: Row | None = None
     calibration: CalibrationReport | None = None
+    reconstructed: list[Reconstructed] = field(default_factory=list)
     position: Position = field(default_factory=Position)
     stop: str | None = None
     saved: str | None = None

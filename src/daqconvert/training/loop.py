@@ -173,5 +173,6 @@ def _result(run: Run, seconds: float) -> FinetuneResult:
         last=directory.last if directory else None,
         best=directory.best if directory and run.best else None,
         calibration=run.calibration,
+        reconstructed=run.reconstructed,
         stop=run.stop,
     )

@@ -31,6 +31,7 @@ def reconstruct_blocks(run: Run, teacher: nn.Module) -> None:
         batches = list(itertools.islice(_batches(run), recipe.reconstruct_batches))
         names = block_names(run.model)
         rows = reconstruct(run.model, teacher, batches, names, recipe.reconstruct, seed=recipe.seed, show=run.show)
+    run.reconstructed = [row for row in rows if not row.left_alone]
     left = [row for row in rows if row.left_alone]
     if left and run.processes.is_main:
         shown = ", ".join(f"{row.name} ({row.left_alone})" for row in left[:3]) + (", ..." if left[3:] else "")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from daqconvert.calibration import CalibrationReport
+from daqconvert.reconstruction import Reconstructed
 from daqconvert.training.logs import Row
 
 
@@ -26,6 +27,7 @@ class FinetuneResult:
         last: Checkpoint of the last epoch, or None.
         best: Checkpoint of the best epoch, or None.
         calibration: What calibration found, if this call had to calibrate.
+        reconstructed: Blocks that this call reconstructed before the first step, with their errors before and after.
         stop: Why the run ended before its last epoch, or None.
     """
 
@@ -38,6 +40,7 @@ class FinetuneResult:
     last: Path | None = None
     best: Path | None = None
     calibration: CalibrationReport | None = None
+    reconstructed: list[Reconstructed] = field(default_factory=list)
     stop: str | None = None
 
     def __str__(self) -> str:

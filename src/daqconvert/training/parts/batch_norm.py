@@ -88,8 +88,11 @@ class FreshStatistics(Part):
         self.count = recipe.reestimate
 
     def start(self, run: Run) -> None:
-        """Estimate, where there are batch norms; a run that is resumed takes those of its checkpoint after this."""
-        if batch_norms(run.model):  # `fewshot` is for networks without them, too
+        """Estimate, where there are batch norms; a run that is resumed takes those of its checkpoint after this.
+
+        Not where blocks were reconstructed: their statistics were estimated then, and they were trained with them.
+        """
+        if batch_norms(run.model) and not run.reconstructed:  # `fewshot` is for networks without them, too
             _estimate(run, 0, self.count)
 
 
@@ -147,12 +150,8 @@ def make_frozen_batch_norm(recipe: Recipe) -> Part | None:
 
 
 def make_fresh_statistics(recipe: Recipe) -> Part | None:
-    """Return the part for a recipe with `reestimate` and statistics that stay, else None.
-
-    None too where blocks were reconstructed: their statistics were estimated then, and the rest was trained with them.
-    """
-    wanted = recipe.reestimate and recipe.batch_norm == "freeze" and not recipe.reconstruct
-    return FreshStatistics(recipe) if wanted else None
+    """Return the part for a recipe with `reestimate` and statistics that stay, else None."""
+    return FreshStatistics(recipe) if recipe.reestimate and recipe.batch_norm == "freeze" else None
 
 
 def make_reestimation(recipe: Recipe) -> Part | None:

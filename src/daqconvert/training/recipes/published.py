@@ -35,6 +35,7 @@ RECIPES: dict[str, Recipe] = {
         crop_scale=0.35,
         batch_norm="freeze",
         reconstruct=300,
+        reestimate=8,
     ),
     "paper-cifar10": Recipe("paper-cifar10", epochs=400, lr=0.1, quantizer_lr=1e-4, **_PUBLISHED),
     "paper-imagenet": Recipe("paper-imagenet", epochs=100, lr=0.01, quantizer_lr=1e-5, **_PUBLISHED),

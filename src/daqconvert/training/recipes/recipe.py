@@ -191,16 +191,6 @@ class Recipe:
         return "".join(f"{key} = {_toml(value)}\n" for key, value in values.items())
 
 
-BEFORE: dict[str, Any] = {
-    "final_w_sigma": 0.0,
-    "final_a_sigma": 0.0,
-    "gptq": 0,
-    "lr_unit": "absolute",
-    "reconstruct": 0,
-    "reconstruct_batches": 32,
-}
-"""What a run had that was written before a field was there."""
-
 FIELDS = tuple(field.name for field in dataclasses.fields(Recipe))
 
 
