@@ -80,23 +80,25 @@ def main() -> None:
     parser.add_argument("--gptq", type=int, default=0, help="batches for GPTQ; a result of its own")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="*", choices=list(WIDTHS), default=["W4A8", "W4A4"])
+    parser.add_argument("--halves", type=int, nargs="*", choices=(0, 1), default=[0, 1], help="those that train")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     x, labels = images(args.data, network())
     result = "fewshot_gptq" if args.gptq else "fewshot"
     for name in args.only:
-        runs: dict[str, Any] = {}
-        for half in (0, 1):
+        for half in args.halves:
             key = f"{name}-half{half}"
             if key not in common.read(result).get("runs", {}):
                 found = run(name, half, args, x, labels)
                 known = {**common.read(result).get("runs", {}), key: found}  # another process may have added its own
                 common.write(result, {**_kept(result), "epochs": args.epochs, "runs": known})
                 print(key, found, flush=True)
-            runs[key] = common.read(result)["runs"][key]
-        means = {**common.read(result).get("means", {}), name: mean(list(runs.values()))}
-        common.write(result, {**_kept(result), "epochs": args.epochs, "means": means})
-        print(name, means[name], flush=True)
+        runs = common.read(result)["runs"]
+        both = [runs[key] for key in (f"{name}-half0", f"{name}-half1") if key in runs]
+        if len(both) == 2:
+            means = {**common.read(result).get("means", {}), name: mean(both)}
+            common.write(result, {**_kept(result), "epochs": args.epochs, "means": means})
+            print(name, means[name], flush=True)
 
 
 def _kept(result: str) -> dict[str, Any]:
