@@ -163,3 +163,12 @@ def test_exported_from_the_gpu(tmp_path: Path) -> None:
     dq.export(frozen, tmp_path / "model.onnx", example_inputs=(x,))
     with torch.no_grad():
         assert frozen(x).is_cuda
+
+
+def test_levels_are_chosen_and_blocks_rebuilt_there() -> None:
+    qmodel = dq.quantize(network().cuda(), w_bits=3, a_bits=4, grid="integer", normalize=False)
+    images = [x for x, _ in batches(4, "cpu")]
+    result = dq.finetune(qmodel, images, recipe="fewshot", epochs=1, gptq=2, reconstruct=30, progress=False)
+    assert [row.name for row in result.reconstructed] == ["3", "6"]
+    assert sum(row.after for row in result.reconstructed) < sum(row.before for row in result.reconstructed)
+    assert all(p.is_cuda and bool(torch.isfinite(p).all()) for p in qmodel.parameters())

@@ -262,3 +262,20 @@ def test_finetune_starts_from_rebuilt_blocks_and_says_which_are_not(caplog, monk
     with caplog.at_level(logging.WARNING):
         dq.finetune(qmodel, [torch.randn(8, 6)], **{**options, "features": (), "reestimate": 0}, reconstruct=2)
     assert "reconstruct: 2 of 3 blocks stay as they are: twice (a forward calls it 2 times)" in caplog.text
+
+
+def test_the_float_weights_teach_after_gptq_too(monkeypatch):
+    x, seen = images(), []
+    model = trained_norms(Net(), x)
+    qmodel = low(model, x, grid="integer", normalize=False)
+
+    def noted(qmodel, teacher, batches, blocks, steps, **_):
+        seen.append((qmodel.blocks[0].one.weight.detach().clone(), teacher.blocks[0].one.weight, len(batches), steps))
+        return []
+
+    monkeypatch.setattr("daqconvert.training.rebuilding.reconstruct", noted)
+    options = {"recipe": "fewshot", "epochs": 1, "progress": False, "reconstruct": 7, "reconstruct_batches": 8}
+    dq.finetune(qmodel, list(x.split(8)), gptq=2, **options)
+    ((chosen, taught, batches, steps),) = seen
+    assert torch.equal(taught, model.blocks[0].one.weight) and not torch.equal(chosen, taught)
+    assert (batches, steps) == (8, 7)  # six batches an epoch
