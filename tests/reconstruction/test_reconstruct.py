@@ -253,6 +253,7 @@ def test_finetune_starts_from_rebuilt_blocks_and_says_which_are_not(caplog, monk
         with caplog.at_level(logging.WARNING):
             result = dq.finetune(qmodel, list(x.split(8)), **options, reconstruct=steps, reconstruct_batches=9)
         assert [row.name for row in result.reconstructed] == ["blocks.0", "blocks.1", "blocks.2"][: 3 * (steps > 0)]
+        assert ("3 blocks reconstructed, mean error 0." in str(result)) == (steps > 0)
         found.append(qmodel)
     plain, once, again = (error(qmodel, model, images(seed=1)) for qmodel in found)
     assert once == again < 0.8 * plain

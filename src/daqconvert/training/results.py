@@ -27,8 +27,8 @@ class FinetuneResult:
         last: Checkpoint of the last epoch, or None.
         best: Checkpoint of the best epoch, or None.
         calibration: What calibration found, if this call had to calibrate.
-        reconstructed: Blocks that this call reconstructed before the first step, with their errors before and after.
         stop: Why the run ended before its last epoch, or None.
+        reconstructed: Blocks that this call reconstructed before the first step, with their errors before and after.
     """
 
     history: list[Row]
@@ -40,8 +40,8 @@ class FinetuneResult:
     last: Path | None = None
     best: Path | None = None
     calibration: CalibrationReport | None = None
-    reconstructed: list[Reconstructed] = field(default_factory=list)
     stop: str | None = None
+    reconstructed: list[Reconstructed] = field(default_factory=list)
 
     def __str__(self) -> str:
         """Return a short summary: epochs, time, last and best accuracy, where the files are."""
@@ -55,5 +55,8 @@ class FinetuneResult:
             parts.append(f"best {100 * self.best_top1:.2f} % (epoch {self.best_epoch})")
         if self.stop is not None:
             parts.append(f"stopped early: {self.stop}")
+        if rows := self.reconstructed:
+            before, after = (sum(getattr(row, key) for row in rows) / len(rows) for key in ("before", "after"))
+            parts.append(f"{len(rows)} blocks reconstructed, mean error {before:.3g} -> {after:.3g}")
         where = f"\n{self.out_dir}: {', '.join(p.name for p in (self.last, self.best) if p)}" if self.out_dir else ""
         return ", ".join(parts) + where
