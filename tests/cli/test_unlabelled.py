@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-QUICK = ("--recipe", "fewshot", "--epochs", "1", "--batch-size", "6", "--no-onnx")
+QUICK = ("--recipe", "fewshot", "--with", "reconstruct=3", "--epochs", "1", "--batch-size", "6", "--no-onnx")
 
 
 @pytest.fixture(scope="module")

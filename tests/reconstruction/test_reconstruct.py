@@ -111,6 +111,17 @@ def test_inputs_carried_on_are_those_of_a_forward_and_are_not_spoiled_in_place()
         assert all(torch.equal(value, other[key]) for key, value in ways[0].items())
 
 
+def test_batch_norms_of_a_block_describe_what_it_gets(monkeypatch):
+    monkeypatch.setattr("daqconvert.reconstruction.reconstructing.fit", lambda *_: (1.0, 1.0))
+    x, seen = images(), []
+    qmodel, _ = rebuilt(trained_norms(Net(), x), x, w_bits=1, a_bits=1)
+    norm = qmodel.eval().blocks[1].norm
+    norm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        qmodel(x)
+    torch.testing.assert_close(norm.running_mean, seen[0].mean(dim=(0, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
 def test_what_a_block_is_called_with():
     x = images(8)
     qmodel = low(Net().eval(), x)
