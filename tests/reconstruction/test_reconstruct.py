@@ -25,12 +25,12 @@ class Block(nn.Module):
 
     def __init__(self, width, inplace=False):
         super().__init__()
-        self.act = nn.ReLU(inplace=inplace)
+        self.inplace = inplace
         self.one, self.norm = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
         self.two = nn.Conv2d(width, width, 1)
 
     def forward(self, x):
-        x = self.act(x)
+        x = x.mul_(0.9) if self.inplace else x * 0.9
         return x + self.two(torch.relu(self.norm(self.one(x))))
 
 
@@ -196,6 +196,27 @@ def test_what_is_trained():
     left = {name for name, p in qmodel.blocks[0].named_parameters() if id(p) not in trained}
     fixed = {"one.input_quantizer.lower", "two.input_quantizer.lower"}  # of inputs that are never negative
     assert left == {"table", "one.bias", "two.bias"} | fixed
+
+
+class Detour(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.a, self.twice, self.b = (nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)) for _ in range(3))
+
+    def forward(self, x):
+        return self.last(self.b(self.twice(self.twice(self.a(self.first(x))))))
+
+
+def test_a_block_after_one_that_stays_gets_what_that_one_returns():
+    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    found = []
+    for names in (["a", "twice", "b"], ["a", "b"]):
+        qmodel = low(Detour(), x)
+        rows = reconstruct(qmodel, float_teacher(qmodel), [x], names, 10, show=False)
+        found.append((rows[0], rows[-1], qmodel.b[0].weight.tolist()))
+    assert found[0] == found[1]
 
 
 def test_what_stays_as_it_is_says_why():
