@@ -135,7 +135,7 @@ def test_resume_after_an_interruption_gives_the_same_weights(daq, finished, run)
         (("--with", "mixup=0.2", "--lr", "0.02"), "has mixup 0.0, found 0.2."),
         (
             ("--recipe", "fewshot"),
-            "has epochs 2, found 12; batch_size 6, found 25; optimizer 'sgd', found 'adam' (and ",
+            "has epochs 2, found 4; batch_size 6, found 25; optimizer 'sgd', found 'adam' (and ",
         ),
         (("--float-epochs", "5"), "2 float epochs, found 5"),
         (("--w-bits", "2"), "another policy"),

@@ -126,7 +126,15 @@ def test_a_layer_that_fails_leaves_all_switched_on():
 def test_finetune_starts_from_them_and_teaches_with_the_float_weights(caplog):
     model, x = network(), images()
     qmodel = dq.quantize(model, w_bits=4, a_bits=8)
-    options = {"recipe": "fewshot", "epochs": 1, "lr": 0.0, "quantizer_lr": 0.0, "reestimate": 0, "progress": False}
+    options = {
+        "recipe": "fewshot",
+        "epochs": 1,
+        "lr": 0.0,
+        "quantizer_lr": 0.0,
+        "reestimate": 0,
+        "reconstruct": 0,
+        "progress": False,
+    }
     with caplog.at_level(logging.WARNING):
         dq.finetune(qmodel, list(x.split(8)), **options, gptq=2)
     plain = dq.quantize(model, w_bits=4, a_bits=8)

@@ -1,81 +1,15 @@
 """Blocks learn their own outputs, from inputs that they will get; what cannot be trained that way says why."""
 
-import logging
-
 import pytest
-import timm
 import torch
 from torch import nn
 
-import daqconvert as dq
+from blocks import Net, Odd, error, images, low, rebuilt, trained_norms
 from daqconvert.reconstruction import reconstruct
-from daqconvert.reconstruction.calls import Flow, stages, treats_rows_alone
-from daqconvert.reconstruction.fitting import Examples, fit, trainable
+from daqconvert.reconstruction.calls import Flow, stages
+from daqconvert.reconstruction.fitting import trainable
 from daqconvert.training.objective import float_teacher
 from daqconvert.training.objective.blocks import block_names
-
-
-def images(count=48, size=12, seed=0):
-    x = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
-    return x + x.roll(1, 2) + x.roll(1, 3)  # neighbours are alike, as in a photo
-
-
-class Block(nn.Module):
-    """Residual; its first operation is in place, as some networks have it."""
-
-    def __init__(self, width, inplace=False):
-        super().__init__()
-        self.inplace = inplace
-        self.one, self.norm = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
-        self.two = nn.Conv2d(width, width, 1)
-
-    def forward(self, x):
-        x = x.mul_(0.9) if self.inplace else x * 0.9
-        return x + self.two(torch.relu(self.norm(self.one(x))))
-
-
-class Net(nn.Module):
-    """Blocks follow each other; `detour` puts something that changes nothing between them."""
-
-    def __init__(self, inplace=False, detour=False):
-        super().__init__()
-        torch.manual_seed(0)
-        self.stem, self.detour = nn.Conv2d(3, 8, 3), detour
-        self.blocks = nn.ModuleList(Block(8, inplace) for _ in range(3))
-        self.head = nn.Linear(8, 5)
-
-    def forward(self, x):
-        x = self.stem(x)
-        for block in self.blocks:
-            x = block(x.clone() if self.detour else x)
-        return self.head(x.mean(dim=(2, 3)))
-
-
-def trained_norms(model, x):
-    """Statistics of its own data, as a trained network has them."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None
-    with torch.no_grad():
-        model.train()(x)
-    return model.eval()
-
-
-def low(model, x, **settings):
-    qmodel = dq.quantize(model, **{"w_bits": 2, "a_bits": 4, **settings})
-    dq.calibrate(qmodel, [x], progress=False)
-    return qmodel
-
-
-def error(qmodel, model, x):
-    with torch.no_grad():
-        return float((qmodel.eval()(x) - model(x)).square().mean() / model(x).square().mean())
-
-
-def rebuilt(model, x, steps=60, batch=16, **settings):
-    qmodel = low(model, x, **settings)
-    names = block_names(qmodel)
-    return qmodel, reconstruct(qmodel, float_teacher(qmodel), list(x.split(batch)), names, steps, show=False)
 
 
 @pytest.mark.parametrize("settings", [{}, {"w_bits": 1, "a_bits": 2}, {"rounding": "lsq"}, {"rounding": "ste"}])
@@ -135,30 +69,6 @@ def test_what_a_block_is_called_with():
         expected = qmodel.blocks[0](qmodel.stem(x[4:]))
     assert torch.equal(flow.calls[1][0][0], expected)
     assert torch.equal(flow.outputs()[1], qmodel.blocks[1](expected))
-
-
-class Odd(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(6, 6)
-        self.twice = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
-        self.pair = Pair()
-        self.tied = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
-        self.never = nn.Linear(6, 6)
-        self.last = nn.Linear(6, 6)
-        self.last.weight = self.tied[2].weight
-
-    def forward(self, x):
-        return self.last(self.tied(sum(self.pair(self.twice(self.twice(self.first(x)))))))
-
-
-class Pair(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6)
-
-    def forward(self, x):
-        return self.one(x), self.two(x)
 
 
 def test_a_batch_norm_goes_with_the_layer_before_it():
@@ -231,84 +141,3 @@ def test_what_stays_as_it_is_says_why():
     changed = {key for key, value in qmodel.state_dict().items() if not torch.equal(value, kept[key])}
     assert "tied.0.weight" in changed and "tied.2.bias" in changed
     assert all(key.startswith("tied.") for key in changed) and "tied.2.weight" not in changed
-
-
-@pytest.mark.parametrize("rate", [1e6, 1e30])
-def test_a_block_that_gets_worse_stays_as_it_was(rate, monkeypatch):
-    monkeypatch.setattr("daqconvert.reconstruction.fitting.RATE", rate)
-    x = images()
-    qmodel = low(trained_norms(Net(), x), x)
-    qmodel.eval()
-    block, y = qmodel.blocks[1], torch.randn(8, 8, 6, 6)
-    examples = Examples([((y,), {})], [float_teacher(qmodel).blocks[1](y)], whole=False)
-    kept = {key: value.clone() for key, value in block.state_dict().items()}
-    before, after = fit(block, examples, [block.two.weight], 5, torch.Generator(), lambda: None)
-    assert before == after == examples.error(block) > 0
-    assert all(torch.equal(value, kept[key]) for key, value in block.state_dict().items())
-
-
-def test_rows_are_drawn_where_a_block_treats_them_alone():
-    torch.manual_seed(0)
-    layer = timm.create_model("test_vit").blocks[0].eval()
-    x = torch.randn(6, 16, 64)
-    assert treats_rows_alone(layer, ((x,), {}), layer(x))
-    first = nn.MultiheadAttention(64, 4).eval()  # its first dimension are tokens
-
-    class Tokens(nn.Module):
-        def forward(self, x):
-            return first(x, x, x)[0]
-
-    assert not treats_rows_alone(Tokens(), ((x,), {}), Tokens()(x))
-    mask = torch.ones(6, 1, 1)
-    assert not treats_rows_alone(nn.Bilinear(4, 1, 2), ((torch.ones(6, 1, 4), mask), {}), torch.ones(6, 1, 2))
-
-    class Fixed(nn.Module):
-        def forward(self, x):
-            return x.reshape(6, -1)
-
-    assert not treats_rows_alone(Fixed(), ((x,), {}), Fixed()(x))
-    examples = Examples([((x,), {})], [x.repeat(1, 1, 200)], whole=False)
-    (rows, _), target = examples.draw(torch.Generator().manual_seed(0))
-    assert len(rows[0]) == len(target) == 2 and torch.equal(rows[0].repeat(1, 1, 200), target)
-    assert len(Examples(examples.calls, examples.targets, whole=True).draw(torch.Generator())[1]) == 6
-
-
-def test_finetune_starts_from_rebuilt_blocks_and_says_which_are_not(caplog, monkeypatch):
-    estimated = []
-    monkeypatch.setattr("daqconvert.training.parts.batch_norm._estimate", lambda run, *_: estimated.append(run))
-    x = images()
-    model = trained_norms(Net(), x)
-    options = {"recipe": "fewshot", "epochs": 1, "lr": 0.0, "quantizer_lr": 0.0, "progress": False}
-    found = []
-    for steps in (0, 40, 40):
-        qmodel = low(model, x)
-        with caplog.at_level(logging.WARNING):
-            result = dq.finetune(qmodel, list(x.split(8)), **options, reconstruct=steps, reconstruct_batches=9)
-        assert [row.name for row in result.reconstructed] == ["blocks.0", "blocks.1", "blocks.2"][: 3 * (steps > 0)]
-        assert ("3 blocks reconstructed, mean error 0." in str(result)) == (steps > 0)
-        found.append(qmodel)
-    plain, once, again = (error(qmodel, model, images(seed=1)) for qmodel in found)
-    assert once == again < 0.8 * plain
-    assert len(estimated) == 1  # blocks keep the statistics that they were trained with
-    assert not caplog.records
-    qmodel = low(Odd(), torch.randn(64, 6))
-    with caplog.at_level(logging.WARNING):
-        dq.finetune(qmodel, [torch.randn(8, 6)], **{**options, "features": (), "reestimate": 0}, reconstruct=2)
-    assert "reconstruct: 2 of 3 blocks stay as they are: twice (a forward calls it 2 times)" in caplog.text
-
-
-def test_the_float_weights_teach_after_gptq_too(monkeypatch):
-    x, seen = images(), []
-    model = trained_norms(Net(), x)
-    qmodel = low(model, x, grid="integer", normalize=False)
-
-    def noted(qmodel, teacher, batches, blocks, steps, **_):
-        seen.append((qmodel.blocks[0].one.weight.detach().clone(), teacher.blocks[0].one.weight, len(batches), steps))
-        return []
-
-    monkeypatch.setattr("daqconvert.training.rebuilding.reconstruct", noted)
-    options = {"recipe": "fewshot", "epochs": 1, "progress": False, "reconstruct": 7, "reconstruct_batches": 8}
-    dq.finetune(qmodel, list(x.split(8)), gptq=2, **options)
-    ((chosen, taught, batches, steps),) = seen
-    assert torch.equal(taught, model.blocks[0].one.weight) and not torch.equal(chosen, taught)
-    assert (batches, steps) == (8, 7)  # six batches an epoch
