@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -55,6 +56,16 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
     args, kwargs, _ = split_batch(batch)
     device = model_device(model)
     return model(*to_device(args, device), **to_device(kwargs, device))
+
+
+class Enough(BaseException):
+    """What a forward was for has been seen; no model's `except Exception` catches it."""
+
+
+def run_batch_until(model: nn.Module, batch: Any) -> None:
+    """Call a model on a batch's inputs, to the end or to where a hook raises `Enough`."""
+    with suppress(Enough):
+        run_batch(model, batch)
 
 
 def batch_size(batch: Any) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from daqconvert.layers.site import QuantizedSite
+from daqconvert.modes import quantized_layers
 from daqconvert.quantizers import WeightQuantizer
 from daqconvert.quantizers.base import Quantizer
 from daqconvert.quantizers.widths import normal_clip
@@ -25,11 +25,10 @@ def quantized_weights(model: nn.Module) -> Iterator[tuple[nn.Parameter, WeightQu
     Args:
         model: A quantized model, or a part of one.
     """
-    for site in model.modules():
-        if isinstance(site, QuantizedSite) and isinstance(site.weight_quantizer, WeightQuantizer):
-            weight = site._parameters.get("weight")
-            if weight is not None:
-                yield weight, site.weight_quantizer
+    for site in quantized_layers(model).values():
+        weight = site._parameters.get("weight")
+        if weight is not None and isinstance(site.weight_quantizer, WeightQuantizer):
+            yield weight, site.weight_quantizer
 
 
 def bounds_and_scales(model: nn.Module) -> set[nn.Parameter]:
@@ -38,13 +37,9 @@ def bounds_and_scales(model: nn.Module) -> set[nn.Parameter]:
     Args:
         model: A quantized model, or a part of one.
     """
-    found: set[nn.Parameter] = set()
-    for module in model.modules():
-        if isinstance(module, QuantizedSite):
-            found.add(module.output_scale)
-        elif isinstance(module, Quantizer):
-            found.update(module.parameters())
-    return found
+    quantizers = (module for module in model.modules() if isinstance(module, Quantizer))
+    scales = {site.output_scale for site in quantized_layers(model).values()}
+    return scales.union(*(quantizer.parameters() for quantizer in quantizers))
 
 
 @torch.no_grad()

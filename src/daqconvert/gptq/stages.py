@@ -1,19 +1,19 @@
 """Which layers are chosen for, in the order in which a forward reaches them, and what their inputs are.
 
 Layers of one block are one stage: their inputs are collected together, which costs one forward of each batch up to
-there. It ends at the last layer that is asked for, by an exception that no model's `except Exception` catches.
+there. It ends at the last layer that is asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from daqconvert.batches import run_batch
+from daqconvert.batches import Enough, run_batch, run_batch_until
 from daqconvert.gptq.columns import columns, has_columns, second_moments
 from daqconvert.layers.base import QuantizedLayer
 from daqconvert.layers.site import Operation, Watcher, watching
@@ -21,10 +21,6 @@ from daqconvert.modes import quantized_layers
 from daqconvert.quantizers import WeightQuantizer
 
 MOST_INPUTS = 8192  # of one output: second moments are the square of it
-
-
-class _Enough(BaseException):
-    """Everything that was asked for has been seen."""
 
 
 @dataclass
@@ -105,7 +101,7 @@ class _Inputs(Watcher):
         self.found[site] = self.found[site] + own if site in self.found else own
         self.left -= 1
         if not self.left:
-            raise _Enough
+            raise Enough
         return x
 
 
@@ -124,6 +120,5 @@ def gather(model: nn.Module, batches: Iterable[Any], names: list[str], calls: in
             stack.enter_context(watching(sites[name], inputs))
         for batch in batches:
             inputs.left = calls
-            with suppress(_Enough):
-                run_batch(model, batch)
+            run_batch_until(model, batch)
     return {name: inputs.found[sites[name]] for name in names}

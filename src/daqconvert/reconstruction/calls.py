@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,14 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from daqconvert.batches import run_batch
+from daqconvert.batches import Enough, run_batch, run_batch_until
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of one call of a module."""
-
-
-class _Enough(BaseException):
-    """What was asked for has been seen; no model's `except Exception` catches it."""
 
 
 @dataclass
@@ -139,13 +135,12 @@ class Flow:
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             calls.append((args, kwargs))
-            raise _Enough
+            raise Enough
 
         handle = self._first.register_forward_pre_hook(hook, with_kwargs=True)
         try:
             for batch in self.batches:
-                with suppress(_Enough):
-                    run_batch(self.model, batch)
+                run_batch_until(self.model, batch)
         finally:
             handle.remove()
         return calls

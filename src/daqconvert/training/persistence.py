@@ -141,7 +141,9 @@ def _start_fresh(run: Run) -> None:
     if run.teacher_kind == OWN_TEACHER:
         run.objective.teacher = float_teacher(run.model)
     initial = model_copy(run) if run.teacher_kind == OWN_TEACHER else {}
-    before = float_teacher(run.model) if run.recipe.reconstruct else None
+    before = None
+    if run.recipe.reconstruct:  # weights that GPTQ has not changed teach
+        before = run.objective.teacher if run.teacher_kind == OWN_TEACHER else float_teacher(run.model)
     if run.recipe.gptq:
         round_weights(run)
     if before is not None:

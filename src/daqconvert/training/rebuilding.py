@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from daqconvert.reconstruction import reconstruct
+from daqconvert.training.left_alone import warn_of_left
 from daqconvert.training.objective.blocks import block_names
 from daqconvert.training.seeding import preserved_random_state
 
 if TYPE_CHECKING:
     from daqconvert.training.engine import Run
-
-LOGGER = logging.getLogger(__name__)
 
 
 def reconstruct_blocks(run: Run, teacher: nn.Module) -> None:
@@ -32,10 +30,7 @@ def reconstruct_blocks(run: Run, teacher: nn.Module) -> None:
         names = block_names(run.model)
         rows = reconstruct(run.model, teacher, batches, names, recipe.reconstruct, seed=recipe.seed, show=run.show)
     run.reconstructed = [row for row in rows if not row.left_alone]
-    left = [row for row in rows if row.left_alone]
-    if left and run.processes.is_main:
-        shown = ", ".join(f"{row.name} ({row.left_alone})" for row in left[:3]) + (", ..." if left[3:] else "")
-        LOGGER.warning("reconstruct: %d of %d blocks stay as they are: %s.", len(left), len(rows), shown)
+    warn_of_left(run, "reconstruct", "blocks stay as they are", rows)
     run.processes.agree(run.model)
 
 

@@ -8,17 +8,15 @@ for what is left: norms, scales, bounds.
 from __future__ import annotations
 
 import itertools
-import logging
 from typing import TYPE_CHECKING
 
 from daqconvert.gptq import choose_codes
+from daqconvert.training.left_alone import warn_of_left
 from daqconvert.training.objective.blocks import block_names
 from daqconvert.training.seeding import preserved_random_state
 
 if TYPE_CHECKING:
     from daqconvert.training.engine import Run
-
-LOGGER = logging.getLogger(__name__)
 
 
 def round_weights(run: Run) -> None:
@@ -32,10 +30,5 @@ def round_weights(run: Run) -> None:
     with preserved_random_state(run.train_loader):
         batches = list(itertools.islice(run.train_epochs.batches(0, whole=True), run.recipe.gptq))
     rows = choose_codes(run.model, batches, block_names(run.model), show=run.show)
-    left = [row for row in rows if row.left_alone]
-    if left and run.processes.is_main:
-        names = ", ".join(f"{row.name} ({row.left_alone})" for row in left[:3]) + (", ..." if left[3:] else "")
-        LOGGER.warning(
-            "gptq: %d of %d layers keep the nearest levels of their weights: %s.", len(left), len(rows), names
-        )
+    warn_of_left(run, "gptq", "layers keep the nearest levels of their weights", rows)
     run.processes.agree(run.model)

@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from daqconvert.layers.site import QuantizedSite
-from daqconvert.quantizers.base import Quantizer
+from daqconvert.sizes import bounds_and_scales
 from daqconvert.training.patterns import matching
 from daqconvert.training.recipes import Recipe
 
@@ -26,16 +25,11 @@ def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
         >>> {group: sorted(named) for group, named in parameter_groups(qmodel).items()}["weights"]
         ['0.bias', '0.weight']
     """
-    own: set[int] = set()
-    for module in model.modules():
-        if isinstance(module, Quantizer):
-            own.update(id(p) for p in module.parameters())
-        if isinstance(module, QuantizedSite):
-            own.add(id(module.output_scale))
+    own = bounds_and_scales(model)
     groups: dict[str, dict[str, nn.Parameter]] = {WEIGHTS: {}, QUANTIZERS: {}}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[QUANTIZERS if id(parameter) in own else WEIGHTS][name] = parameter
+            groups[QUANTIZERS if parameter in own else WEIGHTS][name] = parameter
     return groups
 
 

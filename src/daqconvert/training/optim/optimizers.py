@@ -97,11 +97,12 @@ class Optimizers:
 
     def step(self) -> None:
         """Update all parameters but those of resting groups, whose gradients are dropped."""
+        sizes = parameter_sizes(self._model) if self.recipe.lr_unit == "size" else None
         for group, optimizer in self.optimizers.items():
             if group in self.resting:
                 optimizer.zero_grad(set_to_none=True)
-            elif self.recipe.lr_unit == "size":
-                step_in_sizes(optimizer, parameter_sizes(self._model))
+            elif sizes is not None:
+                step_in_sizes(optimizer, sizes)
             else:
                 optimizer.step()
 
