@@ -4,7 +4,15 @@ import pytest
 
 from daqconvert.errors import TrainingError
 from daqconvert.training import RECIPES, Recipe, recipe
-from daqconvert.training.recipes import FIELDS, parse_overrides
+from daqconvert.training.recipes import BEFORE, FIELDS, parse_overrides
+
+FIRST = """
+    name epochs batch_size accumulate precision optimizer lr momentum weight_decay decay no_decay quantizer_optimizer
+    quantizer_lr quantizer_weight_decay clip_grad schedule warmup_steps step_epochs step_factor label_smoothing mixup
+    cutmix augment color_jitter random_erasing crop_scale distill temperature features feature_weight ema ema_warmup
+    batch_norm batch_norm_freeze_at reestimate freeze_bounds_at progressive patience oscillation oscillation_threshold
+    explode checkpoint_steps keep calibration_batches calibration_method seed
+""".split()  # what the recipes of the first runs said
 
 
 def test_the_published_recipes_are_as_published():
@@ -20,6 +28,11 @@ def test_the_published_recipes_are_as_published():
 def test_the_default_is_quick_and_its_name_is_its_key():
     assert recipe() == Recipe() == RECIPES["quick"]
     assert all(found.name == name for name, found in RECIPES.items())
+
+
+def test_a_field_that_came_later_has_a_value_for_the_runs_before_it():
+    assert set(BEFORE) == set(FIELDS) - set(FIRST)
+    Recipe(**BEFORE)
 
 
 def test_overrides_change_a_copy():
@@ -110,6 +123,8 @@ def test_a_missing_file_is_named(tmp_path):
         ({"batch_norm": "freeze", "batch_norm_freeze_at": 0.5}, "batch_norm_freeze_at: has no effect"),
         ({"batch_norm_freeze_at": 0.5, "reestimate": 2}, "reestimate: takes statistics anew"),
         ({"progressive": [[0.5, 4, 4]], "freeze_bounds_at": 0.4}, "0.4 is before the end of the last stage"),
+        ({"lr_unit": "size"}, "^recipe 'quick': optimizer: a step of 'sgd' is as large as the gradient"),
+        ({"lr_unit": "size", "optimizer": "adam", "quantizer_optimizer": "nesterov"}, "quantizer_optimizer: a step"),
     ],
     ids=lambda value: " ".join(value)[:40],
 )

@@ -8,6 +8,7 @@ import torch
 from daqconvert.errors import DaqError, TrainingError
 from daqconvert.training import finetune
 from daqconvert.training.checkpoint import read_checkpoint, write_checkpoint
+from daqconvert.training.recipes import BEFORE
 
 OPTIONS = {"epochs": 3, "lr": 0.05}
 
@@ -146,8 +147,7 @@ def test_a_run_from_before_a_field_was_there_had_none_of_it(make, loader, tmp_pa
     finetune(make(), loader(), out_dir=tmp_path, **options)
     path = tmp_path / "last.safetensors"
     checkpoint = read_checkpoint(path)
-    later = ("final_w_sigma", "final_a_sigma", "gptq", "reconstruct", "reconstruct_batches", "lr_unit")
-    meta = {**checkpoint.meta, "recipe": {k: v for k, v in checkpoint.meta["recipe"].items() if k not in later}}
+    meta = {**checkpoint.meta, "recipe": {k: v for k, v in checkpoint.meta["recipe"].items() if k not in BEFORE}}
     write_checkpoint(path, checkpoint.part(""), meta)
     assert finetune(make(), loader(), out_dir=tmp_path, resume=True, **options).epochs == 3
     with pytest.raises(TrainingError, match="final_a_sigma: 0.0 in the run, 2.0 now"):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from daqconvert.training.recipes.recipe import Recipe
+
+_GRADIENT_STEPS = re.compile("sgd|momentum|nesterov")
+"""In timm's names of optimizers: those whose step is the gradient, or its running mean, times the rate."""
 
 
 def contradiction(recipe: Recipe) -> str:
@@ -16,6 +20,13 @@ def contradiction(recipe: Recipe) -> str:
     """
     if recipe.features and not recipe.feature_weight:
         return "features: have no effect with feature_weight=0.0. Set feature_weight=1.0, or leave features out"
+    for field in ("optimizer", "quantizer_optimizer"):
+        name = getattr(recipe, field)
+        if recipe.lr_unit == "size" and _GRADIENT_STEPS.search(name):
+            return (
+                f'{field}: a step of {name!r} is as large as the gradient, so lr_unit="size" cannot say its share of a '
+                f'parameter. Set {field}="adam", or lr_unit="absolute"'
+            )
     if recipe.label_smoothing and recipe.distill == 1.0:
         return (
             "label_smoothing: has no effect with distill=1.0, for there is no cross entropy. Set label_smoothing=0.0"
