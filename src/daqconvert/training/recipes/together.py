@@ -24,8 +24,8 @@ def contradiction(recipe: Recipe) -> str:
         name = getattr(recipe, field)
         if recipe.lr_unit == "size" and _GRADIENT_STEPS.search(name):
             return (
-                f'{field}: a step of {name!r} is as large as the gradient, so lr_unit="size" cannot say its share of a '
-                f'parameter. Set {field}="adam", or lr_unit="absolute"'
+                f'{field}: a step of {name!r} is as large as the gradient, so lr_unit="size" cannot say its share of '
+                f'a parameter. Set {field}="adam", or lr_unit="absolute"'
             )
     if recipe.label_smoothing and recipe.distill == 1.0:
         return (
