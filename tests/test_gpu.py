@@ -169,6 +169,7 @@ def test_levels_are_chosen_and_blocks_rebuilt_there() -> None:
     qmodel = dq.quantize(network().cuda(), w_bits=3, a_bits=4, grid="integer", normalize=False)
     images = [x for x, _ in batches(4, "cpu")]
     result = dq.finetune(qmodel, images, recipe="fewshot", epochs=1, gptq=2, reconstruct=30, progress=False)
-    assert [row.name for row in result.reconstructed] == ["3", "6"]
-    assert sum(row.after for row in result.reconstructed) < sum(row.before for row in result.reconstructed)
+    rows = result.fitted["reconstruct"]
+    assert [row.name for row in rows] == ["3", "6"]
+    assert sum(row.after for row in rows) < sum(row.before for row in rows)
     assert all(p.is_cuda and bool(torch.isfinite(p).all()) for p in qmodel.parameters())

@@ -42,7 +42,7 @@ def test_outputs_are_nearer_and_weights_on_their_grid(w_bits, granularity, grid)
     before = error(qmodel, model, images(64)[32:])
     rows = choose_codes(qmodel, list(x.split(8)), [], show=False)
     assert [row.name for row in rows] == ["0", "2", "4", "6", "8"]
-    assert all(row.chosen < row.nearest and not row.left_alone for row in rows)
+    assert all(row.after < row.before and not row.left_alone for row in rows)
     assert error(qmodel, model, images(64)[32:]) < before
     for row in rows:
         site = qmodel.get_submodule(row.name)
@@ -81,7 +81,7 @@ def test_blocks_are_stages_and_the_model_comes_back_as_it_was():
     norms = {key: value.clone() for key, value in qmodel.state_dict().items() if "running" in key}
     rows = choose_codes(qmodel, [x], block_names(qmodel), show=False)
     assert rows and not any(row.left_alone for row in rows)
-    assert sum(row.chosen for row in rows) < 0.6 * sum(row.nearest for row in rows)
+    assert sum(row.after for row in rows) < 0.6 * sum(row.before for row in rows)
     assert qmodel.training and all(torch.equal(qmodel.state_dict()[key], value) for key, value in norms.items())
 
 

@@ -65,8 +65,9 @@ def test_finetune_starts_from_rebuilt_blocks_and_says_which_are_not(caplog, monk
         qmodel = low(model, x)
         with caplog.at_level(logging.WARNING):
             result = dq.finetune(qmodel, list(x.split(8)), **options, reconstruct=steps, reconstruct_batches=9)
-        assert [row.name for row in result.reconstructed] == ["blocks.0", "blocks.1", "blocks.2"][: 3 * (steps > 0)]
-        assert ("3 blocks reconstructed, mean error 0." in str(result)) == (steps > 0)
+        names = [row.name for row in result.fitted.get("reconstruct", [])]
+        assert names == ["blocks.0", "blocks.1", "blocks.2"][: 3 * (steps > 0)]
+        assert ("reconstruct: 3 of 3, mean error 0." in str(result)) == (steps > 0)
         found.append(qmodel)
     plain, once, again = (error(qmodel, model, images(seed=1)) for qmodel in found)
     assert once == again < 0.8 * plain
@@ -76,6 +77,24 @@ def test_finetune_starts_from_rebuilt_blocks_and_says_which_are_not(caplog, monk
     with caplog.at_level(logging.WARNING):
         dq.finetune(qmodel, [torch.randn(8, 6)], **{**options, "features": (), "reestimate": 0}, reconstruct=2)
     assert "reconstruct: 2 of 3 blocks stay as they are: twice (a forward calls it 2 times)" in caplog.text
+
+
+def test_a_resumed_run_and_its_report_know_what_was_fitted(tmp_path, monkeypatch):
+    x = images()
+    model = trained_norms(Net(), x)
+    options = {"recipe": "fewshot", "epochs": 1, "progress": False, "gptq": 2, "reconstruct": 3, "out_dir": tmp_path}
+
+    def run(**more):
+        qmodel = low(model, x, grid="integer", normalize=False)
+        return dq.finetune(qmodel, list(x.split(8)), **options, **more)
+
+    fitted = run().fitted
+    assert [row.name for row in fitted["reconstruct"]] == ["blocks.0", "blocks.1", "blocks.2"]
+    assert len(fitted["gptq"]) > 3 and all(row.after <= row.before for row in fitted["gptq"])
+    monkeypatch.setattr("daqconvert.training.parts.batch_norm._estimate", lambda *_: pytest.fail("estimated again"))
+    assert run(resume=True).fitted == fitted
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert "Blocks reconstructed" in page and "chosen by GPTQ" in page and "blocks.2" in page
 
 
 def test_the_float_weights_teach_after_gptq_too(monkeypatch):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from daqconvert.fitted import Fitted
 from daqconvert.report.layer_cards import MOST, OPEN, LayerReport, layer_cards, layer_table
 from daqconvert.report.minis import BARS, HEIGHT, histogram, lines
 from daqconvert.report.training_page import TrainingReport, training_page
@@ -110,6 +111,7 @@ def test_names_are_text():
             layers=[layer(hostile)],
             tables={hostile: {hostile: hostile}},
             warnings=[{"epoch": 1, "layer": hostile, "kind": hostile, "text": hostile}],
+            fitted={hostile: [Fitted(hostile, 1.0, 0.5), Fitted(hostile, left_alone=hostile)]},
             commands={hostile: hostile},
         )
     )
@@ -166,6 +168,23 @@ def test_a_large_network_stays_readable():
     assert f"{450 - MOST} more layers have no card here" in read.text
     assert "300 epochs, the best in bold" in read.text
     assert "b.449" in read.text
+
+
+def test_what_was_fitted_before_training_has_its_errors():
+    blocks = [Fitted("layer1", 0.4, 0.1), Fitted("layer2", left_alone="a forward calls it 2 times")]
+    page = training_page(
+        report(fitted={"reconstruct": blocks, "gptq": [Fitted(f"c{i}", 0.0, 0.0) for i in range(50)]})
+    )
+    read = Reader(page)
+    section = page.split("Fitted before training</h2>")[1].split("</section>")[0]
+    assert re.findall(r"width:([\d.]+)em", section)[:3] == [
+        "10.00",
+        "2.50",
+        "0.00",
+    ]  # nothing divided by an error of 0
+    for said in ("Blocks reconstructed", "0.4", "left as it is: a forward calls it 2 times", "GPTQ", "10 more", "c49"):
+        assert said in read.text, said
+    assert "Fitted before training" not in training_page(report())
 
 
 def test_bits_are_numbers_and_bars():

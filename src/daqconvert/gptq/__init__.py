@@ -12,6 +12,6 @@ Reference: "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
 Hoefler, Alistarh, ICLR 2023), https://arxiv.org/abs/2210.17323.
 """
 
-from daqconvert.gptq.choosing import ChosenCodes, choose_codes
+from daqconvert.gptq.choosing import choose_codes
 
-__all__ = ["ChosenCodes", "choose_codes"]
+__all__ = ["choose_codes"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from daqconvert.fitted import Fitted
 from daqconvert.functional.grid import quantize_weight
 from daqconvert.gptq.solver import output_error, second_order_levels
 from daqconvert.gptq.stages import first_forward, gather
@@ -21,25 +21,8 @@ from daqconvert.report.progress import progress
 DAMPING = 0.01  # of GPTQ
 
 
-@dataclass(frozen=True)
-class ChosenCodes:
-    """What was chosen for one layer; errors are `||(Q - W) X||^2 / ||W X||^2`.
-
-    Attributes:
-        name: Of the layer.
-        nearest: Error of the nearest levels.
-        chosen: Error of the chosen levels.
-        left_alone: Why its levels stayed the nearest, or `""`.
-    """
-
-    name: str
-    nearest: float = 0.0
-    chosen: float = 0.0
-    left_alone: str = ""
-
-
 @torch.no_grad()
-def choose_codes(model: nn.Module, batches: list[Any], blocks: list[str], *, show: bool = True) -> list[ChosenCodes]:
+def choose_codes(model: nn.Module, batches: list[Any], blocks: list[str], *, show: bool = True) -> list[Fitted]:
     """Set the weights of a quantized model, in place, to levels with which its layers' outputs stay what they were.
 
     Args:
@@ -49,7 +32,8 @@ def choose_codes(model: nn.Module, batches: list[Any], blocks: list[str], *, sho
         show: Whether to show progress.
 
     Returns:
-        One entry per layer that a forward reaches and whose weight is quantized, in that order. Left alone are layers
+        One entry per layer that a forward reaches and whose weight is quantized, in that order; `before` is the error
+        of the nearest levels. Left alone are layers
         whose grid has no fixed step (normalized weights, LSQ), transposed and 3-D convolutions, and weights that are
         shared, computed, or depend on the data.
 
@@ -57,14 +41,14 @@ def choose_codes(model: nn.Module, batches: list[Any], blocks: list[str], *, sho
         >>> qmodel, x = dq.quantize(nn.Sequential(nn.Linear(8, 4)), w_bits=4, a_bits=8), torch.randn(64, 8)
         >>> _ = dq.calibrate(qmodel, [x])
         >>> (found,) = choose_codes(qmodel, [x], [])
-        >>> found.name, found.chosen <= found.nearest
+        >>> found.name, found.after <= found.before
         ('0', True)
     """
     with evaluating(model), torch.compiler.set_stance("force_eager"):
         seen = first_forward(model, batches[0])
         sites: dict[str, Any] = quantized_layers(model)
         todo = [name for name, found in seen.items() if not found.why_not]
-        rows = {name: ChosenCodes(name, left_alone=found.why_not) for name, found in seen.items()}
+        rows = {name: Fitted(name, left_alone=found.why_not) for name, found in seen.items()}
         with disabled(model), progress(len(todo), "GPTQ", enabled=show) as bar:
             for name in sites.keys() - todo:
                 sites[name].enabled = True
@@ -78,7 +62,7 @@ def choose_codes(model: nn.Module, batches: list[Any], blocks: list[str], *, sho
     return [row for name, row in rows.items() if sites[name].weight_quantizer is not None]
 
 
-def _choose(site: QuantizedLayer, name: str, own: Tensor) -> ChosenCodes:
+def _choose(site: QuantizedLayer, name: str, own: Tensor) -> Fitted:
     """Set one layer's weight; `own` are the second moments of its inputs."""
     quantizer = site.weight_quantizer
     assert isinstance(quantizer, WeightQuantizer)
@@ -93,7 +77,7 @@ def _choose(site: QuantizedLayer, name: str, own: Tensor) -> ChosenCodes:
     errors = [output_error(found * step[:, :, None], weight, own) for found in (plain, operands)]
     if errors[1] < errors[0]:
         site.weight.copy_((operands * step[:, :, None]).reshape(site.weight.shape))
-    return ChosenCodes(name, errors[0], min(errors))
+    return Fitted(name, errors[0], min(errors))
 
 
 def _nearest(steps: Tensor, quantizer: WeightQuantizer) -> Tensor:

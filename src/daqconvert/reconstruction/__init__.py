@@ -11,6 +11,6 @@ https://arxiv.org/abs/2102.05426, section 3.2 and algorithm 1, with the squared 
 with weights that move freely under the gradient of their rounding instead of up or down.
 """
 
-from daqconvert.reconstruction.reconstructing import Reconstructed, reconstruct
+from daqconvert.reconstruction.reconstructing import reconstruct
 
-__all__ = ["Reconstructed", "reconstruct"]
+__all__ = ["reconstruct"]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from daqconvert.fitted import Fitted
 from daqconvert.modes import evaluating
 from daqconvert.norms import estimate
 from daqconvert.reconstruction.calls import Flow, Stage, copied, stages, treats_rows_alone
@@ -16,27 +16,10 @@ from daqconvert.reconstruction.fitting import Examples, fit, trainable
 from daqconvert.report.progress import progress
 
 
-@dataclass(frozen=True)
-class Reconstructed:
-    """What became of one block; errors are `||B_q(x_q) - B(x)||^2 / ||B(x)||^2` over all batches.
-
-    Attributes:
-        name: Of the module.
-        before: Error before the first step, its batch norms estimated anew.
-        after: Error after the last one.
-        left_alone: Why it was not trained, or `""`.
-    """
-
-    name: str
-    before: float = 0.0
-    after: float = 0.0
-    left_alone: str = ""
-
-
 def reconstruct(
     model: nn.Module, teacher: nn.Module, batches: list[Any], blocks: list[str], steps: int, *,
     seed: int = 0, show: bool = True,
-) -> list[Reconstructed]:  # fmt: skip
+) -> list[Fitted]:  # fmt: skip
     """Train blocks of a quantized model, in place, to return what those of a float model return.
 
     Batch norms of a block take their statistics anew first. One block's inputs and outputs are held for all batches.
@@ -51,8 +34,8 @@ def reconstruct(
         show: Whether to show progress.
 
     Returns:
-        One entry per block that a forward reaches, in that order. Left alone are blocks that it calls more than once
-        and blocks that do not return one tensor.
+        One entry per block that a forward reaches, in that order; its batch norms are estimated anew before either
+        error. Left alone are blocks that it calls more than once and blocks that do not return one tensor.
 
     Example:
         >>> from daqconvert.training.objective import float_teacher
@@ -64,14 +47,14 @@ def reconstruct(
         [('0', True), ('1', True)]
     """
     generator = torch.Generator().manual_seed(seed)
-    rows: list[Reconstructed] = []
+    rows: list[Fitted] = []
     with evaluating(model), torch.compiler.set_stance("force_eager"):
         found = stages(model, batches[0], blocks)
         ours, theirs, targets = Flow(model, batches), Flow(teacher, batches), None
         with progress(steps * len(found), "reconstruct", enabled=show) as bar:
             for number, stage in enumerate(found, 1):
                 if why_not := _why_not(stage):
-                    rows.append(Reconstructed(stage.names[0], left_alone=why_not))
+                    rows.append(Fitted(stage.names[0], left_alone=why_not))
                     targets = None
                     bar.advance(steps)
                     continue
@@ -85,7 +68,7 @@ def reconstruct(
                 trained = trainable(ours.block, _used_elsewhere(model, ours.block))
                 advance = partial(bar.advance, block=f"{number}/{len(found)}")
                 errors = fit(ours.block, examples, trained, steps, generator, advance)
-                rows.append(Reconstructed(stage.names[0], *errors))
+                rows.append(Fitted(stage.names[0], *errors))
     return rows
 
 

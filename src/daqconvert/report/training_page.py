@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from daqconvert.fitted import Fitted
+from daqconvert.report.fits import fit_tables
 from daqconvert.report.html import facts, number, page, percent, table, text
 from daqconvert.report.layer_cards import LayerReport, layer_cards, layer_table
 
@@ -31,6 +33,7 @@ class TrainingReport:
         rows: The history, one row per epoch.
         best_epoch: Of the best row, or None.
         layers: The quantized layers, in order.
+        fitted: What was fitted before training: field of the recipe -> layers or blocks.
         steps: Loss by step: `(epochs done, loss)`.
         warnings: Dicts with `epoch`, `layer`, `kind`, `text`.
         tables: Heading -> name -> value: recipe, sizes, versions.
@@ -44,6 +47,7 @@ class TrainingReport:
     rows: Sequence[Row] = ()
     best_epoch: int | None = None
     layers: Sequence[LayerReport] = ()
+    fitted: Mapping[str, Sequence[Fitted]] = field(default_factory=dict)
     steps: Sequence[tuple[float, float]] = ()
     warnings: Sequence[Mapping[str, Any]] = ()
     tables: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
@@ -69,6 +73,7 @@ def training_page(data: TrainingReport) -> str:
         _section("Curves", _curves(data)),
         _section("Layers", layer_table(data.layers)) if data.layers else "",
         _section("Weights and bounds", layer_cards(data.layers)) if data.layers else "",
+        _section("Fitted before training", fit_tables(data.fitted)) if data.fitted else "",
         _section("Epochs", _epochs(data)),
         _section("The run", facts(data.tables)) if data.tables else "",
         *(f"<h3>{text(name)}</h3><pre>{text(command)}</pre>" for name, command in data.commands.items()),

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from daqconvert.calibration import CalibrationReport
 from daqconvert.errors import DataError, TrainingError
-from daqconvert.reconstruction import Reconstructed
+from daqconvert.fitted import Fitted
 from daqconvert.report.progress import Bar
 from daqconvert.training.epochs import Epochs
 from daqconvert.training.evaluation import EvalResult, measured
@@ -60,7 +60,8 @@ class Run:
         history: One row per epoch done.
         best: Row of the best epoch, or None.
         calibration: What calibration found, if it was needed.
-        reconstructed: Blocks that were, before the first step of this call.
+        fitted: What became of each layer or block before the first step: by field of the recipe, `gptq` and
+            `reconstruct`.
         position: The epoch in progress.
         stop: Why training ends before its last epoch, or None; a part may set it after an epoch.
         saved: What the last checkpoint holds, as `epoch 3`; None before there is one.
@@ -87,7 +88,7 @@ class Run:
     history: list[Row] = field(default_factory=list)
     best: Row | None = None
     calibration: CalibrationReport | None = None
-    reconstructed: list[Reconstructed] = field(default_factory=list)
+    fitted: dict[str, list[Fitted]] = field(default_factory=dict)
     position: Position = field(default_factory=Position)
     stop: str | None = None
     saved: str | None = None

@@ -173,6 +173,6 @@ def _result(run: Run, seconds: float) -> FinetuneResult:
         last=directory.last if directory else None,
         best=directory.best if directory and run.best else None,
         calibration=run.calibration,
-        reconstructed=run.reconstructed,
+        fitted=run.fitted,
         stop=run.stop,
     )

@@ -24,6 +24,7 @@ from daqconvert.training.checkpoint import (
 )
 from daqconvert.training.loaders import UNLABELLED, check_first_batch, length, read_batch
 from daqconvert.training.logs import write_log
+from daqconvert.training.noting import from_meta, to_meta
 from daqconvert.training.objective import OWN_TEACHER, float_teacher
 from daqconvert.training.optim import Optimizers
 from daqconvert.training.position import Position
@@ -122,6 +123,7 @@ def meta(run: Run) -> dict[str, Any]:
         "position": run.position.to_meta(run.processes),
         "scaler": run.processes.scaler_state(),
         "parts": {part.name: part.meta() for part in run.parts},
+        "fitted": to_meta(run.fitted),
     }
 
 
@@ -187,6 +189,7 @@ def _restore(run: Run, checkpoint: Checkpoint) -> None:
         run.objective.teacher = float_teacher(run.model)
         run.objective.teacher.load_state_dict(saved.part(MODEL))
     run.model.load_state_dict(model)  # which bounds are trained is known now
+    run.fitted = from_meta(about.get("fitted", {}))  # runs of earlier versions noted none
     _make_optimizers_and_parts(run)
     for part in run.parts:
         part.load(checkpoint.part(f"{PART}{part.name}/"), about["parts"].get(part.name))

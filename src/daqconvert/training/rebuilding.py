@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from daqconvert.reconstruction import reconstruct
-from daqconvert.training.left_alone import warn_of_left
+from daqconvert.training.noting import note
 from daqconvert.training.objective.blocks import block_names
 from daqconvert.training.seeding import preserved_random_state
 
@@ -29,8 +29,7 @@ def reconstruct_blocks(run: Run, teacher: nn.Module) -> None:
         batches = list(itertools.islice(_batches(run), recipe.reconstruct_batches))
         names = block_names(run.model)
         rows = reconstruct(run.model, teacher, batches, names, recipe.reconstruct, seed=recipe.seed, show=run.show)
-    run.reconstructed = [row for row in rows if not row.left_alone]
-    warn_of_left(run, "reconstruct", "blocks stay as they are", rows)
+    note(run, "reconstruct", "blocks stay as they are", rows)
     run.processes.agree(run.model)
 
 

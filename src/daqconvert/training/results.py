@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from daqconvert.calibration import CalibrationReport
-from daqconvert.reconstruction import Reconstructed
+from daqconvert.fitted import Fitted
 from daqconvert.training.logs import Row
 
 
@@ -28,7 +28,8 @@ class FinetuneResult:
         best: Checkpoint of the best epoch, or None.
         calibration: What calibration found, if this call had to calibrate.
         stop: Why the run ended before its last epoch, or None.
-        reconstructed: Blocks that this call reconstructed before the first step, with their errors before and after.
+        fitted: What became of each layer or block before the first step: by field of the recipe, `gptq` and
+            `reconstruct`.
     """
 
     history: list[Row]
@@ -41,7 +42,7 @@ class FinetuneResult:
     best: Path | None = None
     calibration: CalibrationReport | None = None
     stop: str | None = None
-    reconstructed: list[Reconstructed] = field(default_factory=list)
+    fitted: dict[str, list[Fitted]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """Return a short summary: epochs, time, last and best accuracy, where the files are."""
@@ -55,8 +56,9 @@ class FinetuneResult:
             parts.append(f"best {100 * self.best_top1:.2f} % (epoch {self.best_epoch})")
         if self.stop is not None:
             parts.append(f"stopped early: {self.stop}")
-        if rows := self.reconstructed:
-            before, after = (sum(getattr(row, key) for row in rows) / len(rows) for key in ("before", "after"))
-            parts.append(f"{len(rows)} blocks reconstructed, mean error {before:.3g} -> {after:.3g}")
+        for how, rows in self.fitted.items():
+            if done := [row for row in rows if not row.left_alone]:
+                before, after = (sum(getattr(row, key) for row in done) / len(done) for key in ("before", "after"))
+                parts.append(f"{how}: {len(done)} of {len(rows)}, mean error {before:.3g} -> {after:.3g}")
         where = f"\n{self.out_dir}: {', '.join(p.name for p in (self.last, self.best) if p)}" if self.out_dir else ""
         return ", ".join(parts) + where

@@ -11,7 +11,7 @@ import itertools
 from typing import TYPE_CHECKING
 
 from daqconvert.gptq import choose_codes
-from daqconvert.training.left_alone import warn_of_left
+from daqconvert.training.noting import note
 from daqconvert.training.objective.blocks import block_names
 from daqconvert.training.seeding import preserved_random_state
 
@@ -30,5 +30,5 @@ def round_weights(run: Run) -> None:
     with preserved_random_state(run.train_loader):
         batches = list(itertools.islice(run.train_epochs.batches(0, whole=True), run.recipe.gptq))
     rows = choose_codes(run.model, batches, block_names(run.model), show=run.show)
-    warn_of_left(run, "gptq", "layers keep the nearest levels of their weights", rows)
+    note(run, "gptq", "layers keep the nearest levels of their weights", rows)
     run.processes.agree(run.model)

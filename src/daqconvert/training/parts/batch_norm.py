@@ -92,7 +92,8 @@ class FreshStatistics(Part):
 
         Not where blocks were reconstructed: their statistics were estimated then, and they were trained with them.
         """
-        if batch_norms(run.model) and not run.reconstructed:  # `fewshot` is for networks without them, too
+        reconstructed = any(not row.left_alone for row in run.fitted.get("reconstruct", ()))
+        if batch_norms(run.model) and not reconstructed:  # `fewshot` is for networks without them, too
             _estimate(run, 0, self.count)
 
 

@@ -93,6 +93,7 @@ def report_data(run: Run, rows: list[Row], *, finished: bool) -> TrainingReport:
         rows=rows,
         best_epoch=None if run.best is None else run.best["epoch"],
         layers=_layers(run, plan),
+        fitted=run.fitted,
         steps=steps,
         warnings=guards.warnings if guards is not None else (),
         tables={

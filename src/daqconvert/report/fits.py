@@ -1,0 +1,49 @@
+"""What was fitted before training, on the page of a run: a table for each way, with errors before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from daqconvert.fitted import Fitted
+from daqconvert.report.html import number, table, text
+
+OPEN = 40  # rows that are seen at once; the others are folded away
+WIDTH = 10.0  # em, of the largest error's bar
+COLUMNS = ("name", "error before", "error after", "")
+HEADINGS = {
+    "gptq": "Levels of weights chosen by GPTQ: error of the layer's output",
+    "reconstruct": "Blocks reconstructed: error of the block's output",
+}
+
+
+def fit_tables(fitted: Mapping[str, Sequence[Fitted]]) -> str:
+    """Return the tables: blue bars are errors before, orange ones after, relative to the float output.
+
+    Args:
+        fitted: Field of the recipe -> its layers or blocks, in order.
+
+    Example:
+        >>> fit_tables({"reconstruct": [Fitted("layer1", 0.5, 0.25)]}).count("width:5.00em")
+        1
+    """
+    return "".join(f"<h3>{text(HEADINGS.get(field, field))}</h3>{_table(rows)}" for field, rows in fitted.items())
+
+
+def _table(rows: Sequence[Fitted]) -> str:
+    largest = max((max(row.before, row.after) for row in rows), default=0.0) or 1.0
+    cells = [_cells(row, largest) for row in rows]
+    found = table(COLUMNS, cells[:OPEN], numbers=COLUMNS[1:3])
+    if cells[OPEN:]:
+        rest = table(COLUMNS, cells[OPEN:], numbers=COLUMNS[1:3])
+        found += f"<details><summary>{len(cells) - OPEN} more</summary>{rest}</details>"
+    return found
+
+
+def _cells(row: Fitted, largest: float) -> list[str]:
+    if row.left_alone:
+        return [text(row.name), "-", "-", f'<span class="soft">left as it is: {text(row.left_alone)}</span>']
+    bars = "<br>".join(
+        f'<span class="bar" style="width:{WIDTH * error / largest:.2f}em;background:var({color})"></span>'
+        for error, color in ((row.before, "--c1"), (row.after, "--c2"))
+    )
+    return [text(row.name), number(row.before, 3), number(row.after, 3), bars]
