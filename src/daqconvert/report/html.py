@@ -17,6 +17,7 @@ body { margin: 0 auto; max-width: 1180px; padding: 2rem 1.25rem 4rem; background
 h1 { font-size: 1.7rem; margin: 0 0 .2rem; letter-spacing: -.01em; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2.6rem 0 .8rem; padding-bottom: .35rem; border-bottom: 1px solid var(--line); }
 h3 { font-size: .95rem; margin: 0; overflow-wrap: anywhere; }
+.scroll + h3 { margin-top: 1.4rem; }
 p { margin: .4rem 0; } .soft { color: var(--soft); }
 code, pre { font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; }
 pre { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: .7rem .9rem;
