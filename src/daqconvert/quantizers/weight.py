@@ -13,6 +13,7 @@ from daqconvert.functional import fused_weight
 from daqconvert.functional.coded import View, WeightCodes, attach
 from daqconvert.functional.grid import coding, intervals, levels, quantize_weight, weight_codes
 from daqconvert.functional.layer import WeightGrid
+from daqconvert.functional.moments import weight_moments
 from daqconvert.quantizers.base import Quantizer
 from daqconvert.quantizers.layout import ChannelLayout
 from daqconvert.quantizers.memory import KnownWeight, savable, value_key
@@ -88,9 +89,10 @@ class WeightQuantizer(Quantizer):
     def _plain(self, weight: Tensor) -> Tensor:
         """What `forward` returns, in plain operations."""
         v = _real(weight).reshape(self.layout.view)
-        if self.normalize:
-            mean, std = self._moments(v)
-            v = (v - mean) / std
+        mean, std = self.moments(weight)
+        if mean is not None and std is not None:
+            shape = self.layout.bound_view if self.per_channel else ()
+            v = (v - mean.reshape(shape)) / std.reshape(shape)
         upper = self._expand(self.upper)
         lower = self._expand(self.lower) if self.normalize else -upper
         operand = quantize_weight(v, lower, upper, self.bits, self.grid, self.plain_rounding())
@@ -150,8 +152,7 @@ class WeightQuantizer(Quantizer):
         """Return mean and std as the fused operator takes them; None where the weight is not normalized."""
         if not self.normalize:
             return None, None
-        mean, std = self._moments(_real(weight).reshape(self.layout.view))
-        return mean.reshape(-1), std.reshape(-1)
+        return weight_moments(weight, self.layout.view, self.layout.bound_view if self.per_channel else None)
 
     @property
     def own_lower(self) -> Tensor | None:
@@ -267,19 +268,6 @@ class WeightQuantizer(Quantizer):
 
     def _expand(self, bound: Tensor) -> Tensor:
         return _real(bound).reshape(self.layout.bound_view) if self.per_channel else _real(bound)
-
-    def _moments(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and unbiased std, constants for the gradient; a constant channel is divided by its own size instead."""
-        v = v.detach()
-        if not self.per_channel:
-            return v.mean(), v.std()
-        dims = [d for d, size in enumerate(self.layout.bound_view) if size == 1] or [v.dim() - 1]
-        mean = v.mean(dims, keepdim=True)
-        single = v.numel() == self.layout.channels  # the unbiased std of one element is 0 / 0
-        std = torch.zeros_like(mean) if single else v.std(dims, keepdim=True)
-        constant = std <= mean.abs() * 1e-7
-        own = torch.where(mean == 0, 1.0, mean.abs())
-        return torch.where(constant, 0.0, mean), torch.where(constant, own, std)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if not self.normalize:
