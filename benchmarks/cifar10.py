@@ -49,6 +49,7 @@ RECIPES: dict[str, dict[str, Any]] = {  # what each changes of `paper-cifar10`
     "taught-ste": TAUGHT,
     "rebuilt": REBUILT,
     "rebuilt-ste": REBUILT,
+    "rebuilt-flat": {**REBUILT, "final_a_sigma": 0.0},
 }
 VARIANTS |= {
     f"w{bits}a{bits}-{kind}": {"w_bits": bits, "a_bits": bits} | ({"rounding": "ste"} if kind.endswith("-ste") else {})

@@ -21,17 +21,14 @@ class TensorBatches:
         images: uint8 `(N, H, W, 3)`.
         labels: int64 `(N,)`.
         batch_size: Images a batch; a training split drops the last, smaller one.
-        train: Shuffle, pad by `shift` and crop, flip.
+        train: Shuffle, pad by 4 and crop, flip.
         device: Where the images lie and the batches come from.
-        shift: Most pixels by which a training image moves.
     """
 
-    def __init__(
-        self, images: Tensor, labels: Tensor, batch_size: int, train: bool, device: str = "cpu", shift: int = 4
-    ) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, batch_size: int, train: bool, device: str = "cpu") -> None:
         mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
         self.images = ((images.permute(0, 3, 1, 2).float() / 255 - mean) / std).to(device)
-        self.labels, self.batch_size, self.train, self.shift = labels.to(device), batch_size, train, shift
+        self.labels, self.batch_size, self.train = labels.to(device), batch_size, train
 
     def __len__(self) -> int:
         count = len(self.labels)
@@ -42,30 +39,28 @@ class TensorBatches:
         for i in range(len(self)):
             index = order[i * self.batch_size : (i + 1) * self.batch_size].to(self.images.device)
             x = self.images[index]
-            yield (augment(x, self.shift) if self.train else x), self.labels[index]
+            yield (augment(x) if self.train else x), self.labels[index]
 
 
-def augment(x: Tensor, shift: int = 4) -> Tensor:
-    """Random crop after padding by zeros, and random flip, each image its own; the same on every device."""
+def augment(x: Tensor) -> Tensor:
+    """Random crop after padding by 4 zeros, and random flip, each image its own; the same on every device."""
     n, _, h, w = x.shape
     flip = (torch.rand(n) < 0.5).to(x.device)
     x = torch.where(flip[:, None, None, None], x.flip(-1), x)
-    padded = torch.nn.functional.pad(x, (shift,) * 4)
-    rows = (torch.randint(0, 2 * shift + 1, (n, 1)) + torch.arange(h)).to(x.device)
-    columns = (torch.randint(0, 2 * shift + 1, (n, 1)) + torch.arange(w)).to(x.device)
+    padded = torch.nn.functional.pad(x, (4, 4, 4, 4))
+    rows = (torch.randint(0, 9, (n, 1)) + torch.arange(h)).to(x.device)
+    columns = (torch.randint(0, 9, (n, 1)) + torch.arange(w)).to(x.device)
     index = torch.arange(n, device=x.device)[:, None, None]
     return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
-def cifar10(
-    path: str | Path, batch_size: int, device: str = "cpu", shift: int = 4
-) -> tuple[TensorBatches, TensorBatches]:
+def cifar10(path: str | Path, batch_size: int, device: str = "cpu") -> tuple[TensorBatches, TensorBatches]:
     """Return training batches (all but the last 5,000 rows) and held-out batches (those)."""
     data = ParquetImages(path, cache=True)
     images, labels = data._cache, data.labels
     assert images is not None
     split = len(labels) - HELD_OUT
     return (
-        TensorBatches(images[:split], labels[:split], batch_size, train=True, device=device, shift=shift),
+        TensorBatches(images[:split], labels[:split], batch_size, train=True, device=device),
         TensorBatches(images[split:], labels[split:], 500, train=False, device=device),
     )
