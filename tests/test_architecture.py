@@ -15,7 +15,7 @@ PACKAGE = "daqconvert"
 # Lowest first; a module imports from its own line and from those above it in this list, never from below.
 LAYERS = (
     ("errors", "version"),
-    ("files",),
+    ("files", "fitted"),
     ("spec",),
     ("kernels",),
     ("functional",),
