@@ -33,9 +33,8 @@ def choose_codes(model: nn.Module, batches: list[Any], blocks: list[str], *, sho
 
     Returns:
         One entry per layer that a forward reaches and whose weight is quantized, in that order; `before` is the error
-        of the nearest levels. Left alone are layers
-        whose grid has no fixed step (normalized weights, LSQ), transposed and 3-D convolutions, and weights that are
-        shared, computed, or depend on the data.
+        of the nearest levels. Left alone are layers whose grid has no fixed step (normalized weights, LSQ), transposed
+        and 3-D convolutions, and weights that are shared, computed, or depend on the data.
 
     Example:
         >>> qmodel, x = dq.quantize(nn.Sequential(nn.Linear(8, 4)), w_bits=4, a_bits=8), torch.randn(64, 8)

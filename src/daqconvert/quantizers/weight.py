@@ -91,8 +91,7 @@ class WeightQuantizer(Quantizer):
         v = _real(weight).reshape(self.layout.view)
         mean, std = self.moments(weight)
         if mean is not None and std is not None:
-            shape = self.layout.bound_view if self.per_channel else ()
-            v = (v - mean.reshape(shape)) / std.reshape(shape)
+            v = (v - self._expand(mean)) / self._expand(std)
         upper = self._expand(self.upper)
         lower = self._expand(self.lower) if self.normalize else -upper
         operand = quantize_weight(v, lower, upper, self.bits, self.grid, self.plain_rounding())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from daqconvert.fitted import Fitted
-from daqconvert.report.html import number, table, text
+from daqconvert.report.html import folded_table, number, text
 
 OPEN = 40  # rows that are seen at once; the others are folded away
 WIDTH = 10.0  # em, of the largest error's bar
@@ -31,12 +31,7 @@ def fit_tables(fitted: Mapping[str, Sequence[Fitted]]) -> str:
 
 def _table(rows: Sequence[Fitted]) -> str:
     largest = max((max(row.before, row.after) for row in rows), default=0.0) or 1.0
-    cells = [_cells(row, largest) for row in rows]
-    found = table(COLUMNS, cells[:OPEN], numbers=COLUMNS[1:3])
-    if cells[OPEN:]:
-        rest = table(COLUMNS, cells[OPEN:], numbers=COLUMNS[1:3])
-        found += f"<details><summary>{len(cells) - OPEN} more</summary>{rest}</details>"
-    return found
+    return folded_table(COLUMNS, [_cells(row, largest) for row in rows], "more", shown=OPEN, numbers=COLUMNS[1:3])
 
 
 def _cells(row: Fitted, largest: float) -> list[str]:

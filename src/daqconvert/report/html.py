@@ -113,6 +113,29 @@ def table(
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
 
 
+def folded_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], more: str, *, shown: int, numbers: Iterable[str] = ()
+) -> str:
+    """Return a table whose later rows are folded away.
+
+    Args:
+        columns: As `table` takes them.
+        rows: Likewise.
+        more: What to say after their number, as `"more layers"`.
+        shown: Rows that are seen at once.
+        numbers: As `table` takes them.
+
+    Example:
+        >>> folded_table(["a"], [["1"], ["2"], ["3"]], "more", shown=1).count("2 more")
+        1
+    """
+    numbers = list(numbers)
+    found, rest = table(columns, rows[:shown], numbers=numbers), rows[shown:]
+    if rest:
+        found += f"<details><summary>{len(rest)} {more}</summary>{table(columns, rest, numbers=numbers)}</details>"
+    return found
+
+
 def _kind(right: bool) -> str:
     return ' class="n"' if right else ""
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from daqconvert.report.html import number, percent, table, text
+from daqconvert.report.html import folded_table, number, percent, text
 from daqconvert.report.minis import histogram, lines
 from daqconvert.report.tables import short_number
 
@@ -65,13 +65,7 @@ def layer_table(layers: Sequence[LayerReport]) -> str:
         if oscillating:
             cells.append(percent(layer.oscillating))
         rows.append([*cells, _scale(layer.moments)])
-    head, rest = rows[:OPEN], rows[OPEN:]
-    found = table(columns, head, numbers=numbers)
-    if rest:
-        found += (
-            f"<details><summary>{len(rest)} more layers</summary>{table(columns, rest, numbers=numbers)}</details>"
-        )
-    return found
+    return folded_table(columns, rows, "more layers", shown=OPEN, numbers=numbers)
 
 
 def layer_cards(layers: Sequence[LayerReport]) -> str:

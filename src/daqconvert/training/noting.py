@@ -1,4 +1,4 @@
-"""What happens before the first step of a run is not for every layer; none is skipped in silence."""
+"""What was fitted before the first step of a run: kept with it, and no layer is left alone in silence."""
 
 from __future__ import annotations
 
