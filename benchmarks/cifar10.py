@@ -51,8 +51,13 @@ RECIPES: dict[str, dict[str, Any]] = {  # what each changes of `paper-cifar10`
     "rebuilt-ste": REBUILT,
     "rebuilt-flat": {**REBUILT, "final_a_sigma": 0.0},
 }
+for base in ("best", "rebuilt"):  # shapes of DAQ's slope: how far it sharpens, or how peaked it is from the start
+    RECIPES |= {f"{base}-to{sigma}": {**RECIPES[base], "final_a_sigma": float(sigma)} for sigma in (1, 4)}
+    RECIPES |= {f"{base}-a{sigma}": {**RECIPES[base], "final_a_sigma": 0.0} for sigma in (1, 2)}
+    RECIPES[f"{base}-both"] = {**RECIPES[base], "final_w_sigma": 2.0}  # weights sharpen too
+SETTINGS: dict[str, dict[str, Any]] = {"ste": {"rounding": "ste"}, "a1": {"a_sigma": 1.0}, "a2": {"a_sigma": 2.0}}
 VARIANTS |= {
-    f"w{bits}a{bits}-{kind}": {"w_bits": bits, "a_bits": bits} | ({"rounding": "ste"} if kind.endswith("-ste") else {})
+    f"w{bits}a{bits}-{kind}": {"w_bits": bits, "a_bits": bits} | SETTINGS.get(kind.rpartition("-")[2], {})
     for bits in (1, 2)
     for kind in RECIPES
 }
@@ -64,7 +69,7 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
     logging.getLogger("torch").setLevel(logging.ERROR)
     settings = VARIANTS[name]
-    train, held_out = cifar10(args.data, 256, args.device)
+    train, held_out = cifar10(args.data, 256, args.device, args.images)
     qmodel = dq.quantize(resnet20(args.weights).to(args.device), **settings)
     paper = "preset" in settings
     torch.manual_seed(seed)
@@ -74,7 +79,7 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     changes = RECIPES.get(name.partition("-")[2], {})
     result = dq.finetune(
         qmodel, train, held_out, recipe="paper-cifar10", **changes, epochs=args.epochs, seed=seed, resume=True,
-        out_dir=args.work / f"{name}-e{args.epochs}-s{seed}", checkpoint_steps=50,
+        out_dir=args.work / f"{name}-{budget(args)}-s{seed}", checkpoint_steps=50,
         on_epoch=lambda row: print(name, seed, {k: row[k] for k in SHOWN}, flush=True),
     )  # fmt: skip
     return {
@@ -87,14 +92,21 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         "top1": dq.evaluate(dq.freeze(qmodel), held_out).top1,  # the reported figure is the frozen model's
         "top1_by_epoch": [row["val_top1"] for row in result.history],
         "train_loss": [row["train_loss"] for row in result.history],
+        "val_loss": result.history[-1]["val_loss"],
         "seconds": sum(row["seconds"] for row in result.history),
     }
 
 
-def table(results: dict[str, dict[str, Any]], epochs: int) -> str:
+def budget(args: argparse.Namespace) -> str:
+    """Return the epochs, and the training images where those are not all, for names of files: `e10`, `e3_n15000`."""
+    return f"e{args.epochs}" + (f"_n{args.images}" if args.images else "")
+
+
+def table(results: dict[str, dict[str, Any]], args: argparse.Namespace) -> str:
     """Return means over seeds, and where there are several the least and the largest, as Markdown."""
     rows = [
-        f"ResNet-20, CIFAR-10's held-out rows, {epochs} epochs, top-1 of the frozen model: mean (least to largest).",
+        f"ResNet-20, CIFAR-10's held-out rows, {args.epochs} epochs{f' of {args.images:,} images' if args.images else ''}, "
+        "top-1 of the frozen model: mean (least to largest).",
         "", "| | seeds | top-1 % | training loss |", "|---|---|---|---|",
     ]  # fmt: skip
     for name in VARIANTS:
@@ -115,13 +127,14 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True, help="safetensors file of the float ResNet-20")
     parser.add_argument("--work", type=Path, default=Path("runs/cifar10"), help="where checkpoints go")
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--images", type=int, default=0, help="train on the first so many only, for quick comparisons")
     parser.add_argument("--seeds", type=int, nargs="*", help="default: 0, and 1 for what is in TWICE")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--threads", type=int, default=2, help="of each run")
     parser.add_argument("--only", nargs="*", choices=VARIANTS, default=list(VARIANTS))
     args = parser.parse_args()
-    title = f"cifar10_resnet20_e{args.epochs}"
+    title = f"cifar10_resnet20_{budget(args)}"
     known = common.read(title).get("results", {})
     wanted = [(n, s) for n in args.only for s in args.seeds or ((0, 1) if n in TWICE else (0,))]
     wanted = [(name, seed) for name, seed in wanted if f"{name}-s{seed}" not in known]
@@ -131,7 +144,7 @@ def main() -> None:
             key = f"{result['name']}-s{result['seed']}"
             results = {**common.read(title).get("results", {}), key: result}  # another process may have added its own
             path = common.write(title, {"epochs": args.epochs, "results": results})
-            path.with_suffix(".md").write_text(table(results, args.epochs))
+            path.with_suffix(".md").write_text(table(results, args))
             print(key, result["top1"], flush=True)
 
 

@@ -54,13 +54,16 @@ def augment(x: Tensor) -> Tensor:
     return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
-def cifar10(path: str | Path, batch_size: int, device: str = "cpu") -> tuple[TensorBatches, TensorBatches]:
-    """Return training batches (all but the last 5,000 rows) and held-out batches (those)."""
+def cifar10(
+    path: str | Path, batch_size: int, device: str = "cpu", first: int = 0
+) -> tuple[TensorBatches, TensorBatches]:
+    """Return training batches (all but the last 5,000 rows, or the `first` so many) and held-out batches (those)."""
     data = ParquetImages(path, cache=True)
     images, labels = data._cache, data.labels
     assert images is not None
     split = len(labels) - HELD_OUT
+    used = min(first or split, split)
     return (
-        TensorBatches(images[:split], labels[:split], batch_size, train=True, device=device),
+        TensorBatches(images[:used], labels[:used], batch_size, train=True, device=device),
         TensorBatches(images[split:], labels[split:], 500, train=False, device=device),
     )
