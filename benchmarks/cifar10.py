@@ -104,9 +104,9 @@ def budget(args: argparse.Namespace) -> str:
 
 def table(results: dict[str, dict[str, Any]], args: argparse.Namespace) -> str:
     """Return means over seeds, and where there are several the least and the largest, as Markdown."""
+    length = f"{args.epochs} epochs" + (f" of {args.images:,} images" if args.images else "")
     rows = [
-        f"ResNet-20, CIFAR-10's held-out rows, {args.epochs} epochs{f' of {args.images:,} images' if args.images else ''}, "
-        "top-1 of the frozen model: mean (least to largest).",
+        f"ResNet-20, CIFAR-10's held-out rows, {length}, top-1 of the frozen model: mean (least to largest).",
         "", "| | seeds | top-1 % | training loss |", "|---|---|---|---|",
     ]  # fmt: skip
     for name in VARIANTS:
