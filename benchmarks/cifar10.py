@@ -37,7 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 VARIANTS |= {f"w2a2-{rounding}": {"preset": "paper-w2a2", "rounding": rounding} for rounding in ("ewgs", "dsq", "lsq")}
 VARIANTS |= {f"w{bits}a{bits}-default": {"w_bits": bits, "a_bits": bits} for bits in (1, 2)}
-BEST: dict[str, Any] = {"distill": 0.5, "temperature": 2.0, "final_a_sigma": 2.0}
+BEST: dict[str, Any] = {"distill": 0.5, "temperature": 2.0, "final_a_sigma": 2.0, "final_sigma_bits": 2}
 TAUGHT = {**BEST, "lr": 0.05, "features": ("auto",), "feature_weight": 1.0}  # every block is taught, at half the rate
 REBUILT = {**TAUGHT, "lr": 0.03, "reconstruct": 100, "reconstruct_batches": 16}  # and learns alone first
 RECIPES: dict[str, dict[str, Any]] = {  # what each changes of `paper-cifar10`

@@ -12,7 +12,7 @@ CASES = {
     "gptq": {"gptq": 2, "distill": 0.5, "features": ("4",)},
     "reconstruct": {"reconstruct": 3, "distill": 0.5, "optimizer": "adam", "lr_unit": "size"},
     "fresh statistics": {"reestimate": 2, "batch_norm": "freeze", "distill": 0.5, "ema": 0.5, "ema_warmup": False},
-    "sharpening": {"final_w_sigma": 1.0, "final_a_sigma": 2.0},
+    "sharpening": {"final_w_sigma": 1.0, "final_a_sigma": 2.0, "final_sigma_bits": 2},
     "freezing": {"freeze_bounds_at": 0.4, "batch_norm_freeze_at": 0.6},
     "mixup and features": {"mixup": 0.5, "features": ("0", "4")},
     "lamb and lion": {"optimizer": "lamb", "quantizer_optimizer": "lion"},

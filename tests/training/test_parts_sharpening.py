@@ -17,7 +17,7 @@ def low(make, bits=2, **settings):
 
 
 def train(qmodel, data, seen=None, **options):
-    options = {"epochs": 2, "final_a_sigma": 2.0, "progress": False, **options}
+    options = {"epochs": 2, "final_a_sigma": 2.0, "final_sigma_bits": 2, "progress": False, **options}
     return dq.finetune(
         qmodel, data, on_step=lambda step: seen is not None and seen.append(roundings(qmodel)), **options
     )
@@ -58,9 +58,9 @@ def test_a_run_of_unknown_length_and_operands_of_more_bits_keep_their_own(make, 
         def __iter__(self):
             return iter(loader())
 
-    for qmodel, data in ((low(make), Stream()), (low(make, bits=3), loader())):
+    for qmodel, data, bits in ((low(make), Stream(), 2), (low(make), loader(), 1), (low(make, bits=3), loader(), 2)):
         own, seen = roundings(qmodel), []
-        train(qmodel, data, seen, schedule="constant")
+        train(qmodel, data, seen, schedule="constant", final_sigma_bits=bits)
         assert seen
         assert all(step == own for step in seen)
 
@@ -80,7 +80,7 @@ def test_own_roundings_come_back_after_an_exception(make, loader):
             raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
-        dq.finetune(qmodel, loader(), epochs=3, final_a_sigma=2.0, on_step=stop, progress=False)
+        dq.finetune(qmodel, loader(), epochs=3, final_a_sigma=2.0, final_sigma_bits=2, on_step=stop, progress=False)
     assert roundings(qmodel) == own
 
 

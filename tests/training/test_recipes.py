@@ -25,6 +25,12 @@ def test_the_published_recipes_are_as_published():
         assert (published.calibration_method, published.calibration_batches) == ("std", 1)
 
 
+def test_short_is_what_was_measured():
+    measured = {"distill": 0.5, "temperature": 2.0, "features": ("auto",), "lr": 0.03, "final_a_sigma": 2.0}
+    measured |= {"reconstruct": 100, "reconstruct_batches": 16, "calibration_method": "mse", "calibration_batches": 8}
+    assert RECIPES["short"] == recipe("paper-cifar10", name="short", epochs=10, **measured)
+
+
 def test_the_default_is_quick_and_its_name_is_its_key():
     assert recipe() == Recipe() == RECIPES["quick"]
     assert all(found.name == name for name, found in RECIPES.items())
@@ -72,7 +78,7 @@ def test_messages_name_the_nearest_word():
 
 @pytest.mark.parametrize("source", [None, 3, "", "a/folder"], ids=repr)
 def test_what_is_no_recipe(source):
-    with pytest.raises(TrainingError, match="expected one of quick, fewshot, paper-cifar10"):
+    with pytest.raises(TrainingError, match="expected one of quick, short, fewshot, paper-cifar10"):
         recipe(source)
 
 

@@ -61,7 +61,7 @@ def finetune(
             targets where `distill` is 1. Read once an epoch: a `DataLoader` or a list. Among several processes the
             same on each.
         val_loader: Labelled batches; evaluated after each epoch, and the best epoch is kept.
-        recipe: A name (`quick`, `paper-cifar10`, `paper-imagenet`), the path of a TOML file, or a `Recipe`.
+        recipe: A name, as `daqconvert recipes` shows them, the path of a TOML file, or a `Recipe`.
         out_dir: Where checkpoints and the log go; None writes nothing.
         teacher: Model to distil from; by default a float copy of `qmodel` as it is before the first step.
         loss_fn: Loss of `(outputs, target)`, a mean over the batch, instead of the cross entropy.

@@ -3,8 +3,8 @@
     sigma(step) = own + (final - own) * floor(100 * (step - 1) / total) / 100
 
 A flat slope lets everything move; a peaked one, whose gradient is largest half way between two levels, acts on what is
-about to change its level, and that pays when learning rates are small. It was measured for operands of one and two
-bits (`benchmarks/cifar10.py`); those of more bits keep their own. Roundings other than DAQ's have no such width, and
+about to change its level. That pays at one bit and costs at two (`benchmarks/cifar10.py`), so operands of more bits
+than `final_sigma_bits` keep their own. Roundings other than DAQ's have no such width, and
 nothing is done to them, so that a comparison changes the word `rounding` alone. A run whose length nobody knows has no
 end to move to: it keeps its own as well.
 
@@ -27,20 +27,20 @@ if TYPE_CHECKING:
     from daqconvert.training.engine import Run
 
 STAGES = 100
-MOST_BITS = 2
 
 
 class Sharpening(Part):
     """Moves the kernel widths of DAQ's roundings from the model's own to those of the recipe.
 
     Args:
-        recipe: Gives `final_w_sigma` and `final_a_sigma`, of which at least one is positive.
+        recipe: Gives `final_w_sigma` and `final_a_sigma`, of which at least one is positive, and `final_sigma_bits`.
     """
 
     name: ClassVar[str] = "sharpening"
 
     def __init__(self, recipe: Recipe) -> None:
         self._final = recipe.final_w_sigma, recipe.final_a_sigma
+        self._most_bits = recipe.final_sigma_bits
         self._stage = -1
         self._moving: dict[Quantizer, tuple[Rounding, float, float, float, bool]] = {}
 
@@ -52,7 +52,7 @@ class Sharpening(Part):
                 continue
             operands = (site.weight_quantizer, s.w_gamma, s.w_sigma), (site.input_quantizer, s.a_gamma, s.a_sigma)
             for (quantizer, gamma, sigma), final in zip(operands, self._final, strict=True):
-                if quantizer is not None and final and quantizer.bits <= MOST_BITS:
+                if quantizer is not None and final and quantizer.bits <= self._most_bits:
                     self._moving[quantizer] = quantizer.rounding, gamma, sigma, final, s.slope == "unit"
 
     def before_step(self, run: Run, number: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 BEFORE: dict[str, Any] = {
     "final_w_sigma": 0.0,
     "final_a_sigma": 0.0,
+    "final_sigma_bits": 2,
     "gptq": 0,
     "lr_unit": "absolute",
     "reconstruct": 0,

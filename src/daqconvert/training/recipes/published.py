@@ -17,6 +17,16 @@ _PUBLISHED: dict[str, Any] = {
 
 RECIPES: dict[str, Recipe] = {
     "quick": Recipe(),
+    "short": Recipe(
+        "short",
+        epochs=10,
+        batch_size=256,
+        lr=0.03,
+        quantizer_lr=1e-4,
+        features=("auto",),
+        reconstruct=100,
+        reconstruct_batches=16,
+    ),
     "fewshot": Recipe(
         "fewshot",
         epochs=4,

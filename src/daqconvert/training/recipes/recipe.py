@@ -82,9 +82,10 @@ class Recipe:
             `batch_norm` is `"freeze"`, once before the first step.
         freeze_bounds_at: Share of the run after which the quantizers' parameters stay as they are; 1 is never.
         progressive: Stages `(until, w_bits, a_bits)`: until that share of the run no site has fewer bits than these.
-        final_w_sigma: Kernel width that DAQ's rounding of weights of one or two bits has at the end of the run; from
-            the model's own it gets there evenly, so that a flat slope becomes a peaked one. 0 leaves it.
-        final_a_sigma: Likewise of inputs of one or two bits.
+        final_w_sigma: Kernel width that DAQ's rounding of weights of few bits has at the end of the run; from the
+            model's own it gets there evenly, so that a flat slope becomes a peaked one. 0 leaves it.
+        final_a_sigma: Likewise of inputs of few bits.
+        final_sigma_bits: How many bits are few for those two.
         patience: Epochs without a better validation result after which training stops, 0 for never.
         oscillation: What is done about weights that jump between two levels: `"log"` their share, `"freeze"` them,
             or `"off"`.
@@ -144,6 +145,7 @@ class Recipe:
     progressive: tuple[tuple[float, int, int], ...] = ()
     final_w_sigma: float = 0.0
     final_a_sigma: float = 2.0
+    final_sigma_bits: int = 1
     patience: int = 0
     oscillation: str = "log"
     oscillation_threshold: float = 0.02
@@ -280,6 +282,7 @@ _CHECKS: dict[str, Check] = {
     "progressive": stages,
     "final_w_sigma": nonnegative,
     "final_a_sigma": nonnegative,
+    "final_sigma_bits": count(1),
     "patience": count(0),
     "oscillation": choice("log", "freeze", "off"),
     "oscillation_threshold": share,
