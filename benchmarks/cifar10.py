@@ -55,6 +55,7 @@ for base in ("best", "rebuilt"):  # shapes of DAQ's slope: how far it sharpens, 
     RECIPES |= {f"{base}-to{sigma}": {**RECIPES[base], "final_a_sigma": float(sigma)} for sigma in (1, 4)}
     RECIPES |= {f"{base}-a{sigma}": {**RECIPES[base], "final_a_sigma": 0.0} for sigma in (1, 2)}
     RECIPES[f"{base}-both"] = {**RECIPES[base], "final_w_sigma": 2.0}  # weights sharpen too
+    RECIPES[f"{base}-weights"] = {**RECIPES[base], "final_w_sigma": 2.0, "final_a_sigma": 0.0}  # and only they
 SETTINGS: dict[str, dict[str, Any]] = {"ste": {"rounding": "ste"}, "a1": {"a_sigma": 1.0}, "a2": {"a_sigma": 2.0}}
 VARIANTS |= {
     f"w{bits}a{bits}-{kind}": {"w_bits": bits, "a_bits": bits} | SETTINGS.get(kind.rpartition("-")[2], {})
