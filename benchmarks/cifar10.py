@@ -103,21 +103,28 @@ def budget(args: argparse.Namespace) -> str:
     return f"e{args.epochs}" + (f"_n{args.images}" if args.images else "")
 
 
+def spread(values: list[float], digits: int) -> str:
+    """Return the mean, and of several values the least and the largest."""
+    ends = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{ends}"
+
+
 def table(results: dict[str, dict[str, Any]], args: argparse.Namespace) -> str:
     """Return means over seeds, and where there are several the least and the largest, as Markdown."""
     length = f"{args.epochs} epochs" + (f" of {args.images:,} images" if args.images else "")
     rows = [
         f"ResNet-20, CIFAR-10's held-out rows, {length}, top-1 of the frozen model: mean (least to largest).",
-        "", "| | seeds | top-1 % | training loss |", "|---|---|---|---|",
+        "", "| | seeds | top-1 % | held-out loss | training loss |", "|---|---|---|---|---|",
     ]  # fmt: skip
     for name in VARIANTS:
         found = [result for result in results.values() if result["name"] == name]
         if not found:
             continue
-        top1 = [100 * result["top1"] for result in found]
-        spread = f" ({min(top1):.2f} to {max(top1):.2f})" if len(top1) > 1 else ""
-        loss = statistics.mean(result["train_loss"][-1] for result in found)
-        rows.append(f"| {name} | {len(found)} | {statistics.mean(top1):.2f}{spread} | {loss:.3f} |")
+        top1 = spread([100 * result["top1"] for result in found], 2)
+        known = all("val_loss" in result for result in found)  # the first runs did not keep it
+        held_out = spread([result["val_loss"] for result in found], 3) if known else "-"
+        loss = spread([result["train_loss"][-1] for result in found], 3)
+        rows.append(f"| {name} | {len(found)} | {top1} | {held_out} | {loss} |")
     return "\n".join(rows) + "\n"
 
 
