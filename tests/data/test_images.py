@@ -30,6 +30,12 @@ def test_train_and_val_folders(make_folder, model):
     assert model(images).shape == (4, 2)
 
 
+@pytest.mark.parametrize("counts", [TWO_SPLITS, {"cat": 20, "dog": 10}], ids=["two splits", "one"])
+def test_the_folder_one_stands_in_has_a_name(make_folder, monkeypatch, counts):
+    monkeypatch.chdir(make_folder(counts))
+    assert open_splits(".").description.startswith("folder: ")
+
+
 def test_normalization_is_the_models(make_folder, model):
     loaders = create_loaders(make_folder(TWO_SPLITS), model)
     config = input_config(model)

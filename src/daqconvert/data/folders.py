@@ -42,12 +42,12 @@ def open_folder(
             raise DataError(f"{path}: it has its own {val_path.name}/, so nothing is held out. Leave holdout out.")
         classes = _classes(train_path)
         train, val = _folder(train_path, classes), _folder(val_path, classes)
-        text = f"{path.name}: {len(train)} images for training, {len(val)} in {val_path.name}/"
+        text = f"{path.absolute().name}: {len(train)} images for training, {len(val)} in {val_path.name}/"
         return train, val, len(classes), classes, text
     classes = _classes(path)
     images = _folder(path, classes)
     rest, held = stratified(images.targets, holdout, seed, str(path))
-    text = f"{path.name}: {len(rest)} images for training, {len(held)} held out"
+    text = f"{path.absolute().name}: {len(rest)} images for training, {len(held)} held out"
     return Subset(images, rest), Subset(images, held), len(classes), classes, text
 
 

@@ -96,7 +96,7 @@ def open_splits(
 def _open_flat(path: Path, holdout: float | int | None, seed: int) -> Splits:
     images = Unlabelled(path)
     rest, held = stratified([NO_LABEL] * len(images), holdout, seed, str(path))
-    text = f"{path.name}: {len(rest)} images without labels for training, {len(held)} held out"
+    text = f"{path.absolute().name}: {len(rest)} images without labels for training, {len(held)} held out"
     return Splits(Subset(images, rest), Subset(images, held), 0, None, text, labelled=False, val_labelled=False)
 
 
@@ -108,7 +108,8 @@ def _open_two(data: Path, val: Path, holdout: float | int | None) -> Splits:
     held, val_classes, val_names = _whole(val, names)
     labelled, val_labelled = classes is not None, val_classes is not None
     without = ("" if labelled else " without labels", "" if val_labelled else " without labels")
-    text = f"{data.name}: {len(train)} images{without[0]} for training, {len(held)}{without[1]} in {val.name}"
+    places = data.absolute().name, val.absolute().name
+    text = f"{places[0]}: {len(train)} images{without[0]} for training, {len(held)}{without[1]} in {places[1]}"
     flip = data.stem not in NO_FLIP
     most = max(classes or 0, val_classes or 0)
     return Splits(train, held, most, names or val_names, text, flip, labelled, val_labelled)
