@@ -17,7 +17,8 @@ def low(make, bits=2, **settings):
 
 
 def train(qmodel, data, seen=None, **options):
-    options = {"epochs": 2, "final_a_sigma": 2.0, "final_sigma_bits": 2, "progress": False, **options}
+    sharp = {"final_w_sigma": 2.0, "final_a_sigma": 2.0, "final_sigma_bits": 2}
+    options = {"epochs": 2, "progress": False, **sharp, **options}
     return dq.finetune(
         qmodel, data, on_step=lambda step: seen is not None and seen.append(roundings(qmodel)), **options
     )

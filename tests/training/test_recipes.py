@@ -28,7 +28,7 @@ def test_the_published_recipes_are_as_published():
 def test_short_is_what_was_measured():
     measured = {"distill": 0.5, "temperature": 2.0, "features": ("auto",), "lr": 0.03}
     measured |= {"reconstruct": 100, "reconstruct_batches": 16, "calibration_method": "mse", "calibration_batches": 8}
-    measured |= {"final_w_sigma": 2.0, "final_a_sigma": 2.0}  # two bits are more than `final_sigma_bits`
+    measured |= {"final_a_sigma": 2.0}  # two bits are more than `final_sigma_bits`
     assert RECIPES["short"] == recipe("paper-cifar10", name="short", epochs=10, **measured)
 
 

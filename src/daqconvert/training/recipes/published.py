@@ -12,7 +12,7 @@ from daqconvert.training.recipes.recipe import Recipe
 
 _PUBLISHED: dict[str, Any] = {
     "momentum": 0.9, "weight_decay": 1e-4, "schedule": "cosine", "batch_size": 256, "distill": 0.0,
-    "calibration_batches": 1, "calibration_method": "std", "final_w_sigma": 0.0, "final_a_sigma": 0.0,
+    "calibration_batches": 1, "calibration_method": "std", "final_a_sigma": 0.0,
 }  # fmt: skip
 
 RECIPES: dict[str, Recipe] = {
@@ -41,7 +41,6 @@ RECIPES: dict[str, Recipe] = {
         features=("auto",),
         feature_weight=10.0,
         ema=0.98,
-        final_w_sigma=0.0,
         final_a_sigma=0.0,
         crop_scale=0.35,
         batch_norm="freeze",

@@ -143,7 +143,7 @@ class Recipe:
     reestimate: int = 0
     freeze_bounds_at: float = 1.0
     progressive: tuple[tuple[float, int, int], ...] = ()
-    final_w_sigma: float = 2.0
+    final_w_sigma: float = 0.0
     final_a_sigma: float = 2.0
     final_sigma_bits: int = 1
     patience: int = 0
