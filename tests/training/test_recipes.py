@@ -4,7 +4,8 @@ import pytest
 
 from daqconvert.errors import TrainingError
 from daqconvert.training import RECIPES, Recipe, recipe
-from daqconvert.training.recipes import BEFORE, FIELDS, parse_overrides
+from daqconvert.training.recipes import FIELDS, completed, parse_overrides
+from daqconvert.training.recipes.before import BEFORE
 
 FIRST = """
     name epochs batch_size accumulate precision optimizer lr momentum weight_decay decay no_decay quantizer_optimizer
@@ -40,6 +41,13 @@ def test_the_default_is_quick_and_its_name_is_its_key():
 def test_a_field_that_came_later_has_a_value_for_the_runs_before_it():
     assert set(BEFORE) == set(FIELDS) - set(FIRST)
     Recipe(**BEFORE)
+
+
+def test_runs_that_sharpened_before_there_was_a_bound_did_so_at_two_bits():
+    assert completed({"final_a_sigma": 2.0})["final_sigma_bits"] == 2
+    assert completed({"final_w_sigma": 1.0})["final_sigma_bits"] == 2
+    assert completed({})["final_sigma_bits"] == Recipe().final_sigma_bits
+    assert completed({"final_sigma_bits": 3})["final_sigma_bits"] == 3
 
 
 def test_overrides_change_a_copy():

@@ -19,7 +19,7 @@ from daqconvert.sources import parse_source
 from daqconvert.spec import Plan
 from daqconvert.state_dicts import load_checkpoint
 from daqconvert.training import Recipe, load_weights
-from daqconvert.training.recipes import BEFORE
+from daqconvert.training.recipes import completed
 from daqconvert.training.rundir import RunDirectory
 from daqconvert.version import __version__
 
@@ -158,7 +158,7 @@ def read_config(path: Path) -> Config:
     try:
         job = job_from_dict(found["job"], path / CONFIG)
         return Config(
-            job, plan_from_dict(found["plan"]), Recipe(**{**BEFORE, **found["recipe"]}), int(found["float_epochs"])
+            job, plan_from_dict(found["plan"]), Recipe(**completed(found["recipe"])), int(found["float_epochs"])
         )
     except (KeyError, TypeError) as error:
         raise TrainingError(f"{path / CONFIG} is damaged: {error}.") from error

@@ -8,7 +8,7 @@ from daqconvert.errors import TrainingError
 from daqconvert.training.checkpoint import Checkpoint, check_model, first_few, read_checkpoint
 from daqconvert.training.loaders import length
 from daqconvert.training.objective import NO_TEACHER, OWN_TEACHER
-from daqconvert.training.recipes import BEFORE
+from daqconvert.training.recipes import completed
 from daqconvert.training.rundir import RunDirectory
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def check_run(run: Run, checkpoint: Checkpoint) -> None:
             f"{where}: was written by an earlier version, and holds the model alone as far as this one can tell. Load "
             "it with load_weights, or start again with overwrite=True."
         )
-    now, then = run.recipe.to_dict(), {**BEFORE, **about["recipe"]}
+    now, then = run.recipe.to_dict(), completed(about["recipe"])
     problems = [
         f"{key}: {then.get(key)!r} in the run, {now.get(key)!r} now"
         for key in sorted(now.keys() | then.keys())

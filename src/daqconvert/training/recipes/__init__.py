@@ -1,8 +1,8 @@
 """Recipes: everything that decides a training run besides model and data, as one frozen dataclass."""
 
-from daqconvert.training.recipes.before import BEFORE
+from daqconvert.training.recipes.before import completed
 from daqconvert.training.recipes.finding import RECIPES, recipe
 from daqconvert.training.recipes.overrides import parse_overrides
 from daqconvert.training.recipes.recipe import FIELDS, Recipe
 
-__all__ = ["BEFORE", "FIELDS", "RECIPES", "Recipe", "parse_overrides", "recipe"]
+__all__ = ["FIELDS", "RECIPES", "Recipe", "completed", "parse_overrides", "recipe"]
