@@ -27,7 +27,6 @@ def completed(fields: Mapping[str, Any]) -> dict[str, Any]:
         >>> completed({"final_a_sigma": 2.0})["final_sigma_bits"], completed({})["final_sigma_bits"]
         (2, 1)
     """
-    found = {**BEFORE, **fields}
-    if not (found["final_w_sigma"] or found["final_a_sigma"]):  # nothing sharpened: today's default is as true
-        found["final_sigma_bits"] = fields.get("final_sigma_bits", 1)
-    return found
+    sharpened = fields.get("final_w_sigma") or fields.get("final_a_sigma")
+    bits = {} if sharpened else {"final_sigma_bits": 1}  # where nothing sharpened, today's default is as true
+    return {**BEFORE, **bits, **fields}
