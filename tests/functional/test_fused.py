@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from daqconvert.errors import DaqError
-from daqconvert.functional import fused_input, fused_weight, grid, native
-from daqconvert.functional.coded import expand_input, expand_weight
-from daqconvert.functional.fused_input import quantize_input
-from daqconvert.functional.fused_weight import quantize_weight
+from daqconvert.functional import grid, input_operator, native, weight_operator
+from daqconvert.functional.codes import expand_input, expand_weight
 from daqconvert.functional.grid import Rounding
+from daqconvert.functional.input_operator import quantize_input
+from daqconvert.functional.weight_operator import quantize_weight
 
 ROUNDINGS = {
     "daq": Rounding.make("daq", 2.0, 1.0, False),
@@ -252,11 +252,11 @@ def test_fake_tensors_have_the_right_shapes():
 
     with FakeTensorMode():
         x = torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last)
-        operand, codes, scale, _ = fused_input.quantize_input(
+        operand, codes, scale, _ = input_operator.quantize_input(
             x, torch.zeros(()), torch.ones(()), 4, ROUNDINGS["ste"], True
         )
         assert operand.stride() == codes.stride() == x.stride() and codes.dtype == torch.uint8 and scale.shape == ()
-        operand, coded = fused_weight.quantize_weight(
+        operand, coded = weight_operator.quantize_weight(
             torch.empty(3, 8), None, torch.ones(3), None, None, (1, 1, 3, 8), 4, "integer", ROUNDINGS["ste"]
         )
         assert operand.shape == coded.codes.shape == (3, 8)

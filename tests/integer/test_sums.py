@@ -7,7 +7,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from daqconvert.functional.sums import STEP, TRIES, Codes, agreeing_scale, sums_agree
+from daqconvert.functional.integer import STEP, TRIES, Codes, agreeing_scale, sums_agree
 
 CASES = range(24)
 

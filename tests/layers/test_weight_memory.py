@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import daqconvert as dq
-from daqconvert.functional import fused_weight, native
+from daqconvert.functional import native, weight_operator
 from layers.steps import SETTINGS, compiled, quantized, run
 
 
@@ -19,9 +19,9 @@ from layers.steps import SETTINGS, compiled, quantized, run
 def computed(monkeypatch):
     """How often a weight was quantized, not expanded from known codes."""
     seen = []
-    forward = fused_weight.forward
+    forward = weight_operator.forward
     monkeypatch.setattr(
-        fused_weight, "forward", lambda *args: (seen.append(1) if args[5] is None else None) or forward(*args)
+        weight_operator, "forward", lambda *args: (seen.append(1) if args[5] is None else None) or forward(*args)
     )
     return seen
 

@@ -25,7 +25,7 @@ from daqconvert.deploy.kernels import Kernels, Weight
 from daqconvert.deploy.lowering import BATCH
 from daqconvert.deploy.operators import DOMAIN
 from daqconvert.deploy.unpacking import Parts
-from daqconvert.functional.sums import Codes
+from daqconvert.functional.integer import Codes
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from daqconvert.deploy.unpacking import Parts
-from daqconvert.functional.sums import Codes, sums_agree
+from daqconvert.functional.integer import Codes, sums_agree
 
 if TYPE_CHECKING:
     from onnx import NodeProto

@@ -19,8 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from daqconvert.functional.baselines import dsq_coefficients
-from daqconvert.functional.dasr import KINDS, clip_round, slope_coefficients
+from daqconvert.functional.dasr import KINDS, clip_round, dsq_coefficients, slope_coefficients
 
 TINY = 1e-12  # smallest width of a range in real units: keeps scale finite for all-zero tensors and dead bounds
 

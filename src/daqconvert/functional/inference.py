@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from daqconvert.functional.coded import WeightCodes, expand_weight
+from daqconvert.functional.codes import WeightCodes, expand_weight
 from daqconvert.functional.dasr import round_half_even
 from daqconvert.functional.grid import coding, weight_operand
 from daqconvert.functional.native import dense, kernels

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from daqconvert.functional.registration import refuse, register
+from daqconvert.functional.native import refuse, register
 
 
 def weight_moments(weight: Tensor, view: Sequence[int], bound_view: Sequence[int] | None) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from daqconvert.errors import FrozenError
 from daqconvert.functional.inference import decoded_weight, input_operand, only_values
 from daqconvert.functional.products import KNOWN, PaddedProducts
-from daqconvert.functional.rescale import rescale_
-from daqconvert.functional.scaled import can_fuse
+from daqconvert.functional.scaled import can_fuse, rescale_
 from daqconvert.layers import integer_run
 from daqconvert.layers.operand_cache import OperandCache
 from daqconvert.layers.site import Operation, QuantizedSite, Watcher, rescale, safe_products

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from daqconvert.errors import ConversionError
 from daqconvert.functional.grid import coding
-from daqconvert.functional.integer import IntegerLayer, integer_layer
-from daqconvert.functional.sums import Codes, agreeing_scale
+from daqconvert.functional.integer import Codes, IntegerLayer, agreeing_scale, integer_layer
 from daqconvert.layers.folding import fold, folded_numbers, folds
 from daqconvert.layers.frozen_site import FrozenSite
 from daqconvert.layers.integer_run import BUFFERS

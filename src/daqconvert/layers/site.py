@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from daqconvert.functional.coded import InputCodes, codes_of, pad_operand
-from daqconvert.functional.compiled import compiled_layer
+from daqconvert.functional.codes import InputCodes, codes_of, pad_operand
 from daqconvert.functional.grid import levels
-from daqconvert.functional.layer import quantized_layer
+from daqconvert.functional.layer_compiled import compiled_layer
+from daqconvert.functional.layer_operator import quantized_layer
 from daqconvert.functional.products import KNOWN, KnownProducts, PaddedProducts
 from daqconvert.functional.scaled import can_compile, can_fuse, scaled_products
 from daqconvert.quantizers import ChannelLayout, InputQuantizer, WeightQuantizer

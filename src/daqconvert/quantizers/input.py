@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from daqconvert.errors import CalibrationError
-from daqconvert.functional import fused_input
-from daqconvert.functional.coded import InputCodes, attach
+from daqconvert.functional import input_operator
+from daqconvert.functional.codes import InputCodes, attach
 from daqconvert.functional.grid import input_scale, input_zero_point, quantize_input
-from daqconvert.functional.layer import InputGrid
+from daqconvert.functional.layer_operator import InputGrid
 from daqconvert.quantizers.base import Quantizer
 from daqconvert.quantizers.widths import STD_CLIP, check_width, make_rounding, normal_clip
 from daqconvert.spec import Settings
@@ -75,7 +75,7 @@ class InputQuantizer(Quantizer):
         if torch.compiler.is_compiling():  # the compiler fuses plain operations, and cannot look into an operator
             scale = self.scale()
             return quantize_input(x, scale, self.zero_point(scale), self.bits, self.plain_rounding())
-        operand, codes, scale, zero_point = fused_input.quantize_input(
+        operand, codes, scale, zero_point = input_operator.quantize_input(
             x, self._lower(), self.upper, self.bits, self.rounding, codes=torch.is_grad_enabled()
         )
         return attach(operand, InputCodes(codes, zero_point, scale))

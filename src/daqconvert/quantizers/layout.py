@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from daqconvert.functional.coded import View
+from daqconvert.functional.codes import View
 
 
 @dataclass(frozen=True)

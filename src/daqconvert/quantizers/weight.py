@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from daqconvert.errors import ConversionError
-from daqconvert.functional import fused_weight
-from daqconvert.functional.coded import View, WeightCodes, attach
+from daqconvert.functional import weight_operator
+from daqconvert.functional.codes import View, WeightCodes, attach
 from daqconvert.functional.grid import coding, intervals, levels, quantize_weight, weight_codes
-from daqconvert.functional.layer import WeightGrid
+from daqconvert.functional.layer_operator import WeightGrid
 from daqconvert.functional.moments import weight_moments
 from daqconvert.quantizers.base import Quantizer
 from daqconvert.quantizers.layout import ChannelLayout
@@ -77,7 +77,7 @@ class WeightQuantizer(Quantizer):
             return self._plain(weight)  # there are no kernels of ours where it will run
         known, key = (None, None) if compiling else self._remembered(weight)
         mean, std = (known.mean, known.std) if known is not None else self.moments(weight)
-        operand, coded = fused_weight.quantize_weight(
+        operand, coded = weight_operator.quantize_weight(
             weight, self.own_lower, self.upper, mean, std, self.view, self.bits, self.grid, self.rounding,
             None if known is None else known.codes,
         )  # fmt: skip
@@ -103,7 +103,7 @@ class WeightQuantizer(Quantizer):
         known, key = self._remembered(weight)
         mean, std = (known.mean, known.std) if known is not None else self.moments(weight)
         lower, upper, grid, r = self.own_lower, self.upper, self.grid, self.rounding
-        operand, codes = fused_weight.forward(
+        operand, codes = weight_operator.forward(
             weight.detach(), lower, upper, mean, std, None if known is None else known.codes, self.view, self.bits,
             grid, *r.numbers,
         )  # fmt: skip
@@ -143,7 +143,7 @@ class WeightQuantizer(Quantizer):
         self._memory = None
         if known is not None:
             return known.codes
-        return fused_weight.codes_alone(
+        return weight_operator.codes_alone(
             weight, self.own_lower, self.upper, *self.moments(weight), self.view, self.bits, self.grid
         )
 

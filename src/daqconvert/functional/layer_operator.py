@@ -5,6 +5,8 @@
 It keeps `x` and the weight, which a float layer keeps too, and the codes of both operands, a byte each; not the
 operands, not the sums. Gradients are written where those that they come from were. What it computes is what
 `quantize_input`, `quantize_weight` and `scaled_products` compute one after the other.
+
+The scale of a layer's sums, `S = |output_scale| * weight step * input step`, and its gradients.
 """
 
 from __future__ import annotations
@@ -15,13 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from daqconvert.functional import fused_input, fused_weight
-from daqconvert.functional.coded import View, WeightCodes
-from daqconvert.functional.combined import add_scale_gradients, combine_scale
+from daqconvert.functional import input_operator, weight_operator
+from daqconvert.functional.codes import View, WeightCodes
 from daqconvert.functional.grid import Rounding
+from daqconvert.functional.native import address, kernels
 from daqconvert.functional.products import KnownProducts
-from daqconvert.functional.rescale import rescale_
-from daqconvert.functional.scaled import differentiable, product_gradients, split_gradient
+from daqconvert.functional.scaled import differentiable, product_gradients, rescale_, split_gradient
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class _QuantizedLayer(torch.autograd.Function):
         of_weight: WeightGrid,
     ) -> Tensor:  # fmt: skip
         training = any(ctx.needs_input_grad)
-        operand, codes, step, zero_point = fused_input.forward(
+        operand, codes, step, zero_point = input_operator.forward(
             x, in_lower, in_upper, of_input.bits, 0, 0.0, 0.0, training
         )
         total = combine_scale(output_scale, *scale_parts(w_upper, step, of_input.bits, of_weight))
@@ -206,7 +207,7 @@ def layer_gradients(
     grad_scale = grad_step = w_gradients = None
     if grad_w is not None:
         grad_w, grad_total = split_gradient(grad_w, coded, operation, total)
-        w_gradients = fused_weight.backward(
+        w_gradients = weight_operator.backward(
             grad_w, weight, w_lower, w_upper, mean, std, of_weight.view, of_weight.bits, of_weight.grid,
             *of_weight.rounding.numbers, in_place=True,
         )  # fmt: skip
@@ -216,8 +217,69 @@ def layer_gradients(
     to_w_lower = None if w_lower is None else to_w_lower
     if grad_x is None:
         return None, to_weight, grad_bias, grad_scale, None, None, to_w_lower, to_w_upper
-    to_x, to_lower, to_upper = fused_input.backward(
+    to_x, to_lower, to_upper = input_operator.backward(
         grad_x, None if of_weight.unitless else grad_step, x, in_lower, in_upper, step, zero_point, of_input.bits,
         *of_input.rounding.numbers, in_place=True,
     )  # fmt: skip
     return to_x, to_weight, grad_bias, grad_scale, to_lower, to_upper, to_w_lower, to_w_upper
+
+
+def combine_scale(
+    output_scale: Tensor, upper: Tensor | None, top: int, step: Tensor | None, weight_step: float, input_step: float
+) -> Tensor:
+    """Return `S`, in the shape of `output_scale`.
+
+    Args:
+        output_scale: `()` or `(C_out,)`.
+        upper: Bound of the weight, whose step is `max(upper, 0) / top`; None where it is `weight_step`.
+        top: Largest operand of the weight.
+        step: Step of the input; None where it is `input_step`.
+        weight_step: Of a weight without units.
+        input_step: Of an input without units.
+
+    Example:
+        >>> combine_scale(torch.tensor([-2.0]), torch.tensor([7.0]), 7, torch.tensor(0.5), 0.0, 0.0).tolist()
+        [1.0]
+    """
+    library = kernels(output_scale, upper, step)
+    if library is None:
+        of_weight = weight_step if upper is None else upper.clamp(min=0.0) / top
+        return output_scale.abs() * of_weight * (input_step if step is None else step)
+    total = torch.empty_like(output_scale)
+    library.daq_combine_scale(
+        output_scale.data_ptr(), address(upper), address(step), total.data_ptr(), total.numel(), top, weight_step,
+        input_step,
+    )  # fmt: skip
+    return total
+
+
+def add_scale_gradients(
+    grad: Tensor, output_scale: Tensor, upper: Tensor | None, top: int, step: Tensor | None, weight_step: float,
+    input_step: float, grad_upper: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the gradients to `output_scale` and to `step`; that to `upper` is added to `grad_upper`.
+
+    Args:
+        grad: Of `S`.
+        output_scale: As it went in, like the others.
+        upper: Bound, or None.
+        top: Largest operand of the weight.
+        step: Of the input, or None.
+        weight_step: Of a weight without units.
+        input_step: Of an input without units.
+        grad_upper: Changed in place where `upper` is given.
+    """
+    library = kernels(grad, output_scale, upper, step, grad_upper)
+    if library is None:
+        of_input = input_step if step is None else step
+        of_weight = weight_step if upper is None else upper.clamp(min=0.0) / top
+        size = grad * output_scale.abs()
+        if upper is not None:
+            grad_upper += torch.where(upper > 0, size * of_input / top, 0.0)
+        return grad * of_weight * of_input * output_scale.sign(), (size * of_weight).sum()
+    of_scale, of_step = torch.empty_like(output_scale), torch.empty((), dtype=grad.dtype)
+    library.daq_combine_scale_backward(
+        grad.data_ptr(), output_scale.data_ptr(), address(upper), address(step), of_scale.data_ptr(),
+        grad_upper.data_ptr(), of_step.data_ptr(), grad.numel(), top, weight_step, input_step,
+    )  # fmt: skip
+    return of_scale, of_step

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from daqconvert.functional.dasr import round_half_even, through_rounding
 from daqconvert.functional.grid import TINY, Rounding, input_scale, input_zero_point
-from daqconvert.functional.native import address, dense, in_memory_order, kernels
-from daqconvert.functional.registration import refuse, register
+from daqconvert.functional.native import address, dense, in_memory_order, kernels, refuse, register
 from daqconvert.functional.slopes import slope_numbers
 
 

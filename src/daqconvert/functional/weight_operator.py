@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from daqconvert.functional.coded import WeightCodes, expand_weight
+from daqconvert.functional.codes import WeightCodes, expand_weight
 from daqconvert.functional.dasr import round_half_even, through_rounding
 from daqconvert.functional.grid import TINY, Rounding, coding, levels, weight_codes
-from daqconvert.functional.native import address, in_memory_order, kernels, row_major, view_argument
-from daqconvert.functional.registration import refuse, register
+from daqconvert.functional.native import address, in_memory_order, kernels, refuse, register, row_major, view_argument
 from daqconvert.functional.slopes import slope_numbers
 
 

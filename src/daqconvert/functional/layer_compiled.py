@@ -15,15 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from daqconvert.functional import fused_input, fused_weight
-from daqconvert.functional.coded import View, WeightCodes
-from daqconvert.functional.combined import combine_scale
+from daqconvert.functional import input_operator, weight_operator
+from daqconvert.functional.codes import View, WeightCodes
 from daqconvert.functional.dasr import KINDS, round_half_even
 from daqconvert.functional.grid import Rounding, coding, levels
-from daqconvert.functional.layer import InputGrid, WeightConstants, layer_gradients, scale_parts
-from daqconvert.functional.native import in_memory_order
+from daqconvert.functional.layer_operator import (
+    InputGrid,
+    WeightConstants,
+    combine_scale,
+    layer_gradients,
+    scale_parts,
+)
+from daqconvert.functional.native import in_memory_order, refuse, register
 from daqconvert.functional.products import ConvolutionProducts, KnownProducts, LinearProducts
-from daqconvert.functional.registration import refuse, register
 
 
 def compiled_layer(
@@ -128,8 +132,8 @@ def _forward(
     mean: Tensor | None, std: Tensor | None, view: list[int], bits: int, w_bits: int, grid: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     of_weight = _constants(view, w_bits, grid, *_ANY, mean is not None)
-    operand, _ = fused_weight.forward(weight, w_lower, w_upper, mean, std, None, view, w_bits, grid, *_ANY)
-    step, zero_point = fused_input.parameters(lower, upper, bits)
+    operand, _ = weight_operator.forward(weight, w_lower, w_upper, mean, std, None, view, w_bits, grid, *_ANY)
+    step, zero_point = input_operator.parameters(lower, upper, bits)
     return operand, combine_scale(output_scale, *scale_parts(w_upper, step, bits, of_weight)), step, zero_point
 
 
@@ -141,8 +145,8 @@ def _backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     (c, a), (w_c, w_a) = slope.tolist(), w_slope.tolist()
     of_weight = _constants(view, w_bits, grid, w_kind, w_c, w_a, mean is not None)
-    _, codes = fused_weight.forward(weight, w_lower, w_upper, mean, std, None, view, w_bits, grid, w_kind, w_c, w_a)
-    operand, _, step, zero_point = fused_input.forward(x, lower, upper, bits, kind, c, a, False, scratch_like)
+    _, codes = weight_operator.forward(weight, w_lower, w_upper, mean, std, None, view, w_bits, grid, w_kind, w_c, w_a)
+    operand, _, step, zero_point = input_operator.forward(x, lower, upper, bits, kind, c, a, False, scratch_like)
     total = combine_scale(output_scale, *scale_parts(w_upper, step, bits, of_weight))
     coded = WeightCodes(codes, *coding(w_bits, grid))
     known = decode(geometry), InputGrid(lower, upper, bits, Rounding(KINDS[kind], c, a)), coded, of_weight
