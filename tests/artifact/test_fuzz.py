@@ -18,7 +18,7 @@ import daqconvert as dq
 from artifact import damage
 from artifact.tools import frozen_of, read, small_network
 from daqconvert.errors import ArtifactError
-from daqconvert.layers.integer import is_integer
+from daqconvert.layers.integer_layers import is_integer
 
 SECONDS, MEGABYTES = 10.0, 600  # of processor time for one load; of growth over all of them
 

@@ -11,7 +11,7 @@ import torch
 
 import daqconvert as dq
 from daqconvert.errors import ConversionError, FrozenError
-from daqconvert.layers.functional import FunctionalSite
+from daqconvert.layers.call_holders import FunctionalSite
 from depth.networks import NETWORKS, REWRITTEN, batch, quantized
 
 each_network = pytest.mark.parametrize("name", NETWORKS)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from daqconvert.functional.dasr import clip_round, slope_coefficients
 from daqconvert.functional.grid import Rounding, input_scale, quantize_input, quantize_weight
-from daqconvert.layers.conv import QuantConv2d
+from daqconvert.layers.families import QuantConv2d
 from daqconvert.spec import Settings
 
 ARRAYS = 2e-5

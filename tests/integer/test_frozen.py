@@ -10,10 +10,9 @@ from torch import nn
 import daqconvert as dq
 from cases import CASES, run
 from daqconvert.errors import ConversionError
-from daqconvert.layers.folding import FoldedBatchNorm, fold, folded_numbers
-from daqconvert.layers.integer import is_integer
-from daqconvert.layers.integer_run import int32_reference
-from daqconvert.layers.outputs import FrozenOutputSite
+from daqconvert.layers.frozen_site import int32_reference
+from daqconvert.layers.integer_layers import FoldedBatchNorm, fold, folded_numbers, is_integer
+from daqconvert.layers.output_quantizers import FrozenOutputSite
 from integer.networks import NETWORKS, trained
 
 WIDTHS = [(1, 2), (2, 2), (3, 5), (4, 4), (8, 8)]

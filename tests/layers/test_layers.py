@@ -8,7 +8,7 @@ import daqconvert as dq
 from cases import GEOMETRIES
 from daqconvert.errors import ConversionError
 from daqconvert.layers import FrozenLayer, QuantizedLayer, frozen_class, quantized_class
-from daqconvert.layers.conv import QuantConv2d
+from daqconvert.layers.families import QuantConv2d
 from daqconvert.spec import Settings
 
 

@@ -14,7 +14,7 @@ from daqconvert.errors import ArtifactError, DaqError
 from daqconvert.functional.grid import intervals
 from daqconvert.graph import apply_sites
 from daqconvert.layers.frozen_site import BUFFERS, FrozenSite
-from daqconvert.layers.registry import quantized_class
+from daqconvert.layers.lookup import quantized_class
 from daqconvert.spec import PlanRow
 
 

@@ -11,9 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from daqconvert.convert import PLAN_ATTRIBUTE
-from daqconvert.layers.folding import folded_numbers, folds
 from daqconvert.layers.frozen_site import FrozenSite
-from daqconvert.layers.integer import is_integer
+from daqconvert.layers.integer_layers import folded_numbers, folds, is_integer
 from daqconvert.spec import Output
 
 

@@ -17,14 +17,14 @@ from daqconvert.graph.fused import FUSED, attention_class, attention_sites
 from daqconvert.graph.rewrite import CODES, Rewriting, generate, rewritten_class
 from daqconvert.graph.traced import Traced, module_calls, trace_modules
 from daqconvert.graph.write import weight_function
-from daqconvert.layers import functional as holders
-from daqconvert.layers.attention import PROJECTIONS, projection_weight, unfused_class
+from daqconvert.layers import call_holders as holders
+from daqconvert.layers.attention import PROJECTIONS, SCORES, VALUES, projection_weight, unfused_class
 from daqconvert.layers.frozen_site import FrozenSite, empty_values
-from daqconvert.layers.integer import make_integer, settle_sums
-from daqconvert.layers.operations import channel_layout, output_dims
-from daqconvert.layers.outputs import add_output
-from daqconvert.layers.products import SCORES, VALUES
-from daqconvert.layers.registry import frozen_class, is_site_type, quantized_class
+from daqconvert.layers.functions import channel_layout, output_dims
+from daqconvert.layers.integer_layers import make_integer, settle_sums
+from daqconvert.layers.lookup import frozen_class, quantized_class
+from daqconvert.layers.output_quantizers import add_output
+from daqconvert.layers.registry import is_site_type
 from daqconvert.layers.site import QuantizedSite
 from daqconvert.modes import copy_model, evaluating
 from daqconvert.quantizers import ChannelLayout

@@ -15,8 +15,8 @@ from torch import fx, nn
 
 from daqconvert.graph.reads import call_name, is_shape
 from daqconvert.graph.scan import function_may_multiply
-from daqconvert.layers.operations import ALIASES, METHODS, NAMES
-from daqconvert.layers.products import SCORES, VALUES
+from daqconvert.layers.attention import SCORES, VALUES
+from daqconvert.layers.functions import ALIASES, METHODS, NAMES
 
 HELPER = "helper function"
 ATTENTION = "scaled_dot_product_attention"
@@ -29,7 +29,7 @@ class ProductCall:
 
     Attributes:
         node: The call.
-        function: A name of `daqconvert.layers.operations.FUNCTIONS`, or of `UNSUPPORTED`.
+        function: A name of `daqconvert.layers.functions.FUNCTIONS`, or of `UNSUPPORTED`.
         weight: The operand that is the weight, or the second one of a product of activations.
         weight_at: Which of the two operands that is.
         tensors: Parameters and buffers that the weight is computed from, by their names in the module.

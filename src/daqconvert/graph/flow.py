@@ -13,7 +13,7 @@ from daqconvert.graph.outputs import Outputs, find_outputs
 from daqconvert.graph.reads import Read, call_name, is_shape
 from daqconvert.graph.signs import nonnegative_nodes
 from daqconvert.layers.attention import PROJECTIONS
-from daqconvert.layers.operations import LAYER_FUNCTIONS
+from daqconvert.layers.functions import LAYER_FUNCTIONS
 
 
 @dataclass(frozen=True)

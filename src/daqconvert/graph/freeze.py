@@ -10,10 +10,10 @@ from daqconvert.graph.apply import drop_projection_weights
 from daqconvert.graph.rewrite import CODES, Rewritten, rewritten_class
 from daqconvert.layers.attention import QuantMultiheadAttention
 from daqconvert.layers.base import QuantizedLayer
+from daqconvert.layers.call_holders import FrozenFunctionalSite, FunctionalSite, OwnSite
 from daqconvert.layers.frozen_site import drop_quantizers, frozen_values
-from daqconvert.layers.functional import FrozenFunctionalSite, FunctionalSite, OwnSite
-from daqconvert.layers.outputs import OutputSite, freeze_output
-from daqconvert.layers.registry import frozen_class
+from daqconvert.layers.lookup import frozen_class
+from daqconvert.layers.output_quantizers import OutputSite, freeze_output
 
 
 def freeze_sites(model: nn.Module) -> None:

@@ -24,9 +24,10 @@ from daqconvert.graph.scan import read_weights
 from daqconvert.graph.traced import Traced, module_calls
 from daqconvert.graph.variants import Variant
 from daqconvert.graph.write import weight_function
-from daqconvert.layers.operations import LAYER_FUNCTIONS, NAMES, channel_layout
-from daqconvert.layers.products import VALUES
-from daqconvert.layers.registry import is_site_type, quantized_class
+from daqconvert.layers.attention import VALUES
+from daqconvert.layers.functions import LAYER_FUNCTIONS, NAMES, channel_layout
+from daqconvert.layers.lookup import quantized_class
+from daqconvert.layers.registry import is_site_type
 from daqconvert.spec import Call
 
 FEWEST_PER_COLUMN = 16

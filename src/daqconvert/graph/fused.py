@@ -6,8 +6,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from daqconvert.graph.functional import FunctionalSite
-from daqconvert.layers.attention import PROJECTIONS, QuantMultiheadAttention, projection_weight
-from daqconvert.layers.products import SCORES, VALUES
+from daqconvert.layers.attention import PROJECTIONS, SCORES, VALUES, QuantMultiheadAttention, projection_weight
 from daqconvert.spec import Call
 
 _DERIVED: dict[type[nn.MultiheadAttention], type[nn.MultiheadAttention]] = {}

@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from daqconvert.graph.reads import call_name
 from daqconvert.graph.signs import library_type, limit
-from daqconvert.layers.folding import folds, only_clips
+from daqconvert.layers.integer_layers import folds, only_clips
 from daqconvert.spec import Output
 
 ACTIVATIONS: dict[str, tuple[float, float]] = {

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from daqconvert.graph.view import View
-from daqconvert.layers.registry import quantized_class
+from daqconvert.layers.lookup import quantized_class
 
 REPLACED = "its forward was replaced on the object itself, so a quantized class would never run"
 RECURRENT = "recurrent layer: its products run in one fused kernel"

@@ -19,9 +19,8 @@ from daqconvert.graph.calls import HELPER, ProductCall, find_calls, keyed
 from daqconvert.graph.traced import Traced, module_calls
 from daqconvert.graph.variants import GIVEN, Signature
 from daqconvert.graph.write import Forward, ancestors, write
-from daqconvert.layers.functional import call_site
-from daqconvert.layers.handles import handle
-from daqconvert.layers.products import SCORES, VALUES, attention
+from daqconvert.layers.attention import SCORES, VALUES, attention
+from daqconvert.layers.call_holders import call_site, handle
 
 Forwards = dict[tuple[Any, ...], tuple[tuple[str, ...], Forward]]
 

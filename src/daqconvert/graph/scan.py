@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from daqconvert.layers.operations import METHODS, NAMES
+from daqconvert.layers.functions import METHODS, NAMES
 
 PRODUCT_NAMES = frozenset({*NAMES, *METHODS, "einsum", "_conv_forward", "bilinear", "deform_conv2d"})
 PRODUCT_NAMES |= {"scaled_dot_product_attention", "multi_head_attention_forward"}

@@ -22,8 +22,7 @@ from daqconvert.graph.functional import FunctionalSite
 from daqconvert.graph.outputs import Outputs
 from daqconvert.graph.reasons import layer_reason, site_notes
 from daqconvert.graph.view import View, look
-from daqconvert.layers.attention import PROJECTIONS
-from daqconvert.layers.products import SCORES, VALUES
+from daqconvert.layers.attention import PROJECTIONS, SCORES, VALUES
 from daqconvert.layers.registry import is_site_type
 from daqconvert.modes import copy_model
 from daqconvert.spec import Output, Site

@@ -13,7 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 from daqconvert.graph.calls import ProductCall, find_calls, keyed
 from daqconvert.graph.scan import holds_product, may_multiply
 from daqconvert.graph.variants import Signature, Untraceable, Variant, trace_variants
-from daqconvert.layers.registry import quantized_class
+from daqconvert.layers.lookup import quantized_class
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from daqconvert.functional.inference import decoded_weight
 from daqconvert.layers.base import BareOperation, QuantizedLayer
 from daqconvert.layers.computed import settle_weight
-from daqconvert.layers.frozen_site import FrozenSite, drop_quantizers, empty_values, frozen_values
-from daqconvert.layers.integer_run import numbers_of
+from daqconvert.layers.frozen_site import FrozenSite, drop_quantizers, empty_values, frozen_values, numbers_of
 from daqconvert.quantizers import ChannelLayout
 from daqconvert.spec import Settings
 

@@ -1,8 +1,18 @@
-"""The state that every frozen site shares: uint8 codes instead of a weight, scales instead of bounds."""
+"""The state that every frozen site shares: uint8 codes instead of a weight, scales instead of bounds.
+
+A frozen weight's integer-valued operand, kept in memory: 4 bytes a weight beside the 1 of its code.
+
+It is no buffer: it stands in no state dict and no file. What it was computed from is known - the very tensor of codes,
+where it lies, and torch's counter of writes into it - so it is computed again after any of them has changed.
+
+The forward of a frozen layer in integer deployment: exact sums, then the codes of its output.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,17 +20,123 @@ from torch import Tensor, nn
 
 from daqconvert.errors import FrozenError
 from daqconvert.functional.inference import decoded_weight, input_operand, only_values
+from daqconvert.functional.integer import IntegerLayer, requantized
 from daqconvert.functional.products import KNOWN, PaddedProducts
 from daqconvert.functional.scaled import can_fuse, rescale_
-from daqconvert.layers import integer_run
-from daqconvert.layers.operand_cache import OperandCache
 from daqconvert.layers.site import Operation, QuantizedSite, Watcher, rescale, safe_products
 from daqconvert.quantizers import ChannelLayout, WeightQuantizer
 from daqconvert.spec import Settings
 
+INTEGER_BUFFERS = ("w_scale", "w_factor", "bias_codes", "y_scale", "y_zero_point", "y_range")
+"""Where a site keeps the numbers of its `IntegerLayer`, in that order."""
+
+EXACT = 2**24
+"""From here on not every integer is a float32."""
+
+
+def numbers_of(site: Any) -> IntegerLayer:
+    """Return the numbers of a frozen site of integer deployment.
+
+    Args:
+        site: The site.
+    """
+    return IntegerLayer(*(site._buffers[key] for key in INTEGER_BUFFERS))
+
+
+def integer_output(site: Any, operation: Operation, operand: Tensor, weight: Tensor) -> Tensor:
+    """Return a layer's output on its grid, `(code - zero_point) * scale`.
+
+    Args:
+        site: Of integer deployment.
+        operation: The bare products.
+        operand: Of the input, integer-valued.
+        weight: Operand of the weight, integer-valued.
+    """
+    numbers = numbers_of(site)
+    if isinstance(operation, PaddedProducts):
+        operand, operation = operation.pad(operand), operation.products
+    if site.qdq:
+        found: Tensor = torch.ops.daqconvert.requantize(
+            operation(operand, weight), site.input_scale, *numbers, site.output_dims, site.layer_name
+        )
+        return found
+    products = int32_products if _REFERENCE else exact_products
+    sums = products(operation, operand, weight, site)
+    return requantized(sums, numbers, site.input_scale, site.output_dims).to(operand.dtype)
+
+
+def exact_products(operation: Operation, x: Tensor, w: Tensor, site: Any) -> Tensor:
+    """Return `operation(x, w)` exactly: in float32 below 2**24, in parts of the channels or in float64 above.
+
+    Args:
+        operation: The bare products.
+        x: Integer-valued operand of the input.
+        w: Integer-valued operand of the weight.
+        site: Whose bits say how large a sum may be.
+    """
+    x, w = x.float(), w.float()
+    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return operation(x, w)
+    largest = _largest_sum(site, w)
+    if largest < EXACT:
+        return operation(x, w)
+    channels, parts = w.shape[1] if w.dim() > 1 else 0, -(-largest // (EXACT - 1))
+    channel_of_x = -1 if w.dim() == 2 else 1
+    if channels < parts or x.shape[channel_of_x] != channels:
+        return operation(x.double(), w.double())
+    pieces = zip(x.chunk(parts + 1, channel_of_x), w.chunk(parts + 1, 1), strict=True)
+    total: Tensor | None = None
+    for piece_x, piece_w in pieces:
+        part = operation(piece_x, piece_w).to(torch.int32)
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def int32_products(operation: Operation, x: Tensor, w: Tensor, site: Any) -> Tensor:
+    """Return `operation(x, w)` computed in int32, in int64 where torch has no such kernel (dilated convolutions).
+
+    Args:
+        operation: The bare products.
+        x: Integer-valued operand of the input.
+        w: Integer-valued operand of the weight.
+        site: Not used.
+    """
+    try:
+        return operation(x.to(torch.int32), w.to(torch.int32))
+    except (NotImplementedError, RuntimeError):
+        return operation(x.to(torch.int64), w.to(torch.int64))
+
+
+def _largest_sum(site: Any, w: Tensor) -> int:
+    """The largest sum that these weights can make of any input: remembered, for the codes of a frozen site stay."""
+    known = site.__dict__.get("_largest_sum")
+    codes = site._buffers["weight_codes"]
+    version = (id(codes), codes._version)
+    if known is None or known[0] != version:
+        top = 2 ** (site.settings.a_bits or 0) - 1
+        largest = int(w.abs().reshape(w.shape[0], -1).sum(1).max()) * top if w.numel() else 0
+        known = site.__dict__["_largest_sum"] = (version, largest)
+    return int(known[1])
+
+
+_REFERENCE = False
+
+
+@contextmanager
+def int32_reference() -> Iterator[None]:
+    """Compute every layer of integer deployment in int32 while the context lasts: slow, and beyond doubt."""
+    global _REFERENCE
+    before, _REFERENCE = _REFERENCE, True
+    try:
+        yield
+    finally:
+        _REFERENCE = before
+
+
 SCALES = ("scale", "input_scale", "weight_scale", "w_scale", "y_scale")
 OWN_BUFFERS = ("weight_codes", "scale", "input_scale", "input_zero_point", "weight_scale", "weight_zero_point")
-BUFFERS = (*OWN_BUFFERS, *integer_run.BUFFERS)
+BUFFERS = (*OWN_BUFFERS, *INTEGER_BUFFERS)
 
 
 class FrozenSite(nn.Module):
@@ -96,7 +212,7 @@ class FrozenSite(nn.Module):
     def _output(self, x: Tensor, w: Tensor, bias: Tensor | None, operation: Operation) -> Tensor:
         """Products of two operands, scale and bias; where the sums are surely nobody else's, in their own memory."""
         if "w_factor" in self._buffers:
-            return integer_run.integer_output(self, operation, x, w)
+            return integer_output(self, operation, x, w)
         if isinstance(operation, PaddedProducts):
             x, operation = operation.pad(x), operation.products
         if not self.qdq and can_fuse(operation, x, w, self.scale, bias) and only_values(x, w, self.scale, bias):
@@ -240,3 +356,70 @@ def no_training(name: str) -> str:
         f"{name or '(root)'}: a frozen layer holds integer codes and cannot be trained. Call .eval() on the model; "
         "to train on, go back to the quantized model (or its checkpoint) and freeze it again."
     )
+
+
+class OperandCache:
+    """Holds the operand of one tensor of codes.
+
+    Attributes:
+        kept: The codes, what was known of them, and their operand; None until it is computed. Replaced as a whole, so
+            that threads may share it.
+
+    Example:
+        >>> cache, codes = OperandCache(), torch.tensor([0, 3], dtype=torch.uint8)
+        >>> cache.get(codes, 2, "midrise", torch.float32).tolist()
+        [-3.0, 3.0]
+        >>> codes[0] = 1
+        >>> cache.get(codes, 2, "midrise", torch.float32).tolist()
+        [-1.0, 3.0]
+    """
+
+    def __init__(self) -> None:
+        self.kept: tuple[Tensor, tuple[object, ...], Tensor] | None = None
+
+    def get(self, codes: Tensor, bits: int, grid: str, dtype: torch.dtype) -> Tensor:
+        """Return the operand of these codes, computed if it is not that of their present values.
+
+        A compiled model takes what is here, for it cannot ask for the counter of writes; who traces it or watches its
+        operators has to see where the operand comes from.
+
+        Args:
+            codes: uint8.
+            bits: 1 to 8.
+            grid: `"midrise"`, `"integer"` or `"twos"`.
+            dtype: Of the operand.
+        """
+        kept = self.kept
+        if torch.compiler.is_compiling():
+            known = kept is not None and not torch.compiler.is_exporting()
+            return kept[2] if known and kept is not None else decoded_weight(codes, bits, grid, dtype)
+        if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack():
+            return decoded_weight(codes, bits, grid, dtype)
+        state = _state_of(codes, dtype)
+        if kept is None or kept[0] is not codes or kept[1] != state:
+            with torch.no_grad():
+                kept = codes, state, decoded_weight(codes, bits, grid, dtype)
+            self.kept = kept
+        return kept[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the operand."""
+        return 0 if self.kept is None else self.kept[2].nbytes
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OperandCache:
+        replica = OperandCache()
+        memo[id(self)] = replica
+        if self.kept is not None and self.kept[1] == _state_of(self.kept[0], self.kept[2].dtype):
+            codes, operand = copy.deepcopy(self.kept[0], memo), copy.deepcopy(self.kept[2], memo)
+            replica.kept = codes, _state_of(codes, operand.dtype), operand
+        return replica
+
+    def __reduce__(self) -> Any:
+        return OperandCache, ()  # a file holds the codes; the operand is computed again
+
+
+def _state_of(codes: Tensor, dtype: torch.dtype) -> tuple[object, ...]:
+    """What changes with the values of a tensor of codes, or with the operand that is asked for."""
+    version = None if codes.is_inference() else codes._version
+    return codes.data_ptr(), codes.stride(), codes.device, version, dtype

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from daqconvert.functional.products import ConvolutionProducts, PaddedProducts
 from daqconvert.layers.base import QuantizedLayer
+from daqconvert.layers.families import LinearOp
 from daqconvert.layers.frozen import FrozenLayer
-from daqconvert.layers.linear import LinearOp
 from daqconvert.layers.registry import register
 
 
