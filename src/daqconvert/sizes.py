@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from daqconvert.modes import quantized_layers
 from daqconvert.quantizers import WeightQuantizer
 from daqconvert.quantizers.base import Quantizer
-from daqconvert.quantizers.widths import normal_clip
+from daqconvert.quantizers.starting import normal_clip
 
 SHARE = 0.1
 

@@ -8,7 +8,7 @@ import daqconvert as dq
 from daqconvert.errors import CalibrationError, ConversionError
 from daqconvert.functional.grid import Rounding, levels, quantize_weight, weight_codes, weight_operand
 from daqconvert.quantizers import ChannelLayout, WeightQuantizer
-from daqconvert.quantizers.search import minimum_error_bound
+from daqconvert.quantizers.starting import minimum_error_bound
 from daqconvert.spec import Settings
 
 

@@ -8,8 +8,7 @@ from torch import nn
 
 import daqconvert as dq
 from daqconvert.errors import PolicyError
-from daqconvert.quantizers.search import minimum_error_bound
-from daqconvert.quantizers.widths import STD_CLIP, normal_clip
+from daqconvert.quantizers.starting import STD_CLIP, minimum_error_bound, normal_clip
 from layers.steps import compiled
 
 

@@ -21,7 +21,7 @@ from daqconvert.functional.layer_operator import quantized_layer
 from daqconvert.functional.products import KNOWN, KnownProducts, PaddedProducts
 from daqconvert.functional.scaled import can_compile, can_fuse, scaled_products
 from daqconvert.quantizers import ChannelLayout, InputQuantizer, WeightQuantizer
-from daqconvert.quantizers.lsq import make_input_quantizer, make_weight_quantizer
+from daqconvert.quantizers.making import make_input_quantizer, make_weight_quantizer
 from daqconvert.spec import Settings
 
 Operation = Callable[[Tensor, Tensor], Tensor]

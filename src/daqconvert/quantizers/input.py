@@ -13,7 +13,7 @@ from daqconvert.functional.codes import InputCodes, attach
 from daqconvert.functional.grid import input_scale, input_zero_point, quantize_input
 from daqconvert.functional.layer_operator import InputGrid
 from daqconvert.quantizers.base import Quantizer
-from daqconvert.quantizers.widths import STD_CLIP, check_width, make_rounding, normal_clip
+from daqconvert.quantizers.starting import STD_CLIP, check_width, make_rounding, normal_clip
 from daqconvert.spec import Settings
 
 

@@ -21,38 +21,8 @@ from torch import Tensor, nn
 from daqconvert.functional.grid import levels
 from daqconvert.quantizers.base import Quantizer
 from daqconvert.quantizers.input import InputQuantizer
-from daqconvert.quantizers.layout import ChannelLayout
+from daqconvert.quantizers.starting import check_width
 from daqconvert.quantizers.weight import WeightQuantizer
-from daqconvert.quantizers.widths import check_width
-from daqconvert.spec import Settings
-
-
-def make_weight_quantizer(settings: Settings, layout: ChannelLayout, name: str, like: Tensor) -> WeightQuantizer:
-    """Return the quantizer of a weight, by its setting `rounding`.
-
-    Args:
-        settings: Of the site.
-        layout: Where the output channels are.
-        name: Of the site.
-        like: A tensor of the model's dtype and device.
-    """
-    return (StepWeightQuantizer if settings.rounding == "lsq" else WeightQuantizer)(settings, layout, name, like)
-
-
-def make_input_quantizer(
-    settings: Settings, signed: bool | None, name: str, like: Tensor, role: str = "input"
-) -> InputQuantizer:
-    """Return the quantizer of an input, by its setting `rounding`.
-
-    Args:
-        settings: Of the site.
-        signed: Sign of the input, None for undecided.
-        name: Of the site.
-        like: A tensor of the model's dtype and device.
-        role: `"weight"` for a weight that depends on the data.
-    """
-    cls = StepInputQuantizer if settings.rounding == "lsq" else InputQuantizer
-    return cls(settings, signed, name, like, role)
 
 
 def lsq_start(mean: Tensor | float, top: int) -> Tensor | float:

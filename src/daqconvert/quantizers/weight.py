@@ -1,8 +1,16 @@
-"""The weight quantizer: per tensor or per output channel, midrise or integer grid, normalized or in real units."""
+"""The weight quantizer: per tensor or per output channel, midrise or integer grid, normalized or in real units.
+
+The codes of a weight, kept until the weight or its bounds hold other values.
+
+What tells is a 64-bit fingerprint of the values themselves, read at every call at the speed of memory: an optimizer's
+step, `load_state_dict`, a write through `.data` or through NumPy, a swap with an average, another module's weight. A
+version counter would miss some of them. Without the compiled kernels there is no cheap fingerprint: nothing is kept.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,11 +22,10 @@ from daqconvert.functional.codes import View, WeightCodes, attach
 from daqconvert.functional.grid import coding, intervals, levels, quantize_weight, weight_codes
 from daqconvert.functional.layer_operator import WeightGrid
 from daqconvert.functional.moments import weight_moments
+from daqconvert.functional.native import address, dense, kernels
 from daqconvert.quantizers.base import Quantizer
 from daqconvert.quantizers.layout import ChannelLayout
-from daqconvert.quantizers.memory import KnownWeight, savable, value_key
-from daqconvert.quantizers.search import minimum_error_bound
-from daqconvert.quantizers.widths import check_width, make_rounding, normal_clip
+from daqconvert.quantizers.starting import check_width, make_rounding, minimum_error_bound, normal_clip
 from daqconvert.spec import Settings
 
 WEIGHT_STDS = 3.0  # the paper's start of the bounds of a normalized weight
@@ -280,3 +287,52 @@ def _real(x: Tensor) -> Tensor:
 
 
 WeightQuantizer.own_forward = WeightQuantizer.forward
+
+
+@dataclass(frozen=True)
+class KnownWeight:
+    """What was computed from one weight; never changed, so that threads may share it.
+
+    Attributes:
+        key: From `value_key`.
+        codes: uint8.
+        mean: Where the weight is normalized.
+        std: Likewise.
+    """
+
+    key: tuple[object, ...]
+    codes: Tensor
+    mean: Tensor | None
+    std: Tensor | None
+
+
+def value_key(weight: Tensor, lower: Tensor | None, upper: Tensor) -> tuple[object, ...] | None:
+    """Return what stands for the values of a weight and its bounds, or None where it cannot be told cheaply.
+
+    Args:
+        weight: Any shape.
+        lower: None where it follows from `upper`.
+        upper: `(C_out,)` or scalar.
+
+    Example:
+        >>> weight, bound = torch.ones(3), torch.ones(())
+        >>> before = value_key(weight, None, bound)
+        >>> weight.data.mul_(2.0).sum().item(), before is None or value_key(weight, None, bound) != before
+        (6.0, True)
+    """
+    library = kernels(weight, lower, upper)
+    if library is None or not upper.is_contiguous() or (lower is not None and not lower.is_contiguous()):
+        return None
+    found = library.daq_fingerprint(
+        dense(weight).data_ptr(), weight.numel(), address(lower), upper.data_ptr(), upper.numel(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return weight.shape, weight.stride(), found
+
+
+def savable(t: Tensor) -> Tensor:
+    """Return a tensor that a backward may keep: a copy of one that was made in inference mode."""
+    if not t.is_inference():
+        return t
+    with torch.inference_mode(False):
+        return t.clone()
