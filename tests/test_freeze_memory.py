@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import daqconvert as dq
+from daqconvert.freezing import coded_weights
 from daqconvert.functional import native
-from daqconvert.graph import coded_weights
 from daqconvert.layers import FrozenSite
 from daqconvert.modes import quantized_layers
 from depth.networks import NETWORKS, batch, quantized

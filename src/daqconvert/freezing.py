@@ -1,13 +1,30 @@
-"""The verb `freeze`: hard rounding, integer codes instead of weights."""
+"""The verb `freeze`: hard rounding, integer codes instead of weights.
+
+Freezing the sites of a model in place: codes instead of weights, whoever computes with them.
+
+Freezing without a second copy of the weights: what becomes codes is read where it lies, and never copied.
+"""
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from daqconvert.convert import PLAN_ATTRIBUTE, current_plan, require_quantized
 from daqconvert.errors import CalibrationError
-from daqconvert.graph import coded_weights, freeze_sites, integer_sites, own_parameters
-from daqconvert.layers.frozen_site import FrozenSite
+from daqconvert.graph import integer_sites
+from daqconvert.graph.apply import drop_projection_weights
+from daqconvert.graph.rewrite import CODES, Rewritten, rewritten_class
+from daqconvert.layers.attention import QuantMultiheadAttention
+from daqconvert.layers.base import QuantizedLayer
+from daqconvert.layers.call_holders import FrozenFunctionalSite, FunctionalSite, OwnSite
+from daqconvert.layers.frozen_site import FrozenSite, drop_quantizers, frozen_values
+from daqconvert.layers.lookup import frozen_class
+from daqconvert.layers.output_quantizers import OutputSite, freeze_output
 from daqconvert.modes import copy_model, quantized_layers
 from daqconvert.quantizers import WeightQuantizer
 
@@ -68,3 +85,88 @@ def freeze(qmodel: nn.Module) -> nn.Module:
 def is_frozen(model: nn.Module) -> bool:
     """Whether a model holds a frozen layer."""
     return any(isinstance(module, FrozenSite) for module in model.modules())
+
+
+def freeze_sites(model: nn.Module) -> None:
+    """Turn every quantized site of a model into its frozen form, in place.
+
+    Args:
+        model: Quantized, every bound set.
+    """
+    modules = list(model.modules())
+    # the weight of a call may be computed from what the layers below are about to lose
+    values = {id(m): frozen_values(m) for m in modules if isinstance(m, (FunctionalSite, OwnSite))}
+    for module in modules:
+        if isinstance(module, QuantizedLayer):
+            frozen_class(module.original).freeze(module)
+        elif isinstance(module, OutputSite):
+            freeze_output(module, frozen_values(module))
+        elif id(module) in values:
+            _freeze_call(module, values[id(module)])
+    for module in modules:
+        if isinstance(module, Rewritten):
+            module.rewriting = module.rewriting.frozen()
+            module.rewriting.drop_unused(module)
+        elif isinstance(module, QuantMultiheadAttention):
+            drop_projection_weights(module)
+
+
+def _freeze_call(module: Any, values: dict[str, Tensor]) -> None:
+    settings, name = module.settings, module.layer_name
+    dtype = module.output_scale.dtype
+    drop_quantizers(module)
+    holder = module
+    if isinstance(module, FunctionalSite):
+        del holder.source
+        holder.__class__ = FrozenFunctionalSite
+    else:
+        holder = FrozenFunctionalSite()
+        holder.output_dims = module.output_dims
+        for attribute in ("weight_of", "output_dims", "settings", "layer_name", "watchers"):
+            delattr(module, attribute)
+        module.__class__ = rewritten_class(module.original, (), "Frozen")
+        module.add_module(CODES, holder)
+    holder.training = False
+    holder.hold(settings, name, dtype, values)
+
+
+def coded_weights(model: nn.Module) -> list[Tensor]:
+    """Return the parameters that freezing reads and then drops, and that nothing else in the model refers to.
+
+    Those that a layer computes its weight from are not among them (pruning, weight norm, a parametrization): taking
+    these apart writes into them.
+
+    Args:
+        model: Quantized.
+    """
+    found = {id(p): p for module in model.modules() for p in _dropped(module) if p is not None}
+    for module in model.modules():
+        attributes = [value for key, value in vars(module).items() if key != "_parameters"]
+        for leaf in tree_leaves(attributes):
+            found.pop(id(leaf), None)
+    return list(found.values())
+
+
+def _dropped(module: nn.Module) -> Iterator[Tensor | None]:
+    if isinstance(module, QuantizedLayer) and isinstance(module.weight_quantizer, WeightQuantizer):
+        yield module._parameters.get("weight")
+    if isinstance(module, Rewritten):
+        yield from (module._parameters.get(name) for name in module.rewriting.unused)
+    if isinstance(module, QuantMultiheadAttention):
+        yield module._parameters.get("in_proj_weight")
+
+
+def own_parameters(model: nn.Module, shared: Iterable[Tensor]) -> None:
+    """Give a model copies of the parameters that it still shares with another; ties between its modules stay.
+
+    Args:
+        model: Frozen; an embedding tied to a frozen layer still has its weight, for example.
+        shared: From `coded_weights`.
+    """
+    others, copies = {id(p) for p in shared}, dict[int, Any]()
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in others:
+                with torch.no_grad():
+                    copies.setdefault(id(parameter), nn.Parameter(parameter.clone(), parameter.requires_grad))
+                module._parameters[name] = copies[id(parameter)]

@@ -1,16 +1,11 @@
 """Finding the sites of a model: a walk of the module tree for coverage, torch.fx for dataflow."""
 
 from daqconvert.graph.apply import apply_sites, integer_sites
-from daqconvert.graph.freeze import freeze_sites
-from daqconvert.graph.sharing import coded_weights, own_parameters
 from daqconvert.graph.sites import Found, find_sites
 
 __all__ = [
     "Found",
     "apply_sites",
-    "coded_weights",
     "find_sites",
-    "freeze_sites",
     "integer_sites",
-    "own_parameters",
 ]

@@ -11,12 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from daqconvert.errors import ConversionError
+from daqconvert.graph.call_sites import FUSED, FunctionalSite, attention_class, attention_sites, functional_sites
 from daqconvert.graph.calls import HELPER
-from daqconvert.graph.functional import FunctionalSite, functional_sites
-from daqconvert.graph.fused import FUSED, attention_class, attention_sites
-from daqconvert.graph.rewrite import CODES, Rewriting, generate, rewritten_class
+from daqconvert.graph.rewrite import CODES, Rewriting, generate, rewritten_class, weight_function
 from daqconvert.graph.traced import Traced, module_calls, trace_modules
-from daqconvert.graph.write import weight_function
 from daqconvert.layers import call_holders as holders
 from daqconvert.layers.attention import PROJECTIONS, SCORES, VALUES, projection_weight, unfused_class
 from daqconvert.layers.frozen_site import FrozenSite, empty_values

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from daqconvert.graph.calls import Read, call_name, is_shape
 from daqconvert.graph.outputs import Outputs, find_outputs
-from daqconvert.graph.reads import Read, call_name, is_shape
 from daqconvert.graph.signs import nonnegative_nodes
 from daqconvert.layers.attention import PROJECTIONS
 from daqconvert.layers.functions import LAYER_FUNCTIONS

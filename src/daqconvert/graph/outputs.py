@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from daqconvert.graph.reads import call_name
+from daqconvert.graph.calls import call_name
 from daqconvert.graph.signs import library_type, limit
 from daqconvert.layers.integer_layers import folds, only_clips
 from daqconvert.spec import Output

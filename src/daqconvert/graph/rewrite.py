@@ -2,6 +2,8 @@
 
 The module's class becomes a subclass of itself, made here, whose forward is the code that torch.fx writes from the
 traced graphs; attributes, methods, signature and the `state_dict` of everything else stay.
+
+Functions written from fx graphs; their first argument is the module.
 """
 
 from __future__ import annotations
@@ -9,18 +11,58 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from daqconvert.errors import ConversionError
 from daqconvert.graph.calls import HELPER, ProductCall, find_calls, keyed
 from daqconvert.graph.traced import Traced, module_calls
 from daqconvert.graph.variants import GIVEN, Signature
-from daqconvert.graph.write import Forward, ancestors, write
 from daqconvert.layers.attention import SCORES, VALUES, attention
 from daqconvert.layers.call_holders import call_site, handle
+
+Forward = Callable[..., Any]
+
+
+def write(graph: fx.Graph, name: str) -> Forward:
+    """Return the function that a graph describes; its first argument is the module."""
+    code = graph.python_code("self")
+    scope = dict(code.globals)
+    exec(compile(code.src, f"<{name}, rewritten by daqconvert>", "exec"), scope)  # source: written by torch.fx itself
+    function: Forward = scope["forward"]
+    return function
+
+
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    """Return a node and everything that it is computed from."""
+    found: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def weight_function(graph: fx.Graph, weight: fx.Node) -> Callable[[nn.Module], Tensor]:
+    """Return a function that computes a call's weight from the module.
+
+    Args:
+        graph: Of the module's own forward.
+        weight: A node that depends on no argument.
+    """
+    own, needed = fx.Graph(), ancestors(weight)
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node in needed:
+            copied[node] = own.node_copy(node, copied.__getitem__)
+    own.output(copied[weight])
+    return write(own, "weight")
+
 
 Forwards = dict[tuple[Any, ...], tuple[tuple[str, ...], Forward]]
 

@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from daqconvert.graph.call_sites import FunctionalSite, attention_sites, functional_sites, unseen_sites
+from daqconvert.graph.calls import Read, find_reads
 from daqconvert.graph.flow import Flow, above, read_flow
-from daqconvert.graph.functional import FunctionalSite, functional_sites, unseen_sites
-from daqconvert.graph.fused import attention_sites
-from daqconvert.graph.reads import Read, find_reads
 from daqconvert.graph.trace import trace
 from daqconvert.graph.traced import Traced, trace_modules
 from daqconvert.layers.frozen_site import FrozenSite

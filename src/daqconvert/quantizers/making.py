@@ -1,4 +1,4 @@
-"""TODO."""
+"""The quantizer that a site's settings ask for."""
 
 from __future__ import annotations
 
