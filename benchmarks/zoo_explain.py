@@ -23,7 +23,7 @@ from zoo_models import Network
 from zoo_prepare import prepared
 
 import daqconvert as dq
-from daqconvert.modes import quantized_layers
+from daqconvert.models import quantized_layers
 from daqconvert.report.progress import track
 
 SHOWN = 8

@@ -11,7 +11,7 @@ from torch import nn
 import awkward
 import daqconvert as dq
 from daqconvert.errors import CalibrationError, ConversionError, DataError, FrozenError
-from daqconvert.modes import quantized_layers
+from daqconvert.models import quantized_layers
 
 
 def chain(**settings):

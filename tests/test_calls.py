@@ -16,7 +16,7 @@ from daqconvert.graph import find_sites
 from daqconvert.layers import QuantizedLayer
 from daqconvert.layers.frozen_site import FrozenSite
 from daqconvert.layers.site import QuantizedSite, Watcher, watching
-from daqconvert.modes import copy_model, in_mode, quantized_layers
+from daqconvert.models import copy_model, in_mode, quantized_layers
 
 REWRITTEN = ("functional", "branch-on-data", "bare-parameters", "subclass", "attention", "encoder")
 EVERY = (*CALLS, *(BY_ID[name] for name in REWRITTEN))

@@ -13,7 +13,7 @@ from torch import nn
 import daqconvert as dq
 from cases import BY_ID, CASES, NETWORKS, run, timm_network
 from daqconvert.errors import ConversionError
-from daqconvert.modes import quantized_layers
+from daqconvert.models import quantized_layers
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 

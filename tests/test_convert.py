@@ -15,7 +15,7 @@ import daqconvert as dq
 from cases import BY_ID, CASES, SETTINGS
 from daqconvert.errors import ConversionError, PolicyError
 from daqconvert.layers.site import QuantizedSite
-from daqconvert.modes import copy_model, quantized_layers
+from daqconvert.models import copy_model, quantized_layers
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 

@@ -16,7 +16,7 @@ import daqconvert as dq
 from cases import CASES, GEOMETRIES, NETWORKS, SETTINGS, run
 from daqconvert.layers.frozen_site import FrozenSite
 from daqconvert.layers.site import QuantizedSite
-from daqconvert.modes import quantized_layers
+from daqconvert.models import quantized_layers
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 each_setting = pytest.mark.parametrize("settings", SETTINGS.values(), ids=list(SETTINGS))

@@ -13,7 +13,7 @@ import daqconvert as dq
 from daqconvert.freezing import coded_weights
 from daqconvert.functional import native
 from daqconvert.layers import FrozenSite
-from daqconvert.modes import quantized_layers
+from daqconvert.models import quantized_layers
 from depth.networks import NETWORKS, batch, quantized
 from test_scaling import in_tensors, size
 

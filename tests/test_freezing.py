@@ -14,7 +14,7 @@ from cases import BY_ID
 from daqconvert.errors import CalibrationError, ConversionError, FrozenError
 from daqconvert.freezing import is_frozen
 from daqconvert.layers import FrozenLayer
-from daqconvert.modes import quantized_layers
+from daqconvert.models import quantized_layers
 
 
 def quantized(**settings):

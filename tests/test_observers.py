@@ -10,8 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import daqconvert as dq
-from daqconvert.functional.grid import Rounding, input_scale, input_zero_point, quantize_input
-from daqconvert.observers import (
+from daqconvert.calibration.observers import (
     BINS,
     METHODS,
     InputObserver,
@@ -21,6 +20,7 @@ from daqconvert.observers import (
     percentile_bounds,
     std_bounds,
 )
+from daqconvert.functional.grid import Rounding, input_scale, input_zero_point, quantize_input
 
 # ------------------------------------------------------------------------------------------------- what is observed
 

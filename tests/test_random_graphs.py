@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import daqconvert as dq
-from daqconvert.modes import quantized_layers
+from daqconvert.models import quantized_layers
 
 WIDTH, SIDE = 4, 5
 IMAGE_STEPS = ("conv", "depthwise", "call", "relu", "pool", "norm", "add", "concat", "again")

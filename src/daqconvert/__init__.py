@@ -9,7 +9,7 @@ from daqconvert.deploy.export import export
 from daqconvert.deploy.verify import verify
 from daqconvert.errors import DaqError
 from daqconvert.freezing import freeze
-from daqconvert.modes import cache_weights, disabled
+from daqconvert.models import cache_weights, disabled
 from daqconvert.spec import Plan, Policy, Rule, Settings
 from daqconvert.training import Recipe, evaluate, finetune
 from daqconvert.version import __version__ as __version__

@@ -13,7 +13,7 @@ from daqconvert.errors import ConversionError, FrozenError
 from daqconvert.graph import apply_sites, find_sites
 from daqconvert.layers.frozen_site import FrozenSite
 from daqconvert.layers.site import QuantizedSite
-from daqconvert.modes import copy_model, quantized_layers
+from daqconvert.models import copy_model, quantized_layers
 from daqconvert.policy.arguments import UNSET, build
 from daqconvert.policy.resolve import resolve
 from daqconvert.spec import Plan, Policy

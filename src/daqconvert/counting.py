@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from daqconvert.convert import PLAN_ATTRIBUTE, current_plan
-from daqconvert.graph.attribution import assign
-from daqconvert.graph.counter import Event, counting
+from daqconvert.macs.attribution import assign
+from daqconvert.macs.counter import Event, counting
 from daqconvert.spec import Plan, PlanRow
 
 

@@ -25,7 +25,7 @@ from daqconvert.layers.call_holders import FrozenFunctionalSite, FunctionalSite,
 from daqconvert.layers.frozen_site import FrozenSite, drop_quantizers, frozen_values
 from daqconvert.layers.lookup import frozen_class
 from daqconvert.layers.output_quantizers import OutputSite, freeze_output
-from daqconvert.modes import copy_model, quantized_layers
+from daqconvert.models import copy_model, quantized_layers
 from daqconvert.quantizers import WeightQuantizer
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from daqconvert.modes import evaluating
+from daqconvert.models import evaluating
 
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:

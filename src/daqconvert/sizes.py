@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from daqconvert.modes import quantized_layers
+from daqconvert.models import quantized_layers
 from daqconvert.quantizers import WeightQuantizer
 from daqconvert.quantizers.base import Quantizer
 from daqconvert.quantizers.starting import normal_clip

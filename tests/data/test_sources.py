@@ -9,8 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from daqconvert.errors import ConversionError
-from daqconvert.sources import Source, build_model, parse_source
-from daqconvert.state_dicts import load_checkpoint
+from daqconvert.sources import Source, build_model, load_checkpoint, parse_source
 
 
 @pytest.mark.parametrize(

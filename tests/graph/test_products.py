@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import awkward
 from cases import CASES, NETWORKS, run
 from daqconvert.errors import ConversionError
-from daqconvert.graph.cost import count_macs, observe
-from daqconvert.graph.counter import counting, owner_of
-from daqconvert.graph.provenance import Provenance, Source
+from daqconvert.macs.counter import counting, owner_of
+from daqconvert.macs.example import count_macs, observe
+from daqconvert.macs.provenance import Provenance, Source
 
 
 def events_of(model, *args):

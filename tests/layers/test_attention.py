@@ -11,7 +11,7 @@ from torch import nn
 import daqconvert as dq
 from daqconvert.layers.attention import PROJECTIONS
 from daqconvert.layers.site import Watcher, watching
-from daqconvert.modes import in_mode, quantized_layers
+from daqconvert.models import in_mode, quantized_layers
 
 BATCH, LENGTH, KEYS, WIDTH, HEADS = 2, 4, 3, 8, 2
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 import daqconvert as dq
-from daqconvert.modes import quantized_layers
+from daqconvert.models import quantized_layers
 from daqconvert.training import Recipe
 from daqconvert.training.parts.progressive import ProgressiveBits
 

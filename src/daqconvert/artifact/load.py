@@ -15,7 +15,7 @@ from daqconvert.artifact.manifest import MANIFEST, TENSORS, Manifest, read_manif
 from daqconvert.artifact.sources import build, outline
 from daqconvert.artifact.tensors import read_tensors
 from daqconvert.errors import ArtifactError
-from daqconvert.modes import copy_model
+from daqconvert.models import copy_model
 
 
 def load(path: str | Path, model: nn.Module | Callable[[], nn.Module] | None = None) -> nn.Module:

@@ -28,7 +28,7 @@ from daqconvert.cli.targets import (
     refuse,
 )
 from daqconvert.convert import current_plan
-from daqconvert.modes import copy_model
+from daqconvert.models import copy_model
 from daqconvert.report.tables import render, simple_table
 from daqconvert.spec import Policy
 from daqconvert.training import evaluate

@@ -17,8 +17,8 @@ from daqconvert.cli.processes import Together, is_main
 from daqconvert.cli.rundir import Config
 from daqconvert.convert import plan
 from daqconvert.errors import DataError, TrainingError
+from daqconvert.sources import load_checkpoint
 from daqconvert.spec import Policy
-from daqconvert.state_dicts import load_checkpoint
 from daqconvert.training import Recipe, recipe
 
 DEMO_FLOAT_EPOCHS = 10

@@ -15,9 +15,8 @@ from daqconvert.convert import apply_plan
 from daqconvert.errors import ConversionError, TrainingError
 from daqconvert.files import replacing, write_text
 from daqconvert.policy.plan_json import plan_from_dict, plan_to_dict
-from daqconvert.sources import parse_source
+from daqconvert.sources import load_checkpoint, parse_source
 from daqconvert.spec import Plan
-from daqconvert.state_dicts import load_checkpoint
 from daqconvert.training import Recipe, load_weights
 from daqconvert.training.recipes import completed
 from daqconvert.training.rundir import RunDirectory

@@ -18,7 +18,7 @@ from daqconvert.cli.processes import Together, count, is_main
 from daqconvert.cli.rundir import Config
 from daqconvert.cli.summary import summary_document, summary_text
 from daqconvert.convert import apply_plan
-from daqconvert.modes import copy_model
+from daqconvert.models import copy_model
 from daqconvert.training import FinetuneResult, evaluate, finetune, load_weights
 
 

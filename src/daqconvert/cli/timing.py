@@ -14,8 +14,7 @@ from daqconvert.artifact.manifest import MANIFEST
 from daqconvert.cli import rundir
 from daqconvert.cli.job import Opened
 from daqconvert.deploy.timing import Call, Opener, onnx_opener
-from daqconvert.sources import build_model
-from daqconvert.state_dicts import load_checkpoint
+from daqconvert.sources import build_model, load_checkpoint
 
 FILES = {
     "torch": rundir.FLOAT, "float_onnx": rundir.FLOAT_ONNX, "frozen": rundir.ARTIFACT, "onnx": rundir.ONNX

@@ -25,7 +25,7 @@ from daqconvert.deploy.reports import db_text
 from daqconvert.deploy.runtime import OnnxModel
 from daqconvert.deploy.verify import Model, Pair, verify_all
 from daqconvert.errors import DataError, ExportError
-from daqconvert.modes import copy_model
+from daqconvert.models import copy_model
 from daqconvert.report.tables import render, simple_table
 
 Target = Annotated[str, typer.Argument(help=f"A run directory; or an artifact, an ONNX file, or a model ({o.FORMS}).")]

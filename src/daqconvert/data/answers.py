@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from daqconvert.batches import model_device
 from daqconvert.data.images import Loaders
-from daqconvert.modes import evaluating
+from daqconvert.models import evaluating
 
 
 class Answered(Dataset[tuple[Any, int]]):

@@ -19,7 +19,7 @@ from daqconvert.deploy.runtime import OnnxModel, require_packages
 from daqconvert.deploy.sites import named_layers
 from daqconvert.layers import FrozenSite, QuantizedSite
 from daqconvert.layers.site import Operation, Watcher, watching
-from daqconvert.modes import evaluating
+from daqconvert.models import evaluating
 from daqconvert.quantizers import InputQuantizer
 from daqconvert.spec import Output
 

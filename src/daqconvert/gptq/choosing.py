@@ -14,7 +14,7 @@ from daqconvert.functional.grid import quantize_weight
 from daqconvert.gptq.solver import output_error, second_order_levels
 from daqconvert.gptq.stages import first_forward, gather
 from daqconvert.layers.base import QuantizedLayer
-from daqconvert.modes import disabled, evaluating, quantized_layers
+from daqconvert.models import disabled, evaluating, quantized_layers
 from daqconvert.quantizers import WeightQuantizer
 from daqconvert.report.progress import progress
 

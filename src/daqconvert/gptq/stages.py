@@ -17,7 +17,7 @@ from daqconvert.batches import Enough, run_batch, run_batch_until
 from daqconvert.gptq.columns import columns, has_columns, second_moments
 from daqconvert.layers.base import QuantizedLayer
 from daqconvert.layers.site import Operation, Watcher, watching
-from daqconvert.modes import quantized_layers
+from daqconvert.models import quantized_layers
 from daqconvert.quantizers import WeightQuantizer
 
 MOST_INPUTS = 8192  # of one output: second moments are the square of it

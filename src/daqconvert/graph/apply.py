@@ -24,7 +24,7 @@ from daqconvert.layers.lookup import frozen_class, quantized_class
 from daqconvert.layers.output_quantizers import add_output
 from daqconvert.layers.registry import is_site_type
 from daqconvert.layers.site import QuantizedSite
-from daqconvert.modes import copy_model, evaluating
+from daqconvert.models import copy_model, evaluating
 from daqconvert.quantizers import ChannelLayout
 from daqconvert.spec import PlanRow
 

@@ -20,14 +20,14 @@ from torch.utils._pytree import tree_map_only
 from daqconvert.errors import ConversionError
 from daqconvert.graph.call_sites import FunctionalSite
 from daqconvert.graph.calls import HELPER
-from daqconvert.graph.cost import count_macs, default_input
 from daqconvert.graph.flow import above, entries
 from daqconvert.graph.outputs import Outputs
 from daqconvert.graph.view import View, look
 from daqconvert.layers.attention import PROJECTIONS, SCORES, VALUES
 from daqconvert.layers.lookup import quantized_class
 from daqconvert.layers.registry import is_site_type
-from daqconvert.modes import copy_model
+from daqconvert.macs.example import count_macs, default_input
+from daqconvert.models import copy_model
 from daqconvert.spec import Output, Site
 
 

@@ -24,7 +24,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from daqconvert.graph.trace import SiteTracer, timm_notrace
-from daqconvert.modes import in_mode
+from daqconvert.models import in_mode
 
 MOST_CHOICES = 4  # arguments that are varied; with training that makes at most 32 graphs
 

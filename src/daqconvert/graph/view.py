@@ -14,7 +14,7 @@ from daqconvert.graph.traced import Traced, trace_modules
 from daqconvert.layers.frozen_site import FrozenSite
 from daqconvert.layers.registry import is_site_type
 from daqconvert.layers.site import QuantizedSite
-from daqconvert.modes import evaluating
+from daqconvert.models import evaluating
 
 
 @dataclass(frozen=True)

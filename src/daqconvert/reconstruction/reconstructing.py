@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from daqconvert.fitted import Fitted
-from daqconvert.modes import evaluating
+from daqconvert.models import evaluating
 from daqconvert.norms import estimate
 from daqconvert.reconstruction.calls import Flow, Stage, copied, stages, treats_rows_alone
 from daqconvert.reconstruction.fitting import Examples, fit, trainable

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from daqconvert.batches import model_device
 from daqconvert.errors import DataError, TrainingError
-from daqconvert.modes import evaluating
+from daqconvert.models import evaluating
 from daqconvert.report.progress import track
 from daqconvert.training.epochs import Epochs
 from daqconvert.training.loaders import check_loader, inputs_count, read_batch

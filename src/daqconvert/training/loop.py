@@ -12,7 +12,7 @@ from torch import nn
 
 from daqconvert.convert import require_quantized
 from daqconvert.errors import ConversionError, TrainingError
-from daqconvert.modes import evaluating
+from daqconvert.models import evaluating
 from daqconvert.report.progress import progress as progress_bar
 from daqconvert.training.checkpoint import layer_settings
 from daqconvert.training.engine import Run

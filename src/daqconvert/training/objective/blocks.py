@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import nn
 
 from daqconvert.layers.base import QuantizedLayer
-from daqconvert.modes import quantized_layers
+from daqconvert.models import quantized_layers
 
 
 def block_names(model: nn.Module) -> list[str]:

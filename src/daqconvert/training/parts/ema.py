@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from daqconvert.layers.site import QuantizedSite
-from daqconvert.modes import copy_model, quantized_layers
+from daqconvert.models import copy_model, quantized_layers
 from daqconvert.training.parts.base import Part, Step
 from daqconvert.training.parts.progressive import set_site_bits
 from daqconvert.training.recipes import Recipe

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from daqconvert.layers.site import QuantizedSite
-from daqconvert.modes import quantized_layers
+from daqconvert.models import quantized_layers
 from daqconvert.quantizers import InputQuantizer, WeightQuantizer
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from daqconvert.layers.site import QuantizedSite
-from daqconvert.modes import quantized_layers
+from daqconvert.models import quantized_layers
 from daqconvert.quantizers import WeightQuantizer
 from daqconvert.training.parts.base import Part, Step
 from daqconvert.training.parts.together import Together

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from daqconvert.layers.site import QuantizedSite
-from daqconvert.modes import quantized_layers
+from daqconvert.models import quantized_layers
 from daqconvert.spec import Settings
 from daqconvert.training.parts.base import Part
 from daqconvert.training.parts.moments import steps_until

@@ -18,7 +18,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from daqconvert.functional.grid import Rounding
-from daqconvert.modes import quantized_layers
+from daqconvert.models import quantized_layers
 from daqconvert.quantizers.base import Quantizer
 from daqconvert.training.parts.base import Part
 from daqconvert.training.recipes import Recipe

@@ -13,8 +13,8 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
 from daqconvert.errors import ConversionError
-from daqconvert.graph.counter import Event, counting
-from daqconvert.modes import evaluating
+from daqconvert.macs.counter import Event, counting
+from daqconvert.models import evaluating
 
 
 def default_input(model: nn.Module) -> tuple[int, ...] | None:

@@ -18,9 +18,9 @@ from torch.nn.modules import module as torch_module
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from daqconvert.graph.products import Product, products_of
-from daqconvert.graph.provenance import Provenance, Source, tensors_in
 from daqconvert.layers.registry import is_site_type
+from daqconvert.macs.operators import Product, products_of
+from daqconvert.macs.provenance import Provenance, Source, tensors_in
 from daqconvert.quantizers.base import Quantizer
 from daqconvert.spec import Settings
 

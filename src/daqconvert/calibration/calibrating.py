@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from daqconvert.batches import run_batch
+from daqconvert.calibration.observers import METHODS, InputObserver, observer_for
+from daqconvert.calibration.output_scale import OutputScaleStart
 from daqconvert.convert import PLAN_ATTRIBUTE, require_quantized
 from daqconvert.errors import CalibrationError, nearest
 from daqconvert.graph.watch import watching_weights
-from daqconvert.layers.output_scale import OutputScaleStart
 from daqconvert.layers.site import Operation, QuantizedSite, Watcher, watching
-from daqconvert.modes import disabled, evaluating, unchanged_on_error
-from daqconvert.observers import METHODS, InputObserver, observer_for
+from daqconvert.models import disabled, evaluating, unchanged_on_error
 from daqconvert.quantizers import InputQuantizer, WeightQuantizer
 from daqconvert.quantizers.lsq import StepInputQuantizer
 from daqconvert.report.progress import track

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from daqconvert.graph.counter import Event, owner_of
+from daqconvert.macs.counter import Event, owner_of
 from daqconvert.spec import Plan, PlanRow
 
 
