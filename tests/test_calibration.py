@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 import awkward
 import daqconvert as dq
-from daqconvert.calibration import METHODS, is_calibrated
+from daqconvert.calibration import is_calibrated
+from daqconvert.calibration.observers import METHODS
 
 # ------------------------------------------------------------------------------------------------- the verb
 

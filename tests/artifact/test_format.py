@@ -106,8 +106,8 @@ def test_the_worked_example_of_the_page(root):
 
 
 def test_the_page_names_every_field_and_dtype(root, original):
+    from daqconvert.artifact.builders import LARGEST_NUMBER, MOST_VALUES, REFUSED_WORDS
     from daqconvert.artifact.manifest import DTYPES, LARGEST_MANIFEST, VERSION
-    from daqconvert.artifact.sources import LARGEST_NUMBER, MOST_VALUES, REFUSED_WORDS
 
     page = (root / "docs" / "artifact.md").read_text(encoding="utf-8")
     assert all(f"`{field}`" in page for field in read(original))

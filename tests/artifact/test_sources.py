@@ -13,7 +13,7 @@ from torch import nn
 
 import daqconvert as dq
 from artifact.tools import edit, frozen_of, put, read, refused, small_network
-from daqconvert.artifact.sources import HARMLESS, check_source
+from daqconvert.artifact.builders import HARMLESS, check_source
 from daqconvert.errors import ArtifactError
 
 

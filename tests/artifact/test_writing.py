@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from daqconvert.artifact import writing
+from daqconvert.artifact import tensors
 from daqconvert.artifact.manifest import DTYPES, TensorEntry
-from daqconvert.artifact.writing import write_tensors
+from daqconvert.artifact.tensors import write_tensors
 from daqconvert.errors import ArtifactError
 from daqconvert.functional.packing import pack
 
@@ -66,7 +66,7 @@ def test_codes_are_packed_and_second_names_are_left_out(tmp_path):
 
 def test_values_are_little_endian_everywhere(monkeypatch):
     x, z = torch.tensor([1.0, -2.5]), torch.tensor([1 + 2j], dtype=torch.complex64)
-    monkeypatch.setattr(writing.sys, "byteorder", {"little": "big", "big": "little"}[sys.byteorder])
-    assert bytes(writing._bytes(x, None)) == x.numpy().byteswap().tobytes()
-    assert bytes(writing._bytes(z, None)) == z.numpy().byteswap().tobytes()
-    assert bytes(writing._bytes(torch.tensor([1, 2], dtype=torch.uint8), None)) == b"\x01\x02"
+    monkeypatch.setattr(tensors.sys, "byteorder", {"little": "big", "big": "little"}[sys.byteorder])
+    assert bytes(tensors._bytes(x, None)) == x.numpy().byteswap().tobytes()
+    assert bytes(tensors._bytes(z, None)) == z.numpy().byteswap().tobytes()
+    assert bytes(tensors._bytes(torch.tensor([1, 2], dtype=torch.uint8), None)) == b"\x01\x02"

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from daqconvert.data.digits import MEAN, STD, load_digits
+from daqconvert.data.images import MEAN, STD, load_digits
 from daqconvert.errors import DataError
 
 pytest.importorskip("sklearn")

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from daqconvert.artifact.fitting import check_values, fit
+from daqconvert.artifact.builders import build, outline
 from daqconvert.artifact.manifest import MANIFEST, TENSORS, Manifest, read_manifest, told
-from daqconvert.artifact.sources import build, outline
+from daqconvert.artifact.skeleton import check_values, fit
 from daqconvert.artifact.tensors import read_tensors
 from daqconvert.errors import ArtifactError
 from daqconvert.models import copy_model

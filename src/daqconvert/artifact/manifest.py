@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from daqconvert.artifact.sources import check_source
+from daqconvert.artifact.builders import check_source
 from daqconvert.errors import ArtifactError, DaqError
 from daqconvert.policy.plan_json import plan_from_dict, plan_to_dict
 from daqconvert.spec import Plan

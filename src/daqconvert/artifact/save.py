@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from daqconvert.artifact.forwards import forward_hashes
+from daqconvert.artifact.builders import check_source
 from daqconvert.artifact.load import try_source
 from daqconvert.artifact.manifest import (
     FLOATS,
@@ -23,9 +23,8 @@ from daqconvert.artifact.manifest import (
     largest_size,
     parse_manifest,
 )
-from daqconvert.artifact.sources import check_source
-from daqconvert.artifact.tensors import collect, sha256
-from daqconvert.artifact.writing import write_tensors
+from daqconvert.artifact.skeleton import forward_hashes
+from daqconvert.artifact.tensors import collect, sha256, write_tensors
 from daqconvert.convert import current_plan
 from daqconvert.errors import ArtifactError, FrozenError
 from daqconvert.files import replacing_directory

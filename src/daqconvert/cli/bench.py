@@ -12,12 +12,10 @@ from torch import Tensor
 
 from daqconvert.cli import options as o
 from daqconvert.cli import rundir
-from daqconvert.cli.deployment import size_of
+from daqconvert.cli.deployment import FILES, bits_text, run_openers, size_of
 from daqconvert.cli.job import Opened
 from daqconvert.cli.output import Output, say
-from daqconvert.cli.summary import bits_text
 from daqconvert.cli.targets import EVAL_BATCH, RUN, kind_of
-from daqconvert.cli.timing import FILES, run_openers
 from daqconvert.deploy.timing import REPEATS, ROUNDS, Timing, time_in_turns
 from daqconvert.errors import ExportError
 from daqconvert.report.progress import progress

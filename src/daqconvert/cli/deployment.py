@@ -1,26 +1,38 @@
-"""The last steps of a run: freeze, save, export, check in ONNX Runtime, take times."""
+"""The last steps of a run: freeze, save, export, check in ONNX Runtime, take times.
+
+The last thing `finetune` prints: one table of accuracy, size and time.
+
+What is timed of a run: its float and its frozen model in torch, and its two ONNX files.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from daqconvert.artifact import save
+from daqconvert.artifact import load, save
+from daqconvert.artifact.manifest import MANIFEST
 from daqconvert.cli import rundir
 from daqconvert.cli.job import Opened
 from daqconvert.cli.output import say
-from daqconvert.cli.timing import run_openers
+from daqconvert.cli.rundir import ARTIFACT, FLOAT, FLOAT_ONNX, ONNX, SUMMARY, Config
+from daqconvert.data import Loaders
 from daqconvert.deploy.export import export
 from daqconvert.deploy.float_export import export_float
 from daqconvert.deploy.reports import ExportReport
-from daqconvert.deploy.timing import time_in_turns
+from daqconvert.deploy.timing import Call, Opener, onnx_opener, time_in_turns
 from daqconvert.freezing import freeze
+from daqconvert.report.tables import render, simple_table
+from daqconvert.sources import build_model, load_checkpoint
+from daqconvert.spec import Plan
 
 CHECKED_IMAGES = 1000
 
@@ -117,3 +129,131 @@ def size_of(path: Path) -> int:
     """
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files)
+
+
+ROWS = (  # what, which accuracy, its file, key of the file's size, key of the time
+    ("float, PyTorch", "float", FLOAT, "float", "torch"),
+    ("float, ONNX Runtime", None, FLOAT_ONNX, "float_onnx", "float_onnx"),
+    ("{bits}, frozen", "quantized", f"{ARTIFACT}/", "artifact", None),
+    ("{bits}, ONNX Runtime", "onnx", ONNX, "onnx", "onnx"),
+)
+
+
+def bits_text(plan: Plan) -> str:
+    """Return the widths that most layers of a plan have, as `W4A4`.
+
+    Args:
+        plan: The plan.
+
+    Example:
+        >>> bits_text(Plan((), "Net"))
+        'float'
+    """
+    found = Counter((row.settings.w_bits or 32, row.settings.a_bits or 32) for row in plan if row.settings)
+    return "W{}A{}".format(*found.most_common(1)[0][0]) if found else "float"
+
+
+def summary_document(
+    config: Config, data: Loaders, top1: tuple[float | None, float | None], deployed: Deployed, seconds: float
+) -> dict[str, Any]:
+    """Return everything that a run found, as plain values.
+
+    Args:
+        config: The run's configuration.
+        data: What it was trained and measured on.
+        top1: Accuracy of the float and of the quantized model on the held-out images.
+        deployed: Files, agreement and times.
+        seconds: Time of the whole run.
+    """
+    report = deployed.report
+    same = None if report is None else report.class_agreement
+    return {
+        "model": str(config.job.source),
+        "data": data.description,
+        "measured_by": "labels" if data.val_labelled else "the float model's answers",
+        "bits": bits_text(config.plan),
+        "epochs": config.recipe.epochs,
+        "top1": {"float": top1[0], "quantized": top1[1]},
+        "bytes": deployed.files,
+        "seconds_per_image": deployed.seconds,
+        "onnx": None if report is None else {**report.to_dict(), "path": ONNX},
+        "onnx_class_agreement": same,
+        "onnx_images_checked": None if report is None else report.samples - 1,  # the first is the example
+        "seconds": round(seconds, 1),
+    }
+
+
+def summary_text(document: Mapping[str, Any], out: Path) -> str:
+    """Return the summary as text: the table, and below it where there is more to read.
+
+    Args:
+        document: From `summary_document`, or read from `summary.json`.
+        out: The run directory.
+    """
+    same = document["onnx_class_agreement"]
+    top1 = {**document["top1"], "onnx": document["top1"]["quantized"] if same == 1.0 else None}
+    rows = [
+        (
+            what.format(bits=document["bits"]),
+            None if accuracy is None or top1[accuracy] is None else f"{100 * top1[accuracy]:.2f} %",
+            file,
+            f"{document['bytes'][size] / 1000:.1f} kB",
+            _milliseconds(document["seconds_per_image"].get(time)),
+        )
+        for what, accuracy, file, size, time in ROWS
+        if size in document["bytes"]
+    ]
+    lines = [f"{document['model']} on {document['data']}: {document['seconds']:.0f} s"]
+    if same is not None:
+        checked = document["onnx_images_checked"]
+        lines.append(f"ONNX Runtime gives the frozen model's class for {same:.2%} of {checked} images")
+    measured = "top-1" if document["measured_by"] == "labels" else "as float"
+    table = simple_table("", ("model", measured, "file", "size", "time per image"), rows)
+    read = [name + "/" * (key == "tensorboard") for key, name in document["files"].items()]
+    return "\n".join([*lines, render(table), f"in {out}: {', '.join([*read, SUMMARY])}"])
+
+
+def _milliseconds(seconds: float | None) -> str | None:
+    return None if seconds is None else f"{1000 * seconds:.2f} ms"
+
+
+FILES = {
+    "torch": rundir.FLOAT, "float_onnx": rundir.FLOAT_ONNX, "frozen": rundir.ARTIFACT, "onnx": rundir.ONNX
+}  # fmt: skip
+
+
+def run_openers(path: Path, opened: Opened, images: Tensor) -> dict[str, Opener]:
+    """Return how each model of a run is opened in a process of its own: keys of `FILES`, without what is not there.
+
+    Args:
+        path: The run directory.
+        opened: Says how its model is built.
+        images: The argument of a call.
+    """
+    model = str(opened.source), opened.model_args
+    array = images.cpu().numpy()
+    plain = partial(_open_float, model, path / rundir.FLOAT, array)
+    if opened.source.kind == "hf-hub":  # even its configuration is a download: no other process can build it
+        plain = partial(_call, opened.model.cpu(), array)
+    there: dict[str, Opener] = {
+        "torch": plain,
+        "float_onnx": onnx_opener(path / rundir.FLOAT_ONNX, images.cpu()),
+        "frozen": partial(_open_frozen, model, path / rundir.ARTIFACT, array),
+        "onnx": onnx_opener(path / rundir.ONNX, images.cpu()),
+    }
+    is_there = {key: (path / name / MANIFEST if key == "frozen" else path / name) for key, name in FILES.items()}
+    return {key: opener for key, opener in there.items() if is_there[key].is_file()}
+
+
+def _open_float(model: tuple[str, dict[str, Any]], weights: Path, array: Any, threads: int) -> Call:
+    built = build_model(model[0], **model[1])
+    load_checkpoint(built, weights)
+    return _call(built, array)
+
+
+def _open_frozen(model: tuple[str, dict[str, Any]], artifact: Path, array: Any, threads: int) -> Call:
+    return _call(load(artifact, model=build_model(model[0], **model[1])), array)
+
+
+def _call(model: nn.Module, array: Any, threads: int = 1) -> Call:
+    return partial(model.eval(), torch.from_numpy(array))

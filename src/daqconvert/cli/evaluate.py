@@ -12,9 +12,9 @@ from daqconvert.artifact import load, read_manifest
 from daqconvert.artifact.manifest import MANIFEST
 from daqconvert.cli import options as o
 from daqconvert.cli import rundir
+from daqconvert.cli.deployment import bits_text
 from daqconvert.cli.job import Job
 from daqconvert.cli.output import Output
-from daqconvert.cli.summary import bits_text
 from daqconvert.cli.targets import (
     EVAL_BATCH,
     MODEL,

@@ -1,19 +1,47 @@
-"""`daqconvert finetune`: the whole job, from a model's name to an ONNX file."""
+"""`daqconvert finetune`: the whole job, from a model's name to an ONNX file.
+
+Training of the float model that a run starts from, where nobody trained it before.
+
+SIGTERM and Ctrl-C during a run: one line that says how to go on, and the exit code that shells expect.
+
+What `finetune` does once everything is checked: float weights, training, freezing, deployment, summary.
+
+How `finetune` begins: what the user typed becomes a configuration, a model and its data; nothing is written yet.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from types import FrameType
+from typing import Annotated, Any
 
+import torch
 import typer
+from torch import nn
 
 from daqconvert.cli import options as o
 from daqconvert.cli import rundir
-from daqconvert.cli.opening import Typed, open_fresh, open_resumed
-from daqconvert.cli.output import Output
-from daqconvert.cli.processes import together
-from daqconvert.cli.running import Started, prepare_float, run
-from daqconvert.training import recipe
+from daqconvert.cli.deployment import deploy, summary_document, summary_text
+from daqconvert.cli.job import Job, Opened, measured_by_float, open_job
+from daqconvert.cli.output import Output, fail, say
+from daqconvert.cli.processes import Together, count, is_main, together
+from daqconvert.cli.rundir import Config
+from daqconvert.convert import apply_plan, plan
+from daqconvert.errors import DataError, TrainingError
+from daqconvert.models import copy_model
+from daqconvert.report.progress import progress
+from daqconvert.sources import load_checkpoint
+from daqconvert.spec import Policy
+from daqconvert.training import FinetuneResult, Recipe, evaluate, finetune, load_weights, recipe
+from daqconvert.training.signals import Terminated
 
 ModelName = Annotated[
     str | None, typer.Argument(help=f"{o.FORMS}. Default: a small timm network.", show_default=False)
@@ -61,3 +89,297 @@ def finetune_command(
             config = processes.from_main(lambda: config)
             opened, float_top1 = prepare_float(out, config, opened, processes, resume=resume)
         run(out, Started(config, opened, float_top1, resume=resume, onnx=not no_onnx), output)
+
+
+LEARNING_RATE, WEIGHT_DECAY = 3e-3, 0.05
+
+
+def train_float(model: nn.Module, loader: Any, epochs: int, seed: int) -> None:
+    """Train a model in place, with AdamW and one cycle of the learning rate, and leave it in evaluation mode.
+
+    Args:
+        model: The model.
+        loader: Batches `(images, labels)`.
+        epochs: Passes over them.
+        seed: Of order and augmentation.
+
+    Raises:
+        TrainingError: If the loss is not finite.
+    """
+    device = next(model.parameters()).device
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    steps = epochs * len(loader)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
+    torch.manual_seed(seed)
+    model.train()
+    with progress(steps, "training in float") as bar:
+        for _ in range(epochs):
+            for images, labels in loader:
+                loss = nn.functional.cross_entropy(model(images.to(device)), labels.to(device))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                value = loss.item()
+                if value != value:
+                    raise TrainingError(
+                        "Training in float: the loss is not a number. Give --checkpoint or --pretrained."
+                    )
+                bar.advance(loss=value)
+    model.eval()
+
+
+INTERRUPTED, TERMINATED = 130, 143
+
+
+@contextmanager
+def stoppable(out: Path, job: Job) -> Iterator[None]:
+    """End the command when the block is interrupted or SIGTERM comes, saying how to go on.
+
+    Args:
+        out: The run directory.
+        job: Of the run.
+    """
+    try:
+        with _sigterm(_raise):
+            yield
+    except KeyboardInterrupt:
+        fail(f"Interrupted. {_go_on(out, job)}", INTERRUPTED)
+    except Terminated:
+        fail(f"Stopped by SIGTERM. {_go_on(out, job)}", TERMINATED)
+
+
+@contextmanager
+def training() -> Iterator[None]:
+    """Leave SIGTERM to `finetune`, which ends after the step in progress, with a checkpoint."""
+    with _sigterm(signal.SIG_DFL):
+        yield
+
+
+@contextmanager
+def _sigterm(handler: Any) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    raise Terminated("SIGTERM")
+
+
+def _go_on(out: Path, job: Job) -> str:
+    again = f"{shlex.quote(str(job.source))} " if job.source.kind == "import" else ""  # code is named again
+    how = ", started by the launcher as before" if count() > 1 else ""
+    return f"Go on with: daqconvert finetune {again}--out {shlex.quote(str(out))} --resume{how}"
+
+
+@dataclass(frozen=True)
+class Started:
+    """A run that can train.
+
+    Attributes:
+        config: Its configuration.
+        opened: Its float model and data.
+        float_top1: Accuracy of the float model on the held-out images.
+        resume: Whether it goes on.
+        onnx: Whether ONNX files are wanted.
+    """
+
+    config: Config
+    opened: Opened
+    float_top1: float | None
+    resume: bool
+    onnx: bool
+
+
+def prepare_float(
+    out: Path, config: Config, opened: Opened, processes: Together, *, resume: bool
+) -> tuple[Opened, float | None]:
+    """Write the configuration and the float weights, and give them to all processes; return the float accuracy.
+
+    Args:
+        out: The run directory.
+        config: What is run.
+        opened: Its float model and data.
+        processes: Those of the run.
+        resume: Whether the run is there already.
+    """
+
+    def write() -> None:
+        if not resume:
+            rundir.clear(out)
+            rundir.write_config(out, config)
+        many = f", on {count()} processes" if count() > 1 else ""
+        say(f"{config.job.source} on {opened.loaders.description}{many}")
+        if not (out / rundir.FLOAT).is_file():
+            if config.float_epochs:
+                train_float(opened.model, opened.loaders.train, config.float_epochs, config.job.seed)
+            rundir.save_float(out, opened)
+
+    def measure() -> float | None:
+        return evaluate(opened.model, opened.loaders.val).top1
+
+    with stoppable(out, config.job):
+        processes.from_main(write)
+        processes.agree(opened.model)
+        opened = measured_by_float(opened)
+        if not opened.loaders.val_labelled:
+            say("no labels to measure by: top-1 is the share of images of which a model has the float model's class")
+        found = processes.from_main(measure)
+    say(f"float: top-1 {100 * (found or 0):.2f} %")
+    return opened, found
+
+
+def run(out: Path, started: Started, output: Output) -> None:
+    """Train; then, on the main process, freeze the best epoch, deploy it and say what came out.
+
+    Args:
+        out: The run directory.
+        started: What is run.
+        output: Where the summary goes.
+    """
+    config, opened = started.config, started.opened
+    began = time.perf_counter()
+    with stoppable(out, config.job):
+        qmodel: nn.Module = apply_plan(copy_model(opened.model), config.plan)
+        with training():
+            done = finetune(
+                qmodel, opened.loaders.train, opened.loaders.val, recipe=config.recipe, out_dir=out,
+                resume=started.resume, overwrite=not started.resume,
+            )  # fmt: skip
+        if not is_main():
+            return
+        say(str(done))
+        _deploy(out, started, qmodel, done, began, output)
+
+
+def _deploy(
+    out: Path, started: Started, qmodel: nn.Module, done: FinetuneResult, began: float, output: Output
+) -> None:
+    config, opened = started.config, started.opened
+    load_weights(qmodel, out / rundir.BEST)
+    top1 = evaluate(qmodel, opened.loaders.val).top1
+    deployed = deploy(out, opened, qmodel, onnx=started.onnx)
+    seconds = time.perf_counter() - began
+    document = summary_document(config, opened.loaders, (started.float_top1, top1), deployed, seconds)
+    document |= {"epochs": done.epochs, "best_epoch": done.best_epoch, "stop": done.stop}
+    document["files"] = rundir.written(out)
+    rundir.write_json(out / rundir.SUMMARY, document)
+    output.show(summary_text(document, out), document)
+    if deployed.problems:
+        fail(f"{out / rundir.ONNX} does not agree with the frozen model: {'; '.join(deployed.problems)}", 1)
+
+
+DEMO_FLOAT_EPOCHS = 10
+
+
+@dataclass(frozen=True)
+class Typed:
+    """What the user typed.
+
+    Attributes:
+        job: Model and data.
+        policy: Which layers get how many bits, or None.
+        recipe: Its name or file, or None.
+        changes: Fields of the recipe.
+        float_epochs: Epochs in float first, or None.
+    """
+
+    job: Job
+    policy: Policy | None
+    recipe: str | None
+    changes: Mapping[str, Any]
+    float_epochs: int | None
+
+
+def open_fresh(typed: Typed, chosen: Recipe) -> tuple[Config, Opened]:
+    """Check and build everything, before anything is written.
+
+    Args:
+        typed: What the user typed.
+        chosen: The recipe.
+
+    Raises:
+        TrainingError: If the model would start from random weights.
+        DataError: If the data has no labels and the recipe needs some, or a field of the recipe has no effect on it.
+    """
+    job, float_epochs = typed.job, typed.float_epochs
+    torch.manual_seed(job.seed)
+    opened = open_job(job, chosen.batch_size, skeleton=not is_main(), recipe=chosen)  # the others get their weights
+    if float_epochs is None:
+        float_epochs = 0 if job.has_weights else DEMO_FLOAT_EPOCHS
+        if not job.has_weights and job.model is not None:
+            raise TrainingError(
+                f"{job.source} would start from random weights. Give --pretrained or --checkpoint FILE, or say how "
+                "long to train it in float first: --float-epochs N."
+            )
+    _check_labels(job, opened, chosen, float_epochs)
+    for name in opened.loaders.unused:
+        if name in typed.changes:
+            raise DataError(f"--with {name}: has no effect on {opened.loaders.description}. Leave it out.")
+    policy = typed.policy or o.default_policy()
+    found = plan(opened.model, policy=policy, example_inputs=opened.example)
+    return Config(job, found, chosen, float_epochs), opened
+
+
+def _check_labels(job: Job, opened: Opened, chosen: Recipe, float_epochs: int) -> None:
+    if opened.loaders.labelled:
+        return
+    if chosen.distill < 1.0:
+        raise DataError(
+            f"{job.data}: its images have no labels, and recipe {chosen.name} learns from labels (distill = "
+            f"{chosen.distill:g}). Add --recipe fewshot or --distill 1, or put the images into one folder a class."
+        )
+    if float_epochs:
+        raise DataError(f"--float-epochs: the images of {job.data} have no labels to train a float model with.")
+
+
+def open_resumed(out: Path, typed: Typed, processes: Together) -> tuple[Config, Opened]:
+    """Take the run's own configuration; what the user typed besides has to be the same, but for `--workers`.
+
+    Args:
+        out: The run directory.
+        typed: What the user typed.
+        processes: Those of the run.
+
+    Raises:
+        TrainingError: If something is not the same.
+    """
+    config = processes.from_main(lambda: rundir.read_config(out))
+    for item in dataclasses.fields(Job):
+        found, stored = getattr(typed.job, item.name), getattr(config.job, item.name)
+        if found not in (stored, getattr(Job(), item.name)) and item.name != "workers":
+            raise TrainingError(f"--resume: the run in {out} has {item.name} {stored!r}, found {found!r}.")
+    if typed.float_epochs not in (None, config.float_epochs):
+        raise TrainingError(
+            f"--resume: the run in {out} has {config.float_epochs} float epochs, found {typed.float_epochs}."
+        )
+    _check_recipe(out, config.recipe, typed)
+    run_job = rundir.allow_code(config.job, typed.job.model, out)
+    run_job = dataclasses.replace(run_job, workers=typed.job.workers or run_job.workers)
+    has_float = (out / rundir.FLOAT).is_file()
+    torch.manual_seed(run_job.seed)
+    opened = open_job(run_job, config.recipe.batch_size, skeleton=has_float or not is_main(), recipe=config.recipe)
+    if has_float and is_main():
+        load_checkpoint(opened.model, out / rundir.FLOAT)
+    if typed.policy is not None:
+        found = plan(opened.model, policy=typed.policy, example_inputs=opened.example)
+        if found.rows != config.plan.rows:
+            raise TrainingError(f"--resume: the run in {out} has another policy than the one given. Leave it out.")
+    return config, opened
+
+
+def _check_recipe(out: Path, stored: Recipe, typed: Typed) -> None:
+    now, then = recipe(typed.recipe or stored, **typed.changes).to_dict(), stored.to_dict()
+    problems = [f"{key} {then[key]!r}, found {now[key]!r}" for key in then if key != "name" and now[key] != then[key]]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise TrainingError(
+            f"--resume: the run in {out} has {'; '.join(problems[:3])}{more}. A run goes on with its own recipe: "
+            "leave that out, or start another run with another --out."
+        )

@@ -1,7 +1,6 @@
 """Images for training, evaluation and calibration."""
 
-from daqconvert.data.answers import answered_by
-from daqconvert.data.images import Loaders, create_loaders
+from daqconvert.data.images import Loaders, answered_by, create_loaders
 from daqconvert.data.input_config import InputConfig, input_config
 from daqconvert.data.parquet import ParquetImages
 from daqconvert.data.splits import Splits, open_splits

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from daqconvert.calibration import METHODS
+from daqconvert.calibration.observers import METHODS
 from daqconvert.errors import TrainingError, nearest
 from daqconvert.training.recipes.fields import (
     Check,
