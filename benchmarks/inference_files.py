@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import daqconvert as dq
-from daqconvert.deploy.float_export import export_float
+from daqconvert.deploy.exporting import export_float
 from daqconvert.deploy.runtime import OnnxModel
 
 FLOAT, STATIC = "float", "static int8"

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import daqconvert as dq
-from daqconvert.deploy import export as module
-from daqconvert.deploy.float_export import export_float
+from daqconvert.deploy import exporting as module
+from daqconvert.deploy.exporting import export_float
 from daqconvert.errors import DataError, ExportError
 
 

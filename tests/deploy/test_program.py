@@ -65,7 +65,7 @@ def test_notes_name_transposed_convolutions(frozen, images, tmp_path):
 
 
 def test_w8a8_without_vnni_is_told(frozen, chain, images, tmp_path, monkeypatch):
-    monkeypatch.setattr("daqconvert.deploy.export.exact_int8", lambda: False)
+    monkeypatch.setattr("daqconvert.deploy.exporting.exact_int8", lambda: False)
     ends = {"w_bits": 8, "a_bits": 8}
     report = dq.export(frozen(chain, images, **ends), tmp_path / "wide.onnx", images)
     assert any("W8A8 on a processor without VNNI" in note for note in report.notes)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from daqconvert.deploy.float_export import export_float
+from daqconvert.deploy.exporting import export_float
 from daqconvert.deploy.runtime import OnnxModel, time_session
 from daqconvert.errors import ExportError
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import daqconvert as dq
-from daqconvert.deploy.float_export import export_float
+from daqconvert.deploy.exporting import export_float
 from daqconvert.errors import DataError, ExportError
 
 

@@ -7,9 +7,18 @@ import sys
 
 import pytest
 
-from daqconvert.fitted import Fitted
-from daqconvert.report.layer_cards import MOST, OPEN, LayerReport, layer_cards, layer_table
-from daqconvert.report.minis import BARS, HEIGHT, histogram, lines
+from daqconvert.report.fits import Fitted
+from daqconvert.report.layer_cards import (
+    BARS,
+    HEIGHT,
+    MOST,
+    OPEN,
+    LayerReport,
+    histogram,
+    layer_cards,
+    layer_table,
+    lines,
+)
 from daqconvert.report.training_page import TrainingReport, training_page
 
 VOID = {"meta", "path", "use", "br"}

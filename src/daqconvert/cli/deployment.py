@@ -25,8 +25,7 @@ from daqconvert.cli.job import Opened
 from daqconvert.cli.output import say
 from daqconvert.cli.rundir import ARTIFACT, FLOAT, FLOAT_ONNX, ONNX, SUMMARY, Config
 from daqconvert.data import Loaders
-from daqconvert.deploy.export import export
-from daqconvert.deploy.float_export import export_float
+from daqconvert.deploy.exporting import export, export_float
 from daqconvert.deploy.reports import ExportReport
 from daqconvert.deploy.timing import Call, Opener, onnx_opener, time_in_turns
 from daqconvert.freezing import freeze

@@ -23,7 +23,7 @@ from daqconvert.cli.targets import MODEL, RUN, data_changes, kind_of, load_artif
 from daqconvert.deploy.comparison import VerifyReport, plot_reports, share_text
 from daqconvert.deploy.reports import db_text
 from daqconvert.deploy.runtime import OnnxModel
-from daqconvert.deploy.verify import Model, Pair, verify_all
+from daqconvert.deploy.verifying import Model, Pair, verify_all
 from daqconvert.errors import DataError, ExportError
 from daqconvert.models import copy_model
 from daqconvert.report.tables import render, simple_table

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from daqconvert.deploy.frozen_operators import DOMAIN
 from daqconvert.deploy.grids import Grid, Grids, attributes
-from daqconvert.deploy.kernels import Kernels, Weight
+from daqconvert.deploy.integer_nodes import Kernels, Weight
 from daqconvert.deploy.lowering import BATCH
-from daqconvert.deploy.operators import DOMAIN
 from daqconvert.deploy.unpacking import Parts
 from daqconvert.functional.integer import Codes
 

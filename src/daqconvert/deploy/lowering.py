@@ -1,6 +1,8 @@
 """From a torch model to an ONNX graph: `torch.export`, then `torch.onnx`, quietly and with plain errors.
 
 A frozen layer arrives in the graph as the placeholders of `operators`; `expansion` writes them out.
+
+The names by which deployment knows what a model multiplies with.
 """
 
 from __future__ import annotations
@@ -20,14 +22,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from daqconvert.deploy.operators import translations
+from daqconvert.deploy.frozen_operators import translations
 from daqconvert.deploy.runtime import require_packages
-from daqconvert.deploy.sites import named_layers
 from daqconvert.errors import ExportError
-from daqconvert.layers.frozen_site import FrozenSite
+from daqconvert.graph.rewrite import CODES, Rewritten
+from daqconvert.layers import FrozenSite, QuantizedSite, is_site_type
 
 if TYPE_CHECKING:
     from onnx import ModelProto
+
 
 OPSET = 21
 BATCH = "batch"
@@ -181,3 +184,24 @@ def first_lines(error: BaseException) -> str:
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
     lines = [line.strip() for line in text.splitlines() if line.strip()][:3]
     return f"{type(error).__name__}: {' '.join(lines)[:400]}" if lines else type(error).__name__
+
+
+def named_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return everything that can be watched by dotted name: sites, quantized or frozen, and float layers.
+
+    A frozen layer with a forward of its own keeps its codes in a child; that child goes by the layer's name, as the
+    quantized layer does.
+
+    Args:
+        model: Float, quantized or frozen.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if not (isinstance(module, (QuantizedSite, FrozenSite)) or is_site_type(module)):
+            continue
+        parent, _, last = name.rpartition(".")
+        inside = (
+            last == CODES and isinstance(module, FrozenSite) and isinstance(model.get_submodule(parent), Rewritten)
+        )
+        found[parent if inside else name] = module
+    return found

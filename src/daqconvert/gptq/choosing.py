@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from daqconvert.fitted import Fitted
 from daqconvert.functional.grid import quantize_weight
 from daqconvert.gptq.solver import output_error, second_order_levels
 from daqconvert.gptq.stages import first_forward, gather
 from daqconvert.layers.base import QuantizedLayer
 from daqconvert.models import disabled, evaluating, quantized_layers
 from daqconvert.quantizers import WeightQuantizer
+from daqconvert.report.fits import Fitted
 from daqconvert.report.progress import progress
 
 DAMPING = 0.01  # of GPTQ

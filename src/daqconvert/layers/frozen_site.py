@@ -152,7 +152,7 @@ class FrozenSite(nn.Module):
         weight_zero_point: uint8 scalar buffer, likewise.
         settings: What the plan's row said.
         dtype: Of the operands.
-        qdq: True writes operands and rescaling as one operator each (`daqconvert.deploy.operators`), for export alone;
+        qdq: True writes operands and rescaling as one operator each (`deploy.frozen_operators`), for export alone;
             the values are the same.
         watchers: What `watching` has attached.
         cache: Keeps the operand of the codes where `keep_operand` has said so, else None.

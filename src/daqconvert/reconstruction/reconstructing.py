@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from daqconvert.fitted import Fitted
 from daqconvert.models import evaluating
 from daqconvert.norms import estimate
 from daqconvert.reconstruction.calls import Flow, Stage, copied, stages, treats_rows_alone
 from daqconvert.reconstruction.fitting import Examples, fit, trainable
+from daqconvert.report.fits import Fitted
 from daqconvert.report.progress import progress
 
 

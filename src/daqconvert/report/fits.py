@@ -1,10 +1,13 @@
-"""What was fitted before training, on the page of a run: a table for each way, with errors before and after."""
+"""What was fitted before training, on the page of a run: a table for each way, with errors before and after.
+
+What became of a part of a model that was fitted to its float twin before training.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from daqconvert.fitted import Fitted
 from daqconvert.report.html import folded_table, number, text
 
 OPEN = 40  # rows that are seen at once; the others are folded away
@@ -42,3 +45,20 @@ def _cells(row: Fitted, largest: float) -> list[str]:
         for error, color in ((row.before, "--c1"), (row.after, "--c2"))
     )
     return [text(row.name), number(row.before, 3), number(row.after, 3), bars]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """One layer or block; errors are `||y_q - y||^2 / ||y||^2` of its outputs over all batches.
+
+    Attributes:
+        name: Of the module.
+        before: Error before it was fitted.
+        after: Error after that.
+        left_alone: Why it was not fitted, or `""`; it has no errors then.
+    """
+
+    name: str
+    before: float = 0.0
+    after: float = 0.0
+    left_alone: str = ""

@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from daqconvert.fitted import Fitted
-from daqconvert.report.fits import fit_tables
+from daqconvert.report.fits import Fitted, fit_tables
 from daqconvert.report.html import facts, number, page, percent, table, text
 from daqconvert.report.layer_cards import LayerReport, layer_cards, layer_table
 

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from daqconvert.calibration import CalibrationReport
 from daqconvert.errors import DataError, TrainingError
-from daqconvert.fitted import Fitted
+from daqconvert.report.fits import Fitted
 from daqconvert.report.progress import Bar
 from daqconvert.training.epochs import Epochs
 from daqconvert.training.evaluation import EvalResult, measured

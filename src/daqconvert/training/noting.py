@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from daqconvert.fitted import Fitted
+from daqconvert.report.fits import Fitted
 
 if TYPE_CHECKING:
     from daqconvert.training.engine import Run

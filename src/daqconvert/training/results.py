@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from daqconvert.calibration import CalibrationReport
-from daqconvert.fitted import Fitted
+from daqconvert.report.fits import Fitted
 from daqconvert.training.logs import Row
 
 

@@ -12,8 +12,7 @@ from torch import nn
 from daqconvert.batches import split_batch
 from daqconvert.deploy.agreement import Codes, Noise, Outputs
 from daqconvert.deploy.comparison import LayerComparison, VerifyReport
-from daqconvert.deploy.epilogues import epilogues
-from daqconvert.deploy.probes import ModuleProbe, OnnxProbe, Probe, Recording
+from daqconvert.deploy.probes import ModuleProbe, OnnxProbe, Probe, Recording, epilogues
 from daqconvert.errors import DataError, ExportError
 from daqconvert.layers import FrozenSite, QuantizedSite
 

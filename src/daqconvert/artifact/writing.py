@@ -11,7 +11,6 @@ from typing import Any
 from torch import nn
 
 from daqconvert.artifact.builders import check_source
-from daqconvert.artifact.load import try_source
 from daqconvert.artifact.manifest import (
     FLOATS,
     FORMAT,
@@ -23,6 +22,7 @@ from daqconvert.artifact.manifest import (
     largest_size,
     parse_manifest,
 )
+from daqconvert.artifact.reading import try_source
 from daqconvert.artifact.skeleton import forward_hashes
 from daqconvert.artifact.tensors import collect, sha256, write_tensors
 from daqconvert.convert import current_plan
