@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import daqconvert as dq
-from daqconvert.reconstruction import reconstruct
+from daqconvert.posttraining import reconstruct
 from daqconvert.training.objective import float_teacher
 from daqconvert.training.objective.blocks import block_names
 

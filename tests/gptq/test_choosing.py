@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 import daqconvert as dq
-from daqconvert.gptq import choose_codes
-from daqconvert.gptq.columns import columns, second_moments
-from daqconvert.gptq.solver import second_order_levels
+from daqconvert.posttraining import choose_codes
+from daqconvert.posttraining.gptq_solver import columns, second_moments, second_order_levels
 from daqconvert.training.objective.blocks import block_names
 
 

@@ -9,14 +9,14 @@ from torch import nn
 
 import daqconvert as dq
 from blocks import Net, Odd, error, images, low, trained_norms
-from daqconvert.reconstruction.calls import treats_rows_alone
-from daqconvert.reconstruction.fitting import Examples, fit
+from daqconvert.posttraining.block_calls import treats_rows_alone
+from daqconvert.posttraining.reconstruction import Examples, fit
 from daqconvert.training.objective import float_teacher
 
 
 @pytest.mark.parametrize("rate", [1e6, 1e30])
 def test_a_block_that_gets_worse_stays_as_it_was(rate, monkeypatch):
-    monkeypatch.setattr("daqconvert.reconstruction.fitting.RATE", rate)
+    monkeypatch.setattr("daqconvert.posttraining.reconstruction.RATE", rate)
     x = images()
     qmodel = low(trained_norms(Net(), x), x)
     qmodel.eval()

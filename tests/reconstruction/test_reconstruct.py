@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from blocks import Net, Odd, error, images, low, rebuilt, trained_norms
-from daqconvert.reconstruction import reconstruct
-from daqconvert.reconstruction.calls import Flow, stages
-from daqconvert.reconstruction.fitting import trainable
+from daqconvert.posttraining import reconstruct
+from daqconvert.posttraining.block_calls import Flow, stages
+from daqconvert.posttraining.reconstruction import trainable
 from daqconvert.training.objective import float_teacher
 from daqconvert.training.objective.blocks import block_names
 
@@ -46,7 +46,7 @@ def test_inputs_carried_on_are_those_of_a_forward_and_are_not_spoiled_in_place()
 
 
 def test_batch_norms_of_a_block_describe_what_it_gets(monkeypatch):
-    monkeypatch.setattr("daqconvert.reconstruction.reconstructing.fit", lambda *_: (1.0, 1.0))
+    monkeypatch.setattr("daqconvert.posttraining.reconstruction.fit", lambda *_: (1.0, 1.0))
     x, seen = images(), []
     qmodel, _ = rebuilt(trained_norms(Net(), x), x, w_bits=1, a_bits=2)
     norm = qmodel.eval().blocks[1].norm

@@ -8,7 +8,7 @@ from torch import nn
 
 import daqconvert as dq
 from daqconvert.errors import TrainingError
-from daqconvert.norms import batch_norms, estimate
+from daqconvert.posttraining.norms import batch_norms, estimate
 from daqconvert.training import Recipe
 from daqconvert.training.epochs import Epochs
 from daqconvert.training.parts.batch_norm import Reestimation

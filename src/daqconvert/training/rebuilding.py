@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from daqconvert.reconstruction import reconstruct
+from daqconvert.posttraining import reconstruct
 from daqconvert.training.noting import note
 from daqconvert.training.objective.blocks import block_names
 from daqconvert.training.seeding import preserved_random_state

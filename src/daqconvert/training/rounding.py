@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING
 
-from daqconvert.gptq import choose_codes
+from daqconvert.posttraining import choose_codes
 from daqconvert.training.noting import note
 from daqconvert.training.objective.blocks import block_names
 from daqconvert.training.seeding import preserved_random_state

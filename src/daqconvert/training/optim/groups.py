@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from daqconvert.sizes import bounds_and_scales
+from daqconvert.posttraining import bounds_and_scales
 from daqconvert.training.patterns import matching
 from daqconvert.training.recipes import Recipe
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from daqconvert.errors import TrainingError
-from daqconvert.sizes import parameter_sizes, step_in_sizes
+from daqconvert.posttraining import parameter_sizes, step_in_sizes
 from daqconvert.training.optim.factory import check_optimizer, make_optimizer
 from daqconvert.training.optim.groups import QUANTIZERS, WEIGHTS, decay_groups, parameter_groups, undecayed
 from daqconvert.training.optim.schedule import lr_factor

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from daqconvert.errors import TrainingError
-from daqconvert.norms import batch_norms, estimate
+from daqconvert.posttraining import batch_norms, estimate
 from daqconvert.training.loaders import read_batch
 from daqconvert.training.parts.base import Part
 from daqconvert.training.parts.moments import steps_until

@@ -1,16 +1,51 @@
-"""One block is fitted: steps of Adam on its own output, each parameter at its own scale."""
+"""Block reconstruction: block after block learns to return what it returned in float, from the inputs it will get.
+
+    minimize  || B_q(x_q) - B(x) ||^2 / || B(x) ||^2   over the parameters of one block
+
+where `x` is what the float network gives the block `B`, and `x_q` what the quantized blocks before it give. What a few
+hundred images teach a whole network by its logits is soon learned by heart; a block's outputs are thousands of numbers
+for every image, and with the blocks before it finished, a block does not run after inputs that move.
+
+Reference: "BRECQ: Pushing the Limit of Post-Training Quantization by Block Reconstruction" (Li et al., ICLR 2021),
+https://arxiv.org/abs/2102.05426, section 3.2 and algorithm 1, with the squared error for its Fisher-weighted one, and
+with weights that move freely under the gradient of their rounding instead of up or down.
+
+One block is fitted: steps of Adam on its own output, each parameter at its own scale.
+
+Block after block, in the order in which a forward reaches them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from daqconvert.models import evaluating
+from daqconvert.posttraining.block_calls import (
+    Call,
+    Flow,
+    Stage,
+    call_block,
+    copied,
+    rows_of,
+    stages,
+    treats_rows_alone,
+)
+from daqconvert.posttraining.norms import estimate
+from daqconvert.posttraining.parameter_sizes import (
+    bounds_and_scales,
+    parameter_sizes,
+    quantized_weights,
+    step_in_sizes,
+)
 from daqconvert.quantizers import WeightQuantizer
-from daqconvert.reconstruction.calls import Call, call_block, rows_of
-from daqconvert.sizes import bounds_and_scales, parameter_sizes, quantized_weights, step_in_sizes
+from daqconvert.report.fits import Fitted
+from daqconvert.report.progress import progress
 
 RATE = 0.02  # of a parameter's size, for each step
 VALUES = 1 << 19  # of a block's output in one step: many images where they are small, few where they are large
@@ -135,3 +170,72 @@ def trainable(block: nn.Module, shared: set[int]) -> list[nn.Parameter]:
     """
     known = set(dict(quantized_weights(block))) | bounds_and_scales(block)
     return [p for p in block.parameters() if p.requires_grad and id(p) not in shared and (p in known or p.dim() < 2)]
+
+
+def reconstruct(
+    model: nn.Module, teacher: nn.Module, batches: list[Any], blocks: list[str], steps: int, *,
+    seed: int = 0, show: bool = True,
+) -> list[Fitted]:  # fmt: skip
+    """Train blocks of a quantized model, in place, to return what those of a float model return.
+
+    Batch norms of a block take their statistics anew first. One block's inputs and outputs are held for all batches.
+
+    Args:
+        model: From `quantize`, calibrated.
+        teacher: The float model, with blocks of the same names, on the same device; in evaluation mode.
+        batches: Inputs as `calibrate` takes them.
+        blocks: Names of modules, none inside of another.
+        steps: Of training for each block.
+        seed: Of the order of images.
+        show: Whether to show progress.
+
+    Returns:
+        One entry per block that a forward reaches, in that order; its batch norms are estimated anew before either
+        error. Left alone are blocks that it calls more than once and blocks that do not return one tensor.
+
+    Example:
+        >>> from daqconvert.training.objective import float_teacher
+        >>> blocks = [nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)) for _ in range(2)]
+        >>> qmodel, x = dq.quantize(nn.Sequential(*blocks), w_bits=2, a_bits=4), torch.randn(64, 4)
+        >>> _ = dq.calibrate(qmodel, [x])
+        >>> rows = reconstruct(qmodel, float_teacher(qmodel), [x], ["0", "1"], 20)
+        >>> [(row.name, row.after < row.before) for row in rows]
+        [('0', True), ('1', True)]
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows: list[Fitted] = []
+    with evaluating(model), torch.compiler.set_stance("force_eager"):
+        found = stages(model, batches[0], blocks)
+        ours, theirs, targets = Flow(model, batches), Flow(teacher, batches), None
+        with progress(steps * len(found), "reconstruct", enabled=show) as bar:
+            for number, stage in enumerate(found, 1):
+                if why_not := _why_not(stage):
+                    rows.append(Fitted(stage.names[0], left_alone=why_not))
+                    targets = None
+                    bar.advance(steps)
+                    continue
+                carried = stage.chained and targets is not None
+                ours.reach(stage, ours.outputs() if carried else None)
+                theirs.reach(stage, targets if carried else None)
+                targets = theirs.outputs()
+                estimate(ours.block, map(copied, ours.calls))
+                whole = not treats_rows_alone(theirs.block, theirs.calls[0], targets[0])
+                examples = Examples(ours.calls, targets, whole)
+                trained = trainable(ours.block, _used_elsewhere(model, ours.block))
+                advance = partial(bar.advance, block=f"{number}/{len(found)}")
+                errors = fit(ours.block, examples, trained, steps, generator, advance)
+                rows.append(Fitted(stage.names[0], *errors))
+    return rows
+
+
+def _why_not(stage: Stage) -> str:
+    if stage.calls > 1:
+        return f"a forward calls it {stage.calls} times"
+    return "" if stage.tensor else "it does not return one tensor of floating point"
+
+
+def _used_elsewhere(model: nn.Module, block: nn.Module) -> set[int]:
+    """Parameters of a block, by `id`, that modules outside of it have too."""
+    inside = set(block.modules())
+    others = {id(p) for m in model.modules() if m not in inside for p in m.parameters(recurse=False)}
+    return {id(p) for p in block.parameters()} & others
