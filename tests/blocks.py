@@ -6,7 +6,7 @@ from torch import nn
 import daqconvert as dq
 from daqconvert.posttraining import reconstruct
 from daqconvert.training.objective import float_teacher
-from daqconvert.training.objective.blocks import block_names
+from daqconvert.training.objective.features import block_names
 
 
 def images(count=48, size=12, seed=0):

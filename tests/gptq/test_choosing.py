@@ -10,7 +10,7 @@ from torch import nn
 import daqconvert as dq
 from daqconvert.posttraining import choose_codes
 from daqconvert.posttraining.gptq_solver import columns, second_moments, second_order_levels
-from daqconvert.training.objective.blocks import block_names
+from daqconvert.training.objective.features import block_names
 
 
 def images(count=32, size=12):

@@ -9,7 +9,7 @@ from daqconvert.posttraining import reconstruct
 from daqconvert.posttraining.block_calls import Flow, stages
 from daqconvert.posttraining.reconstruction import trainable
 from daqconvert.training.objective import float_teacher
-from daqconvert.training.objective.blocks import block_names
+from daqconvert.training.objective.features import block_names
 
 
 @pytest.mark.parametrize("settings", [{}, {"w_bits": 1, "a_bits": 2}, {"rounding": "lsq"}, {"rounding": "ste"}])

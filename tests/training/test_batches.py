@@ -8,8 +8,8 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler, Subset
 
 from daqconvert.training import finetune
-from daqconvert.training.epochs import Epochs
-from daqconvert.training.seeding import preserved_random_state
+from daqconvert.training.batching.epochs import Epochs
+from daqconvert.training.batching.seeding import preserved_random_state
 from daqconvert.training.stepping import groups_of
 from training.conftest import Breaking, Clusters
 

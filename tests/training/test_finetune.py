@@ -10,7 +10,7 @@ from torch import nn
 import daqconvert as dq
 from daqconvert.errors import CalibrationError, DataError, FrozenError, TrainingError
 from daqconvert.training import Recipe, evaluate, finetune, load_weights, recipe
-from daqconvert.training.logs import COLUMNS
+from daqconvert.training.rundir import COLUMNS
 
 
 def test_loss_falls_and_accuracy_rises(make_float, loader, val_loader):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from daqconvert.errors import TrainingError
 from daqconvert.training import finetune, load_weights
-from daqconvert.training import loop as loop_module
+from daqconvert.training import finetuning as loop_module
 from daqconvert.training.checkpoint import digest, read_checkpoint
 from daqconvert.training.parts.assembly import parts_for
 from daqconvert.training.parts.base import Part

@@ -10,8 +10,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from daqconvert.training import finetune
-from daqconvert.training.appended import Appended
-from daqconvert.training.logs import COLUMNS, csv_text
+from daqconvert.training.rundir import COLUMNS, Appended, csv_text
 
 TIMES = ("images_per_second", "seconds")
 OPTIONS = {

@@ -10,7 +10,7 @@ import daqconvert as dq
 from daqconvert.errors import TrainingError
 from daqconvert.training import Recipe
 from daqconvert.training.optim import Optimizers, lr_factor, parameter_groups
-from daqconvert.training.optim.factory import check_optimizer
+from daqconvert.training.optim.optimizers import check_optimizer
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import daqconvert as dq
 from daqconvert.errors import TrainingError
 from daqconvert.posttraining.norms import batch_norms, estimate
 from daqconvert.training import Recipe
-from daqconvert.training.epochs import Epochs
+from daqconvert.training.batching.epochs import Epochs
 from daqconvert.training.parts.batch_norm import Reestimation
 
 

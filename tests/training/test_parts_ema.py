@@ -8,7 +8,7 @@ import daqconvert as dq
 from daqconvert.training import Recipe
 from daqconvert.training.parts.base import Step
 from daqconvert.training.parts.ema import Average, _pairs
-from daqconvert.training.parts.progressive import set_site_bits
+from daqconvert.training.parts.scheduled import set_site_bits
 
 
 def state(model):

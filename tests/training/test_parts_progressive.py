@@ -5,7 +5,7 @@ from torch import nn
 import daqconvert as dq
 from daqconvert.models import quantized_layers
 from daqconvert.training import Recipe
-from daqconvert.training.parts.progressive import ProgressiveBits
+from daqconvert.training.parts.scheduled import ProgressiveBits
 
 STAGES = [[0.4, 4, 6], [0.7, 3, 2]]  # of 9 steps: 3, then 3 more
 

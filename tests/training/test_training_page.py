@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from daqconvert.training import RECIPES, recipe
-from daqconvert.training.logs import COLUMNS
 from daqconvert.training.recipes import FIELDS, parse_overrides
+from daqconvert.training.rundir import COLUMNS
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,9 @@ from daqconvert.calibration import CalibrationReport
 from daqconvert.errors import DataError, TrainingError
 from daqconvert.report.fits import Fitted
 from daqconvert.report.progress import Bar
-from daqconvert.training.epochs import Epochs
+from daqconvert.training.batching.epochs import Epochs
+from daqconvert.training.batching.seeding import derived_seed, seed_generators
 from daqconvert.training.evaluation import EvalResult, measured
-from daqconvert.training.logs import Row
 from daqconvert.training.objective import NO_TEACHER, Objective
 from daqconvert.training.optim import QUANTIZERS, WEIGHTS, Optimizers
 from daqconvert.training.parts.base import Part, Step
@@ -31,8 +31,7 @@ from daqconvert.training.persistence import ended_by, model_copy, save
 from daqconvert.training.position import Position
 from daqconvert.training.processes import Processes
 from daqconvert.training.recipes import Recipe
-from daqconvert.training.rundir import RunDirectory
-from daqconvert.training.seeding import derived_seed, seed_generators
+from daqconvert.training.rundir import Row, RunDirectory
 from daqconvert.training.signals import Ended, Signals
 from daqconvert.training.stepping import groups_of, take_step
 

@@ -13,8 +13,8 @@ from daqconvert.batches import model_device
 from daqconvert.errors import DataError, TrainingError
 from daqconvert.models import evaluating
 from daqconvert.report.progress import track
-from daqconvert.training.epochs import Epochs
-from daqconvert.training.loaders import check_loader, inputs_count, read_batch
+from daqconvert.training.batching.epochs import Epochs
+from daqconvert.training.batching.loaders import check_loader, inputs_count, read_batch
 from daqconvert.training.losses import LossFn, correct, cross_entropy, logits_of
 from daqconvert.training.processes import Processes
 

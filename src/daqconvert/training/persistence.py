@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from daqconvert.calibration import calibrate, is_calibrated
+from daqconvert.training.batching.loaders import UNLABELLED, check_first_batch, length, read_batch
 from daqconvert.training.checkpoint import (
     MODEL,
     OPTIMIZER,
@@ -22,8 +23,6 @@ from daqconvert.training.checkpoint import (
     model_tensors,
     write_checkpoint,
 )
-from daqconvert.training.loaders import UNLABELLED, check_first_batch, length, read_batch
-from daqconvert.training.logs import write_log
 from daqconvert.training.noting import from_meta, to_meta
 from daqconvert.training.objective import OWN_TEACHER, float_teacher
 from daqconvert.training.optim import Optimizers
@@ -31,6 +30,7 @@ from daqconvert.training.position import Position
 from daqconvert.training.rebuilding import reconstruct_blocks
 from daqconvert.training.resuming import check_run, last_of, teacher_of
 from daqconvert.training.rounding import round_weights
+from daqconvert.training.rundir import write_log
 from daqconvert.training.signals import Terminated
 
 if TYPE_CHECKING:

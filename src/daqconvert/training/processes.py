@@ -2,6 +2,8 @@
 
 Each process trains on batches of its own; gradients are averaged. Process 0, the main one, writes files and shows
 progress. With one process nothing here changes a model: it stays on its device, and its `forward` is its own.
+
+Several optimizers as the one that torch's gradient scaler knows: one verdict for all, so all step or none does.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import atexit
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +20,10 @@ from torch import Tensor, nn
 from daqconvert.batches import model_device
 from daqconvert.errors import DaqError, TrainingError
 from daqconvert.training.recipes import Recipe
-from daqconvert.training.scaling import ScaledOptimizers, Steps
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
 
 T = TypeVar("T")
 PRECISIONS = ("no", "bf16", "fp16")
@@ -284,3 +286,37 @@ def _refusal(kind: str) -> str:
         f"finetune: {kind} is not supported: bounds and weights must be whole on every process. Run accelerate config "
         "and choose plain multi-GPU or multi-CPU training."
     )
+
+
+class Steps(Protocol):
+    """What is needed of the optimizers here."""
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All trained parameters."""
+        ...
+
+    def step(self) -> None:
+        """Update them."""
+        ...
+
+
+class ScaledOptimizers:
+    """Optimizers as `torch.amp.GradScaler` takes one: with `param_groups` and `step`.
+
+    Args:
+        optimizers: What is stepped.
+
+    Attributes:
+        parameters: All trained parameters.
+        param_groups: The same, as one group.
+    """
+
+    def __init__(self, optimizers: Steps) -> None:
+        self._optimizers = optimizers
+        self.parameters = optimizers.parameters
+        self.param_groups: list[dict[str, Any]] = [{"params": self.parameters}]
+
+    def step(self) -> None:
+        """Update all parameters."""
+        self._optimizers.step()

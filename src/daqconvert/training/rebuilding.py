@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from daqconvert.posttraining import reconstruct
+from daqconvert.training.batching.seeding import preserved_random_state
 from daqconvert.training.noting import note
-from daqconvert.training.objective.blocks import block_names
-from daqconvert.training.seeding import preserved_random_state
+from daqconvert.training.objective.features import block_names
 
 if TYPE_CHECKING:
     from daqconvert.training.engine import Run

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from daqconvert.calibration import CalibrationReport
 from daqconvert.report.fits import Fitted
-from daqconvert.training.logs import Row
+from daqconvert.training.rundir import Row
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from daqconvert.errors import TrainingError
+from daqconvert.training.batching.loaders import length
 from daqconvert.training.checkpoint import Checkpoint, check_model, first_few, read_checkpoint
-from daqconvert.training.loaders import length
 from daqconvert.training.objective import NO_TEACHER, OWN_TEACHER
 from daqconvert.training.recipes import completed
 from daqconvert.training.rundir import RunDirectory

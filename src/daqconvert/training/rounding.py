@@ -11,9 +11,9 @@ import itertools
 from typing import TYPE_CHECKING
 
 from daqconvert.posttraining import choose_codes
+from daqconvert.training.batching.seeding import preserved_random_state
 from daqconvert.training.noting import note
-from daqconvert.training.objective.blocks import block_names
-from daqconvert.training.seeding import preserved_random_state
+from daqconvert.training.objective.features import block_names
 
 if TYPE_CHECKING:
     from daqconvert.training.engine import Run

@@ -1,10 +1,27 @@
-"""The run directory: which files `finetune` writes, and the rules for a directory that is there already."""
+"""The run directory: which files `finetune` writes, and the rules for a directory that is there already.
+
+Files that grow line by line while a run goes on: what a checkpoint knows nothing of is dropped when it is resumed.
+
+Such files are for looking at; training needs none of them. So one that cannot be written is told of once, and training
+goes on: what must not be lost is in the checkpoints, whose errors stop it.
+
+The log of a run, `log.csv`: one line per epoch, empty where there is no value.
+
+The history in the checkpoint is the truth and the file is written anew from it each time, in one go. So after an
+interruption it never holds an epoch that is trained again, nor half a line.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
+import logging
 import os
 import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from daqconvert.errors import TrainingError
 from daqconvert.files import replacing, write_text
@@ -123,3 +140,100 @@ class RunDirectory:
             if not directory.is_dir() or any(directory.iterdir()):
                 return
             directory.rmdir()
+
+
+LOGGER = logging.getLogger("daqconvert.training")
+
+
+class Appended:
+    """A text file of whole lines.
+
+    Args:
+        path: The file; made by the first line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._told: set[Path] = set()
+
+    def lines(self) -> list[str]:
+        """Return its lines; the last one is left out where it was cut off, as by a process that was killed."""
+        if not self.path.is_file():
+            return []
+        whole, _, _ = self.path.read_text(encoding="utf-8", errors="replace").rpartition("\n")
+        return whole.split("\n") if whole else []
+
+    def keep(self, wanted: Callable[[str], bool]) -> list[str]:
+        """Drop the lines that are not wanted, and return the others.
+
+        Args:
+            wanted: Called with each line; one that raises `ValueError`, `KeyError` or `TypeError` is not wanted.
+        """
+        kept = []
+        for line in self.lines():
+            try:
+                if wanted(line):
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):  # damaged
+                continue
+        if self.path.is_file():
+            with telling(self.path, self._told):
+                write_text(self.path, "".join(f"{line}\n" for line in kept), TrainingError)
+        return kept
+
+    def clear(self) -> None:
+        """Remove the file."""
+        with telling(self.path, self._told):
+            self.path.unlink(missing_ok=True)
+
+    def add(self, line: str) -> None:
+        """Write one more line."""
+        with telling(self.path, self._told), self.path.open("a", encoding="utf-8", newline="") as file:
+            file.write(line + "\n")
+
+
+@contextmanager
+def telling(path: Path, told: set[Path]) -> Iterator[None]:
+    """Say once that a file cannot be written, instead of raising.
+
+    Args:
+        path: The file.
+        told: The files of which it was said; added to.
+    """
+    try:
+        yield
+    except (OSError, TrainingError) as error:
+        if path not in told:
+            LOGGER.warning("%s: cannot be written (%s); training goes on without it.", path, error)
+        told.add(path)
+
+
+Row = dict[str, Any]
+
+COLUMNS = (
+    "epoch", "step", "lr", "quantizer_lr", "train_loss", "train_top1", "val_loss", "val_top1", "images_per_second",
+    "seconds",
+)  # fmt: skip
+
+
+def csv_text(history: Sequence[Mapping[str, Any]]) -> str:
+    """Return the history as CSV with a header: `COLUMNS`, then what else the rows hold.
+
+    Args:
+        history: One row per epoch.
+
+    Example:
+        >>> csv_text([{"epoch": 1, "train_loss": 0.5}]).splitlines()[1]
+        '1,,,,0.5,,,,,'
+    """
+    stream = io.StringIO()
+    columns = list(dict.fromkeys((*COLUMNS, *(key for row in history for key in row))))
+    writer = csv.DictWriter(stream, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)  # None is written as nothing
+    return stream.getvalue()
+
+
+def write_log(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
+    """Write `log.csv`; raises `TrainingError` if that fails."""
+    write_text(path, csv_text(history), TrainingError, NOT_WRITTEN)

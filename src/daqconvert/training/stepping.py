@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
-from daqconvert.training.loaders import UNLABELLED, Inputs, inputs_count, read_batch
+from daqconvert.training.batching.loaders import UNLABELLED, Inputs, inputs_count, read_batch
+from daqconvert.training.batching.seeding import derived_seed, seed_generators
 from daqconvert.training.parts.base import Step
-from daqconvert.training.seeding import derived_seed, seed_generators
 
 if TYPE_CHECKING:
     from daqconvert.training.engine import Run

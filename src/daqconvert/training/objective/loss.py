@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from daqconvert.errors import TrainingError
-from daqconvert.training.loaders import Inputs
+from daqconvert.training.batching.loaders import Inputs
 from daqconvert.training.losses import LossFn, cross_entropy, distillation, logits_of
 from daqconvert.training.objective.features import Collector, called_alike, feature_loss, feature_names, optional_names
 from daqconvert.training.objective.mixing import Mixture, mixed

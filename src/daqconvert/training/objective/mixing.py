@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from daqconvert.errors import DataError
-from daqconvert.training.loaders import Inputs
+from daqconvert.training.batching.loaders import Inputs
 from daqconvert.training.losses import checked_target
 from daqconvert.training.recipes import Recipe
 

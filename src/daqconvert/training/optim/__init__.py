@@ -8,7 +8,6 @@ https://github.com/huggingface/pytorch-image-models, `timm.optim`.
 """
 
 from daqconvert.training.optim.groups import QUANTIZERS, WEIGHTS, parameter_groups
-from daqconvert.training.optim.optimizers import Optimizers
-from daqconvert.training.optim.schedule import lr_factor
+from daqconvert.training.optim.optimizers import Optimizers, lr_factor
 
 __all__ = ["QUANTIZERS", "WEIGHTS", "Optimizers", "lr_factor", "parameter_groups"]

@@ -12,16 +12,12 @@ from collections.abc import Callable
 from daqconvert.training.parts.base import Part
 from daqconvert.training.parts.batch_norm import make_fresh_statistics, make_frozen_batch_norm, make_reestimation
 from daqconvert.training.parts.board import Board
-from daqconvert.training.parts.bounds import make_bounds
 from daqconvert.training.parts.ema import make_average
 from daqconvert.training.parts.guards import Guards
 from daqconvert.training.parts.oscillation import Oscillation
-from daqconvert.training.parts.progressive import make_progressive
 from daqconvert.training.parts.report_page import ReportPage
-from daqconvert.training.parts.sharpening import make_sharpening
-from daqconvert.training.parts.snapshots import Snapshots
-from daqconvert.training.parts.steps import StepLog
-from daqconvert.training.parts.stopping import make_stopping
+from daqconvert.training.parts.scheduled import make_bounds, make_progressive, make_sharpening, make_stopping
+from daqconvert.training.parts.snapshots import Snapshots, StepLog
 from daqconvert.training.recipes import Recipe
 
 Make = Callable[[Recipe], Part | None]

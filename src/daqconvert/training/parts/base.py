@@ -14,7 +14,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from daqconvert.training.engine import Run
-    from daqconvert.training.logs import Row
+    from daqconvert.training.rundir import Row
 
 
 @dataclass(frozen=True)

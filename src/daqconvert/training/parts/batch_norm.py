@@ -18,11 +18,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from daqconvert.errors import TrainingError
 from daqconvert.posttraining import batch_norms, estimate
-from daqconvert.training.loaders import read_batch
+from daqconvert.training.batching.loaders import read_batch
+from daqconvert.training.batching.seeding import preserved_random_state
 from daqconvert.training.parts.base import Part
 from daqconvert.training.parts.moments import steps_until
 from daqconvert.training.recipes import Recipe
-from daqconvert.training.seeding import preserved_random_state
 
 if TYPE_CHECKING:
     from daqconvert.training.engine import Run

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from daqconvert.layers.site import QuantizedSite
 from daqconvert.models import copy_model, quantized_layers
 from daqconvert.training.parts.base import Part, Step
-from daqconvert.training.parts.progressive import set_site_bits
+from daqconvert.training.parts.scheduled import set_site_bits
 from daqconvert.training.recipes import Recipe
 
 if TYPE_CHECKING:

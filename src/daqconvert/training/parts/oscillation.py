@@ -27,7 +27,7 @@ from daqconvert.training.recipes import Recipe
 
 if TYPE_CHECKING:
     from daqconvert.training.engine import Run
-    from daqconvert.training.logs import Row
+    from daqconvert.training.rundir import Row
 
 
 class Oscillation(Part):

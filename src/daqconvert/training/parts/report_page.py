@@ -24,20 +24,19 @@ from daqconvert.quantizers import WeightQuantizer
 from daqconvert.report.layer_cards import LayerReport
 from daqconvert.report.training_page import TrainingReport, training_page
 from daqconvert.spec import Plan
-from daqconvert.training.appended import Appended, telling
 from daqconvert.training.parts.asking import part_of, writes
 from daqconvert.training.parts.base import Part
 from daqconvert.training.parts.guards import Guards
 from daqconvert.training.parts.measures import sites_of
 from daqconvert.training.parts.oscillation import Oscillation
-from daqconvert.training.parts.snapshots import Snapshots
-from daqconvert.training.parts.steps import StepLog
+from daqconvert.training.parts.snapshots import Snapshots, StepLog
 from daqconvert.training.recipes import Recipe
+from daqconvert.training.rundir import Appended, telling
 from daqconvert.version import __version__
 
 if TYPE_CHECKING:
     from daqconvert.training.engine import Run
-    from daqconvert.training.logs import Row
+    from daqconvert.training.rundir import Row
 
 SHARE = 0.05  # of the time that may go into drawing
 FIRST_GUESS = 0.5  # seconds

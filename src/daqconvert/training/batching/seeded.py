@@ -10,8 +10,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
-from daqconvert.training.loaders import length
-from daqconvert.training.seeding import derived_seed, seed_generators
+from daqconvert.training.batching.loaders import length
+from daqconvert.training.batching.seeding import derived_seed, seed_generators
 
 
 def can_be_seeded(loader: Any) -> bool:

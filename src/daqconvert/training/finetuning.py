@@ -14,11 +14,11 @@ from daqconvert.convert import require_quantized
 from daqconvert.errors import ConversionError, TrainingError
 from daqconvert.models import evaluating
 from daqconvert.report.progress import progress as progress_bar
+from daqconvert.training.batching.epochs import Epochs
+from daqconvert.training.batching.loaders import check_length, check_loader
+from daqconvert.training.batching.seeding import preserved_random_state
 from daqconvert.training.checkpoint import layer_settings
 from daqconvert.training.engine import Run
-from daqconvert.training.epochs import Epochs
-from daqconvert.training.loaders import check_length, check_loader
-from daqconvert.training.logs import Row
 from daqconvert.training.losses import LossFn
 from daqconvert.training.objective import Objective, check_teacher, teacher_kind
 from daqconvert.training.parts.assembly import parts_for
@@ -28,8 +28,7 @@ from daqconvert.training.processes import Processes, launched
 from daqconvert.training.recipes import Recipe
 from daqconvert.training.recipes import recipe as find_recipe
 from daqconvert.training.results import FinetuneResult
-from daqconvert.training.rundir import RunDirectory
-from daqconvert.training.seeding import preserved_random_state
+from daqconvert.training.rundir import Row, RunDirectory
 from daqconvert.training.signals import listening
 
 if TYPE_CHECKING:

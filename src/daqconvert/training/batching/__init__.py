@@ -1,0 +1,1 @@
+"""Batches of an epoch: loaders, what each process reads of them, and their randomness."""
