@@ -106,7 +106,7 @@ def test_the_float_weights_teach_after_gptq_too(monkeypatch):
         seen.append((qmodel.blocks[0].one.weight.detach().clone(), teacher.blocks[0].one.weight, len(batches), steps))
         return []
 
-    monkeypatch.setattr("daqconvert.training.rebuilding.reconstruct", noted)
+    monkeypatch.setattr("daqconvert.training.preparing.reconstruct", noted)
     options = {"recipe": "fewshot", "epochs": 1, "progress": False, "reconstruct": 7, "reconstruct_batches": 8}
     dq.finetune(qmodel, list(x.split(8)), gptq=2, **options)
     ((chosen, taught, batches, steps),) = seen

@@ -10,7 +10,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 from daqconvert.training import finetune
 from daqconvert.training.batching.epochs import Epochs
 from daqconvert.training.batching.seeding import preserved_random_state
-from daqconvert.training.stepping import groups_of
+from daqconvert.training.looping import groups_of
 from training.conftest import Breaking, Clusters
 
 

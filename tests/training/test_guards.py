@@ -10,8 +10,8 @@ import torch
 import daqconvert as dq
 from daqconvert.errors import TrainingError
 from daqconvert.training import Recipe
-from daqconvert.training.parts.base import Step
 from daqconvert.training.parts.guards import FIRST, LOGGER, Guards
+from daqconvert.training.run import Step
 
 
 class Run:

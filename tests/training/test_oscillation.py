@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import daqconvert as dq
-from daqconvert.training.parts.base import Step
 from daqconvert.training.parts.oscillation import Oscillation
 from daqconvert.training.parts.tracks import MOMENTUM, Track
+from daqconvert.training.run import Step
 
 
 class Run:

@@ -6,9 +6,9 @@ from torch import nn
 
 import daqconvert as dq
 from daqconvert.training import Recipe
-from daqconvert.training.parts.base import Step
 from daqconvert.training.parts.ema import Average, _pairs
 from daqconvert.training.parts.scheduled import set_site_bits
+from daqconvert.training.run import Step
 
 
 def state(model):

@@ -8,7 +8,7 @@ import torch
 from daqconvert.errors import DaqError, TrainingError
 from daqconvert.training import finetune
 from daqconvert.training.checkpoint import read_checkpoint, write_checkpoint
-from daqconvert.training.recipes.before import BEFORE
+from daqconvert.training.recipes.published import BEFORE
 
 OPTIONS = {"epochs": 3, "lr": 0.05}
 
@@ -85,9 +85,9 @@ def test_the_log_drops_what_is_trained_again(make, breaking, loader, tmp_path):
 
 def test_killed_between_best_and_last(make, loader, val_loader, tmp_path, monkeypatch):
     """`best` may be an epoch ahead of `last`; the epoch is trained again and both agree."""
-    from daqconvert.training import persistence
+    from daqconvert.training import saving
 
-    whole, parts, write = tmp_path / "whole", tmp_path / "parts", persistence.write_checkpoint
+    whole, parts, write = tmp_path / "whole", tmp_path / "parts", saving.write_checkpoint
     finetune(make(), loader(), val_loader, out_dir=whole, **OPTIONS)
 
     def killed(path, tensors, meta, before=None):
@@ -96,7 +96,7 @@ def test_killed_between_best_and_last(make, loader, val_loader, tmp_path, monkey
         write(path, tensors, meta, before)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(persistence, "write_checkpoint", killed)
+        patch.setattr(saving, "write_checkpoint", killed)
         finetune(make(), loader(), val_loader, out_dir=parts, **OPTIONS)
     assert read_checkpoint(parts / "best.safetensors").meta["epochs_done"] == 1
     assert read_checkpoint(parts / "last.safetensors").meta["epochs_done"] == 0

@@ -18,16 +18,16 @@ from daqconvert.training.batching.epochs import Epochs
 from daqconvert.training.batching.loaders import check_length, check_loader
 from daqconvert.training.batching.seeding import preserved_random_state
 from daqconvert.training.checkpoint import layer_settings
-from daqconvert.training.engine import Run
+from daqconvert.training.looping import train
 from daqconvert.training.losses import LossFn
 from daqconvert.training.objective import Objective, check_teacher, teacher_kind
 from daqconvert.training.parts.assembly import parts_for
-from daqconvert.training.parts.base import Step
-from daqconvert.training.persistence import start
+from daqconvert.training.preparing import start
 from daqconvert.training.processes import Processes, launched
 from daqconvert.training.recipes import Recipe
 from daqconvert.training.recipes import recipe as find_recipe
 from daqconvert.training.results import FinetuneResult
+from daqconvert.training.run import Run, Step
 from daqconvert.training.rundir import Row, RunDirectory
 from daqconvert.training.signals import listening
 
@@ -118,7 +118,7 @@ def finetune(
         left = max(0, run.total_steps - run.steps_done) or None
         bar = stack.enter_context(progress_bar(left, "finetuning", enabled=run.show))
         run.signals = stack.enter_context(listening())
-        run.train(bar, on_epoch, on_step)
+        train(run, bar, on_epoch, on_step)
         run.optimizers.zero_grad()
     return _result(run, time.perf_counter() - started)
 

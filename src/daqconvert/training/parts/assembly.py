@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from daqconvert.training.parts.base import Part
 from daqconvert.training.parts.batch_norm import make_fresh_statistics, make_frozen_batch_norm, make_reestimation
 from daqconvert.training.parts.board import Board
 from daqconvert.training.parts.ema import make_average
@@ -19,6 +18,7 @@ from daqconvert.training.parts.report_page import ReportPage
 from daqconvert.training.parts.scheduled import make_bounds, make_progressive, make_sharpening, make_stopping
 from daqconvert.training.parts.snapshots import Snapshots, StepLog
 from daqconvert.training.recipes import Recipe
+from daqconvert.training.run import Part
 
 Make = Callable[[Recipe], Part | None]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -20,12 +20,8 @@ from daqconvert.errors import TrainingError
 from daqconvert.posttraining import batch_norms, estimate
 from daqconvert.training.batching.loaders import read_batch
 from daqconvert.training.batching.seeding import preserved_random_state
-from daqconvert.training.parts.base import Part
-from daqconvert.training.parts.moments import steps_until
 from daqconvert.training.recipes import Recipe
-
-if TYPE_CHECKING:
-    from daqconvert.training.engine import Run
+from daqconvert.training.run import Part, Run, steps_until
 
 
 def _required(run: Run, field: str) -> list[_BatchNorm]:

@@ -18,20 +18,15 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from daqconvert.training.parts.asking import part_of, writes
-from daqconvert.training.parts.base import Part, Step
 from daqconvert.training.parts.measures import measure, sites_of
 from daqconvert.training.parts.oscillation import Oscillation
 from daqconvert.training.parts.snapshots import StepLog
-from daqconvert.training.rundir import Appended, telling
-
-if TYPE_CHECKING:
-    from daqconvert.training.engine import Run
-    from daqconvert.training.rundir import Row
+from daqconvert.training.run import Part, Run, Step, part_of, writes
+from daqconvert.training.rundir import Appended, Row, telling
 
 
 class Board(Part):

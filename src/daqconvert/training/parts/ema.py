@@ -14,19 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from daqconvert.layers.site import QuantizedSite
 from daqconvert.models import copy_model, quantized_layers
-from daqconvert.training.parts.base import Part, Step
 from daqconvert.training.parts.scheduled import set_site_bits
 from daqconvert.training.recipes import Recipe
-
-if TYPE_CHECKING:
-    from daqconvert.training.engine import Run
+from daqconvert.training.run import Part, Run, Step
 
 HALVES = (torch.float16, torch.bfloat16)  # too coarse for what one step adds: averaged in float32
 

@@ -10,20 +10,17 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from daqconvert.errors import TrainingError
 from daqconvert.layers.site import QuantizedSite
-from daqconvert.training.parts.base import Part, Step
 from daqconvert.training.parts.measures import input_quantizers, input_range, level_counts, sites_of, weight_ranges
 from daqconvert.training.recipes import Recipe
-
-if TYPE_CHECKING:
-    from daqconvert.training.engine import Run
-    from daqconvert.training.rundir import Row
+from daqconvert.training.run import Part, Run, Step
+from daqconvert.training.rundir import Row
 
 LOGGER = logging.getLogger("daqconvert.training")
 

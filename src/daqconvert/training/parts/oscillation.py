@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,11 @@ from torch import Tensor, nn
 from daqconvert.layers.site import QuantizedSite
 from daqconvert.models import quantized_layers
 from daqconvert.quantizers import WeightQuantizer
-from daqconvert.training.parts.base import Part, Step
 from daqconvert.training.parts.together import Together
 from daqconvert.training.parts.tracks import SAMPLE, Track
 from daqconvert.training.recipes import Recipe
-
-if TYPE_CHECKING:
-    from daqconvert.training.engine import Run
-    from daqconvert.training.rundir import Row
+from daqconvert.training.run import Part, Run, Step
+from daqconvert.training.rundir import Row
 
 
 class Oscillation(Part):

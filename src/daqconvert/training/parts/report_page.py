@@ -11,7 +11,7 @@ import platform
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import timm
 import torch
@@ -24,19 +24,14 @@ from daqconvert.quantizers import WeightQuantizer
 from daqconvert.report.layer_cards import LayerReport
 from daqconvert.report.training_page import TrainingReport, training_page
 from daqconvert.spec import Plan
-from daqconvert.training.parts.asking import part_of, writes
-from daqconvert.training.parts.base import Part
 from daqconvert.training.parts.guards import Guards
 from daqconvert.training.parts.measures import sites_of
 from daqconvert.training.parts.oscillation import Oscillation
 from daqconvert.training.parts.snapshots import Snapshots, StepLog
 from daqconvert.training.recipes import Recipe
-from daqconvert.training.rundir import Appended, telling
+from daqconvert.training.run import Part, Run, part_of, writes
+from daqconvert.training.rundir import Appended, Row, telling
 from daqconvert.version import __version__
-
-if TYPE_CHECKING:
-    from daqconvert.training.engine import Run
-    from daqconvert.training.rundir import Row
 
 SHARE = 0.05  # of the time that may go into drawing
 FIRST_GUESS = 0.5  # seconds

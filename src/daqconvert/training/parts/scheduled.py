@@ -29,7 +29,7 @@ Early stopping: training ends when no epoch was better for a while.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from daqconvert.errors import TrainingError
 from daqconvert.functional.grid import Rounding
@@ -38,13 +38,9 @@ from daqconvert.models import quantized_layers
 from daqconvert.quantizers.base import Quantizer
 from daqconvert.spec import Settings
 from daqconvert.training.optim import QUANTIZERS
-from daqconvert.training.parts.base import Part
-from daqconvert.training.parts.moments import steps_until
 from daqconvert.training.recipes import Recipe
-
-if TYPE_CHECKING:
-    from daqconvert.training.engine import Run
-    from daqconvert.training.rundir import Row
+from daqconvert.training.run import Part, Run, steps_until
+from daqconvert.training.rundir import Row
 
 
 class FrozenBounds(Part):

@@ -10,20 +10,14 @@ The loss by step: `steps.csv` in the run directory, a line for every ten optimiz
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from daqconvert.training.optim import QUANTIZERS, WEIGHTS
-from daqconvert.training.parts.asking import writes
-from daqconvert.training.parts.base import Part, Step
 from daqconvert.training.parts.measures import level_counts, measure, sites_of
-from daqconvert.training.rundir import Appended
-
-if TYPE_CHECKING:
-    from daqconvert.training.engine import Run
-    from daqconvert.training.rundir import Row
-
+from daqconvert.training.run import Part, Run, Step, writes
+from daqconvert.training.rundir import Appended, Row
 
 Sites = dict[str, dict[str, Any]]
 

@@ -2,13 +2,22 @@
 
 References: "Distance-aware Quantization" (Kim, Lee, Ham, ICCV 2021), section 4.1 and the authors' published training
 code; "Network Quantization with Element-wise Gradient Scaling" (Lee, Kim, Ham, CVPR 2021) for ImageNet.
+
+Runs of earlier versions, whose recipes had fewer fields.
+
+Where a recipe comes from: a published name, a TOML file, or the dataclass itself.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from daqconvert.training.recipes.recipe import Recipe
+from daqconvert.errors import TrainingError, nearest
+from daqconvert.training.recipes.recipe import Recipe, check_names
 
 _PUBLISHED: dict[str, Any] = {
     "momentum": 0.9, "weight_decay": 1e-4, "schedule": "cosine", "batch_size": 256, "distill": 0.0,
@@ -50,3 +59,74 @@ RECIPES: dict[str, Recipe] = {
     "paper-cifar10": Recipe("paper-cifar10", epochs=400, lr=0.1, quantizer_lr=1e-4, **_PUBLISHED),
     "paper-imagenet": Recipe("paper-imagenet", epochs=100, lr=0.01, quantizer_lr=1e-5, **_PUBLISHED),
 }
+
+
+BEFORE: dict[str, Any] = {
+    "final_w_sigma": 0.0,
+    "final_a_sigma": 0.0,
+    "final_sigma_bits": 2,
+    "gptq": 0,
+    "lr_unit": "absolute",
+    "reconstruct": 0,
+    "reconstruct_batches": 32,
+}
+"""What a run had that was written before a field was there."""
+
+
+def completed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a run's recipe with those that it was written before.
+
+    Args:
+        fields: As they were written.
+
+    Example:
+        >>> completed({"final_a_sigma": 2.0})["final_sigma_bits"], completed({})["final_sigma_bits"]
+        (2, 1)
+    """
+    sharpened = fields.get("final_w_sigma") or fields.get("final_a_sigma")
+    bits = {} if sharpened else {"final_sigma_bits": 1}  # where nothing sharpened, today's default is as true
+    return {**BEFORE, **bits, **fields}
+
+
+def recipe(source: str | Path | Recipe = "quick", **overrides: Any) -> Recipe:
+    """Return a recipe by name, from a TOML file, or as given, with some fields changed.
+
+    Args:
+        source: A name of `RECIPES`, the path of a TOML file (`base = "quick"` and any field), or a `Recipe`.
+        **overrides: Fields to change.
+
+    Raises:
+        TrainingError: If there is no such recipe, file or field; names the nearest valid one.
+
+    Example:
+        >>> recipe("paper-cifar10", epochs=5).lr
+        0.1
+    """
+    if isinstance(source, Recipe):
+        found = source
+    elif isinstance(source, str) and source in RECIPES:
+        found = RECIPES[source]
+    elif isinstance(source, (str, Path)) and (Path(source).suffix == ".toml" or Path(source).is_file()):
+        found = _from_file(Path(source))
+    else:
+        close = nearest(source, RECIPES) if isinstance(source, str) else ""
+        raise TrainingError(
+            f"recipe: expected one of {', '.join(RECIPES)}, the path of a TOML file, or a Recipe; "
+            f"found {source!r}.{close}"
+        )
+    return found.replace(**overrides) if overrides else found
+
+
+def _from_file(path: Path) -> Recipe:
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise TrainingError(f"recipe {path}: cannot be read ({error.strerror or error}). Check the path.") from None
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
+        raise TrainingError(f"recipe {path}: not valid TOML ({error}).") from None
+    base = values.pop("base", "quick")
+    if not isinstance(base, str) or base not in RECIPES:
+        close = nearest(base, RECIPES) if isinstance(base, str) else ""
+        raise TrainingError(f"recipe {path}: base: expected one of {', '.join(RECIPES)}; found {base!r}.{close}")
+    check_names(values, f"recipe {path}")
+    return dataclasses.replace(RECIPES[base], **{"name": path.name, **values})

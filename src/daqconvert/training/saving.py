@@ -3,65 +3,38 @@
 Its state is `last.safetensors`: tensors of model, optimizers and parts, and `meta(run)`. `best.safetensors` has the
 same form, and of tensors the model alone, as it was evaluated; `teacher.safetensors` holds the model as it was before
 the first step, because a model in memory may have been trained on since.
+
+What is checked before a run goes on: that its checkpoint is whole, and of this very run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from daqconvert.calibration import calibrate, is_calibrated
-from daqconvert.training.batching.loaders import UNLABELLED, check_first_batch, length, read_batch
+from daqconvert.errors import TrainingError
+from daqconvert.report.fits import Fitted
+from daqconvert.training.batching.loaders import length
 from daqconvert.training.checkpoint import (
     MODEL,
     OPTIMIZER,
     PART,
     Checkpoint,
+    check_model,
+    first_few,
     model_tensors,
+    read_checkpoint,
     write_checkpoint,
 )
-from daqconvert.training.noting import from_meta, to_meta
-from daqconvert.training.objective import OWN_TEACHER, float_teacher
+from daqconvert.training.objective import NO_TEACHER, OWN_TEACHER, float_teacher
 from daqconvert.training.optim import Optimizers
-from daqconvert.training.position import Position
-from daqconvert.training.rebuilding import reconstruct_blocks
-from daqconvert.training.resuming import check_run, last_of, teacher_of
-from daqconvert.training.rounding import round_weights
-from daqconvert.training.rundir import write_log
+from daqconvert.training.recipes import completed
+from daqconvert.training.run import Position, Run
+from daqconvert.training.rundir import RunDirectory, write_log
 from daqconvert.training.signals import Terminated
-
-if TYPE_CHECKING:
-    from daqconvert.training.engine import Run
-
-
-def start(run: Run, *, resume: bool) -> None:
-    """Bring model, teacher, optimizers and parts into the state of the last checkpoint, or of step 0.
-
-    Args:
-        run: Fresh, changed in place.
-        resume: Go on with the checkpoint in its directory, if there is one.
-
-    Raises:
-        TrainingError: If the checkpoint is damaged or of another run; nothing is changed then.
-        DataError: If a loader is empty or its first batch has not the right form.
-        CalibrationError: If the data cannot calibrate the model.
-    """
-    checkpoint = None
-    if run.directory is not None:
-        model_tensors(run.model)  # raises if the model has state that a checkpoint cannot hold
-        if resume:
-            checkpoint = run.processes.from_main(lambda: last_of(run.directory))
-    if checkpoint is not None:
-        check_run(run, checkpoint)
-    if run.val_epochs is not None:  # found now, not after an epoch
-        check_first_batch(run.val_epochs.batches(0, whole=True), "val_loader", needs_target=True)
-    if checkpoint is None:
-        _start_fresh(run)
-    else:
-        _restore(run, checkpoint)
 
 
 def save(run: Run, *, best: dict[str, Tensor] | None = None) -> None:
@@ -123,65 +96,18 @@ def meta(run: Run) -> dict[str, Any]:
         "position": run.position.to_meta(run.processes),
         "scaler": run.processes.scaler_state(),
         "parts": {part.name: part.meta() for part in run.parts},
-        "fitted": to_meta(run.fitted),
+        "fitted": fits_to_meta(run.fitted),
     }
 
 
-def _start_fresh(run: Run) -> None:
-    if is_calibrated(run.model):
-        needs_target = run.objective.needs_target
-        batches = run.train_epochs.batches(0, whole=True)
-        check_first_batch(batches, "train_loader", needs_target=needs_target, hint=UNLABELLED)
-    else:
-        most = run.recipe.calibration_batches
-        count = min(most, length(run.train_loader) or most)
-        batches = _calibration_batches(run)
-        run.calibration = calibrate(
-            run.model, batches, method=run.recipe.calibration_method, max_batches=count, progress=run.show
-        )
-    run.processes.agree(run.model)
-    if run.teacher_kind == OWN_TEACHER:
-        run.objective.teacher = float_teacher(run.model)
-    initial = model_copy(run) if run.teacher_kind == OWN_TEACHER else {}
-    before = None
-    if run.recipe.reconstruct:  # weights that GPTQ has not changed teach
-        before = run.objective.teacher if run.teacher_kind == OWN_TEACHER else float_teacher(run.model)
-    if run.recipe.gptq:
-        round_weights(run)
-    if before is not None:
-        reconstruct_blocks(run, before)
-    _make_optimizers_and_parts(run)
-    if run.directory is None:
-        return
-    about = meta(run)
-    run.processes.from_main(lambda: _write_start(run, initial, about))
-    save(run)
-
-
-def _write_start(run: Run, initial: dict[str, Tensor], about: dict[str, Any]) -> None:
-    assert run.directory is not None
-    run.directory.clear()
-    run.directory.write_recipe(run.recipe)
-    if run.teacher_kind == OWN_TEACHER:
-        write_checkpoint(run.directory.teacher, initial, about)
-
-
-def _calibration_batches(run: Run) -> Iterator[Any]:
-    """The first batches, the same on every process."""
-    for i, batch in enumerate(run.train_epochs.batches(0, whole=True)):
-        if i == 0:
-            cpu, needs_target = torch.device("cpu"), run.objective.needs_target
-            read_batch(batch, cpu, "train_loader, first batch", needs_target=needs_target, hint=UNLABELLED)
-        yield batch
-
-
-def _make_optimizers_and_parts(run: Run) -> None:
+def make_optimizers_and_parts(run: Run) -> None:
+    """Make the optimizers for the model as it is now, and let every part begin."""
     run.optimizers = Optimizers(run.model, run.recipe, run.total_steps)
     for part in run.parts:
         part.start(run)
 
 
-def _restore(run: Run, checkpoint: Checkpoint) -> None:
+def restore(run: Run, checkpoint: Checkpoint) -> None:
     """Take the state of a checkpoint that was checked."""
     about, model = checkpoint.meta, checkpoint.part(MODEL)
     if run.teacher_kind == OWN_TEACHER:
@@ -189,8 +115,8 @@ def _restore(run: Run, checkpoint: Checkpoint) -> None:
         run.objective.teacher = float_teacher(run.model)
         run.objective.teacher.load_state_dict(saved.part(MODEL))
     run.model.load_state_dict(model)  # which bounds are trained is known now
-    run.fitted = from_meta(about.get("fitted", {}))  # runs of earlier versions noted none
-    _make_optimizers_and_parts(run)
+    run.fitted = fits_from_meta(about.get("fitted", {}))  # runs of earlier versions noted none
+    make_optimizers_and_parts(run)
     for part in run.parts:
         part.load(checkpoint.part(f"{PART}{part.name}/"), about["parts"].get(part.name))
     run.model.load_state_dict(model)  # whatever the parts did to it
@@ -216,3 +142,111 @@ def ended_by(run: Run, signal: str) -> BaseException:
         where = f"{run.directory.last} holds the state after {run.saved}. Go on with resume=True."
     said = f"{signal}: training stopped; {where}"
     return KeyboardInterrupt(said) if signal == "SIGINT" else Terminated(said)
+
+
+def last_of(directory: RunDirectory | None) -> Checkpoint | None:
+    """Return the last checkpoint of a run directory, or None where there is none.
+
+    Args:
+        directory: Of the run.
+
+    Raises:
+        TrainingError: If it is damaged or gone; names the newest earlier one that is good, and what to type.
+    """
+    if directory is None or not (directory.last.exists() or directory.kept()):
+        return None
+    try:
+        return read_checkpoint(directory.last)
+    except TrainingError as error:
+        good = _newest_good(directory)
+        if good is None:
+            raise
+        raise TrainingError(
+            f"{error} {good} is whole: to go on from there, cp {good} {directory.last}, then resume=True."
+        ) from None
+
+
+def _newest_good(directory: RunDirectory) -> str | None:
+    for path in directory.kept():
+        try:
+            read_checkpoint(path)
+        except TrainingError:
+            continue
+        return str(path)
+    return None
+
+
+def teacher_of(run: Run) -> Checkpoint:
+    """Return the checkpoint that holds the run's own teacher.
+
+    Args:
+        run: The run.
+
+    Raises:
+        TrainingError: If it is damaged or does not fit.
+    """
+    assert run.directory is not None
+    saved = read_checkpoint(run.directory.teacher)
+    check_model(saved, run.model, str(run.directory.teacher), run.layers)
+    return saved
+
+
+def check_run(run: Run, checkpoint: Checkpoint) -> None:
+    """Raise unless a checkpoint is of this very run.
+
+    Args:
+        run: The run, before anything of it is changed.
+        checkpoint: Its last one.
+
+    Raises:
+        TrainingError: Naming what differs.
+    """
+    assert run.directory is not None
+    about, where = checkpoint.meta, str(run.directory.last)
+    if "position" not in about:
+        raise TrainingError(
+            f"{where}: was written by an earlier version, and holds the model alone as far as this one can tell. Load "
+            "it with load_weights, or start again with overwrite=True."
+        )
+    now, then = run.recipe.to_dict(), completed(about["recipe"])
+    problems = [
+        f"{key}: {then.get(key)!r} in the run, {now.get(key)!r} now"
+        for key in sorted(now.keys() | then.keys())
+        if key != "name" and now.get(key) != then.get(key)
+    ]
+    batches, teacher = about["batches_per_epoch"], about["teacher"]
+    if batches != (length(run.train_loader) or 0):
+        problems.append(f"train_loader: {batches} batches in the run, {length(run.train_loader) or 0} now")
+    processes = run.processes
+    launch = {"processes": processes.count, "precision": processes.precision, "accumulate": run.accumulate}
+    problems += [
+        f"{key}: {about[key]!r} in the run, {value!r} now"
+        for key, value in launch.items()
+        if about[key] != value and now.get(key) == then.get(key)
+    ]
+    if teacher != run.teacher_kind:
+        problems.append(f"teacher: {_teacher(teacher)} in the run, {_teacher(run.teacher_kind)} now")
+    if problems:
+        raise TrainingError(
+            f"{where}: belongs to another run: {first_few(problems, 5)}. Pass what the run was started with, or "
+            "overwrite=True to start again."
+        )
+    check_model(checkpoint, run.model, where, run.layers)
+
+
+def _teacher(kind: str) -> str:
+    words = {NO_TEACHER: "none", OWN_TEACHER: "the model's own float copy"}
+    return words.get(kind, f"one passed (weights {kind[:8]})")
+
+
+Fits = dict[str, list[Fitted]]
+
+
+def fits_to_meta(fitted: Fits) -> dict[str, list[dict[str, Any]]]:
+    """Return it as a checkpoint holds it."""
+    return {field: [dataclasses.asdict(row) for row in rows] for field, rows in fitted.items()}
+
+
+def fits_from_meta(about: Mapping[str, list[dict[str, Any]]]) -> Fits:
+    """Return what `fits_to_meta` was given."""
+    return {field: [Fitted(**row) for row in rows] for field, rows in about.items()}
