@@ -21,7 +21,7 @@ from daqconvert.graph.apply import drop_projection_weights
 from daqconvert.graph.rewrite import CODES, Rewritten, rewritten_class
 from daqconvert.layers.attention import QuantMultiheadAttention
 from daqconvert.layers.base import QuantizedLayer
-from daqconvert.layers.call_holders import FrozenFunctionalSite, FunctionalSite, OwnSite
+from daqconvert.layers.call_holders import CallHolder, FrozenCallHolder, OwnCallHolder
 from daqconvert.layers.frozen_site import FrozenSite, drop_quantizers, frozen_values
 from daqconvert.layers.lookup import frozen_class
 from daqconvert.layers.output_quantizers import OutputSite, freeze_output
@@ -95,7 +95,7 @@ def freeze_sites(model: nn.Module) -> None:
     """
     modules = list(model.modules())
     # the weight of a call may be computed from what the layers below are about to lose
-    values = {id(m): frozen_values(m) for m in modules if isinstance(m, (FunctionalSite, OwnSite))}
+    values = {id(m): frozen_values(m) for m in modules if isinstance(m, (CallHolder, OwnCallHolder))}
     for module in modules:
         if isinstance(module, QuantizedLayer):
             frozen_class(module.original).freeze(module)
@@ -116,11 +116,11 @@ def _freeze_call(module: Any, values: dict[str, Tensor]) -> None:
     dtype = module.output_scale.dtype
     drop_quantizers(module)
     holder = module
-    if isinstance(module, FunctionalSite):
+    if isinstance(module, CallHolder):
         del holder.source
-        holder.__class__ = FrozenFunctionalSite
+        holder.__class__ = FrozenCallHolder
     else:
-        holder = FrozenFunctionalSite()
+        holder = FrozenCallHolder()
         holder.output_dims = module.output_dims
         for attribute in ("weight_of", "output_dims", "settings", "layer_name", "watchers"):
             delattr(module, attribute)

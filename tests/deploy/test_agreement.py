@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import daqconvert as dq
-from daqconvert.deploy.agreement import Codes, FileAgreement, Noise, Outputs
+from daqconvert.deploy.agreement import CodeDifferences, FileAgreement, Noise, OutputNoise
 from daqconvert.deploy.probes import ModuleProbe
 from daqconvert.errors import ExportError
 
@@ -53,7 +53,7 @@ def test_noise_at_the_edges(wanted, found, sqnr, largest):
 
 
 def test_codes_are_counted_without_wrapping_around():
-    codes = Codes()
+    codes = CodeDifferences()
     codes.add("a", [torch.tensor([0, 7], dtype=torch.uint8)], [torch.tensor([255, 7], dtype=torch.uint8)])
     assert (codes.elements, codes.differing, codes.largest) == (2, 1, 255)
 
@@ -61,10 +61,10 @@ def test_codes_are_counted_without_wrapping_around():
 def test_calls_of_another_number():
     one = torch.zeros(2, dtype=torch.uint8)
     with pytest.raises(ExportError, match=r"a: expected codes of shapes \[\(2,\), \(2,\)\], found \[\(2,\)\]"):
-        Codes().add("a", [one, one], [one])
+        CodeDifferences().add("a", [one, one], [one])
 
 
 def test_classes_are_those_of_the_first_matrix():
-    outputs = Outputs()
+    outputs = OutputNoise()
     outputs.add_results([torch.zeros(2), torch.eye(2)], [torch.zeros(2), torch.tensor([[1.0, 0.0], [1.0, 0.0]])])
     assert (outputs.class_agreement, outputs.samples) == (0.5, 2)

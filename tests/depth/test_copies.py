@@ -11,7 +11,7 @@ import torch
 
 import daqconvert as dq
 from daqconvert.errors import ConversionError, FrozenError
-from daqconvert.layers.call_holders import FunctionalSite
+from daqconvert.layers.call_holders import CallHolder
 from depth.networks import NETWORKS, REWRITTEN, batch, quantized
 
 each_network = pytest.mark.parametrize("name", NETWORKS)
@@ -58,7 +58,7 @@ def test_training_a_copy_leaves_the_original(name):
 @pytest.mark.parametrize("name", ["bare", "vision-transformer"])
 def test_the_weights_of_a_copys_calls_are_the_copys(name):
     other = copy.deepcopy(quantized(name))
-    sites = [module for module in other.modules() if isinstance(module, FunctionalSite)]
+    sites = [module for module in other.modules() if isinstance(module, CallHolder)]
     modules = {id(module) for module in other.modules()}
     for site in sites:
         assert id(site.source[0]) in modules

@@ -12,7 +12,7 @@ from cases import CASES, NETWORKS, run
 from daqconvert.errors import ConversionError
 from daqconvert.macs.counter import counting, owner_of
 from daqconvert.macs.example import count_macs, observe
-from daqconvert.macs.provenance import Provenance, Source
+from daqconvert.macs.provenance import Origin, Provenance
 
 
 def events_of(model, *args):
@@ -274,8 +274,8 @@ def test_memory_that_is_used_again_is_not_taken_for_what_was_there(fake):
     for _ in range(200):
         with mode if fake else torch.no_grad():
             tensor = torch.ones(7)
-        assert sources.of(tensor) == Source()
-        sources.set(tensor, Source(quantized=True))
+        assert sources.of(tensor) == Origin()
+        sources.set(tensor, Origin(quantized=True))
         assert sources.of(tensor.view(7, 1)).quantized
         seen.add(tensor.untyped_storage()._cdata)
         del tensor

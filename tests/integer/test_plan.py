@@ -7,7 +7,7 @@ from torch import nn
 import daqconvert as dq
 from cases import CASES, run
 from daqconvert.layers.output_quantizers import OutputSite
-from daqconvert.policy.files import from_toml
+from daqconvert.policy.policy_files import from_toml
 from integer.networks import NETWORKS, trained
 
 

@@ -7,16 +7,16 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from daqconvert.functional.integer import STEP, TRIES, Codes, agreeing_scale, sums_agree
+from daqconvert.functional.integer import STEP, TRIES, CodeGrid, agreeing_scale, sums_agree
 
 CASES = range(24)
 
 
 def grids(seed):
     rng = np.random.default_rng(seed)
-    a, b = (Codes(float(np.float32(s)), int(z)) for s, z in zip(rng.uniform(1e-3, 0.1, 2), rng.integers(0, 256, 2)))  # noqa: B905
+    a, b = (CodeGrid(float(np.float32(s)), int(z)) for s, z in zip(rng.uniform(1e-3, 0.1, 2), rng.integers(0, 256, 2)))  # noqa: B905
     scale = float(np.float32(max(a.scale, b.scale) * rng.uniform(0.7, 2.2)))
-    return a, b, Codes(scale, int(rng.integers(0, 256)))
+    return a, b, CodeGrid(scale, int(rng.integers(0, 256)))
 
 
 def by_onnxruntime(a, b, y, folder):
@@ -53,7 +53,7 @@ def as_frozen(a, b, y):
 @pytest.mark.parametrize("seed", CASES)
 def test_an_agreeing_scale_is_near_and_holds_in_onnx_runtime(seed, tmp_path):
     a, b, y = grids(seed)
-    found = Codes(agreeing_scale(a, b, y), y.zero_point)
+    found = CodeGrid(agreeing_scale(a, b, y), y.zero_point)
     assert sums_agree(a, b, found)
     assert 1.0 <= found.scale / y.scale <= 1.0 + TRIES * STEP
     assert np.array_equal(by_onnxruntime(a, b, found, tmp_path), as_frozen(a, b, found))
@@ -69,6 +69,6 @@ def test_some_scales_do_not_agree_and_are_moved():
 @pytest.mark.parametrize(("zero_point", "agrees"), [(76, True), (77, False)])
 def test_exact_ties_agree_where_the_zero_point_is_even(zero_point, agrees):
     """The kernel rounds behind the zero point: half to even is another way up where that is odd."""
-    a, b, y = Codes(0.5, 3), Codes(0.125, 200), Codes(0.25, zero_point)
+    a, b, y = CodeGrid(0.5, 3), CodeGrid(0.125, 200), CodeGrid(0.25, zero_point)
     assert sums_agree(a, b, y) is agrees
-    assert sums_agree(a, b, Codes(agreeing_scale(a, b, y), zero_point))
+    assert sums_agree(a, b, CodeGrid(agreeing_scale(a, b, y), zero_point))

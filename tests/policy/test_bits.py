@@ -4,7 +4,7 @@ import pytest
 
 from daqconvert.errors import PolicyError
 from daqconvert.policy.arguments import build
-from daqconvert.policy.files import from_toml, to_toml
+from daqconvert.policy.policy_files import from_toml, to_toml
 from daqconvert.spec import Policy, Rule, Settings
 
 

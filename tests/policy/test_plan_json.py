@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from daqconvert.errors import PolicyError
 from daqconvert.policy.plan_json import LATER, plan_from_dict, plan_to_dict
-from daqconvert.spec import Call, Output, Plan, PlanRow, Policy, Rule, Settings, Site
+from daqconvert.spec import Call, Plan, PlanRow, Policy, Rule, Settings, Site, SiteOutput
 from daqconvert.spec.auto import resolve_auto, resolve_computed
 
 COUNTS = st.integers(0, 2**70)
@@ -63,10 +63,10 @@ def test_there_and_back(plan):
     assert plan_from_dict(json.loads(json.dumps(plan_to_dict(plan)))) == plan
 
 
-@pytest.mark.parametrize("kind", [Call, Output, Site, PlanRow, Plan], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [Call, SiteOutput, Site, PlanRow, Plan], ids=lambda kind: kind.__name__)
 def test_every_field_is_written(kind):
     """A field that `spec` gains must be of a type that JSON can hold, or this module must learn it."""
-    known = {str, bool, int, float, type(None), Call, Output, Settings, Site, PlanRow}
+    known = {str, bool, int, float, type(None), Call, SiteOutput, Settings, Site, PlanRow}
 
     def leaves(hint):
         arguments = [a for a in typing.get_args(hint) if a is not ...]

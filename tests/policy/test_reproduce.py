@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import daqconvert as dq
 from cases import CASES
 from daqconvert.errors import PolicyError
-from daqconvert.policy.files import from_toml
+from daqconvert.policy.policy_files import from_toml
 from daqconvert.policy.resolve import resolve
 from daqconvert.spec import Call, Plan, PlanRow, Policy, Rule, Settings, Site
 from daqconvert.spec.reproduce import exact_pattern

@@ -6,7 +6,7 @@ from torch import nn
 
 from blocks import Net, Odd, error, images, low, rebuilt, trained_norms
 from daqconvert.posttraining import reconstruct
-from daqconvert.posttraining.block_calls import Flow, stages
+from daqconvert.posttraining.block_calls import BlockFlow, stages
 from daqconvert.posttraining.reconstruction import trainable
 from daqconvert.training.objective import float_teacher
 from daqconvert.training.objective.features import block_names
@@ -63,7 +63,7 @@ def test_what_a_block_is_called_with():
     found = stages(qmodel.eval(), x, [*names, "head"])
     assert [(stage.names, stage.chained) for stage in found] == [
         (["blocks.0"], False), (["blocks.1"], True), (["blocks.2"], True), (["head"], False)]  # fmt: skip
-    flow = Flow(qmodel, list(x.split(4)))
+    flow = BlockFlow(qmodel, list(x.split(4)))
     flow.reach(found[1], None)
     with torch.no_grad():
         expected = qmodel.blocks[0](qmodel.stem(x[4:]))

@@ -23,7 +23,7 @@ from daqconvert.training.objective import (
     teacher_kind,
 )
 from daqconvert.training.objective.features import Collector, feature_loss, feature_names
-from daqconvert.training.objective.mixing import mixed
+from daqconvert.training.objective.loss import mixed
 
 
 def images(count=6, seed=0):

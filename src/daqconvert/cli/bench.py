@@ -15,7 +15,7 @@ from daqconvert.cli import rundir
 from daqconvert.cli.deployment import FILES, bits_text, run_openers, size_of
 from daqconvert.cli.job import Opened
 from daqconvert.cli.output import Output, say
-from daqconvert.cli.targets import EVAL_BATCH, RUN, kind_of
+from daqconvert.cli.sources import EVAL_BATCH, RUN, kind_of
 from daqconvert.deploy.timing import REPEATS, ROUNDS, Timing, time_in_turns
 from daqconvert.errors import ExportError
 from daqconvert.report.progress import progress

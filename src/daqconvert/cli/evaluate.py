@@ -15,7 +15,7 @@ from daqconvert.cli import rundir
 from daqconvert.cli.deployment import bits_text
 from daqconvert.cli.job import Job
 from daqconvert.cli.output import Output
-from daqconvert.cli.targets import (
+from daqconvert.cli.sources import (
     EVAL_BATCH,
     MODEL,
     RUN,

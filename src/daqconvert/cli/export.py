@@ -13,7 +13,7 @@ from daqconvert.cli import rundir
 from daqconvert.cli.deployment import export_checked, quiet_export
 from daqconvert.cli.output import Output, fail
 from daqconvert.cli.plan import example_image
-from daqconvert.cli.targets import (
+from daqconvert.cli.sources import (
     ARTIFACT,
     EVAL_BATCH,
     MODEL,

@@ -32,7 +32,7 @@ from daqconvert.cli import rundir
 from daqconvert.cli.deployment import deploy, summary_document, summary_text
 from daqconvert.cli.job import Job, Opened, measured_by_float, open_job
 from daqconvert.cli.output import Output, fail, say
-from daqconvert.cli.processes import Together, count, is_main, together
+from daqconvert.cli.processes import ProcessGroup, count, is_main, together
 from daqconvert.cli.rundir import Config
 from daqconvert.convert import apply_plan, plan
 from daqconvert.errors import DataError, TrainingError
@@ -198,7 +198,7 @@ class Started:
 
 
 def prepare_float(
-    out: Path, config: Config, opened: Opened, processes: Together, *, resume: bool
+    out: Path, config: Config, opened: Opened, processes: ProcessGroup, *, resume: bool
 ) -> tuple[Opened, float | None]:
     """Write the configuration and the float weights, and give them to all processes; return the float accuracy.
 
@@ -339,7 +339,7 @@ def _check_labels(job: Job, opened: Opened, chosen: Recipe, float_epochs: int) -
         raise DataError(f"--float-epochs: the images of {job.data} have no labels to train a float model with.")
 
 
-def open_resumed(out: Path, typed: Typed, processes: Together) -> tuple[Config, Opened]:
+def open_resumed(out: Path, typed: Typed, processes: ProcessGroup) -> tuple[Config, Opened]:
     """Take the run's own configuration; what the user typed besides has to be the same, but for `--workers`.
 
     Args:

@@ -14,7 +14,7 @@ from daqconvert.cli import rundir
 from daqconvert.cli.deployment import bits_text, size_of
 from daqconvert.cli.job import Opened
 from daqconvert.cli.output import Output
-from daqconvert.cli.targets import EVAL_BATCH, MODEL, calibrated, kind_of, needs_out, not_artifact, open_named, refuse
+from daqconvert.cli.sources import EVAL_BATCH, MODEL, calibrated, kind_of, needs_out, not_artifact, open_named, refuse
 from daqconvert.convert import current_plan
 from daqconvert.freezing import freeze
 

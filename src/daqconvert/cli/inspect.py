@@ -19,7 +19,7 @@ from daqconvert.cli import rundir
 from daqconvert.cli.deployment import bits_text, size_of, summary_text
 from daqconvert.cli.output import Output
 from daqconvert.cli.plan import example_image
-from daqconvert.cli.targets import ARTIFACT, MODEL, kind_of, refuse
+from daqconvert.cli.sources import ARTIFACT, MODEL, kind_of, refuse
 from daqconvert.data import input_config
 from daqconvert.errors import TrainingError
 from daqconvert.graph import find_sites

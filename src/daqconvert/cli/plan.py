@@ -15,13 +15,13 @@ from daqconvert.artifact.manifest import MANIFEST
 from daqconvert.cli import options as o
 from daqconvert.cli import rundir
 from daqconvert.cli.output import Output
-from daqconvert.cli.targets import ARTIFACT, MODEL, kind_of, refuse
+from daqconvert.cli.sources import ARTIFACT, MODEL, kind_of, refuse
 from daqconvert.convert import plan
 from daqconvert.data import input_config
 from daqconvert.errors import PolicyError
 from daqconvert.files import write_text
-from daqconvert.policy.files import from_toml
 from daqconvert.policy.plan_json import plan_to_dict
+from daqconvert.policy.policy_files import from_toml
 from daqconvert.report.tables import plan_table, render
 from daqconvert.sources import build_model
 from daqconvert.spec import Plan, PlanDiff

@@ -30,7 +30,7 @@ def is_main() -> bool:
     return number() == 0
 
 
-class Together(Protocol):
+class ProcessGroup(Protocol):
     """What the command line asks of the processes of a run."""
 
     def from_main(self, make: Callable[[], T]) -> T:
@@ -52,7 +52,7 @@ class Alone:
 
 
 @contextmanager
-def together() -> Iterator[Together]:
+def together() -> Iterator[ProcessGroup]:
     """Yield the processes that this one was started among.
 
     Example:

@@ -19,7 +19,7 @@ from daqconvert.cli import rundir
 from daqconvert.cli.job import Job
 from daqconvert.cli.output import Output, say
 from daqconvert.cli.plan import example_image
-from daqconvert.cli.targets import MODEL, RUN, data_changes, kind_of, load_artifact, loaders_of, open_named, refuse
+from daqconvert.cli.sources import MODEL, RUN, data_changes, kind_of, load_artifact, loaders_of, open_named, refuse
 from daqconvert.deploy.comparison import VerifyReport, plot_reports, share_text
 from daqconvert.deploy.reports import db_text
 from daqconvert.deploy.runtime import OnnxModel

@@ -46,7 +46,7 @@ class Noise:
         return 10 * math.log10(self.signal / self.noise) if self.signal > 0.0 else -math.inf
 
 
-class Outputs(Noise):
+class OutputNoise(Noise):
     """The same of a model's outputs, with classes: the largest entry of each row of the first `(N, classes)`."""
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class Outputs(Noise):
         return self.equal / self.rows if self.rows else None
 
 
-class Codes:
+class CodeDifferences:
     """Differing codes of one layer."""
 
     def __init__(self) -> None:
@@ -97,9 +97,9 @@ class FileAgreement:
     def __init__(self, model: ModuleProbe, content: bytes) -> None:
         self.model, self.file = model, OnnxProbe(content, ["codes"])
         self.names = [name for name, tensors in self.file.tensors.items() if tensors["codes"]]
-        self.outputs, self.outputs_same = Outputs(), Outputs()
-        self.codes = {name: Codes() for name in self.names}
-        self.codes_same = {name: Codes() for name in self.names}
+        self.outputs, self.outputs_same = OutputNoise(), OutputNoise()
+        self.codes = {name: CodeDifferences() for name in self.names}
+        self.codes_same = {name: CodeDifferences() for name in self.names}
 
     def add(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Run both on one batch of arguments."""

@@ -25,7 +25,7 @@ from daqconvert.deploy.grids import Grid, Grids, attributes
 from daqconvert.deploy.integer_nodes import Kernels, Weight
 from daqconvert.deploy.lowering import BATCH
 from daqconvert.deploy.unpacking import Parts
-from daqconvert.functional.integer import Codes
+from daqconvert.functional.integer import CodeGrid
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -129,7 +129,7 @@ class Expansion:
             self.operands[key] = grid
         return self.operands[key]
 
-    def _rounded_to(self, name: str) -> Codes | None:
+    def _rounded_to(self, name: str) -> CodeGrid | None:
         """The grid that a float tensor is rounded to, if only that reads it; behind a ReLU, if its zero point is 0."""
         readers = self.readers.get(name, [])
         if len(readers) != 1 or name in self.outputs:
@@ -140,7 +140,7 @@ class Expansion:
             return found if found is not None and found.zero_point == 0 else None
         if node.domain != DOMAIN or node.op_type not in ("InputOperand", "RoundToGrid"):
             return None
-        return Codes(self.values[node.input[1]].item(), self.values[node.input[2]].item())
+        return CodeGrid(self.values[node.input[1]].item(), self.values[node.input[2]].item())
 
     def _weight(self, node: NodeProto, given: dict[str, Any]) -> None:
         """Take note of a weight: who computes with it decides how it is unpacked."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from daqconvert.deploy.unpacking import Parts
-from daqconvert.functional.integer import Codes, sums_agree
+from daqconvert.functional.integer import CodeGrid, sums_agree
 
 if TYPE_CHECKING:
     from onnx import NodeProto
@@ -63,7 +63,7 @@ class Grids:
 
     def __init__(
         self, parts: Parts, constants: dict[str, np.ndarray], outputs: set[str],
-        rounded_to: Callable[[str], Codes | None],
+        rounded_to: Callable[[str], CodeGrid | None],
     ) -> None:  # fmt: skip
         """Begin.
 
@@ -130,7 +130,7 @@ class Grids:
     def _agree(self, node: NodeProto, grids: list[Grid | None]) -> bool:
         """Whether ONNX Runtime's integer kernel computes a sum to the same codes."""
         y = self.rounded_to(node.output[0])
-        a, b = ((Codes(g.step, g.zero) if g is not None and g.scale else None) for g in grids)
+        a, b = ((CodeGrid(g.step, g.zero) if g is not None and g.scale else None) for g in grids)
         return y is not None and a is not None and b is not None and sums_agree(a, b, y)
 
     def _clips_nothing(self, node: NodeProto, grid: Grid) -> bool:

@@ -28,7 +28,7 @@ from daqconvert.layers.integer_layers import folded_numbers, folds, is_integer
 from daqconvert.layers.site import Operation, Watcher, watching
 from daqconvert.models import evaluating
 from daqconvert.quantizers import InputQuantizer
-from daqconvert.spec import Output
+from daqconvert.spec import SiteOutput
 
 Calls = dict[str, list[Tensor]]
 
@@ -72,7 +72,7 @@ class ModuleProbe:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.modules = named_layers(model)
-        self.epilogues: dict[str, Output] = {}
+        self.epilogues: dict[str, SiteOutput] = {}
 
     def layers(self) -> list[str]:
         """Return the names of all convolutions and linears."""
@@ -232,7 +232,7 @@ class OnnxProbe:
         return self._sessions[kind, names]
 
 
-def epilogues(model: object) -> dict[str, Output]:
+def epilogues(model: object) -> dict[str, SiteOutput]:
     """Return what stands behind each layer that integer deployment rounds, by the layer's name.
 
     Args:
@@ -245,7 +245,7 @@ def epilogues(model: object) -> dict[str, Output]:
     return {row.name: row.site.output for row in rows if row.name in integer and row.site.output is not None}
 
 
-def behind(modules: dict[str, nn.Module], output: Output, y: Tensor) -> Tensor:
+def behind(modules: dict[str, nn.Module], output: SiteOutput, y: Tensor) -> Tensor:
     """Return a layer's output after its batch norm and activation, as a model in evaluation mode computes them.
 
     Args:

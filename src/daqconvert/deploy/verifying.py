@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from daqconvert.batches import split_batch
-from daqconvert.deploy.agreement import Codes, Noise, Outputs
+from daqconvert.deploy.agreement import CodeDifferences, Noise, OutputNoise
 from daqconvert.deploy.comparison import LayerComparison, VerifyReport
 from daqconvert.deploy.probes import ModuleProbe, OnnxProbe, Probe, Recording, epilogues
 from daqconvert.errors import DataError, ExportError
@@ -103,8 +103,8 @@ class Sums:
     """What two models did, summed over batches."""
 
     def __init__(self) -> None:
-        self.outputs = Outputs()
-        self.layers: dict[str, tuple[Noise | None, Codes]] = {}
+        self.outputs = OutputNoise()
+        self.layers: dict[str, tuple[Noise | None, CodeDifferences]] = {}
 
     def add(self, reference: Recording, candidate: Recording) -> None:
         """Add one batch.
@@ -118,7 +118,7 @@ class Sums:
             codes = name in reference.codes and name in candidate.codes
             if not (outputs or codes):
                 continue
-            noise, code_sums = self.layers.setdefault(name, (Noise() if outputs else None, Codes()))
+            noise, code_sums = self.layers.setdefault(name, (Noise() if outputs else None, CodeDifferences()))
             if noise is not None:
                 noise.add(name or "(root)", reference.outputs[name], candidate.outputs[name])
             if codes:

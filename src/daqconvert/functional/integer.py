@@ -30,7 +30,7 @@ from torch import Tensor
 
 from daqconvert.functional.inference import only_values
 from daqconvert.functional.native import kernels
-from daqconvert.functional.scaled import memory_sizes
+from daqconvert.functional.product_operator import memory_sizes
 
 LARGEST_WEIGHT = 127
 LARGEST_BIAS = 2**30
@@ -141,14 +141,14 @@ TRIES, STEP = 200, 2.0**-21
 """Scales that are tried, and their relative distance: 1e-4 in all, a fortieth of a code at 8 bits."""
 
 
-class Codes(NamedTuple):
+class CodeGrid(NamedTuple):
     """A grid of codes `0 .. 255`: float32 scale and integer zero point."""
 
     scale: float
     zero_point: int
 
 
-def sums_agree(a: Codes, b: Codes, y: Codes) -> bool:
+def sums_agree(a: CodeGrid, b: CodeGrid, y: CodeGrid) -> bool:
     """Return whether every way to compute `a + b` on the grid `y` gives the same codes, for all pairs of codes.
 
     Args:
@@ -157,7 +157,7 @@ def sums_agree(a: Codes, b: Codes, y: Codes) -> bool:
         y: Grid of the sum.
 
     Example:
-        >>> sums_agree(Codes(0.5, 0), Codes(0.25, 128), Codes(0.5, 0))
+        >>> sums_agree(CodeGrid(0.5, 0), CodeGrid(0.25, 128), CodeGrid(0.5, 0))
         True
     """
     codes = torch.arange(256, dtype=torch.float32)
@@ -177,7 +177,7 @@ def _fma(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
     return (x.double() * y.double() + z.double()).float()
 
 
-def agreeing_scale(a: Codes, b: Codes, y: Codes) -> float:
+def agreeing_scale(a: CodeGrid, b: CodeGrid, y: CodeGrid) -> float:
     """Return the scale of `y`, or one next to it for which `sums_agree`; the scale itself where none is found.
 
     Args:
@@ -187,6 +187,6 @@ def agreeing_scale(a: Codes, b: Codes, y: Codes) -> float:
     """
     for k in range(TRIES):
         scale = float(torch.tensor(y.scale * (1.0 + k * STEP), dtype=torch.float32))
-        if sums_agree(a, b, Codes(scale, y.zero_point)):
+        if sums_agree(a, b, CodeGrid(scale, y.zero_point)):
             return scale
     return y.scale

@@ -21,8 +21,8 @@ from daqconvert.functional import input_operator, weight_operator
 from daqconvert.functional.codes import View, WeightCodes
 from daqconvert.functional.grid import Rounding
 from daqconvert.functional.native import address, kernels
+from daqconvert.functional.product_operator import differentiable, product_gradients, rescale_, split_gradient
 from daqconvert.functional.products import KnownProducts
-from daqconvert.functional.scaled import differentiable, product_gradients, rescale_, split_gradient
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from daqconvert.errors import ConversionError
-from daqconvert.graph.call_sites import FUSED, FunctionalSite, attention_class, attention_sites, functional_sites
+from daqconvert.graph.call_sites import FUSED, CallSite, attention_class, attention_sites, find_call_sites
 from daqconvert.graph.calls import HELPER
 from daqconvert.graph.rewrite import CODES, Rewriting, generate, rewritten_class, weight_function
 from daqconvert.graph.traced import Traced, module_calls, trace_modules
@@ -94,7 +94,7 @@ class _Calls:
     """
 
     def __init__(self, model: nn.Module, modules: dict[str, nn.Module], chosen: dict[str, PlanRow]) -> None:
-        self.sites: dict[str, FunctionalSite] = {}
+        self.sites: dict[str, CallSite] = {}
         self.traced: list[Traced] = []
         self.names: dict[str, str] = {}
         self.written: dict[Any, Rewriting] = {}
@@ -110,7 +110,7 @@ class _Calls:
         self.names = {name: aliases[id(module)] for name, module in paths.items() if id(module) in aliases}
         with evaluating(copy):
             self.traced, _ = trace_modules({path: module for path, module in paths.items() if path in needed})
-            found = (*functional_sites(self.traced, self.names), *attention_sites(paths))
+            found = (*find_call_sites(self.traced, self.names), *attention_sites(paths))
         self.sites = {site.name: site for site in found if site.name in chosen}
         for name, row in chosen.items():
             if row.site.call is not None and (name not in self.sites or self.sites[name].call != row.site.call):
@@ -134,9 +134,9 @@ def _rewrite(module: nn.Module, one: Traced, calls: _Calls, chosen: dict[str, Pl
     """Give one module a generated forward, and its calls their holders."""
     places: dict[tuple[Any, ...], str] = {}
     coded: set[str] = set()
-    own: tuple[FunctionalSite, Any] | None = None
+    own: tuple[CallSite, Any] | None = None
     prefix = f"{one.path}." if one.path else ""
-    by_key = {site.key: site for site in functional_sites([one], calls.names) if site.name in chosen}
+    by_key = {site.key: site for site in find_call_sites([one], calls.names) if site.name in chosen}
     for key, call, variant in module_calls(one):
         site = by_key.get(key)
         if site is None:
@@ -168,7 +168,7 @@ def _rewrite(module: nn.Module, one: Traced, calls: _Calls, chosen: dict[str, Pl
         rewriting.drop_unused(module)
 
 
-def _layout(site: FunctionalSite, row: PlanRow) -> ChannelLayout | None:
+def _layout(site: CallSite, row: PlanRow) -> ChannelLayout | None:
     """Where a call's output channels are: None for a weight that depends on data; any where there is one scale."""
     if site.call.dynamic:
         return None
@@ -176,19 +176,17 @@ def _layout(site: FunctionalSite, row: PlanRow) -> ChannelLayout | None:
     return channel_layout(site.call.function, site.weight_at, shape, site.groups) or ChannelLayout.forward(shape)
 
 
-def _add_holder(
-    module: nn.Module, place: str, site: FunctionalSite, row: PlanRow, weight_of: Any, frozen: bool
-) -> None:
+def _add_holder(module: nn.Module, place: str, site: CallSite, row: PlanRow, weight_of: Any, frozen: bool) -> None:
     """Add the module that keeps the quantizers of a call, beside its parameter."""
     owner, _, name = place.rpartition(".")
     parent = module.get_submodule(owner)
     if name in parent._modules:
         return
-    holder = holders.FrozenFunctionalSite() if frozen else holders.FunctionalSite()
+    holder = holders.FrozenCallHolder() if frozen else holders.CallHolder()
     holder.train(module.training and not frozen)
     holder.output_dims = output_dims(site.call.function)
     weight = _weight(module, weight_of)
-    if isinstance(holder, holders.FunctionalSite):
+    if isinstance(holder, holders.CallHolder):
         holder.source = None if weight_of is None else (module, weight_of)
         assert row.settings is not None
         holder.attach(row.settings, row.name, row.signed, weight, _layout(site, row))
@@ -198,25 +196,25 @@ def _add_holder(
 
 
 def _make_own(
-    module: Any, original: type[nn.Module], site: FunctionalSite, weight_of: Any, row: PlanRow, frozen: bool
+    module: Any, original: type[nn.Module], site: CallSite, weight_of: Any, row: PlanRow, frozen: bool
 ) -> None:
     """Make a module with a forward of its own the holder of its quantizers."""
     weight = _weight(module, weight_of)
     assert row.settings is not None
     if frozen:
         module.__class__ = rewritten_class(original, (), "Frozen")
-        codes = holders.FrozenFunctionalSite().eval()
+        codes = holders.FrozenCallHolder().eval()
         codes.output_dims = output_dims(site.call.function)
         _hold(codes, site, row, weight)
         module.add_module(CODES, codes)
     else:
         module.output_dims = output_dims(site.call.function)
-        module.__class__ = rewritten_class(original, (holders.OwnSite,), "Quant")
+        module.__class__ = rewritten_class(original, (holders.OwnCallHolder,), "Quant")
         module.weight_of = weight_of
         module.attach(row.settings, row.name, row.signed, weight, _layout(site, row))
 
 
-def _add_projection(module: Any, site: FunctionalSite, row: PlanRow, frozen: bool) -> None:
+def _add_projection(module: Any, site: CallSite, row: PlanRow, frozen: bool) -> None:
     """Give an attention block the holder of a projection or product."""
     part = str(site.key[0])
     weight_of = partial(projection_weight, projection=part) if part in PROJECTIONS else None
@@ -234,7 +232,7 @@ def drop_projection_weights(module: Any) -> None:
         setattr(module, f"{projection}_weight", None)
 
 
-def _hold(holder: FrozenSite, site: FunctionalSite, row: PlanRow, weight: Tensor) -> None:
+def _hold(holder: FrozenSite, site: CallSite, row: PlanRow, weight: Tensor) -> None:
     assert row.settings is not None
     holder.hold(row.settings, row.name, weight.dtype, empty_values(row.settings, weight, _layout(site, row)))
 

@@ -36,7 +36,7 @@ FIXED_FILTER = "a fixed filter: a buffer, which no training changes"
 
 
 @dataclass(frozen=True)
-class FunctionalSite:
+class CallSite:
     """One site that is a call.
 
     Attributes:
@@ -71,14 +71,14 @@ class FunctionalSite:
         return self.call.is_product
 
 
-def functional_sites(traced: list[Traced], aliases: dict[str, str]) -> list[FunctionalSite]:
+def find_call_sites(traced: list[Traced], aliases: dict[str, str]) -> list[CallSite]:
     """Return the sites that are calls, each once, in order of the modules.
 
     Args:
         traced: From `trace_modules`.
         aliases: Any dotted name of a layer -> the name it goes by.
     """
-    found: dict[str, FunctionalSite] = {}
+    found: dict[str, CallSite] = {}
     for one in traced:
         for site in _of_module(one, aliases):
             known = found.get(site.name)
@@ -92,7 +92,7 @@ def functional_sites(traced: list[Traced], aliases: dict[str, str]) -> list[Func
 
 def unseen_sites(
     path: str, module: nn.Module, why: str, aliases: dict[str, str]
-) -> Iterator[tuple[str, FunctionalSite | str]]:
+) -> Iterator[tuple[str, CallSite | str]]:
     """Yield what a forward that fx cannot follow reads by name: layers with the reason, and sites for bare parameters.
 
     Args:
@@ -110,16 +110,16 @@ def unseen_sites(
             call = Call("parameter", (path,), f"{name}_site", (name,))
             shape = tuple(module.get_parameter(tensor).shape)
             reason = f"a bare parameter of {path or 'the model'}, whose forward torch.fx cannot follow: {why}"
-            yield name, FunctionalSite(name, "parameter", call, ("unseen",), shape, reason=reason)
+            yield name, CallSite(name, "parameter", call, ("unseen",), shape, reason=reason)
 
 
-def _of_module(one: Traced, aliases: dict[str, str]) -> Iterator[FunctionalSite]:
+def _of_module(one: Traced, aliases: dict[str, str]) -> Iterator[CallSite]:
     taken: set[str] = set()
     for key, call, variant in module_calls(one):
         name, holder, kind = _name(one, call, aliases, taken)
         taken.add(holder)
         tensors = tuple(_join(one.path, t) for t in call.tensors)
-        site = FunctionalSite(name, kind, Call(call.function, (one.path,), holder, tensors, call.dynamic), key)
+        site = CallSite(name, kind, Call(call.function, (one.path,), holder, tensors, call.dynamic), key)
         probabilities = call.function == VALUES
         site = replace(site, weight_at=call.weight_at, direct=_is_direct(call), nonnegative=probabilities)
         yield _described(site, one, call, variant)
@@ -154,7 +154,7 @@ def _suffix(number: int) -> str:
     return f"_{number}" if number > 1 else ""
 
 
-def _described(site: FunctionalSite, one: Traced, call: ProductCall, variant: Variant) -> FunctionalSite:
+def _described(site: CallSite, one: Traced, call: ProductCall, variant: Variant) -> CallSite:
     """The site with shape, groups, and the reasons for what cannot be."""
     if call.function in UNSUPPORTED:
         return replace(site, reason=f"no quantized form of {call.function}")
@@ -227,13 +227,13 @@ def attention_class(original: type[nn.MultiheadAttention]) -> type[nn.MultiheadA
     return _DERIVED[original]
 
 
-def attention_sites(paths: dict[str, nn.Module]) -> list[FunctionalSite]:
+def attention_sites(paths: dict[str, nn.Module]) -> list[CallSite]:
     """Return the input projections of every `nn.MultiheadAttention`.
 
     Args:
         paths: Any dotted name -> module.
     """
-    found: dict[int, list[FunctionalSite]] = {}
+    found: dict[int, list[CallSite]] = {}
     for path, module in paths.items():
         if not isinstance(module, nn.MultiheadAttention) or id(module) in found:
             continue
@@ -243,18 +243,18 @@ def attention_sites(paths: dict[str, nn.Module]) -> list[FunctionalSite]:
     return [site for sites in found.values() for site in sites]
 
 
-def _product(path: str, name: str) -> FunctionalSite:
+def _product(path: str, name: str) -> CallSite:
     prefix = f"{path}." if path else ""
     call = Call(name, (path,), f"{prefix}{name}_site", (), True)
-    return FunctionalSite(f"{prefix}{name}", name, call, (name,), nonnegative=name == VALUES)
+    return CallSite(f"{prefix}{name}", name, call, (name,), nonnegative=name == VALUES)
 
 
-def _projection(path: str, module: nn.MultiheadAttention, name: str) -> FunctionalSite:
+def _projection(path: str, module: nn.MultiheadAttention, name: str) -> CallSite:
     prefix = f"{path}." if path else ""
     tensor = f"{prefix}{'in_proj_weight' if module.in_proj_weight is not None else f'{name}_weight'}"
     weight = projection_weight(module, name)
     lazy = isinstance(weight, UninitializedParameter)
-    return FunctionalSite(
+    return CallSite(
         f"{prefix}{name}", "linear", Call("linear", (path,), f"{prefix}{name}_site", (tensor,)), (name,),
         () if lazy else tuple(weight.shape), direct=True,
         reason="lazy: its weight has no shape before a first forward" if lazy else "",

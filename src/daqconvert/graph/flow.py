@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx, nn
 
 from daqconvert.graph.calls import Read, call_name, is_shape
-from daqconvert.graph.outputs import Outputs, find_outputs
+from daqconvert.graph.output_flow import OutputFlow, find_outputs
 from daqconvert.graph.signs import nonnegative_nodes
 from daqconvert.layers.attention import PROJECTIONS
 from daqconvert.layers.functions import LAYER_FUNCTIONS
@@ -34,7 +34,7 @@ class Flow:
     last: frozenset[str] = frozenset()
     nonnegative: frozenset[str] = frozenset()
     inputs: Mapping[str, str] = field(default_factory=dict)
-    outputs: Outputs = field(default_factory=Outputs)
+    outputs: OutputFlow = field(default_factory=OutputFlow)
 
 
 def read_flow(

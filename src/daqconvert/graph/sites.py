@@ -18,17 +18,17 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_map_only
 
 from daqconvert.errors import ConversionError
-from daqconvert.graph.call_sites import FunctionalSite
+from daqconvert.graph.call_sites import CallSite
 from daqconvert.graph.calls import HELPER
 from daqconvert.graph.flow import above, entries
-from daqconvert.graph.outputs import Outputs
+from daqconvert.graph.output_flow import OutputFlow
 from daqconvert.graph.view import View, look
 from daqconvert.layers.attention import PROJECTIONS, SCORES, VALUES
 from daqconvert.layers.lookup import quantized_class
 from daqconvert.layers.registry import is_site_type
 from daqconvert.macs.example import count_macs, default_input
 from daqconvert.models import copy_model
-from daqconvert.spec import Output, Site
+from daqconvert.spec import Site, SiteOutput
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Found:
     order: str
     other_params: int
     input_size: tuple[int, ...] | None
-    sums: tuple[Output, ...] = ()
+    sums: tuple[SiteOutput, ...] = ()
 
 
 def find_sites(model: nn.Module, example_inputs: Any = None) -> Found:
@@ -70,7 +70,7 @@ def find_sites(model: nn.Module, example_inputs: Any = None) -> Found:
     order = [name for name in _ordered(view) if not _never_multiplied(name, view, macs)]
     inside = {id(p) for module in view.named.values() for p in module.parameters()}
     sites = [_layer_site(name, view) if name in view.named else _functional_site(name, view, inside) for name in order]
-    outputs = view.flow.outputs if view.flow is not None else Outputs()
+    outputs = view.flow.outputs if view.flow is not None else OutputFlow()
     known = [
         dataclasses.replace(
             site, first=site.name in first, last=site.name in last, notes=notes.get(site.name, ()),
@@ -152,11 +152,11 @@ def _behind(order: list[str], late: list[tuple[str, str]]) -> list[str]:
     return found
 
 
-def _is_projection(site: FunctionalSite) -> bool:
+def _is_projection(site: CallSite) -> bool:
     return site.key[0] in PROJECTIONS
 
 
-def _in_attention(site: FunctionalSite, view: View) -> bool:
+def _in_attention(site: CallSite, view: View) -> bool:
     """Whether a call is one that torch's attention block makes before its `out_proj`."""
     return isinstance(view.paths[site.call.modules[0]], nn.MultiheadAttention)
 
@@ -235,7 +235,7 @@ def _functional_site(name: str, view: View, inside: set[int]) -> Site:
     )  # fmt: skip
 
 
-def functional_extent(site: FunctionalSite) -> tuple[int, int]:
+def functional_extent(site: CallSite) -> tuple[int, int]:
     """Return output channels and products per output element of a site that is a call; zeros where not known."""
     shape, function = site.weight_shape, site.call.function
     if len(shape) < 2:
@@ -247,7 +247,7 @@ def functional_extent(site: FunctionalSite) -> tuple[int, int]:
     return (shape[-1], shape[-2]) if site.weight_at == 1 else (shape[-2], shape[-1])
 
 
-def _weights(view: View, site: FunctionalSite) -> list[Tensor]:
+def _weights(view: View, site: CallSite) -> list[Tensor]:
     """Parameters and buffers that a call's weight is computed from."""
     found = []
     for name in site.call.tensors:

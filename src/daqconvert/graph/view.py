@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from daqconvert.graph.call_sites import FunctionalSite, attention_sites, functional_sites, unseen_sites
+from daqconvert.graph.call_sites import CallSite, attention_sites, find_call_sites, unseen_sites
 from daqconvert.graph.calls import Read, find_reads
 from daqconvert.graph.flow import Flow, above, read_flow
 from daqconvert.graph.trace import trace
@@ -34,7 +34,7 @@ class View:
     paths: dict[str, nn.Module]
     aliases: dict[str, str]
     flow: Flow | None
-    functional: dict[str, FunctionalSite] = field(default_factory=dict)
+    functional: dict[str, CallSite] = field(default_factory=dict)
     traced: dict[str, Traced] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     read: dict[str, str] = field(default_factory=dict)
@@ -56,7 +56,7 @@ def look(model: nn.Module, given: tuple[int, frozenset[str]] | None = None) -> V
     aliases = _aliases(paths)
     with evaluating(model):
         traced, failed = trace_modules(paths, every=False)
-        sites = {site.name: site for site in (*functional_sites(traced, aliases), *attention_sites(paths))}
+        sites = {site.name: site for site in (*find_call_sites(traced, aliases), *attention_sites(paths))}
         graph = trace(model, given) if "" not in aliases else None
         reads = find_reads(graph, model) if graph is not None else []
     owners = _owners(paths, aliases, sites)
@@ -74,7 +74,7 @@ def look(model: nn.Module, given: tuple[int, frozenset[str]] | None = None) -> V
         for name, site in unseen_sites(path, paths[path], why, aliases):
             if name not in sites and isinstance(site, str):
                 read_sites.setdefault(name, site)
-            elif isinstance(site, FunctionalSite):
+            elif isinstance(site, CallSite):
                 sites.setdefault(name, site)
     if "" in aliases:  # the root itself is a layer: fx would look inside it
         flow: Flow | None = Flow((aliases[""],), frozenset({""}), frozenset({""}))
@@ -92,9 +92,7 @@ def _aliases(paths: dict[str, nn.Module]) -> dict[str, str]:
     return {name: own[id(module)] for name, module in paths.items() if id(module) in own}
 
 
-def _in_order(
-    paths: dict[str, nn.Module], aliases: dict[str, str], sites: dict[str, FunctionalSite]
-) -> dict[str, str]:
+def _in_order(paths: dict[str, nn.Module], aliases: dict[str, str], sites: dict[str, CallSite]) -> dict[str, str]:
     """Any dotted name of a site -> the name it goes by; an attention block's calls stand before its `out_proj`."""
     known: dict[str, str] = {}
     made: dict[str, list[str]] = {}
@@ -109,9 +107,7 @@ def _in_order(
     return known | {name: name for name in sites}
 
 
-def _owners(
-    paths: dict[str, nn.Module], aliases: dict[str, str], sites: dict[str, FunctionalSite]
-) -> dict[int, list[str]]:
+def _owners(paths: dict[str, nn.Module], aliases: dict[str, str], sites: dict[str, CallSite]) -> dict[int, list[str]]:
     """Identity of a parameter -> the sites that multiply by it, calls first."""
     owners: dict[int, list[str]] = {}
     for name, site in sites.items():
@@ -127,7 +123,7 @@ def _owners(
     return owners
 
 
-def _indirect(sites: dict[str, FunctionalSite]) -> frozenset[str]:
+def _indirect(sites: dict[str, CallSite]) -> frozenset[str]:
     """Sites whose forward may change the input before it multiplies: nothing is proven about that input."""
     inside = (site for site in sites.values() if site.call.holder in site.call.modules)
     return frozenset(site.name for site in inside if not site.direct)

@@ -28,7 +28,7 @@ WeightOf = Callable[[nn.Module], Tensor]
 """Computes a call's weight from the module whose forward makes the call."""
 
 
-class FunctionalSite(QuantizedSite):
+class CallHolder(QuantizedSite):
     """Holds the quantizers of a call whose weight is no layer's.
 
     Attributes:
@@ -50,15 +50,15 @@ class FunctionalSite(QuantizedSite):
         return f"w_bits={self.settings.w_bits or 'float'}, a_bits={self.settings.a_bits or 'float'}"
 
 
-class FrozenFunctionalSite(FrozenSite):
-    """The frozen form of `FunctionalSite`."""
+class FrozenCallHolder(FrozenSite):
+    """The frozen form of `CallHolder`."""
 
     def extra_repr(self) -> str:
         """Return the bits."""
         return f"w_bits={self.settings.w_bits or 'float'}, a_bits={self.settings.a_bits or 'float'}, frozen"
 
 
-class OwnSite(QuantizedSite):
+class OwnCallHolder(QuantizedSite):
     """Mixin of a rewritten layer that holds the quantizers of its own weight.
 
     Attributes:

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from daqconvert.errors import FrozenError
 from daqconvert.functional.inference import decoded_weight, input_operand, only_values
 from daqconvert.functional.integer import IntegerLayer, requantized
+from daqconvert.functional.product_operator import can_fuse, rescale_
 from daqconvert.functional.products import KNOWN, PaddedProducts
-from daqconvert.functional.scaled import can_fuse, rescale_
 from daqconvert.layers.site import Operation, QuantizedSite, Watcher, rescale, safe_products
 from daqconvert.quantizers import ChannelLayout, WeightQuantizer
 from daqconvert.spec import Settings

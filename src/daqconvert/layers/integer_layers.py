@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from daqconvert.errors import ConversionError
 from daqconvert.functional.grid import coding
-from daqconvert.functional.integer import Codes, IntegerLayer, agreeing_scale, integer_layer
+from daqconvert.functional.integer import CodeGrid, IntegerLayer, agreeing_scale, integer_layer
 from daqconvert.layers.frozen_site import INTEGER_BUFFERS, FrozenSite
 from daqconvert.spec import PlanRow
 
@@ -86,7 +86,7 @@ def settle_sums(sites: dict[str, FrozenSite], rows: dict[str, PlanRow]) -> None:
 
 def _grid_of(
     source: str, sites: dict[str, FrozenSite], rows: dict[str, PlanRow], places: dict[str | None, PlanRow]
-) -> Codes | None:
+) -> CodeGrid | None:
     """The grid that an addend lies on: a layer's output, or an earlier sum."""
     row = rows.get(source)
     meets = row.site.output.meets if row is not None and row.site.output is not None else None
@@ -94,8 +94,8 @@ def _grid_of(
     return _codes(sites[name]) if name in sites else None
 
 
-def _codes(site: FrozenSite) -> Codes:
-    return Codes(site.input_scale.item(), int(site.input_zero_point))
+def _codes(site: FrozenSite) -> CodeGrid:
+    return CodeGrid(site.input_scale.item(), int(site.input_zero_point))
 
 
 def _hold(site: FrozenSite, numbers: IntegerLayer) -> None:

@@ -18,8 +18,8 @@ from daqconvert.functional.codes import InputCodes, codes_of, pad_operand
 from daqconvert.functional.grid import levels
 from daqconvert.functional.layer_compiled import compiled_layer
 from daqconvert.functional.layer_operator import quantized_layer
+from daqconvert.functional.product_operator import can_compile, can_fuse, scaled_products
 from daqconvert.functional.products import KNOWN, KnownProducts, PaddedProducts
-from daqconvert.functional.scaled import can_compile, can_fuse, scaled_products
 from daqconvert.quantizers import ChannelLayout, InputQuantizer, WeightQuantizer
 from daqconvert.quantizers.making import make_input_quantizer, make_weight_quantizer
 from daqconvert.spec import Settings

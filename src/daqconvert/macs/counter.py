@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from daqconvert.layers.registry import is_site_type
 from daqconvert.macs.operators import Product, products_of
-from daqconvert.macs.provenance import Provenance, Source, tensors_in
+from daqconvert.macs.provenance import Origin, Provenance, tensors_in
 from daqconvert.quantizers.base import Quantizer
 from daqconvert.spec import Settings
 
@@ -101,11 +101,11 @@ class Counter(TorchDispatchMode):
         for name, tensor, weight in named:
             origin = next(iter(self._sources.of(tensor).origins), name)
             self._aliases[origin] = (*self._aliases.get(origin, ()), name)
-            self._sources.set(tensor, Source(origins=frozenset([origin])))
+            self._sources.set(tensor, Origin(origins=frozenset([origin])))
             if weight and tensor.dim() > 1:
                 self._weights.add(origin)
         for tensor in tensors_in(inputs, deep=True):
-            self._sources.set(tensor, Source(data=True))
+            self._sources.set(tensor, Origin(data=True))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Run an operator, note what it multiplies, and where its values come from."""

@@ -25,7 +25,7 @@ BLANKS = frozenset("empty empty_strided empty_like new_empty new_empty_strided z
 
 
 @dataclass(frozen=True)
-class Source:
+class Origin:
     """What is known of the values of one storage.
 
     Attributes:
@@ -41,7 +41,7 @@ class Source:
     blank: bool = False
 
 
-CONSTANT = Source()
+CONSTANT = Origin()
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,15 @@ class Provenance:
     """Sources by storage."""
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[StorageWeakRef, Source]] = {}
+        self._known: dict[int, tuple[StorageWeakRef, Origin]] = {}
 
-    def of(self, tensor: Tensor | None) -> Source:
+    def of(self, tensor: Tensor | None) -> Origin:
         """Return the source of a tensor; a constant where nothing is known."""
         ref = None if tensor is None else _storage(tensor)
         found = None if ref is None else self._known.get(ref.cdata)
         return CONSTANT if found is None else found[1]
 
-    def set(self, tensor: Tensor, source: Source) -> None:
+    def set(self, tensor: Tensor, source: Origin) -> None:
         """Say where a tensor's values come from."""
         ref = _storage(tensor)
         if ref is not None:
@@ -97,7 +97,7 @@ class Provenance:
             if ref is not None and ref.cdata not in kept:
                 before = self.of(tensor)
                 origins = frozenset[str]() if data else before.origins
-                self.set(tensor, Source(before.data or data, origins, before.quantized or quantized))
+                self.set(tensor, Origin(before.data or data, origins, before.quantized or quantized))
 
     def follow(self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Note the sources of what an operator returned or wrote."""
@@ -114,9 +114,9 @@ class Provenance:
             if ref is not None and ref.cdata not in known:
                 self.set(tensor, result)
 
-    def _result(self, facts: _Facts, args: Any, kwargs: Any, inputs: list[Tensor]) -> Source:
+    def _result(self, facts: _Facts, args: Any, kwargs: Any, inputs: list[Tensor]) -> Origin:
         if facts.creates:
-            return Source(blank=facts.name in BLANKS)
+            return Origin(blank=facts.name in BLANKS)
         sources = [self.of(t) for t in inputs]
         if facts.name == "zero_" and sources and sources[0].blank:
             return sources[0]
@@ -127,7 +127,7 @@ class Provenance:
         else:
             values = [s for t, s in zip(inputs, sources, strict=True) if t.is_floating_point()]
             quantized = _keeps(facts, args, kwargs) and bool(values) and all(s.quantized for s in values)
-        return Source(data, origins, quantized)
+        return Origin(data, origins, quantized)
 
 
 def tensors_in(value: Any, *, deep: bool = False) -> Iterator[Tensor]:

@@ -19,7 +19,7 @@ from daqconvert.policy.checks import (
     checked_position,
     checked_rule,
 )
-from daqconvert.policy.files import from_dict, from_toml, rule_from_dict
+from daqconvert.policy.policy_files import from_dict, from_toml, rule_from_dict
 from daqconvert.policy.presets import preset as preset_policy
 from daqconvert.policy.presets import preset_names
 from daqconvert.spec import BIT_FIELDS, Policy, Rule

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from daqconvert.policy.checks import checked_policy
-from daqconvert.policy.outputs import with_outputs
+from daqconvert.policy.output_rows import with_outputs
 from daqconvert.policy.presets import is_paper
 from daqconvert.policy.rules import Level, Matcher, check_matches, label
-from daqconvert.spec import BIT_FIELDS, Output, Plan, PlanRow, Policy, Settings, Site, input_groups
+from daqconvert.spec import BIT_FIELDS, Plan, PlanRow, Policy, Settings, Site, SiteOutput, input_groups
 from daqconvert.spec.auto import check_lsq_bits, resolve_auto, resolve_computed
 from daqconvert.spec.row import (
     EXCLUDED,
@@ -53,7 +53,7 @@ def resolve(
     order: str,
     other_params: int,
     input_size: tuple[int, ...] | None,
-    sums: Sequence[Output] = (),
+    sums: Sequence[SiteOutput] = (),
 ) -> Plan:
     """Return the plan of a policy for the sites of one model; decides everything, does nothing.
 

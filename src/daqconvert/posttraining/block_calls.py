@@ -96,7 +96,7 @@ def stages(model: nn.Module, batch: Any, names: list[str]) -> list[Stage]:
     return list(order.stages.values())
 
 
-class Flow:
+class BlockFlow:
     """A model's inputs to one stage after another, and what it returns there.
 
     Args:

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from daqconvert.models import evaluating
 from daqconvert.posttraining.block_calls import (
+    BlockFlow,
     Call,
-    Flow,
     Stage,
     call_block,
     copied,
@@ -206,7 +206,7 @@ def reconstruct(
     rows: list[Fitted] = []
     with evaluating(model), torch.compiler.set_stance("force_eager"):
         found = stages(model, batches[0], blocks)
-        ours, theirs, targets = Flow(model, batches), Flow(teacher, batches), None
+        ours, theirs, targets = BlockFlow(model, batches), BlockFlow(teacher, batches), None
         with progress(steps * len(found), "reconstruct", enabled=show) as bar:
             for number, stage in enumerate(found, 1):
                 if why_not := _why_not(stage):

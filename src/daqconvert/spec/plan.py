@@ -103,7 +103,7 @@ class Plan:
         """Return a policy file that gives this plan again for the same model, with comments that say whence it came.
 
         Example:
-            >>> from daqconvert.policy.files import from_toml
+            >>> from daqconvert.policy.policy_files import from_toml
             >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
             >>> chosen = dq.plan(model, w_bits=4, a_bits=4, bits={"2": 2})
             >>> again = dq.plan(model, policy=from_toml(chosen.to_toml()))

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from daqconvert.spec.settings import BIT_FIELDS, SETTING_NAMES, Settings
-from daqconvert.spec.site import Site
+from daqconvert.spec.site_facts import Site
 
 FLOAT_BITS = 32
 EXCLUDED = "excluded"

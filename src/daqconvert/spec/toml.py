@@ -1,4 +1,4 @@
-"""Policies as plain dicts and as TOML text: the writing side (`daqconvert.policy.files` reads).
+"""Policies as plain dicts and as TOML text: the writing side (`daqconvert.policy.policy_files` reads).
 
 TOML has no None, so bits are written 32 for "left in floating point", and `first = false`, `attention = false`.
 """

@@ -15,8 +15,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from daqconvert.training.batching.loaders import length
-from daqconvert.training.batching.seeded import SeededLoader, can_be_seeded
-from daqconvert.training.batching.seeding import derived_seed, parts_of, seed_epoch, seed_generators
+from daqconvert.training.batching.seeding import (
+    SeededLoader,
+    can_be_seeded,
+    derived_seed,
+    parts_of,
+    seed_epoch,
+    seed_generators,
+)
 
 
 class Epochs:

@@ -18,7 +18,7 @@ from torch import fx, nn
 from daqconvert.graph.calls import call_name
 from daqconvert.graph.signs import library_type, limit
 from daqconvert.layers.integer_layers import folds, only_clips
-from daqconvert.spec import Output
+from daqconvert.spec import SiteOutput
 
 ACTIVATIONS: dict[str, tuple[float, float]] = {
     "ReLU": (0.0, math.inf), "relu": (0.0, math.inf), "relu_": (0.0, math.inf), "ReLU6": (0.0, 6.0),
@@ -33,7 +33,7 @@ SUMS = {"add", "add_", "iadd"}
 
 
 @dataclass
-class Outputs:
+class OutputFlow:
     """What is found.
 
     Attributes:
@@ -41,13 +41,13 @@ class Outputs:
         sums: In order; the name of a sum is its place.
     """
 
-    sites: dict[str, Output] = field(default_factory=dict)
-    sums: list[Output] = field(default_factory=list)
+    sites: dict[str, SiteOutput] = field(default_factory=dict)
+    sums: list[SiteOutput] = field(default_factory=list)
 
 
 def find_outputs(
     graph: fx.Graph, modules: dict[str, nn.Module], own: dict[fx.Node, str], proven: set[fx.Node]
-) -> Outputs:
+) -> OutputFlow:
     """Follow the output of every site that is called once, and of every sum of such outputs.
 
     Args:
@@ -90,8 +90,8 @@ class _Search:
         self.sums: dict[fx.Node, str] = {}
         self.last = ""
 
-    def run(self) -> Outputs:
-        found = Outputs()
+    def run(self) -> OutputFlow:
+        found = OutputFlow()
         for node in self.graph.nodes:
             if node in self.own:
                 self.last = self.own[node]
@@ -106,11 +106,11 @@ class _Search:
 
     def _output(
         self, node: fx.Node, batch_norm: bool = False, sources: tuple[str, ...] = (), after: str = ""
-    ) -> Output:
+    ) -> SiteOutput:
         way = self._follow(node, batch_norm)
         readers, alone = ([], False) if way.inside else self._readers(way.nodes[-1])
         nonnegative = way.lower >= 0.0 or (not way.inside and way.nodes[-1] in self.proven)
-        return Output(
+        return SiteOutput(
             place=self._place(way), batch_norm=way.batch_norm,
             lower=way.lower if way.lower > -math.inf else None, upper=way.upper if way.upper < math.inf else None,
             readers=tuple(readers), alone=alone, nonnegative=nonnegative,

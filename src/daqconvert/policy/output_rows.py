@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from daqconvert.spec import OUTPUT_KIND, OUTPUT_QUANTIZER, Output, PlanRow, Policy, Settings, Site, input_groups
+from daqconvert.spec import OUTPUT_KIND, OUTPUT_QUANTIZER, PlanRow, Policy, Settings, Site, SiteOutput, input_groups
 from daqconvert.spec.auto import resolve_computed
 
 OUTPUT_BITS = 8
@@ -28,7 +28,7 @@ TOO_WIDE = f"{STAYS}: codes of the mid-rise grid at 8 bits reach 255, an integer
 LSQ_TOO_WIDE = f"{STAYS}: codes of LSQ at 8 bits reach -128, an integer kernel takes {LARGEST_WEIGHT}"
 
 
-def with_outputs(policy: Policy, rows: Sequence[PlanRow], sums: Sequence[Output]) -> tuple[PlanRow, ...]:
+def with_outputs(policy: Policy, rows: Sequence[PlanRow], sums: Sequence[SiteOutput]) -> tuple[PlanRow, ...]:
     """Return the rows with what `deploy="integer"` decides about outputs; the same rows where nothing asks for it.
 
     Args:
@@ -49,7 +49,7 @@ class _Outputs:
         self.added: dict[str, list[PlanRow]] = {}
         self.known: set[str] = set()
 
-    def run(self, sums: Sequence[Output]) -> tuple[PlanRow, ...]:
+    def run(self, sums: Sequence[SiteOutput]) -> tuple[PlanRow, ...]:
         done = {row.name: self._of_site(row) for row in self.rows}
         for output in sums:
             if output.place is not None and all(source in self.known for source in output.sources):
@@ -75,7 +75,7 @@ class _Outputs:
             row, site=dataclasses.replace(row.site, output=dataclasses.replace(output, meets=meets))
         )
 
-    def _reader(self, output: Output) -> str | None:
+    def _reader(self, output: SiteOutput) -> str | None:
         """The one quantized input that reads an output, if that is all that does."""
         rows = [self.by_name[name] for name in output.readers]
         if not output.alone or not rows or any(r.settings is None or r.settings.a_bits is None for r in rows):
@@ -83,7 +83,7 @@ class _Outputs:
         keepers = {self.groups.get(row.name, row.name) for row in rows}
         return keepers.pop() if len(keepers) == 1 else None
 
-    def _add(self, output: Output, after: str, of: str) -> str:
+    def _add(self, output: SiteOutput, after: str, of: str) -> str:
         """Add the row of a quantizer; return its name."""
         name = f"{output.place}.{OUTPUT_QUANTIZER}" if output.place else OUTPUT_QUANTIZER
         site = Site(name, OUTPUT_KIND, output=output, nonnegative=output.nonnegative)

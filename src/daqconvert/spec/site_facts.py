@@ -1,4 +1,4 @@
-"""What was found in a model before anything is decided: `Site`, `Call` where it is no layer of its own, `Output`."""
+"""What was found in a model before anything is decided: `Site`, its `Call` where it is no layer, its `SiteOutput`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Output:
+class SiteOutput:
     """What becomes of the output of a site, or of a sum, until somebody else computes with it.
 
     Attributes:
@@ -101,7 +101,7 @@ class Site:
     call: Call | None = None
     one_scale: str = ""
     reads: str = ""
-    output: Output | None = None
+    output: SiteOutput | None = None
 
     @property
     def is_output(self) -> bool:
