@@ -13,27 +13,25 @@ class Import(NamedTuple):
     line: int
     target: str  # "torch.nn.functional", "daqconvert.spec.Plan"
     lazy: bool  # inside a function: runs when that is called
+    typed: bool = False  # under `if TYPE_CHECKING:`: never runs
 
 
 def imports_of(tree: ast.Module, package: str) -> Iterator[Import]:
-    """Yield what a module of `package` imports, inside functions too, but not under `if TYPE_CHECKING:`."""
+    """Yield what a module of `package` imports, inside functions and under `if TYPE_CHECKING:` too."""
 
-    def visit(node: ast.AST, lazy: bool) -> Iterator[Import]:
-        if isinstance(node, ast.If) and ast.unparse(node.test) in {"TYPE_CHECKING", "typing.TYPE_CHECKING"}:
-            children = node.orelse
-        else:
-            children = list(ast.iter_child_nodes(node))
+    def visit(node: ast.AST, lazy: bool, typed: bool) -> Iterator[Import]:
         if isinstance(node, ast.Import):
-            yield from (Import(node.lineno, alias.name, lazy) for alias in node.names)
+            yield from (Import(node.lineno, alias.name, lazy, typed) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             base = ".".join([*parents, *filter(None, [node.module])])
-            yield from (Import(node.lineno, f"{base}.{alias.name}", lazy) for alias in node.names)
+            yield from (Import(node.lineno, f"{base}.{alias.name}", lazy, typed) for alias in node.names)
         lazy = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        for child in children:
-            yield from visit(child, lazy)
+        checks = isinstance(node, ast.If) and ast.unparse(node.test) in {"TYPE_CHECKING", "typing.TYPE_CHECKING"}
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, lazy, typed or (checks and child not in node.orelse))
 
-    return visit(tree, False)
+    return visit(tree, False, False)
 
 
 class Package:
@@ -61,7 +59,7 @@ class Package:
         return f"{self.name}.__init__"
 
     def graph(self) -> dict[str, set[str]]:
-        """Module -> modules of this package that it imports, lazily or not."""
+        """Module -> modules of this package that it imports, lazily or for types only included."""
         found = {name: {self.module(i.target) for i in imports} for name, imports in self.imports.items()}
         return {name: {target for target in targets if target} for name, targets in found.items()}
 

@@ -4,6 +4,8 @@ The rules are the tables below: a new module takes its place in `LAYERS`, a new 
 """
 
 import ast
+import collections
+import inspect
 from pathlib import Path
 
 import pytest
@@ -14,37 +16,45 @@ PACKAGE = "daqconvert"
 
 # Lowest first; a module imports from its own line and from those above it in this list, never from below.
 LAYERS = (
+    # ground
     ("errors", "version"),
-    ("files", "fitted"),
+    ("files",),
     ("spec",),
     ("kernels",),
+    # mathematics
     ("functional",),
+    # modules
     ("quantizers",),
     ("layers",),
-    ("modes",),
+    # seeing
+    ("models",),
     ("policy",),
-    ("graph",),
+    ("graph", "macs"),
     ("report",),
-    ("batches", "norms", "observers", "sizes", "state_dicts"),
-    ("sources",),
+    ("batches",),
+    # verbs
     ("convert", "calibration", "freezing", "counting"),
+    # around
+    ("sources",),
     ("data",),
     ("artifact",),
-    ("gptq", "reconstruction"),
+    # deeper work
+    ("posttraining",),
     ("training",),
+    # deployment
     ("deploy",),
+    # faces
     ("cli",),
     ("__init__", "__main__"),
 )
 # Narrower than their place in the list: these know nothing else of the package.
 KNOWS_ONLY = {
     "errors": (),
-    "fitted": (),
     "spec": ("errors",),
     "kernels": (),
     "functional": ("errors", "spec", "kernels"),
     "policy": ("errors", "spec"),
-    "report": ("errors", "fitted", "spec"),
+    "report": ("errors", "spec"),
 }
 # Slow to import, or an extra that may be missing: who may import it, and only inside the function that uses it ...
 OWNERS = {
@@ -62,7 +72,9 @@ OWNERS = {
 # ... but for these modules, which `import daqconvert` does not load.
 EAGER = {"typer": ("cli",)}
 
-MAX_FILE = 300
+COMING = {"ptq", "search", "compile"}  # verbs to come: no module may take their names
+
+MAX_FILE = 450
 MAX_FUNCTION = 40  # lines, docstring not counted
 
 
@@ -90,13 +102,13 @@ def heavy(package: Package) -> list[str]:
     """Heavy libraries that are imported by others than their owners, or when the module is imported."""
     problems = []
     for module, imports in package.imports.items():
-        for line, target, lazy in imports:
+        for line, target, lazy, typed in imports:
             # torch's front to tensorboard imports it as well
             library = "tensorboard" if target.startswith("torch.utils.tensorboard") else target.partition(".")[0]
             unit = package.unit(module)
             if unit not in OWNERS.get(library, (unit,)):
                 problems.append(f"{module}:{line} imports {library}, which belongs to {OWNERS[library]}")
-            elif library in OWNERS and not lazy and unit not in EAGER.get(library, ()):
+            elif library in OWNERS and not (lazy or typed) and unit not in EAGER.get(library, ()):
                 problems.append(
                     f"{module}:{line} imports {library} at its top: move it into the function that uses it"
                 )
@@ -145,11 +157,30 @@ def test_functions_are_short(package):
     assert not {name: n for name, n in functions if n > MAX_FUNCTION}
 
 
+def twice(names: list[str]) -> list[str]:
+    return sorted(name for name, count in collections.Counter(names).items() if count > 1)
+
+
+def own_names(package: Package) -> list[str]:
+    """Module names of the package, without the files that are named by their place: `base`, and those of commands."""
+    stems = [module.split(".")[-1] for module in package.files if package.unit(module) != "cli"]
+    return [stem for stem in stems if stem not in ("__init__", "__main__", "base")]
+
+
+def test_a_module_name_stands_once(package):
+    assert not twice(own_names(package))
+
+
+def test_a_class_name_stands_once(package):
+    classes = [node.name for tree in package.trees.values() for node in tree.body if isinstance(node, ast.ClassDef)]
+    assert not twice([name for name in classes if not name.startswith("_")])
+
+
 def test_no_module_is_named_like_an_exported_function(package):
     import daqconvert
 
-    modules = {package.unit(module) for module in package.files}
-    functions = {name for name in daqconvert.__all__ if callable(getattr(daqconvert, name))}
+    modules = set(own_names(package))
+    functions = {name for name in daqconvert.__all__ if inspect.isfunction(getattr(daqconvert, name))} | COMING
     assert not modules & functions, "import daqconvert.NAME would hide daqconvert.NAME()"
 
 
@@ -172,18 +203,16 @@ def write(folder: Path, **files: str) -> Package:
         pytest.param("from .convert import f", id="relative"),
         pytest.param("from . import convert", id="sibling"),
         pytest.param("def g():\n    from daqconvert import convert", id="inside a function"),
+        pytest.param(
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from daqconvert.convert import f",
+            id="for types only",
+        ),
         pytest.param("try:\n    from daqconvert.convert import f\nexcept ImportError:\n    pass", id="inside a try"),
     ],
 )
 def test_a_cycle_is_found(tmp_path, back):
     package = write(tmp_path, __init__="", convert="from daqconvert.freezing import g", freezing=back)
     assert set(cycle(package)) == {"daqconvert.convert", "daqconvert.freezing"}
-
-
-def test_an_import_for_types_only_makes_no_cycle(tmp_path):
-    back = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from daqconvert.convert import f"
-    package = write(tmp_path, __init__="", convert="from daqconvert.freezing import g", freezing=back)
-    assert not cycle(package)
 
 
 @pytest.mark.parametrize(

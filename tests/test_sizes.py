@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import daqconvert as dq
-from daqconvert.posttraining.parameter_sizes import parameter_sizes, step_in_sizes
+from daqconvert.posttraining.sizes import parameter_sizes, step_in_sizes
 
 
 def middle(layer, x, **settings):

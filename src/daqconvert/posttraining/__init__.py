@@ -2,8 +2,8 @@
 
 from daqconvert.posttraining.gptq import choose_codes
 from daqconvert.posttraining.norms import batch_norms, estimate
-from daqconvert.posttraining.parameter_sizes import bounds_and_scales, parameter_sizes, step_in_sizes
 from daqconvert.posttraining.reconstruction import reconstruct
+from daqconvert.posttraining.sizes import bounds_and_scales, parameter_sizes, step_in_sizes
 
 __all__ = [
     "batch_norms",

@@ -37,7 +37,7 @@ from daqconvert.posttraining.block_calls import (
     treats_rows_alone,
 )
 from daqconvert.posttraining.norms import estimate
-from daqconvert.posttraining.parameter_sizes import (
+from daqconvert.posttraining.sizes import (
     bounds_and_scales,
     parameter_sizes,
     quantized_weights,

@@ -1,7 +1,7 @@
 """The data that deciding and doing share: what a user asks for (`settings`), what was decided (`plan`)."""
 
 from daqconvert.spec.diff import PlanDiff, RowChange
-from daqconvert.spec.plan import Plan
+from daqconvert.spec.plans import Plan
 from daqconvert.spec.row import PlanRow, input_groups
 from daqconvert.spec.settings import (
     BIT_FIELDS,
