@@ -10,13 +10,21 @@ import pytest
 import daqconvert
 
 PUBLIC = [
+    "ArtifactError",
+    "CalibrationError",
+    "ConversionError",
     "Coverage",
     "DaqError",
+    "DataError",
+    "ExportError",
+    "FrozenError",
     "Plan",
     "Policy",
+    "PolicyError",
     "Recipe",
     "Rule",
     "Settings",
+    "TrainingError",
     "__version__",
     "cache_weights",
     "calibrate",
@@ -29,6 +37,7 @@ PUBLIC = [
     "functional",
     "load",
     "load_float",
+    "load_weights",
     "plan",
     "quantize",
     "save",
@@ -56,6 +65,13 @@ def test_public_names_are_these():
 
 def test_every_public_name_is_there():
     assert [name for name in daqconvert.__all__ if not hasattr(daqconvert, name)] == []
+
+
+def test_every_error_class_is_public():
+    """Whoever catches an error names it by the package: `except daqconvert.ConversionError`."""
+    values = vars(daqconvert.errors).values()
+    classes = {value.__name__ for value in values if inspect.isclass(value) and issubclass(value, Exception)}
+    assert "ConversionError" in classes and sorted(classes - set(PUBLIC)) == []
 
 
 def test_version_is_the_declared_one(root):

@@ -7,11 +7,21 @@ from daqconvert.convert import load_float, plan, quantize
 from daqconvert.counting import Coverage, coverage
 from daqconvert.deploy.exporting import export
 from daqconvert.deploy.verifying import verify
-from daqconvert.errors import DaqError
+from daqconvert.errors import (
+    ArtifactError,
+    CalibrationError,
+    ConversionError,
+    DaqError,
+    DataError,
+    ExportError,
+    FrozenError,
+    PolicyError,
+    TrainingError,
+)
 from daqconvert.freezing import freeze
 from daqconvert.models import cache_weights, disabled
 from daqconvert.spec import Plan, Policy, Rule, Settings
-from daqconvert.training import Recipe, evaluate, finetune
+from daqconvert.training import Recipe, evaluate, finetune, load_weights
 from daqconvert.version import __version__ as __version__
 
 __all__ = [
@@ -26,18 +36,28 @@ __all__ = [
     "freeze",
     "load",
     "load_float",
+    "load_weights",
     "plan",
     "quantize",
     "save",
     "verify",
     # data
     "Coverage",
-    "DaqError",
     "Plan",
     "Policy",
     "Recipe",
     "Rule",
     "Settings",
+    # errors
+    "ArtifactError",
+    "CalibrationError",
+    "ConversionError",
+    "DaqError",
+    "DataError",
+    "ExportError",
+    "FrozenError",
+    "PolicyError",
+    "TrainingError",
     # maths
     "functional",
     "__version__",

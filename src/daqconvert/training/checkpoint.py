@@ -138,11 +138,11 @@ def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
 
 
 def load_weights(qmodel: nn.Module, path: str | Path) -> Mapping[str, Any]:
-    """Load the model's part of a checkpoint, as `best.safetensors`, into a quantized model, in place.
+    """Load the weights that `finetune` saved in a checkpoint into a quantized model, in place.
 
     Args:
-        qmodel: Made by `quantize` with the settings that the run had.
-        path: A checkpoint that `finetune` wrote.
+        qmodel: A model that `quantize` made with the settings of the run.
+        path: A checkpoint that `finetune` wrote, such as `runs/a/best.safetensors`.
 
     Returns:
         The checkpoint's metadata: `recipe`, `epochs_done`, `history`, ...
@@ -150,6 +150,16 @@ def load_weights(qmodel: nn.Module, path: str | Path) -> Mapping[str, Any]:
     Raises:
         TrainingError: If the file is damaged, or its layers, names or shapes are not the model's; the model is
             unchanged then.
+
+    Example:
+        >>> import tempfile, torch, daqconvert as dq
+        >>> qmodel = dq.quantize(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), w_bits=4, a_bits=4)
+        >>> batches = [(torch.randn(8, 4), torch.randint(0, 2, (8,)))]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     result = dq.finetune(qmodel, batches, batches, out_dir=f"{folder}/run", epochs=1)
+        ...     checkpoint = dq.load_weights(qmodel, result.best)
+        >>> checkpoint["epochs_done"]
+        1
     """
     checkpoint = read_checkpoint(Path(path))
     check_model(checkpoint, qmodel, str(path))

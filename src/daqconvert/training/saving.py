@@ -206,7 +206,7 @@ def check_run(run: Run, checkpoint: Checkpoint) -> None:
     if "position" not in about:
         raise TrainingError(
             f"{where}: was written by an earlier version, and holds the model alone as far as this one can tell. Load "
-            "it with load_weights, or start again with overwrite=True."
+            "it with daqconvert.load_weights, or start again with overwrite=True."
         )
     now, then = run.recipe.to_dict(), completed(about["recipe"])
     problems = [
