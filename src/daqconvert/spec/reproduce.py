@@ -26,7 +26,7 @@ from daqconvert.spec.row import (
     settable,
 )
 from daqconvert.spec.settings import BIT_FIELDS, Policy, Rule, Settings
-from daqconvert.spec.toml import to_toml, toml_table
+from daqconvert.spec.toml import to_toml
 
 _FLOAT: dict[str, Any] = dict.fromkeys(BIT_FIELDS)
 _EXCLUDE = 'exclude: "'
@@ -79,10 +79,8 @@ def plan_toml(rows: Sequence[PlanRow], heading: str) -> str:
     policy = reproduce(rows)
     bits = {rule.match: rule for rule in policy.rules if rule.match and set(rule.changes) <= set(BIT_FIELDS)}
     rules = tuple(rule for rule in policy.rules if rule.match not in bits)
-    text = to_toml(Policy(policy.default, rules, policy.first, policy.last, policy.exclude, policy.include))
     by_name = {exact_pattern(row.name): list(_bits(row)) for row in rows}
-    if bits:
-        text += "\n" + toml_table("[bits]", {name: by_name[name] for name in bits if name}, quoted=True) + "\n"
+    text = to_toml(dataclasses.replace(policy, rules=rules), {name: by_name[name] for name in bits})
     counts = Counter(row.rule for row in rows if row.converted)
     comments = [heading, *(f"{rule}: {count} converted" for rule, count in counts.items())]
     return "".join(f"# {_printable(line)}\n" for line in comments) + "\n" + text

@@ -6,7 +6,6 @@ TOML has no None, so bits are written 32 for "left in floating point", and `firs
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,57 +45,39 @@ def _plain(changes: Mapping[str, Any]) -> dict[str, Any]:
     return {name: none[name] if value is None and name in none else value for name, value in changes.items()}
 
 
-def to_toml(policy: Policy) -> str:
+def to_toml(policy: Policy, bits: Mapping[str, list[int]] | None = None) -> str:
     """Return the policy as the text of a TOML file; `from_toml` reads it back.
 
     Args:
         policy: The policy; its `name` is not part of the text.
+        bits: Name of a layer -> `[w_bits, a_bits]`: rules that the file holds as its table `[bits]`.
 
     Example:
         >>> print(to_toml(Policy(first=None, last=None)).splitlines()[:2])
         ['exclude = []', 'first = false']
     """
     data = to_dict(policy)
-    tables = {key: data.pop(key) for key in ("default", "first", "last") if isinstance(data[key], dict)}
-    rules = data.pop("rule")
-    parts = ["\n".join(f"{key} = {toml_value(value)}" for key, value in data.items())]
-    parts += [toml_table(f"[{key}]", table) for key, table in tables.items()]
-    parts += [toml_table("[[rule]]", rule) for rule in rules]
-    return "\n\n".join(parts) + "\n"
+    if not data["rule"]:
+        del data["rule"]  # `rule = []` would only puzzle a reader
+    return toml_text(data | ({"bits": dict(bits)} if bits else {}))
 
 
-def toml_table(header: str, table: Mapping[str, Any], quoted: bool = False) -> str:
-    """Return a table of a TOML file.
+def toml_text(data: Mapping[str, Any]) -> str:
+    """Return a dict as the text of a TOML file: values first, then tables.
 
-    Args:
-        header: Its first line.
-        table: Key -> value.
-        quoted: Whether keys are written as texts, as names that hold dots must be.
+    tomlkit writes it, because it keeps `[2, 4]` on one line and puts each rule under `[[rule]]`, as a person would.
+    The smaller tomli-w gives every number of a list a line of its own: the bits of one layer would take four lines.
 
     Example:
-        >>> toml_table("[bits]", {"layer4.0": [2, 4]}, quoted=True).splitlines()
-        ['[bits]', '"layer4.0" = [2, 4]']
+        >>> toml_text({"bits": {"layer4.0": [2, 4]}, "exclude": ["fc"]}).splitlines()
+        ['exclude = ["fc"]', '', '[bits]', '"layer4.0" = [2, 4]']
     """
-    lines = (f"{toml_value(key) if quoted else key} = {toml_value(value)}" for key, value in table.items())
-    return "\n".join([header, *lines])
+    import tomlkit  # imported here, since most callers never write a file
 
-
-def toml_value(value: Any) -> str:
-    """Return a text, number, truth value or list of these as TOML.
-
-    Args:
-        value: The value.
-
-    Example:
-        >>> toml_value(["a.*", True, 2])
-        '["a.*", true, 2]'
-    """
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):  # JSON's escapes are TOML's, but TOML wants DEL escaped too
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, list):
-        items = list(map(toml_value, value))
-        text = f"[{', '.join(items)}]"
-        return text if len(text) <= LONGEST_LIST else "[\n" + "".join(f"    {item},\n" for item in items) + "]"
-    return repr(value)
+    document = tomlkit.document()
+    for key, value in data.items():
+        item = tomlkit.item(value)
+        if isinstance(item, tomlkit.items.Array) and len(item.as_string()) > LONGEST_LIST:
+            item.multiline(True)
+        document.append(key, item)
+    return document.as_string()

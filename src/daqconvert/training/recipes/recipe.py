@@ -17,6 +17,7 @@ from typing import Any
 
 from daqconvert.calibration.observers import METHODS
 from daqconvert.errors import TrainingError, nearest
+from daqconvert.spec.toml import toml_text
 from daqconvert.training.recipes.fields import (
     Check,
     below_one,
@@ -191,8 +192,7 @@ class Recipe:
             >>> Recipe(epochs=2).to_toml().splitlines()[:2]
             ['name = "quick"', 'epochs = 2']
         """
-        values = {key: 0 if value is None else value for key, value in self.to_dict().items()}
-        return "".join(f"{key} = {_toml(value)}\n" for key, value in values.items())
+        return toml_text({key: 0 if value is None else value for key, value in self.to_dict().items()})
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Recipe))
@@ -228,16 +228,6 @@ def check_names(values: Iterable[str], where: str) -> None:
     for name in values:
         if name not in FIELDS:
             raise TrainingError(f"{where}: {name!r} is not a field of a recipe.{nearest(name, FIELDS)}")
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):  # JSON's escapes are TOML's, but for DEL, which TOML wants escaped as well
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, list):
-        return f"[{', '.join(map(_toml, value))}]"
-    return repr(value)
 
 
 _CHECKS: dict[str, Check] = {
