@@ -46,9 +46,8 @@ def first_sentence(package: Package, room: str) -> str:
 
 
 def shown(package: Package, room: str) -> str:
-    """`layers/, 16 files`, or `convert.py`."""
-    count = sum(package.unit(module) == room for module in package.files)
-    return f"{room}/, {count} files" if f"{PACKAGE}.{room}.__init__" in package.files else f"{room}.py"
+    """`layers/`, or `convert.py`."""
+    return f"{room}/" if f"{PACKAGE}.{room}.__init__" in package.files else f"{room}.py"
 
 
 def picture(package: Package) -> str:
@@ -99,8 +98,7 @@ def table(package: Package) -> str:
     rows = ["| floor | room | what it is |", "|---|---|---|"]
     for floor, lines in FLOORS.items():
         for i, room in enumerate(room for line in lines for room in line):
-            name = shown(package, room).partition(",")[0]
-            rows.append(f"| {floor if i == 0 else ''} | `{name}` | {first_sentence(package, room)} |")
+            rows.append(f"| {floor if i == 0 else ''} | `{shown(package, room)}` | {first_sentence(package, room)} |")
     return "\n".join(rows)
 
 
