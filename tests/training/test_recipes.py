@@ -5,7 +5,7 @@ import pytest
 from daqconvert.errors import TrainingError
 from daqconvert.training import RECIPES, Recipe, recipe
 from daqconvert.training.recipes import FIELDS, completed, parse_overrides
-from daqconvert.training.recipes.published import BEFORE
+from daqconvert.training.recipes.named import BEFORE
 
 FIRST = """
     name epochs batch_size accumulate precision optimizer lr momentum weight_decay decay no_decay quantizer_optimizer

@@ -8,7 +8,7 @@ import torch
 from daqconvert.errors import DaqError, TrainingError
 from daqconvert.training import finetune
 from daqconvert.training.checkpoint import read_checkpoint, write_checkpoint
-from daqconvert.training.recipes.published import BEFORE
+from daqconvert.training.recipes.named import BEFORE
 
 OPTIONS = {"epochs": 3, "lr": 0.05}
 

@@ -37,12 +37,11 @@ def test_the_file_is_a_recipe(page, tmp_path):
 def test_the_table_is_the_recipes(page):
     header, *rows = re.findall(r"^\| (.*?) \|$", page.split("## Recipes")[1].split("##")[0], re.MULTILINE)
     names = re.findall(r"`([\w-]+)`", header)
-    table = {
-        cells[0].strip("`"): cells[1:-1] for cells in (row.split(" | ") for row in rows[0:]) if cells[0][0] == "`"
-    }
+    table = {cells[0].strip("`"): cells[1:] for cells in (row.split(" | ") for row in rows[0:]) if cells[0][0] == "`"}
     assert names == list(RECIPES)
-    assert tuple(table) == FIELDS[1:]
-    for field, cells in table.items():
+    assert list(table) == list(FIELDS)[1:]
+    for field, (*cells, meaning) in table.items():
+        assert meaning == FIELDS[field].metadata["meaning"]
         for name, cell in zip(names, cells, strict=True):
             value = getattr(RECIPES[name], field)
             written = None if cell == "none" else parse_overrides([f"{field}={cell}"])[field]

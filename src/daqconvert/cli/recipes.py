@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-import re
 from typing import Annotated, Any
 
 import typer
@@ -13,11 +11,11 @@ from daqconvert.cli import options as o
 from daqconvert.cli.output import Output
 from daqconvert.report.tables import render, simple_table
 from daqconvert.training import RECIPES, Recipe, recipe
+from daqconvert.training.recipes import FIELDS
 
 Name = Annotated[
     str | None, typer.Argument(help="One of them, or a TOML file. Default: all that have a name.", show_default=False)
 ]
-FIELD = re.compile(r"(\w+): (.*)")
 
 
 def recipes_command(name: Name = None, as_json: o.Json = False) -> None:
@@ -37,29 +35,9 @@ def _all(found: dict[str, Recipe]) -> str:
 
 
 def _one(chosen: Recipe) -> str:
-    said = meanings()
-    rows = [(field, _text(value), said.get(field, "")) for field, value in chosen.to_dict().items()]
+    meanings = {name: field.metadata["meaning"].replace("`", "") for name, field in FIELDS.items()}
+    rows = [(name, _text(value), meanings[name]) for name, value in chosen.to_dict().items()]
     return render(simple_table("", ("field", "value", ""), rows))
-
-
-def meanings() -> dict[str, str]:
-    """Return what each field of a recipe is, from where it is documented.
-
-    Example:
-        >>> meanings()["epochs"]
-        'Passes over the training loader.'
-    """
-    text = inspect.getdoc(Recipe) or ""
-    found: dict[str, str] = {}
-    last = ""
-    for line in text.partition("Attributes:")[2].partition("Example:")[0].splitlines():
-        match = FIELD.fullmatch(line.strip()) if line.startswith("    ") and not line.startswith("     ") else None
-        if match:
-            last = match[1]
-            found[last] = match[2]
-        elif last and line.strip():
-            found[last] += f" {line.strip()}"
-    return {field: said.replace("`", "") for field, said in found.items()}
 
 
 def _text(value: Any) -> str:

@@ -1,9 +1,7 @@
-"""The recipe itself: its fields, in groups, each checked when it is made.
+"""The recipe itself: its fields in groups, and what they must not say together.
 
 Learning rates are per optimizer step and follow the schedule from step 0; `epochs` counts passes over the loader. A
 share of a run is a number from 0 to 1, of its steps.
-
-What fields of a recipe say together: an option that can have no effect is an error, never a shrug.
 """
 
 from __future__ import annotations
@@ -19,151 +17,199 @@ from daqconvert.calibration.observers import METHODS
 from daqconvert.errors import TrainingError, nearest
 from daqconvert.spec.toml import toml_text
 from daqconvert.training.recipes.fields import (
-    Check,
-    below_one,
-    choice,
-    count,
-    limit,
-    names,
-    nonnegative,
-    positive,
-    share,
-    stages,
-    text,
-    yes_or_no,
+    Choice,
+    Flag,
+    Integer,
+    Limit,
+    Names,
+    Number,
+    Stages,
+    Text,
+    setting,
+    with_meanings,
 )
 
 
+@with_meanings
 @dataclass(frozen=True)
 class Recipe:
     """How to train: optimizers, schedule, loss, calibration, seed. The defaults are the recipe `quick`.
-
-    Attributes:
-        name: Where the recipe comes from, for messages.
-        epochs: Passes over the training loader.
-        batch_size: For whoever makes the loaders, as the command line does; a loader that is passed keeps its own.
-        accumulate: Batches whose gradients are averaged before one optimizer step.
-        precision: `"no"`, `"bf16"` or `"fp16"`: autocast of the forward; `"launcher"` is what `accelerate launch`
-            was told, and `"no"` without it.
-        optimizer: Of everything that is not a quantizer's: a name of timm's factory, as `"sgd"` or `"adamw"`.
-        lr: Its learning rate.
-        lr_unit: What both learning rates are in: `"absolute"`, or `"size"`, each parameter's own - a weight's
-            quantization step, a tenth of anything else - for optimizers whose steps do not depend on the gradient's.
-        momentum: Of optimizers that have one.
-        weight_decay: Of the weights; quantizers have `quantizer_weight_decay`.
-        decay: Which of them decay: `"all"` as published, or `"weights"`, not biases and norms.
-        no_decay: Names, globs or `re:` patterns of parameters without weight decay.
-        quantizer_optimizer: Of bounds, steps and `output_scale`: a name of timm's factory.
-        quantizer_lr: Its learning rate.
-        quantizer_weight_decay: Its weight decay.
-        clip_grad: Largest norm of the gradient, or None (0) for no limit.
-        schedule: `"cosine"` to 0, `"linear"` to 0, `"step"`, or `"constant"`; both learning rates, every step.
-        warmup_steps: Steps over which both learning rates rise linearly first.
-        step_epochs: Epochs between two falls of the `"step"` schedule.
-        step_factor: What each of them multiplies the rates with.
-        label_smoothing: Of the cross entropy.
-        mixup: Alpha of timm's mixup, 0 for none.
-        cutmix: Alpha of timm's cutmix, 0 for none.
-        augment: timm's automatic augmentation, as `"rand-m9-mstd0.5"`; `""` for none. Like the next three for whoever
-            makes the loaders.
-        color_jitter: Strength of timm's color jitter.
-        random_erasing: Probability of timm's random erasing.
-        crop_scale: Smallest share of the image that a random crop takes.
-        distill: Weight 0..1 of the distillation loss, towards the float model; 1 needs no targets.
-        temperature: Of the distillation's softmax.
-        features: Names or globs of modules whose outputs are drawn towards the teacher's; `"auto"` is every block.
-        feature_weight: Weight of that loss.
-        ema: Decay of an average of the weights that is evaluated and kept, 0 for none.
-        ema_warmup: Whether that decay rises to its value over the first steps.
-        batch_norm: `"train"`, or `"freeze"` to keep the running statistics and use them.
-        batch_norm_freeze_at: Share of the run after which `"train"` becomes `"freeze"`; 1 is never.
-        gptq: Training batches from which GPTQ chooses the weights' levels, once, before the first step; 0 leaves them
-            the nearest.
-        reconstruct: Steps that each block trains on its own output, one block after the other, before the first step.
-        reconstruct_batches: Training batches from which it does, of several epochs where one has fewer.
-        reestimate: Training batches from which batch norms take their statistics anew before every evaluation; where
-            `batch_norm` is `"freeze"`, once before the first step.
-        freeze_bounds_at: Share of the run after which the quantizers' parameters stay as they are; 1 is never.
-        progressive: Stages `(until, w_bits, a_bits)`: until that share of the run no site has fewer bits than these.
-        final_w_sigma: Kernel width that DAQ's rounding of weights of few bits has at the end of the run; from the
-            model's own it gets there evenly, so that a flat slope becomes a peaked one. 0 leaves it.
-        final_a_sigma: Likewise of inputs of few bits.
-        final_sigma_bits: How many bits are few for those two.
-        patience: Epochs without a better validation result after which training stops, 0 for never.
-        oscillation: What is done about weights that jump between two levels: `"log"` their share, `"freeze"` them,
-            or `"off"`.
-        oscillation_threshold: Frequency of jumps, per step, from which a weight oscillates.
-        explode: The loss has exploded when it is this many times its running mean; 0 never looks.
-        checkpoint_steps: Steps between two checkpoints besides those at the ends of epochs, 0 for none.
-        keep: Checkpoints that are kept, the last among them.
-        calibration_batches: Training batches that set bounds which were not calibrated before.
-        calibration_method: As `calibrate` takes it.
-        seed: Of shuffling, augmentation and dropout.
 
     Example:
         >>> Recipe(epochs=2).schedule
         'cosine'
     """
 
-    name: str = "quick"
-    epochs: int = 5
-    batch_size: int = 64
-    accumulate: int = 1
-    precision: str = "launcher"
-    optimizer: str = "sgd"
-    lr: float = 0.02
-    lr_unit: str = "absolute"
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    decay: str = "all"
-    no_decay: tuple[str, ...] = ()
-    quantizer_optimizer: str = "adam"
-    quantizer_lr: float = 1e-3
-    quantizer_weight_decay: float = 0.0
-    clip_grad: float | None = None
-    schedule: str = "cosine"
-    warmup_steps: int = 0
-    step_epochs: int = 30
-    step_factor: float = 0.1
-    label_smoothing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    augment: str = ""
-    color_jitter: float = 0.0
-    random_erasing: float = 0.0
-    crop_scale: float = 0.08
-    distill: float = 0.5
-    temperature: float = 2.0
-    features: tuple[str, ...] = ()
-    feature_weight: float = 1.0
-    ema: float = 0.0
-    ema_warmup: bool = True
-    batch_norm: str = "train"
-    batch_norm_freeze_at: float = 1.0
-    gptq: int = 0
-    reconstruct: int = 0
-    reconstruct_batches: int = 32
-    reestimate: int = 0
-    freeze_bounds_at: float = 1.0
-    progressive: tuple[tuple[float, int, int], ...] = ()
-    final_w_sigma: float = 0.0
-    final_a_sigma: float = 2.0
-    final_sigma_bits: int = 1
-    patience: int = 0
-    oscillation: str = "log"
-    oscillation_threshold: float = 0.02
-    explode: float = 10.0
-    checkpoint_steps: int = 0
-    keep: int = 2
-    calibration_batches: int = 8
-    calibration_method: str = "mse"
-    seed: int = 0
+    name: str = setting("quick", "Name of the recipe, or of the file that it was read from, for messages.", Text())
+
+    # how long, and in what portions
+    epochs: int = setting(5, "Passes over the training loader.", Integer(1))
+    batch_size: int = setting(
+        64, "Inputs in a batch of the loaders that the command line makes; a loader that you pass keeps its own.",
+        Integer(1),
+    )  # fmt: skip
+    accumulate: int = setting(1, "Batches whose gradients are averaged before one optimizer step.", Integer(1))
+    precision: str = setting(
+        "launcher",
+        "Autocast of the forward: `no`, `bf16` or `fp16`; `launcher` is what `accelerate launch` was told, else `no`.",
+        Choice("launcher", "no", "bf16", "fp16"),
+    )
+
+    # two optimizers and their learning rates
+    optimizer: str = setting(
+        "sgd", "Optimizer of weights, biases and norms: a name of timm's factory, such as `sgd` or `adamw`.", Text()
+    )
+    lr: float = setting(0.02, "Learning rate of that optimizer.", Number(least=0))
+    lr_unit: str = setting(
+        "absolute",
+        "Unit of both learning rates: `absolute`, or `size`, a share of each parameter's own size: a weight's "
+        "quantization step, a tenth of anything else. For optimizers whose steps do not grow with the gradient.",
+        Choice("absolute", "size"), before="absolute",
+    )  # fmt: skip
+    momentum: float = setting(0.9, "Momentum of optimizers that have one.", Number(least=0, below=1))
+    weight_decay: float = setting(1e-4, "Weight decay of `optimizer`.", Number(least=0))
+    decay: str = setting(
+        "all", "Which of its parameters decay: `all` as published, or `weights`, which spares biases and norms.",
+        Choice("all", "weights"),
+    )  # fmt: skip
+    no_decay: tuple[str, ...] = setting(
+        (), "Names, globs or `re:` patterns of parameters without weight decay, of both optimizers.", Names()
+    )
+    quantizer_optimizer: str = setting(
+        "adam", "Optimizer of bounds, LSQ's steps and `output_scale`: a name of timm's factory.", Text()
+    )
+    quantizer_lr: float = setting(1e-3, "Learning rate of that optimizer.", Number(least=0))
+    quantizer_weight_decay: float = setting(0.0, "Weight decay of that optimizer.", Number(least=0))
+    clip_grad: float | None = setting(None, "Largest norm of the gradient, or None (0) for no limit.", Limit())
+    schedule: str = setting(
+        "cosine", "Course of both learning rates, step by step: `cosine` or `linear` to 0, `step`, or `constant`.",
+        Choice("cosine", "linear", "step", "constant"),
+    )  # fmt: skip
+    warmup_steps: int = setting(0, "Steps at the start over which both learning rates rise linearly.", Integer(0))
+    step_epochs: int = setting(30, "Epochs between two falls of the `step` schedule.", Integer(1))
+    step_factor: float = setting(
+        0.1, "What the learning rates are multiplied with at each of these falls.", Number(least=0, most=1)
+    )
+
+    # what inputs go through
+    label_smoothing: float = setting(0.0, "Label smoothing of the cross entropy.", Number(least=0, below=1))
+    mixup: float = setting(0.0, "Alpha of timm's mixup; 0 for none.", Number(least=0))
+    cutmix: float = setting(0.0, "Alpha of timm's cutmix; 0 for none.", Number(least=0))
+    augment: str = setting(
+        "",
+        "timm's automatic augmentation, such as `rand-m9-mstd0.5`; empty for none. Like the next three fields, it "
+        "acts on the loaders that the command line makes.",
+        Text(),
+    )
+    color_jitter: float = setting(0.0, "Strength of timm's color jitter.", Number(least=0))
+    random_erasing: float = setting(0.0, "Probability of timm's random erasing.", Number(least=0, most=1))
+    crop_scale: float = setting(0.08, "Smallest share of the image that a random crop takes.", Number(least=0, most=1))
+
+    # the loss
+    distill: float = setting(
+        0.5, "Weight of the distillation loss, towards the float model; 1 needs no targets.", Number(least=0, most=1)
+    )
+    temperature: float = setting(2.0, "Temperature of the softmax in the distillation loss.", Number(above=0))
+    features: tuple[str, ...] = setting(
+        (),
+        "Names, globs or `re:` patterns of modules whose outputs are drawn towards the teacher's; `auto` is every "
+        "block.",
+        Names(),
+    )
+    feature_weight: float = setting(1.0, "Weight of the loss of these outputs.", Number(least=0))
+
+    # averages, batch norms, and what is fitted before the first step
+    ema: float = setting(
+        0.0, "Decay of a moving average of the weights, which is evaluated and kept; 0 for none.",
+        Number(least=0, below=1),
+    )  # fmt: skip
+    ema_warmup: bool = setting(True, "Whether that decay rises to its value over the first steps.", Flag())
+    batch_norm: str = setting(
+        "train",
+        "Batch norms: `train` as usual, or `freeze`, which keeps the running statistics and normalizes with them.",
+        Choice("train", "freeze"),
+    )
+    batch_norm_freeze_at: float = setting(
+        1.0, "Share of the run after which `train` becomes `freeze`; 1 is never.", Number(least=0, most=1)
+    )
+    gptq: int = setting(
+        0,
+        "Training batches from which GPTQ chooses the levels of the weights before the first step; 0 leaves each on "
+        "its nearest level.",
+        Integer(0), before=0,
+    )  # fmt: skip
+    reconstruct: int = setting(
+        0,
+        "Steps that each block trains on its own output, block after block, before the first step; 0 for none.",
+        Integer(0), before=0,
+    )  # fmt: skip
+    reconstruct_batches: int = setting(
+        32, "Training batches that blocks train on, taken from several epochs where one has fewer.",
+        Integer(1), before=32,
+    )  # fmt: skip
+    reestimate: int = setting(
+        0,
+        "Training batches from which batch norms take their statistics anew before each evaluation, or once before "
+        "the first step where `batch_norm` is `freeze`; 0 for none.",
+        Integer(0),
+    )
+
+    # quantizers
+    freeze_bounds_at: float = setting(
+        1.0, "Share of the run after which the quantizers' parameters stay as they are; 1 is never.",
+        Number(least=0, most=1),
+    )  # fmt: skip
+    progressive: tuple[tuple[float, int, int], ...] = setting(
+        (),
+        "Stages `[until, w_bits, a_bits]`: until that share of the run every site has at least that many bits.",
+        Stages(),
+    )
+    final_w_sigma: float = setting(
+        0.0,
+        "Kernel width of DAQ's rounding at the end of the run, for weights of at most `final_sigma_bits` bits; it "
+        "moves there evenly from the model's own. 0 leaves it.",
+        Number(least=0), before=0.0,
+    )  # fmt: skip
+    final_a_sigma: float = setting(
+        2.0, "The same for inputs of at most `final_sigma_bits` bits.", Number(least=0), before=0.0
+    )
+    final_sigma_bits: int = setting(
+        1, "Most bits of the weights and inputs whose kernel width moves.", Integer(1), before=2
+    )
+
+    # when to stop, what to watch, what to keep
+    patience: int = setting(
+        0, "Epochs without a better validation result after which training stops; 0 is never.", Integer(0)
+    )
+    oscillation: str = setting(
+        "log",
+        "Weights that jump back and forth between two levels: `log` their share, `freeze` them, or `off`.",
+        Choice("log", "freeze", "off"),
+    )
+    oscillation_threshold: float = setting(
+        0.02, "Jumps per step above which a weight counts as oscillating.", Number(least=0, most=1)
+    )
+    explode: float = setting(
+        10.0, "Training ends with an error when the loss is this many times its running mean; 0 never looks.",
+        Number(least=0),
+    )  # fmt: skip
+    checkpoint_steps: int = setting(
+        0, "Steps between two checkpoints besides those at the ends of epochs; 0 for none.", Integer(0)
+    )
+    keep: int = setting(2, "Checkpoints that are kept, the last one among them.", Integer(1))
+
+    # before the first step
+    calibration_batches: int = setting(
+        8, "Training batches that set the bounds which were not calibrated before.", Integer(1)
+    )
+    calibration_method: str = setting("mse", "Method of that calibration, as `calibrate` takes it.", Choice(*METHODS))
+    seed: int = setting(0, "Seed of shuffling, augmentation and dropout.", Integer(0))
 
     def __post_init__(self) -> None:
-        for field in FIELDS:
-            value = check_field(field, getattr(self, field), f"recipe {self.name!r}")
-            object.__setattr__(self, field, value)
-        problem = contradiction(self)
+        for name in FIELDS:
+            value = check_field(name, getattr(self, name), f"recipe {self.name!r}")
+            object.__setattr__(self, name, value)
+        problem = _contradiction(self)
         if problem:
             raise TrainingError(f"recipe {self.name!r}: {problem}.")
 
@@ -195,107 +241,42 @@ class Recipe:
         return toml_text({key: 0 if value is None else value for key, value in self.to_dict().items()})
 
 
-FIELDS = tuple(field.name for field in dataclasses.fields(Recipe))
+FIELDS: dict[str, dataclasses.Field[Any]] = {field.name: field for field in dataclasses.fields(Recipe)}
+"""Every field by name, in order; its `metadata` holds `meaning`, `kind` and `before`, as `setting` declares them."""
 
 
-def check_field(field: str, value: Any, where: str) -> Any:
+def check_field(name: str, value: Any, where: str) -> Any:
     """Return the value of one field as a recipe stores it.
 
     Args:
-        field: Its name.
-        value: As the user wrote it.
+        name: Name of the field.
+        value: Value as the user wrote it.
         where: The recipe, for the message.
 
     Raises:
-        TrainingError: If the field cannot take it.
+        TrainingError: If the field cannot take the value.
     """
     try:
-        return _CHECKS[field](value)
+        return FIELDS[name].metadata["kind"].stored(value)
     except ValueError as error:
-        raise TrainingError(f"{where}: {field}: expected {error}; found {value!r}.") from None
+        raise TrainingError(f"{where}: {name}: expected {error}; found {value!r}.") from None
 
 
 def check_names(values: Iterable[str], where: str) -> None:
-    """Raise `TrainingError` if there is a name that is not a field's.
-
-    Args:
-        values: The names.
-        where: The recipe, for the message.
-
-    Raises:
-        TrainingError: Naming the nearest field.
-    """
+    """Raise `TrainingError`, with the nearest field, if a name is not a field's; `where` is for the message."""
     for name in values:
         if name not in FIELDS:
             raise TrainingError(f"{where}: {name!r} is not a field of a recipe.{nearest(name, FIELDS)}")
 
 
-_CHECKS: dict[str, Check] = {
-    "name": text,
-    "epochs": count(1),
-    "batch_size": count(1),
-    "accumulate": count(1),
-    "precision": choice("launcher", "no", "bf16", "fp16"),
-    "optimizer": text,
-    "lr": nonnegative,
-    "lr_unit": choice("absolute", "size"),
-    "momentum": below_one,
-    "weight_decay": nonnegative,
-    "decay": choice("all", "weights"),
-    "no_decay": names,
-    "quantizer_optimizer": text,
-    "quantizer_lr": nonnegative,
-    "quantizer_weight_decay": nonnegative,
-    "clip_grad": limit,
-    "schedule": choice("cosine", "linear", "step", "constant"),
-    "warmup_steps": count(0),
-    "step_epochs": count(1),
-    "step_factor": share,
-    "label_smoothing": below_one,
-    "mixup": nonnegative,
-    "cutmix": nonnegative,
-    "augment": text,
-    "color_jitter": nonnegative,
-    "random_erasing": share,
-    "crop_scale": share,
-    "distill": share,
-    "temperature": positive,
-    "features": names,
-    "feature_weight": nonnegative,
-    "ema": below_one,
-    "ema_warmup": yes_or_no,
-    "batch_norm": choice("train", "freeze"),
-    "batch_norm_freeze_at": share,
-    "gptq": count(0),
-    "reconstruct": count(0),
-    "reconstruct_batches": count(1),
-    "reestimate": count(0),
-    "freeze_bounds_at": share,
-    "progressive": stages,
-    "final_w_sigma": nonnegative,
-    "final_a_sigma": nonnegative,
-    "final_sigma_bits": count(1),
-    "patience": count(0),
-    "oscillation": choice("log", "freeze", "off"),
-    "oscillation_threshold": share,
-    "explode": nonnegative,
-    "checkpoint_steps": count(0),
-    "keep": count(1),
-    "calibration_batches": count(1),
-    "calibration_method": choice(*METHODS),
-    "seed": count(0),
-}
-
-
 _GRADIENT_STEPS = re.compile("sgd|momentum|nesterov")
-"""In timm's names of optimizers: those whose step is the gradient, or its running mean, times the rate."""
+"""Part of timm's name of every optimizer whose step is the gradient, or its running mean, times the rate."""
 
 
-def contradiction(recipe: Recipe) -> str:
-    """Return what does not go together in a recipe, and what to change; `""` where all does.
+def _contradiction(recipe: Recipe) -> str:
+    """Return which valid fields do not go together and what to change, `""` if there are none.
 
-    Args:
-        recipe: With each field valid by itself.
+    An option that can have no effect is an error, never a shrug.
     """
     if recipe.features and not recipe.feature_weight:
         return "features: have no effect with feature_weight=0.0. Set feature_weight=1.0, or leave features out"

@@ -1,13 +1,8 @@
-"""The recipes that have a name.
+"""Where a recipe comes from: a name, a TOML file, texts `FIELD=VALUE` of a command line, a run of an earlier version.
 
-References: "Distance-aware Quantization" (Kim, Lee, Ham, ICCV 2021), section 4.1 and the authors' published training
-code; "Network Quantization with Element-wise Gradient Scaling" (Lee, Kim, Ham, CVPR 2021) for ImageNet.
-
-Runs of earlier versions, whose recipes had fewer fields.
-
-Where a recipe comes from: a published name, a TOML file, or the dataclass itself.
-
-Fields of a recipe as texts, as a command line has them: `lr=0.1`, `features=layer1,layer2`.
+References of the published ones: "Distance-aware Quantization" (Kim, Lee, Ham, ICCV 2021), section 4.1 and the
+authors' published training code; "Network Quantization with Element-wise Gradient Scaling" (Lee, Kim, Ham, CVPR 2021)
+for ImageNet.
 """
 
 from __future__ import annotations
@@ -19,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from daqconvert.errors import TrainingError, nearest
-from daqconvert.training.recipes.recipe import Recipe, check_field, check_names
+from daqconvert.training.recipes.recipe import FIELDS, Recipe, check_field, check_names
 
 _PUBLISHED: dict[str, Any] = {
     "momentum": 0.9, "weight_decay": 1e-4, "schedule": "cosine", "batch_size": 256, "distill": 0.0,
@@ -63,38 +58,11 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-BEFORE: dict[str, Any] = {
-    "final_w_sigma": 0.0,
-    "final_a_sigma": 0.0,
-    "final_sigma_bits": 2,
-    "gptq": 0,
-    "lr_unit": "absolute",
-    "reconstruct": 0,
-    "reconstruct_batches": 32,
-}
-"""What a run had that was written before a field was there."""
-
-
-def completed(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a run's recipe with those that it was written before.
-
-    Args:
-        fields: As they were written.
-
-    Example:
-        >>> completed({"final_a_sigma": 2.0})["final_sigma_bits"], completed({})["final_sigma_bits"]
-        (2, 1)
-    """
-    sharpened = fields.get("final_w_sigma") or fields.get("final_a_sigma")
-    bits = {} if sharpened else {"final_sigma_bits": 1}  # where nothing sharpened, today's default is as true
-    return {**BEFORE, **bits, **fields}
-
-
 def recipe(source: str | Path | Recipe = "quick", **overrides: Any) -> Recipe:
     """Return a recipe by name, from a TOML file, or as given, with some fields changed.
 
     Args:
-        source: A name of `RECIPES`, the path of a TOML file (`base = "quick"` and any field), or a `Recipe`.
+        source: A name in `RECIPES`, the path of a TOML file (`base = "quick"` and any field), or a `Recipe`.
         **overrides: Fields to change.
 
     Raises:
@@ -134,10 +102,6 @@ def _from_file(path: Path) -> Recipe:
     return dataclasses.replace(RECIPES[base], **{"name": path.name, **values})
 
 
-_TYPES = {field.name: str(field.type) for field in dataclasses.fields(Recipe)}
-_WORDS: dict[str, Any] = {"none": None, "true": True, "false": False}
-
-
 def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
     """Return the fields that texts `FIELD=VALUE` change, each checked, for `recipe(name, **overrides)`.
 
@@ -145,7 +109,7 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
     commas; they and the stages of `progressive` may also be a TOML array.
 
     Args:
-        texts: One per field.
+        texts: One text for each field.
 
     Raises:
         TrainingError: If one has another form, names no field (says the nearest) or a value the field cannot take.
@@ -160,22 +124,27 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
         name = name.strip()
         if not equals:
             raise TrainingError(f"override {text!r}: expected FIELD=VALUE, as epochs=10.")
-        check_names([name], f"override {text!r}")
+        where = f"override {text!r}"
+        check_names([name], where)
         if name in found:
-            raise TrainingError(f"override {text!r}: {name} is given twice. Leave one of them out.")
-        found[name] = check_field(name, _value(_TYPES[name], value.strip()), f"override {text!r}")
+            raise TrainingError(f"{where}: {name} is given twice. Leave one of them out.")
+        found[name] = check_field(name, FIELDS[name].metadata["kind"].parsed(value.strip()), where)
     return found
 
 
-def _value(kind: str, text: str) -> Any:
-    """A text as a value of a field's type; the text itself where it is none, for the field's check to refuse."""
-    if kind == "str":
-        return text
-    if kind.startswith("tuple") and not text.startswith("["):
-        return [item.strip() for item in text.split(",")] if text else []
-    if text.lower() in _WORDS:
-        return _WORDS[text.lower()]
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):
-        return text
+BEFORE: dict[str, Any] = {
+    name: field.metadata["before"] for name, field in FIELDS.items() if field.metadata["before"] is not None
+}
+"""What a run did that was written before a field was there."""
+
+
+def completed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a run's recipe, as they were written, with those that came later.
+
+    Example:
+        >>> completed({"final_a_sigma": 2.0})["final_sigma_bits"], completed({})["final_sigma_bits"]
+        (2, 1)
+    """
+    sharpened = fields.get("final_w_sigma") or fields.get("final_a_sigma")
+    bits = {} if sharpened else {"final_sigma_bits": 1}  # where nothing sharpened, today's default is as true
+    return {**BEFORE, **bits, **fields}
