@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from daqconvert.data import Augmentation, Loaders, Splits, answered_by, create_loaders, open_splits
 from daqconvert.errors import ConversionError, DataError
 from daqconvert.sources import Source, build_model, parse_source
+from daqconvert.spec.plain_values import from_plain
 from daqconvert.training import Recipe
 
 DEMO_MODEL = "timm:test_resnet"
@@ -204,7 +205,7 @@ def _device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
-def job_from_dict(values: Mapping[str, Any], where: str | Path) -> Job:
+def job_from_dict(values: object, where: str | Path) -> Job:
     """Return the job that a run directory's configuration holds.
 
     Args:
@@ -214,7 +215,4 @@ def job_from_dict(values: Mapping[str, Any], where: str | Path) -> Job:
     Raises:
         ConversionError: If it is not one.
     """
-    names = {item.name for item in dataclasses.fields(Job)}
-    if not isinstance(values, Mapping) or set(values) != names:
-        raise ConversionError(f"{where}: expected the entries {', '.join(sorted(names))} under 'job'.")
-    return Job(**values)
+    return from_plain(Job, values, f"{where}: job", error=ConversionError)

@@ -1,0 +1,117 @@
+"""Frozen dataclasses as the plain values that JSON holds - objects, lists, texts, numbers, null - and back.
+
+A dataclass is an object with a key for each field, a tuple a list. What is read may have been edited by hand, so
+reading is strict: each field must be there, none besides, each of its annotated type, and no count is negative. An
+error names the path of the value, what was expected there and what was found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import reprlib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from daqconvert.errors import DaqError, PolicyError, nearest
+
+_WORDS = {str: "a text", bool: "true or false", int: "a count", float: "a number", NoneType: "null"}
+
+T = TypeVar("T")
+
+
+def to_plain(value: Any) -> Any:
+    """Return a dataclass as nested dicts and lists; whatever else it holds stays as it is.
+
+    Example:
+        >>> from daqconvert.spec import SiteOutput
+        >>> to_plain(SiteOutput(readers=("fc",)))["readers"]
+        ['fc']
+    """
+    if dataclasses.is_dataclass(value):
+        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return [to_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def from_plain(
+    kind: type[T], value: object, where: str, *, error: type[DaqError] = PolicyError, later: Collection[str] = ()
+) -> T:
+    """Return the dataclass that `to_plain` wrote, refusing anything else.
+
+    Args:
+        kind: The dataclass.
+        value: What a JSON reader returned.
+        where: Path of the value, for the message.
+        error: Class of the error.
+        later: Fields that may be missing, since files written before they existed do not have them.
+
+    Raises:
+        DaqError: Of the class `error`, if a field is missing, unknown or of the wrong type, or the dataclass itself
+            refuses its fields.
+
+    Example:
+        >>> from daqconvert.spec import Call
+        >>> from_plain(Call, {"function": "linear", "modules": [1]}, "call", later=("holder", "tensors", "dynamic"))
+        Traceback (most recent call last):
+        daqconvert.errors.PolicyError: call.modules[0]: expected a text; found 1.
+    """
+    found: T = _Reader(error, later).read_object(kind, value, where)
+    return found
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads values of annotated types; each method takes the type, the value, and its path."""
+
+    error: type[DaqError]
+    later: Collection[str]
+
+    def read_object(self, kind: Any, value: object, where: str) -> Any:
+        if not isinstance(value, Mapping):
+            raise self.error(f"{where}: expected an object; found {reprlib.repr(value)}.")
+        hints = get_type_hints(kind)
+        names = [field.name for field in dataclasses.fields(kind)]
+        for key in value:
+            if key not in names:
+                close = nearest(key, names) if isinstance(key, str) else ""
+                raise self.error(f"{where}: unknown field {reprlib.repr(key)}.{close}")
+        missing = [name for name in names if name not in value and name not in self.later]
+        if missing:
+            raise self.error(f"{where}: missing field {missing[0]!r}.")
+        fields = {name: self.read(hints[name], value[name], f"{where}.{name}") for name in names if name in value}
+        try:
+            return kind(**fields)
+        except self.error as problem:  # "w_bits: expected ..." has the path of the field
+            field = str(problem).partition(":")[0]
+            raise self.error(f"{where}{'.' if field in names else ': '}{problem}") from None
+
+    def read(self, kind: Any, value: object, where: str) -> Any:
+        if dataclasses.is_dataclass(kind):
+            return self.read_object(kind, value, where)
+        if isinstance(kind, UnionType):
+            if value is None and NoneType in get_args(kind):
+                return None
+            members = [member for member in get_args(kind) if member is not NoneType]
+            fitting = [member for member in members if _is_scalar(member, value)]
+            return self.read(fitting[0] if fitting else members[0], value, where)
+        if get_origin(kind) is tuple:
+            if not isinstance(value, list):
+                raise self.error(f"{where}: expected a list; found {reprlib.repr(value)}.")
+            return tuple(self.read(get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+        if get_origin(kind) is Mapping:
+            if not isinstance(value, Mapping):
+                raise self.error(f"{where}: expected an object; found {reprlib.repr(value)}.")
+            return {key: self.read(get_args(kind)[1], item, f"{where}.{key}") for key, item in value.items()}
+        if kind is not Any and not _is_scalar(kind, value):
+            raise self.error(f"{where}: expected {_WORDS[kind]}; found {reprlib.repr(value)}.")
+        return value
+
+
+def _is_scalar(kind: Any, value: object) -> bool:
+    """Whether a value is of a type that JSON has; a float may be written as an integer, and counts start at 0."""
+    if kind is int:
+        return type(value) is int and value >= 0
+    if kind is float:
+        return type(value) in (int, float)
+    return kind in _WORDS and type(value) is kind
