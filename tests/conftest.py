@@ -1,4 +1,4 @@
-"""Fixtures for the tests: golden texts, and the environment of a child process."""
+"""Fixtures for the tests: golden texts, the environment of a child process, the plan of a small network."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,3 +57,19 @@ def child_env() -> dict[str, str]:
         "TERM": "dumb",
         "NO_COLOR": "1",
     }
+
+
+@pytest.fixture
+def sites() -> tuple[Any, ...]:
+    """Six layers: a first, a last, two convolutions and a linear between them, and one that cannot be converted."""
+    from helpers.plans import SITES  # imported here: a broken package must not hide what the other tests have to say
+
+    return SITES
+
+
+@pytest.fixture
+def planned() -> Callable[..., Any]:
+    """Resolve a policy for the six layers, or for others."""
+    from helpers.plans import planned
+
+    return planned

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from import_graph import Package, cycle
+from helpers.import_graph import Package, cycle
 
 PACKAGE = "daqconvert"
 

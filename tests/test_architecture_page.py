@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from import_graph import Package
+from helpers.import_graph import Package
 from test_architecture import FLOORS, PACKAGE
 
 WIDTH, LABEL, MARGIN, LINE, CHARACTERS = 1040, 120, 10, 15, 29

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import daqconvert as dq
-from cases import BY_ID, CASES, NETWORKS, run, timm_network
 from daqconvert.errors import ConversionError
 from daqconvert.models import quantized_layers
+from helpers.cases import BY_ID, CASES, NETWORKS, run, timm_network
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import daqconvert as dq
-from cases import BY_ID, CASES, GEOMETRIES, NETWORKS, timm_network
+from helpers.cases import BY_ID, CASES, GEOMETRIES, NETWORKS, timm_network
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-import awkward
 import daqconvert as dq
-from cases import BY_ID, CASES, SETTINGS
 from daqconvert.errors import ConversionError, PolicyError
 from daqconvert.layers.site import QuantizedSite
 from daqconvert.models import copy_model, quantized_layers
+from helpers import awkward_models as awkward
+from helpers.cases import BY_ID, CASES, SETTINGS
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
-import awkward
 import daqconvert as dq
+from helpers import awkward_models as awkward
 
 X = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(0))
 

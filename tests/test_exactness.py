@@ -11,12 +11,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-import awkward
 import daqconvert as dq
-from cases import CASES, GEOMETRIES, NETWORKS, SETTINGS, run
 from daqconvert.layers.frozen_site import FrozenSite
 from daqconvert.layers.site import QuantizedSite
 from daqconvert.models import quantized_layers
+from helpers import awkward_models as awkward
+from helpers.cases import CASES, GEOMETRIES, NETWORKS, SETTINGS, run
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 each_setting = pytest.mark.parametrize("settings", SETTINGS.values(), ids=list(SETTINGS))

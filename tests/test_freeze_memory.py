@@ -14,7 +14,7 @@ from daqconvert.freezing import coded_weights
 from daqconvert.functional import native
 from daqconvert.layers import FrozenSite
 from daqconvert.models import quantized_layers
-from depth.networks import NETWORKS, batch, quantized
+from helpers.converted_networks import NETWORKS, batch, quantized
 from test_scaling import in_tensors, size
 
 ROWS = torch.randn(4, 512)

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-import awkward
 import daqconvert as dq
-from cases import BY_ID
 from daqconvert.errors import CalibrationError, ConversionError, FrozenError
 from daqconvert.freezing import is_frozen
 from daqconvert.layers import FrozenLayer
 from daqconvert.models import quantized_layers
+from helpers import awkward_models as awkward
+from helpers.cases import BY_ID
 
 
 def quantized(**settings):

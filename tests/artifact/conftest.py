@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import daqconvert as dq
-from artifact.tools import frozen_of, small_network
+from helpers.artifacts import frozen_of, small_network
 
 
 @pytest.fixture(scope="session")

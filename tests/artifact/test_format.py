@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-import awkward
 import daqconvert as dq
-from artifact.tools import MANIFEST, TENSORS, checksum, frozen_of, read, small_network
 from daqconvert.functional.packing import pack
+from helpers import awkward_models as awkward
+from helpers.artifacts import MANIFEST, TENSORS, checksum, frozen_of, read, small_network
 
 # ------------------------------------------------- a reader of docs/artifact.md, in numpy, that knows nothing else
 

@@ -15,10 +15,10 @@ import timm
 import torch
 
 import daqconvert as dq
-from artifact import damage
-from artifact.tools import frozen_of, read, small_network
 from daqconvert.errors import ArtifactError
 from daqconvert.layers.integer_layers import is_integer
+from helpers import artifact_damage as damage
+from helpers.artifacts import frozen_of, read, small_network
 
 SECONDS, MEGABYTES = 10.0, 600  # of processor time for one load; of growth over all of them
 

@@ -9,11 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision import models
 
-import awkward
 import daqconvert as dq
-from artifact.tools import assert_same, frozen_of, shared_names, small_network
-from cases import BY_ID, CASES, GEOMETRIES, SETTINGS, Case
 from daqconvert.errors import ArtifactError
+from helpers import awkward_models as awkward
+from helpers.artifacts import assert_same, frozen_of, shared_names, small_network
+from helpers.cases import BY_ID, CASES, GEOMETRIES, SETTINGS, Case
 
 
 def round_trip(make, batch, folder, **settings):

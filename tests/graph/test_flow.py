@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cases import timm_network, torchvision_network
 from daqconvert.graph import find_sites
+from helpers.cases import timm_network, torchvision_network
 
 
 def found(name, **kwargs):

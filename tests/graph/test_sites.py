@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import awkward
-from cases import BY_ID, CASES, NETWORKS, timm_network
 from daqconvert.errors import ConversionError
 from daqconvert.graph import find_sites
+from helpers import awkward_models as awkward
+from helpers.cases import BY_ID, CASES, NETWORKS, timm_network
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 

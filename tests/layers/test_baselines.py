@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import daqconvert as dq
-from cases import GEOMETRIES
 from daqconvert.functional.dasr import clip_round
 from daqconvert.functional.grid import Rounding
+from helpers.cases import GEOMETRIES
 from layers.test_gradients import SETTINGS, literal_input, literal_weight
 
 CLOSE = {"rtol": 1e-11, "atol": 1e-12}

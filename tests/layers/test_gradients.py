@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import daqconvert as dq
-from cases import GEOMETRIES
 from daqconvert.functional import slope, slope_coefficients
+from helpers.cases import GEOMETRIES
 
 
 def rounded(x, low, high, coefficients):

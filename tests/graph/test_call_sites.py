@@ -1,0 +1,196 @@
+"""Models whose forwards multiply by themselves: the whole way, and what must stay as it was."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+import daqconvert as dq
+from daqconvert.graph import find_sites
+from daqconvert.layers import QuantizedLayer
+from daqconvert.layers.frozen_site import FrozenSite
+from daqconvert.layers.site import QuantizedSite, Watcher, watching
+from daqconvert.models import copy_model, in_mode, quantized_layers
+from helpers.call_cases import CALLS
+from helpers.cases import BY_ID, run
+
+REWRITTEN = ("functional", "branch-on-data", "bare-parameters", "subclass", "attention", "encoder")
+EVERY = (*CALLS, *(BY_ID[name] for name in REWRITTEN))
+each_case = pytest.mark.parametrize("case", EVERY, ids=lambda case: case.id)
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # torch's encoder, in evaluation
+ENDS = {"first": (2, 2), "last": (2, 2)}
+KEYS = {"weight_quantizer", "input_quantizer", "output_scale"}
+
+
+def same(a, b):
+    left, right = tree_leaves(a), tree_leaves(b)
+    return len(left) == len(right) and all(torch.equal(x, y) for x, y in zip(left, right, strict=True))
+
+
+def quantized(case, **settings):
+    torch.manual_seed(0)
+    model = case.make().eval()
+    qmodel = dq.quantize(model, **settings)
+    dq.calibrate(qmodel, [case.batch()[0]])
+    return model, qmodel.eval()
+
+
+@each_case
+def test_what_is_found(case):
+    sites = {site.name: site for site in find_sites(case.make(), case.batch()).sites}
+    assert {name for name, site in sites.items() if not site.reason and not site.is_product} == set(case.converted)
+    assert {name for name, site in sites.items() if site.is_product} == set(case.products)
+    assert {name: site.reason for name, site in sites.items() if site.reason}.keys() == case.skipped.keys()
+    for name, reason in case.skipped.items():
+        assert reason in sites[name].reason, name
+    for name, note in case.notes.items():
+        assert any(note in text for text in sites[name].notes), (name, sites[name].notes)
+
+
+@each_case
+def test_ends_and_signs(case):
+    found = find_sites(case.make(), case.batch())
+    assert found.order == case.order
+    assert {site.name for site in found.sites if site.first} == set(case.first)
+    assert {site.name for site in found.sites if site.last} == set(case.last)
+    assert {site.name for site in found.sites if site.nonnegative} == set(case.unsigned)
+
+
+@each_case
+def test_disabled_is_the_original_in_every_mode(case):
+    model, qmodel = quantized(case, w_bits=3, a_bits=3)
+    assert not same(run(qmodel, case.batch()), run(model, case.batch()))
+    with dq.disabled(qmodel):
+        for training in (False, True):
+            for grad in (False, True):
+                with in_mode(model, training), in_mode(qmodel, training), torch.set_grad_enabled(grad):
+                    torch.manual_seed(1)
+                    expected = run(copy_model(model), case.batch(1))  # training moves buffers
+                    torch.manual_seed(1)
+                    assert same(run(copy_model(qmodel), case.batch(1)), expected), (training, grad)
+
+
+@each_case
+def test_no_verb_moves_what_the_model_keeps(case):
+    model = case.make().train()
+    before = copy.deepcopy(model.state_dict())
+    qmodel = dq.quantize(model, w_bits=3, a_bits=3)
+    dq.calibrate(qmodel, [case.batch()])
+    dq.freeze(qmodel)
+    assert model.training and qmodel.training
+    for state in (model.state_dict(), qmodel.state_dict()):
+        assert [key for key, value in before.items() if not torch.equal(state[key], value)] == []
+
+
+class Seen(Watcher):
+    def __init__(self):
+        self.names = set()
+
+    def after(self, site, y):
+        self.names.add(site.layer_name)
+
+
+@each_case
+def test_the_same_sites_run_in_every_mode(case):
+    _, qmodel = quantized(case)
+    ran = []
+    for training, grad in ((True, True), (False, True), (False, False)):
+        seen = Seen()
+        with torch.set_grad_enabled(grad), in_mode(qmodel, training):
+            stack = [watching(site, seen) for site in quantized_layers(qmodel).values()]
+            for context in stack:
+                context.__enter__()
+            run(qmodel, case.batch())
+            for context in stack:
+                context.__exit__(None, None, None)
+        ran.append(seen.names)
+        share = dq.coverage(qmodel, *case.batch()).share
+        # what computes a weight from others (power iterations, matrix exponentials) multiplies parameters, in float
+        partial = case.skipped or case.id in ("old-spectral-norm", "spectral-norm", "orthogonal")
+        assert 0.0 < share < 1.0 if partial else share == 1.0
+    assert ran[0] == ran[1] == ran[2] == set(case.converted) - set(NOT_RUN.get(case.id, ()))
+
+
+NOT_RUN = {"optional-path": ("inner.only_masked", "inner.extra")}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"w_bits": 2, "a_bits": 3}, {"preset": "paper-w2a2", **ENDS}, {"w_bits": None}, {"a_bits": None}],
+    ids=["default", "w2a3", "paper", "inputs", "weights"],
+)
+@each_case
+def test_frozen_and_saved_are_the_same(case, settings, tmp_path):
+    model, qmodel = quantized(case, **settings)
+    frozen = dq.freeze(qmodel)
+    assert not any(isinstance(module, QuantizedSite) for module in frozen.modules())
+    assert {m.layer_name for m in frozen.modules() if isinstance(m, FrozenSite)} == {
+        layer.layer_name for layer in quantized_layers(qmodel).values()
+    }
+    with torch.no_grad():
+        expected = run(qmodel, case.batch(1))
+        assert same(run(frozen, case.batch(1)), expected)
+        assert same(run(copy.deepcopy(frozen), case.batch(1)), expected)
+        dq.save(frozen, tmp_path / "artifact")
+        assert same(run(dq.load(tmp_path / "artifact", model=model), case.batch(1)), expected)
+
+
+@each_case
+def test_gradients_reach_weights_and_bounds(case):
+    model, qmodel = quantized(case, w_bits=4, a_bits=4)
+    for parameters in (model, qmodel):
+        sum(t.square().sum() for t in tree_leaves(run(parameters, case.batch(1)))).backward()
+    gradients = {name: p.grad for name, p in qmodel.named_parameters()}
+    assert all(g is None or g.isfinite().all() for g in gradients.values())
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and parameter.grad.any() and parameter.dim() > 1:
+            assert gradients[name] is not None and gradients[name].any(), name
+    for name, site in quantized_layers(qmodel).items():
+        if site.layer_name in NOT_RUN.get(case.id, ()):
+            continue
+        quantizers = [getattr(site, f"{side}_quantizer").named_parameters() for side in ("weight", "input")]
+        for key, bound in (item for quantizer in quantizers for item in quantizer):
+            assert not bound.requires_grad or bound.grad is not None, (name, key)
+        assert site.output_scale.grad.any(), name
+
+
+def arguments(module):
+    """Names, kinds and defaults; annotations may be written in another way."""
+    return [(p.name, p.kind, p.default) for p in inspect.signature(module.forward).parameters.values()]
+
+
+@each_case
+def test_keys_classes_signatures_and_hooks(case):
+    model, qmodel = quantized(case)
+    holders = {id(qmodel.get_submodule(name)) for name in case.modules}
+    other = dict(qmodel.named_modules(remove_duplicate=False))
+    prefixes = {f"{name}." if name else "" for name, module in other.items() if id(module) in holders}
+    result = qmodel.load_state_dict(model.state_dict(), strict=False)
+    assert result.unexpected_keys == []
+    for key in result.missing_keys:
+        assert any(key.startswith(p) and key[len(p) :].split(".")[0] in KEYS for p in prefixes), key
+    assert isinstance(qmodel, type(model))
+    for name, module in model.named_modules(remove_duplicate=False):
+        if "parametrizations" in name:
+            continue
+        assert isinstance(other[name], type(module)), name
+        if not isinstance(other[name], QuantizedLayer):
+            assert arguments(other[name]) == arguments(module), name
+
+
+@each_case
+def test_hooks_of_the_user_fire_on_every_module_that_fired_before(case):
+    model, calls = case.make().eval(), []
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda m, args, out, name=name: calls.append(name))
+    run(model, case.batch())
+    before = set(calls)
+    qmodel = dq.quantize(model)
+    dq.calibrate(qmodel, [case.batch()[0]])
+    calls.clear()
+    run(qmodel, case.batch())
+    assert before <= set(calls)
