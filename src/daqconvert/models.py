@@ -143,3 +143,11 @@ def unchanged_on_error(layers: Iterable[QuantizedSite]) -> Iterator[None]:
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedSite]:
     """Return what holds quantizers in a model by dotted name, each once: layers, and sites that are calls."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedSite)}
+
+
+def float_copy(qmodel: nn.Module) -> nn.Module:
+    """Return a copy of a quantized model that computes in float, in evaluation mode and without gradients."""
+    found = copy.deepcopy(qmodel)
+    for site in quantized_layers(found).values():
+        site.enabled = False
+    return found.eval().requires_grad_(False)

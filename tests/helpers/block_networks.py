@@ -4,9 +4,8 @@ import torch
 from torch import nn
 
 import daqconvert as dq
-from daqconvert.posttraining import reconstruct
-from daqconvert.training.objective import float_teacher
-from daqconvert.training.objective.features import block_names
+from daqconvert.models import float_copy
+from daqconvert.posttraining import block_names, reconstruct
 
 
 def images(count=48, size=12, seed=0):
@@ -69,7 +68,7 @@ def error(qmodel, model, x):
 def rebuilt(model, x, steps=60, batch=16, **settings):
     qmodel = low(model, x, **settings)
     names = block_names(qmodel)
-    return qmodel, reconstruct(qmodel, float_teacher(qmodel), list(x.split(batch)), names, steps, show=False)
+    return qmodel, reconstruct(qmodel, float_copy(qmodel), list(x.split(batch)), names, steps, show=False)
 
 
 class Odd(nn.Module):

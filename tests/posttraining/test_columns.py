@@ -7,7 +7,7 @@ from torch import nn
 
 import daqconvert as dq
 from daqconvert.functional.products import ConvolutionProducts
-from daqconvert.posttraining.gptq_solver import MOST_POSITIONS, columns, has_columns, second_moments
+from daqconvert.posttraining.gptq import MOST_POSITIONS, columns, has_columns, second_moments
 
 LAYERS = {
     "linear": (nn.Linear(6, 4), (5, 6)),

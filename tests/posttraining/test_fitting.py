@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import daqconvert as dq
-from daqconvert.posttraining.block_calls import treats_rows_alone
+from daqconvert.models import float_copy
+from daqconvert.posttraining.blocks import treats_rows_alone
 from daqconvert.posttraining.reconstruction import Examples, fit
-from daqconvert.training.objective import float_teacher
 from helpers.block_networks import Net, Odd, error, images, low, trained_norms
 
 
@@ -21,7 +21,7 @@ def test_a_block_that_gets_worse_stays_as_it_was(rate, monkeypatch):
     qmodel = low(trained_norms(Net(), x), x)
     qmodel.eval()
     block, y = qmodel.blocks[1], torch.randn(8, 8, 6, 6)
-    examples = Examples([((y,), {})], [float_teacher(qmodel).blocks[1](y)], whole=False)
+    examples = Examples([((y,), {})], [float_copy(qmodel).blocks[1](y)], whole=False)
     kept = {key: value.clone() for key, value in block.state_dict().items()}
     before, after = fit(block, examples, [block.two.weight], 5, torch.Generator(), lambda: None)
     assert before == after == examples.error(block) > 0

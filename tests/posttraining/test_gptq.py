@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 import daqconvert as dq
-from daqconvert.posttraining import choose_codes
-from daqconvert.posttraining.gptq_solver import columns, second_moments, second_order_levels
-from daqconvert.training.objective.features import block_names
+from daqconvert.posttraining import block_names, choose_codes
+from daqconvert.posttraining.gptq import columns, second_moments, second_order_levels
 
 
 def images(count=32, size=12):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from daqconvert.posttraining.gptq_solver import BLOCK, output_error, second_order_levels
+from daqconvert.posttraining.gptq import BLOCK, output_error, second_order_levels
 
 
 def problem(groups=2, rows=3, inputs=5, seed=0):

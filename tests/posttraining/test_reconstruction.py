@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from daqconvert.posttraining import reconstruct
-from daqconvert.posttraining.block_calls import BlockFlow, stages
+from daqconvert.models import float_copy
+from daqconvert.posttraining import block_names, reconstruct
+from daqconvert.posttraining.blocks import BlockFlow, stages
 from daqconvert.posttraining.reconstruction import trainable
-from daqconvert.training.objective import float_teacher
-from daqconvert.training.objective.features import block_names
 from helpers.block_networks import Net, Odd, error, images, low, rebuilt, trained_norms
 
 
@@ -80,7 +79,7 @@ def test_a_batch_norm_goes_with_the_layer_before_it():
     qmodel, x = low(model, torch.randn(64, 6)), torch.randn(64, 6)
     found = stages(qmodel, x, ["2", "5"])
     assert [(stage.names, stage.chained) for stage in found] == [(["2", "3"], False), (["5"], False)]
-    rows = reconstruct(qmodel, float_teacher(qmodel), [x], ["2", "5"], 40, show=False)
+    rows = reconstruct(qmodel, float_copy(qmodel), [x], ["2", "5"], 40, show=False)
     assert [row.name for row in rows] == ["2", "5"] and rows[0].after < rows[0].before
     assert not torch.equal(qmodel[3].weight, torch.ones(6)) and torch.equal(norm.weight, torch.ones(6))
 
@@ -124,7 +123,7 @@ def test_a_block_after_one_that_stays_gets_what_that_one_returns():
     found = []
     for names in (["a", "twice", "b"], ["a", "b"]):
         qmodel = low(Detour(), x)
-        rows = reconstruct(qmodel, float_teacher(qmodel), [x], names, 10, show=False)
+        rows = reconstruct(qmodel, float_copy(qmodel), [x], names, 10, show=False)
         found.append((rows[0], rows[-1], qmodel.b[0].weight.tolist()))
     assert found[0] == found[1]
 
@@ -134,7 +133,7 @@ def test_what_stays_as_it_is_says_why():
     x = torch.randn(64, 6)
     qmodel = low(Odd(), x)
     kept = {name: value.clone() for name, value in qmodel.state_dict().items()}
-    rows = reconstruct(qmodel, float_teacher(qmodel), [x], ["twice", "pair", "tied", "never"], 30, show=False)
+    rows = reconstruct(qmodel, float_copy(qmodel), [x], ["twice", "pair", "tied", "never"], 30, show=False)
     assert {row.name: row.left_alone for row in rows} == {
         "twice": "a forward calls it 2 times", "pair": "it does not return one tensor of floating point", "tied": "",
     }  # fmt: skip

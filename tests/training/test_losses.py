@@ -5,9 +5,10 @@ from torch import nn
 
 import daqconvert as dq
 from daqconvert.errors import DataError, TrainingError
+from daqconvert.models import float_copy
 from daqconvert.training import Recipe
 from daqconvert.training.losses import count_correct, cross_entropy, distillation, logits_of
-from daqconvert.training.objective import Objective, float_teacher
+from daqconvert.training.objective import Objective
 
 
 def test_distillation_is_its_formula():
@@ -38,7 +39,7 @@ def test_the_loss_is_the_weighted_sum(distill):
 def test_the_teacher_is_the_float_model(make_float):
     model = make_float()
     qmodel = dq.quantize(model, w_bits=2, a_bits=2).train()
-    teacher, x = float_teacher(qmodel), torch.randn(16, 8)
+    teacher, x = float_copy(qmodel), torch.randn(16, 8)
     assert torch.equal(teacher(x), model.eval()(x))
     assert qmodel.training
     assert qmodel[0].enabled

@@ -1,16 +1,23 @@
-"""What improves a quantized model without labels and without training it as a whole: GPTQ, blocks, batch norms."""
+"""What improves a quantized model without labels and without training it as a whole: GPTQ, blocks, batch norms.
 
+`choose_codes` (GPTQ) and `reconstruct` (block reconstruction) take a calibrated model, some batches of inputs and the
+names of its blocks, change the model in place and say of each layer or block what became of its error. `reestimate`
+takes the statistics of batch norms anew. `parameter_sizes` and `step_in_sizes` are for optimizers, in training too.
+"""
+
+from daqconvert.posttraining.blocks import block_names
 from daqconvert.posttraining.gptq import choose_codes
-from daqconvert.posttraining.norms import batch_norms, estimate
+from daqconvert.posttraining.norms import batch_norms, reestimate
 from daqconvert.posttraining.reconstruction import reconstruct
 from daqconvert.posttraining.sizes import bounds_and_scales, parameter_sizes, step_in_sizes
 
 __all__ = [
     "batch_norms",
+    "block_names",
     "bounds_and_scales",
     "choose_codes",
-    "estimate",
     "parameter_sizes",
     "reconstruct",
+    "reestimate",
     "step_in_sizes",
 ]

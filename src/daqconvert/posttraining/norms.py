@@ -1,4 +1,7 @@
-"""Batch norms of a model, and statistics for the weights as they are, every batch with equal weight.
+"""Batch norms: their running statistics are estimated anew for the weights as they are.
+
+A running statistic is a moving average over training steps, each with other weights; of the model as it is it may say
+little. The mean over some batches that pass today's weights, every batch with equal weight, describes this model.
 
 Source: "Rethinking 'Batch' in BatchNorm" (Wu, Johnson, 2021), https://arxiv.org/abs/2105.07576, section 3 (PreciseBN).
 """
@@ -26,19 +29,19 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
 
 
 @torch.no_grad()
-def estimate(model: nn.Module, batches: Any, autocast: Any = torch.enable_grad) -> None:
-    """Replace the running statistics of all batch norms by the means over some batches of their statistics.
+def reestimate(model: nn.Module, batches: Any, autocast: Any = torch.enable_grad) -> None:
+    """Replace the running statistics of all batch norms by the mean over some batches of the batches' statistics.
 
-    All else is in evaluation mode meanwhile: no dropout.
+    All other modules are in evaluation mode meanwhile, so there is no dropout.
 
     Args:
-        model: Modes of its modules are given back.
-        batches: Inputs, each positional and keyword arguments.
-        autocast: Makes the context of a forward.
+        model: Any model; its modules have their modes back afterwards.
+        batches: Inputs, for each batch positional and keyword arguments.
+        autocast: Function that makes the context of a forward.
 
     Example:
         >>> norm = nn.BatchNorm1d(1)
-        >>> estimate(norm, [((torch.tensor([[0.0], [2.0]]),), {}), ((torch.tensor([[4.0], [4.0]]),), {})])
+        >>> reestimate(norm, [((torch.tensor([[0.0], [2.0]]),), {}), ((torch.tensor([[4.0], [4.0]]),), {})])
         >>> norm.running_mean.item(), norm.running_var.item()
         (2.5, 1.0)
     """
@@ -58,6 +61,6 @@ def estimate(model: nn.Module, batches: Any, autocast: Any = torch.enable_grad) 
 
 
 def _eager(model: nn.Module) -> AbstractContextManager[Any]:
-    """Call a compiled model as if it were not: equal weights are read from a count, which breaks its graph."""
+    """Return a context in which a compiled model runs eagerly: equal weights need a count, which breaks its graph."""
     compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules())
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

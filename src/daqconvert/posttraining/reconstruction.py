@@ -6,13 +6,12 @@ where `x` is what the float network gives the block `B`, and `x_q` what the quan
 hundred images teach a whole network by its logits is soon learned by heart; a block's outputs are thousands of numbers
 for every image, and with the blocks before it finished, a block does not run after inputs that move.
 
+`reconstruct` goes through the blocks in the order in which a forward reaches them; `fit` trains one, by steps of Adam
+in units of each parameter's own size (`sizes.py`).
+
 Reference: "BRECQ: Pushing the Limit of Post-Training Quantization by Block Reconstruction" (Li et al., ICLR 2021),
 https://arxiv.org/abs/2102.05426, section 3.2 and algorithm 1, with the squared error for its Fisher-weighted one, and
 with weights that move freely under the gradient of their rounding instead of up or down.
-
-One block is fitted: steps of Adam on its own output, each parameter at its own scale.
-
-Block after block, in the order in which a forward reaches them.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from daqconvert.models import evaluating
-from daqconvert.posttraining.block_calls import (
+from daqconvert.posttraining.blocks import (
     BlockFlow,
     Call,
     Stage,
@@ -36,7 +35,7 @@ from daqconvert.posttraining.block_calls import (
     stages,
     treats_rows_alone,
 )
-from daqconvert.posttraining.norms import estimate
+from daqconvert.posttraining.norms import reestimate
 from daqconvert.posttraining.sizes import (
     bounds_and_scales,
     parameter_sizes,
@@ -51,14 +50,96 @@ RATE = 0.02  # of a parameter's size, for each step
 VALUES = 1 << 19  # of a block's output in one step: many images where they are small, few where they are large
 
 
+def reconstruct(
+    model: nn.Module, teacher: nn.Module, batches: list[Any], blocks: list[str], steps: int, *,
+    seed: int = 0, show: bool = True,
+) -> list[Fitted]:  # fmt: skip
+    """Train blocks of a quantized model, in place, to return what those of a float model return.
+
+    The batch norms of a block take their statistics anew first. One block's inputs and outputs are held for all
+    batches. Blocks that a forward calls more than once, or that do not return one tensor, stay as they are.
+
+    Args:
+        model: A calibrated model from `quantize`.
+        teacher: The float model in evaluation mode, on the same device, with blocks of the same names;
+            `daqconvert.models.float_copy` makes one.
+        batches: Inputs as `calibrate` takes them.
+        blocks: Names of modules, none inside another, as `block_names` gives them.
+        steps: Number of training steps for each block.
+        seed: Seed of the order of images.
+        show: Whether to show progress.
+
+    Returns:
+        One entry for each block that a forward reaches, in that order; both errors are those with new statistics of
+        its batch norms. `left_alone` says why a block stays as it is.
+
+    Example:
+        >>> from daqconvert.models import float_copy
+        >>> blocks = [nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)) for _ in range(2)]
+        >>> qmodel, x = dq.quantize(nn.Sequential(*blocks), w_bits=2, a_bits=4), torch.randn(64, 4)
+        >>> _ = dq.calibrate(qmodel, [x])
+        >>> rows = reconstruct(qmodel, float_copy(qmodel), [x], ["0", "1"], 20)
+        >>> [(row.name, row.after < row.before) for row in rows]
+        [('0', True), ('1', True)]
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows: list[Fitted] = []
+    with evaluating(model), torch.compiler.set_stance("force_eager"):
+        found = stages(model, batches[0], blocks)
+        ours, theirs, targets = BlockFlow(model, batches), BlockFlow(teacher, batches), None
+        with progress(steps * len(found), "reconstruct", enabled=show) as bar:
+            for number, stage in enumerate(found, 1):
+                if why_not := _why_not(stage):
+                    rows.append(Fitted(stage.names[0], left_alone=why_not))
+                    targets = None
+                    bar.advance(steps)
+                    continue
+                carried = stage.chained and targets is not None
+                ours.reach(stage, ours.outputs() if carried else None)
+                theirs.reach(stage, targets if carried else None)
+                targets = theirs.outputs()
+                reestimate(ours.block, map(copied, ours.calls))
+                whole = not treats_rows_alone(theirs.block, theirs.calls[0], targets[0])
+                examples = Examples(ours.calls, targets, whole)
+                trained = trainable(ours.block, _used_elsewhere(model, ours.block))
+                advance = partial(bar.advance, block=f"{number}/{len(found)}")
+                errors = fit(ours.block, examples, trained, steps, generator, advance)
+                rows.append(Fitted(stage.names[0], *errors))
+    return rows
+
+
+def _why_not(stage: Stage) -> str:
+    """Return why a stage cannot be trained, `""` if it can."""
+    if stage.calls > 1:
+        return f"a forward calls it {stage.calls} times"
+    return "" if stage.tensor else "it does not return one tensor of floating point"
+
+
+def _used_elsewhere(model: nn.Module, block: nn.Module) -> set[int]:
+    """Return the `id` of each parameter of a block that modules outside it have too."""
+    inside = set(block.modules())
+    others = {id(p) for m in model.modules() if m not in inside for p in m.parameters(recurse=False)}
+    return {id(p) for p in block.parameters()} & others
+
+
+def trainable(block: nn.Module, shared: set[int]) -> list[nn.Parameter]:
+    """Return the parameters of a block that are trained: quantized weights, bounds and scales, biases and norms.
+
+    Other tensors stay as they are: float weights, tables, what a parametrization computes from, and the parameters
+    whose `id` is in `shared`.
+    """
+    known = set(dict(quantized_weights(block))) | bounds_and_scales(block)
+    return [p for p in block.parameters() if p.requires_grad and id(p) not in shared and (p in known or p.dim() < 2)]
+
+
 @dataclass(frozen=True)
 class Examples:
     """What a block is called with and what it is to return, batch by batch.
 
     Attributes:
-        calls: Arguments.
-        targets: Of each call.
-        whole: Whether batches cannot be taken apart.
+        calls: Arguments of each batch.
+        targets: Output that the block is to return for each batch.
+        whole: Whether a batch cannot be taken apart, because the block does not treat its rows alone.
     """
 
     calls: list[Call]
@@ -89,20 +170,10 @@ def fit(
     block: nn.Module, examples: Examples, trained: list[nn.Parameter], steps: int, generator: torch.Generator,
     advance: Callable[[], None],
 ) -> tuple[float, float]:  # fmt: skip
-    """Train a block, in place, to return the targets; where the error does not fall it stays as it was.
+    """Train parameters of a block, in place, to return the targets; give the error over all examples before and after.
 
-    The steps are Adam's, whose size does not depend on the loss, in units of each parameter's own size (`sizes`).
-
-    Args:
-        block: In evaluation mode.
-        examples: Its calls.
-        trained: Its parameters that are trained.
-        steps: Of training; their rate falls from `RATE` to 0 as a cosine.
-        generator: Draws examples.
-        advance: Called at every step.
-
-    Returns:
-        The error over all examples before and after.
+    Where the error does not fall, the parameters stay as they were. The block is in evaluation mode; the rate falls
+    from `RATE` to 0 as a cosine; `generator` draws the examples; `advance` is called at every step.
     """
     before = examples.error(block)
     power = sum(float(target.double().square().mean()) for target in examples.targets) / len(examples.targets)
@@ -121,7 +192,7 @@ def fit(
         schedule.step()
         advance()
     optimizer.zero_grad(set_to_none=True)
-    settle(block, trained)
+    _settle(block, trained)
     after = examples.error(block)
     if after < before:
         return before, after
@@ -132,15 +203,11 @@ def fit(
 
 
 @torch.no_grad()
-def settle(block: nn.Module, trained: list[nn.Parameter]) -> None:
+def _settle(block: nn.Module, trained: list[nn.Parameter]) -> None:
     """Put trained weights on the levels that they have, which changes nothing that the block returns.
 
     Training leaves many of them right between two levels, from one to the other and back at every step: without this
     the least step of what trains them next would draw their levels anew.
-
-    Args:
-        block: In evaluation mode.
-        trained: Its trained parameters.
 
     Reference: "Overcoming Oscillations in Quantization-Aware Training" (Nagel et al., ICML 2022), section 3.
     """
@@ -151,91 +218,9 @@ def settle(block: nn.Module, trained: list[nn.Parameter]) -> None:
 
 
 def _on_levels(weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
-    """The weight as it is used, in its own units; one that is normalized as it is, for its levels move with it."""
+    """Return a weight on its levels, in its own units; a normalized one as it is: its levels would move with it."""
     if quantizer.normalize:
         return weight
     layout, step = quantizer.layout, torch.as_tensor(quantizer.multiplier())
     step = step.reshape(layout.bound_view) if quantizer.per_channel else step
     return (quantizer(weight).reshape(layout.view) * step).reshape(weight.shape)
-
-
-def trainable(block: nn.Module, shared: set[int]) -> list[nn.Parameter]:
-    """Return quantized weights, bounds and scales, biases and norms.
-
-    Other tensors - float weights, tables, what a parametrization computes from - stay as they are.
-
-    Args:
-        block: Part of a quantized model.
-        shared: Parameters that stay, by `id`.
-    """
-    known = set(dict(quantized_weights(block))) | bounds_and_scales(block)
-    return [p for p in block.parameters() if p.requires_grad and id(p) not in shared and (p in known or p.dim() < 2)]
-
-
-def reconstruct(
-    model: nn.Module, teacher: nn.Module, batches: list[Any], blocks: list[str], steps: int, *,
-    seed: int = 0, show: bool = True,
-) -> list[Fitted]:  # fmt: skip
-    """Train blocks of a quantized model, in place, to return what those of a float model return.
-
-    Batch norms of a block take their statistics anew first. One block's inputs and outputs are held for all batches.
-
-    Args:
-        model: From `quantize`, calibrated.
-        teacher: The float model, with blocks of the same names, on the same device; in evaluation mode.
-        batches: Inputs as `calibrate` takes them.
-        blocks: Names of modules, none inside of another.
-        steps: Of training for each block.
-        seed: Of the order of images.
-        show: Whether to show progress.
-
-    Returns:
-        One entry per block that a forward reaches, in that order; its batch norms are estimated anew before either
-        error. Left alone are blocks that it calls more than once and blocks that do not return one tensor.
-
-    Example:
-        >>> from daqconvert.training.objective import float_teacher
-        >>> blocks = [nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)) for _ in range(2)]
-        >>> qmodel, x = dq.quantize(nn.Sequential(*blocks), w_bits=2, a_bits=4), torch.randn(64, 4)
-        >>> _ = dq.calibrate(qmodel, [x])
-        >>> rows = reconstruct(qmodel, float_teacher(qmodel), [x], ["0", "1"], 20)
-        >>> [(row.name, row.after < row.before) for row in rows]
-        [('0', True), ('1', True)]
-    """
-    generator = torch.Generator().manual_seed(seed)
-    rows: list[Fitted] = []
-    with evaluating(model), torch.compiler.set_stance("force_eager"):
-        found = stages(model, batches[0], blocks)
-        ours, theirs, targets = BlockFlow(model, batches), BlockFlow(teacher, batches), None
-        with progress(steps * len(found), "reconstruct", enabled=show) as bar:
-            for number, stage in enumerate(found, 1):
-                if why_not := _why_not(stage):
-                    rows.append(Fitted(stage.names[0], left_alone=why_not))
-                    targets = None
-                    bar.advance(steps)
-                    continue
-                carried = stage.chained and targets is not None
-                ours.reach(stage, ours.outputs() if carried else None)
-                theirs.reach(stage, targets if carried else None)
-                targets = theirs.outputs()
-                estimate(ours.block, map(copied, ours.calls))
-                whole = not treats_rows_alone(theirs.block, theirs.calls[0], targets[0])
-                examples = Examples(ours.calls, targets, whole)
-                trained = trainable(ours.block, _used_elsewhere(model, ours.block))
-                advance = partial(bar.advance, block=f"{number}/{len(found)}")
-                errors = fit(ours.block, examples, trained, steps, generator, advance)
-                rows.append(Fitted(stage.names[0], *errors))
-    return rows
-
-
-def _why_not(stage: Stage) -> str:
-    if stage.calls > 1:
-        return f"a forward calls it {stage.calls} times"
-    return "" if stage.tensor else "it does not return one tensor of floating point"
-
-
-def _used_elsewhere(model: nn.Module, block: nn.Module) -> set[int]:
-    """Parameters of a block, by `id`, that modules outside of it have too."""
-    inside = set(block.modules())
-    others = {id(p) for m in model.modules() if m not in inside for p in m.parameters(recurse=False)}
-    return {id(p) for p in block.parameters()} & others

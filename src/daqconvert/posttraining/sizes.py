@@ -16,15 +16,11 @@ from daqconvert.quantizers import WeightQuantizer
 from daqconvert.quantizers.base import Quantizer
 from daqconvert.quantizers.starting import normal_clip
 
-SHARE = 0.1
+SHARE = 0.1  # of a value, which is its size
 
 
 def quantized_weights(model: nn.Module) -> Iterator[tuple[nn.Parameter, WeightQuantizer]]:
-    """Yield weights that are parameters of their layer, and what quantizes each.
-
-    Args:
-        model: A quantized model, or a part of one.
-    """
+    """Yield the weights of a quantized model that are parameters of their layers, each with its quantizer."""
     for site in quantized_layers(model).values():
         weight = site._parameters.get("weight")
         if weight is not None and isinstance(site.weight_quantizer, WeightQuantizer):
@@ -32,7 +28,7 @@ def quantized_weights(model: nn.Module) -> Iterator[tuple[nn.Parameter, WeightQu
 
 
 def bounds_and_scales(model: nn.Module) -> set[nn.Parameter]:
-    """Return bounds, steps and output scales.
+    """Return what quantizers and sites learn: bounds, LSQ's steps and output scales.
 
     Args:
         model: A quantized model, or a part of one.
@@ -44,10 +40,11 @@ def bounds_and_scales(model: nn.Module) -> set[nn.Parameter]:
 
 @torch.no_grad()
 def parameter_sizes(model: nn.Module) -> dict[nn.Parameter, Tensor]:
-    """Return the unit in which each parameter may well be moved; it broadcasts against the parameter.
+    """Return how large each parameter is, as a tensor that broadcasts against the parameter.
 
-    Of a quantized weight it is about its quantization step, per channel where its bounds are; of bounds, steps and
-    output scales a tenth of each; of anything else a tenth of its root mean square, of 1 where it is all 0.
+    The size of a quantized weight is about its quantization step, per channel where its bounds are; that of bounds,
+    LSQ's steps and output scales is a tenth of each value; that of anything else a tenth of its root mean square, or
+    0.1 where it is all 0.
 
     Args:
         model: A quantized model, or a part of one.
@@ -72,7 +69,7 @@ def parameter_sizes(model: nn.Module) -> dict[nn.Parameter, Tensor]:
 
 
 def _step(weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
-    """What is best for a normal distribution of the weight's size."""
+    """Return the quantization step that is best for a normal distribution with the weight's root mean square."""
     layout = quantizer.layout
     rows = layout.rows(weight.float())
     size = rows.square().mean(dim=1).sqrt() if quantizer.per_channel else rows.square().mean().sqrt().expand(len(rows))
@@ -82,11 +79,11 @@ def _step(weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
 
 @torch.no_grad()
 def step_in_sizes(optimizer: torch.optim.Optimizer, sizes: dict[nn.Parameter, Tensor]) -> None:
-    """Let an optimizer take a step, and move each parameter by that many of its sizes instead.
+    """Let an optimizer take a step, but move each parameter by that many of its sizes instead.
 
     Args:
-        optimizer: Has gradients; one whose steps do not depend on the size of the gradient, as Adam.
-        sizes: Of its parameters.
+        optimizer: An optimizer whose steps do not depend on the size of the gradient, such as Adam; it has gradients.
+        sizes: Size of each of its parameters, from `parameter_sizes`.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     last = [parameter.detach().clone() for parameter in parameters]

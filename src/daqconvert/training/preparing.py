@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from daqconvert.calibration import calibrate, is_calibrated
-from daqconvert.posttraining import choose_codes, reconstruct
+from daqconvert.models import float_copy
+from daqconvert.posttraining import block_names, choose_codes, reconstruct
 from daqconvert.report.fits import Fitted
 from daqconvert.training.batching.loaders import UNLABELLED, check_first_batch, length, read_batch
 from daqconvert.training.batching.seeding import preserved_random_state
@@ -28,8 +29,7 @@ from daqconvert.training.checkpoint import (
     model_tensors,
     write_checkpoint,
 )
-from daqconvert.training.objective import OWN_TEACHER, float_teacher
-from daqconvert.training.objective.features import block_names
+from daqconvert.training.objective import OWN_TEACHER
 from daqconvert.training.run import Run
 from daqconvert.training.saving import check_run, last_of, make_optimizers_and_parts, meta, model_copy, restore, save
 
@@ -138,11 +138,11 @@ def _start_fresh(run: Run) -> None:
         )
     run.processes.agree(run.model)
     if run.teacher_kind == OWN_TEACHER:
-        run.objective.teacher = float_teacher(run.model)
+        run.objective.teacher = float_copy(run.model)
     initial = model_copy(run) if run.teacher_kind == OWN_TEACHER else {}
     before = None
     if run.recipe.reconstruct:  # weights that GPTQ has not changed teach
-        before = run.objective.teacher if run.teacher_kind == OWN_TEACHER else float_teacher(run.model)
+        before = run.objective.teacher if run.teacher_kind == OWN_TEACHER else float_copy(run.model)
     if run.recipe.gptq:
         round_weights(run)
     if before is not None:

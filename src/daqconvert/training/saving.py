@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from daqconvert.errors import TrainingError
+from daqconvert.models import float_copy
 from daqconvert.report.fits import Fitted
 from daqconvert.training.batching.loaders import length
 from daqconvert.training.checkpoint import (
@@ -29,7 +30,7 @@ from daqconvert.training.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from daqconvert.training.objective import NO_TEACHER, OWN_TEACHER, float_teacher
+from daqconvert.training.objective import NO_TEACHER, OWN_TEACHER
 from daqconvert.training.optim import Optimizers
 from daqconvert.training.recipes import completed
 from daqconvert.training.run import Position, Run
@@ -112,7 +113,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     about, model = checkpoint.meta, checkpoint.part(MODEL)
     if run.teacher_kind == OWN_TEACHER:
         saved = run.processes.from_main(lambda: teacher_of(run))
-        run.objective.teacher = float_teacher(run.model)
+        run.objective.teacher = float_copy(run.model)
         run.objective.teacher.load_state_dict(saved.part(MODEL))
     run.model.load_state_dict(model)  # which bounds are trained is known now
     run.fitted = fits_from_meta(about.get("fitted", {}))  # runs of earlier versions noted none

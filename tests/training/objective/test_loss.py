@@ -12,6 +12,7 @@ from torch import nn
 
 import daqconvert as dq
 from daqconvert.errors import DataError, TrainingError
+from daqconvert.models import float_copy
 from daqconvert.training import Recipe
 from daqconvert.training.losses import cross_entropy, distillation
 from daqconvert.training.objective import (
@@ -19,7 +20,6 @@ from daqconvert.training.objective import (
     OWN_TEACHER,
     Objective,
     check_teacher,
-    float_teacher,
     teacher_kind,
 )
 from daqconvert.training.objective.features import Collector, feature_loss, feature_names
@@ -129,7 +129,7 @@ def test_the_feature_loss_is_its_formula():
 def taught(make, make_float):
     qmodel = make().train()
     dq.calibrate(qmodel, [torch.randn(32, 8)])
-    return qmodel, float_teacher(qmodel)
+    return qmodel, float_copy(qmodel)
 
 
 def step(objective, model):
@@ -200,11 +200,11 @@ def test_auto_leaves_what_one_of_them_does_not_call():
     qmodel = dq.quantize(Uncalled(*blocks(nn.Linear(4, 3)))).train()
     dq.calibrate(qmodel, [torch.randn(8, 4)])
     x = torch.randn(8, 4)
-    objective = Objective(Recipe(distill=1.0, features=("auto",)), teacher=float_teacher(qmodel))
+    objective = Objective(Recipe(distill=1.0, features=("auto",)), teacher=float_copy(qmodel))
     objective(qmodel.train(), ((x,), {}), None)
     assert objective.last_parts["features"].isfinite()
     objective.close()
-    objective = Objective(Recipe(distill=1.0, features=("1.0",)), teacher=float_teacher(qmodel))
+    objective = Objective(Recipe(distill=1.0, features=("1.0",)), teacher=float_copy(qmodel))
     with pytest.raises(TrainingError, match="'1.0' was called 0 times by the model and 1 times"):
         objective(qmodel, ((x,), {}), None)
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import daqconvert as dq
 from daqconvert.errors import TrainingError
-from daqconvert.posttraining.norms import batch_norms, estimate
+from daqconvert.posttraining import batch_norms, reestimate
 from daqconvert.training import Recipe
 from daqconvert.training.batching.epochs import Epochs
 from daqconvert.training.parts.batch_norm import Reestimation
@@ -21,7 +21,7 @@ def net():
 
 def test_statistics_are_means_over_batches_of_the_weights_as_they_are():
     model, batches = net().train(), [torch.randn(8, 4) + i for i in range(3)]
-    estimate(model, [((x,), {}) for x in batches])
+    reestimate(model, [((x,), {}) for x in batches])
     first, second = batch_norms(model)
     inner = []
     for x in batches:
@@ -131,7 +131,7 @@ def test_a_compiled_model_has_whole_graphs_and_the_same_statistics(make):
     compiled(*batches[0][0])
     compiled.load_state_dict(plain.state_dict())
     for model in (plain, compiled):
-        estimate(model, batches)
+        reestimate(model, batches)
     assert not torch._dynamo.utils.counters["graph_break"]
     assert torch.equal(plain[1].running_var, compiled[1].running_var)
     torch._dynamo.reset()

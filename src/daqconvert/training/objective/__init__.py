@@ -12,9 +12,8 @@ from daqconvert.training.objective.teacher import (
     NO_TEACHER,
     OWN_TEACHER,
     check_teacher,
-    float_teacher,
     is_taught,
     teacher_kind,
 )
 
-__all__ = ["NO_TEACHER", "OWN_TEACHER", "Objective", "check_teacher", "float_teacher", "is_taught", "teacher_kind"]
+__all__ = ["NO_TEACHER", "OWN_TEACHER", "Objective", "check_teacher", "is_taught", "teacher_kind"]

@@ -25,8 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from daqconvert.errors import TrainingError
-from daqconvert.layers.base import QuantizedLayer
-from daqconvert.models import quantized_layers
+from daqconvert.posttraining import block_names
 from daqconvert.quantizers.base import Quantizer
 from daqconvert.training.patterns import matching
 from daqconvert.training.recipes import Recipe
@@ -181,31 +180,3 @@ def _tensor(output: Any, name: str, who: str) -> Tensor:
         found = f"a {type(output).__name__}" if tensor is None else f"a tensor of {tensor.dtype}"
         raise TrainingError(f"features: {name!r} of the {who} returned {found}; expected a floating-point tensor.")
     return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def block_names(model: nn.Module) -> list[str]:
-    """Return the names of a quantized model's blocks and of the layers between them, in the model's order.
-
-    Args:
-        model: From `quantize`.
-
-    Example:
-        >>> block = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
-        >>> block_names(dq.quantize(nn.Sequential(nn.Linear(4, 4), block, nn.Linear(4, 4), nn.Linear(4, 2))))
-        ['1', '2']
-    """
-    sites = quantized_layers(model)
-    below: dict[str, int] = {}
-    for name in sites:
-        parts = name.split(".")
-        for depth in range(1, len(parts)):
-            above = ".".join(parts[:depth])
-            below[above] = below.get(above, 0) + 1
-    several = [name for name, count in below.items() if count > 1]
-    blocks = {name for name in several if not any(other.startswith(f"{name}.") for other in several)}
-    ends = {next(iter(sites)), next(reversed(sites))} if sites else set()
-    for name, site in sites.items():
-        inside = any(name.startswith(f"{block}.") for block in blocks)
-        if isinstance(site, QuantizedLayer) and not inside and name not in ends:
-            blocks.add(name)
-    return [name for name, _ in model.named_modules() if name in blocks]

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 from torch import Tensor, nn
 
 from daqconvert.batches import model_device
 from daqconvert.errors import TrainingError
-from daqconvert.layers.site import QuantizedSite
 from daqconvert.training.checkpoint import digest
 from daqconvert.training.objective.features import feature_names, optional_names
 from daqconvert.training.recipes import Recipe
@@ -66,12 +63,3 @@ def teacher_kind(teacher: nn.Module | None, recipe: Recipe) -> str:
     if teacher is None:
         return OWN_TEACHER
     return digest({key: value for key, value in teacher.state_dict().items() if isinstance(value, Tensor)})
-
-
-def float_teacher(qmodel: nn.Module) -> nn.Module:
-    """Return a copy of a quantized model that computes in float, in evaluation mode and without gradients."""
-    teacher = copy.deepcopy(qmodel)
-    for module in teacher.modules():
-        if isinstance(module, QuantizedSite):
-            module.enabled = False
-    return teacher.eval().requires_grad_(False)

@@ -17,7 +17,7 @@ from typing import ClassVar
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from daqconvert.errors import TrainingError
-from daqconvert.posttraining import batch_norms, estimate
+from daqconvert.posttraining import batch_norms, reestimate
 from daqconvert.training.batching.loaders import read_batch
 from daqconvert.training.batching.seeding import preserved_random_state
 from daqconvert.training.recipes import Recipe
@@ -138,7 +138,7 @@ def _estimate(run: Run, epoch: int, count: int) -> None:
         batches = itertools.islice(run.train_epochs.batches(epoch, whole=True), count)
         where, device = "train_loader (reestimate)", run.processes.device
         inputs = (read_batch(batch, device, where, needs_target=False)[0] for batch in batches)
-        estimate(run.model, inputs, autocast=run.processes.autocast)
+        reestimate(run.model, inputs, autocast=run.processes.autocast)
 
 
 def make_frozen_batch_norm(recipe: Recipe) -> Part | None:

@@ -1,4 +1,10 @@
-"""What a model gives its blocks, batch by batch: by forwards that end there, or carried on from the block before."""
+"""The blocks of a quantized model: their names, their order in a forward, what they are called with and return.
+
+A block is an innermost module that holds two quantized layers or more, such as a residual block, an inverted residual,
+an attention or an MLP. A block and the batch norms that follow it are a *stage*. The inputs of a stage are recorded by
+forwards that end there; where all that it is called with is the output of the stage before, that output is carried on
+and no forward is needed.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +19,42 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from daqconvert.batches import Enough, run_batch, run_batch_until
+from daqconvert.layers.base import QuantizedLayer
+from daqconvert.models import quantized_layers
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of one call of a module."""
+
+
+def block_names(model: nn.Module) -> list[str]:
+    """Return the names of a quantized model's blocks and of the layers between them, in the model's order.
+
+    The first and the last quantized layer are left out where they are in no block: the first one sees what the float
+    model's sees, and what the last one returns are the logits.
+
+    Args:
+        model: A model from `quantize`.
+
+    Example:
+        >>> block = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+        >>> block_names(dq.quantize(nn.Sequential(nn.Linear(4, 4), block, nn.Linear(4, 4), nn.Linear(4, 2))))
+        ['1', '2']
+    """
+    sites = quantized_layers(model)
+    below: dict[str, int] = {}
+    for name in sites:
+        parts = name.split(".")
+        for depth in range(1, len(parts)):
+            above = ".".join(parts[:depth])
+            below[above] = below.get(above, 0) + 1
+    several = [name for name, count in below.items() if count > 1]
+    blocks = {name for name in several if not any(other.startswith(f"{name}.") for other in several)}
+    ends = {next(iter(sites)), next(reversed(sites))} if sites else set()
+    for name, site in sites.items():
+        inside = any(name.startswith(f"{block}.") for block in blocks)
+        if isinstance(site, QuantizedLayer) and not inside and name not in ends:
+            blocks.add(name)
+    return [name for name, _ in model.named_modules() if name in blocks]
 
 
 @dataclass
@@ -23,10 +62,10 @@ class Stage:
     """A block as the first forward shows it, with the batch norms that follow it.
 
     Attributes:
-        names: Of the modules; what one returns is all that the next one is called with.
-        chained: Whether all that the first is called with is the tensor that the stage before this one returned.
-        calls: Of the first, in one forward.
-        tensor: Whether the last returns one tensor of floating point.
+        names: Names of the modules; what one returns is all that the next one is called with.
+        chained: Whether the only input of the first module is the tensor that the stage before this one returned.
+        calls: How often one forward calls the first module.
+        tensor: Whether the last module returns one tensor of floating point.
     """
 
     names: list[str]
@@ -35,55 +74,13 @@ class Stage:
     tensor: bool = False
 
     def module(self, model: nn.Module) -> nn.Module:
-        """Return the stage as one module of a model."""
+        """Return the modules of the stage, in this model, as one module."""
         modules = [model.get_submodule(name) for name in self.names]
         return modules[0] if len(modules) == 1 else nn.Sequential(*modules).eval()
 
 
-class _Order:
-    """Hooks of one forward: modules that are not inside of each other begin and end in turn."""
-
-    def __init__(self) -> None:
-        self.stages: dict[str, Stage] = {}
-        self._norms: set[str] = set()
-        self._open: Stage | None = None
-        self._last: Tensor | None = None
-
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> None:
-        """A block begins."""
-        if name not in self.stages:
-            self.stages[name] = Stage([name], self._follows(args, kwargs))
-        self._open = self.stages[name]
-        self._open.calls += 1
-
-    def before_norm(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> None:
-        """A batch norm begins that is in no block: it goes with the stage whose output it takes."""
-        follows = name not in self._norms and self._follows(args, kwargs)
-        self._open = list(self.stages.values())[-1] if follows else None
-        self._norms.add(name)
-        if self._open is not None:
-            self._open.names.append(name)
-
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Either ends."""
-        self._last = output if isinstance(output, Tensor) and output.is_floating_point() else None
-        if self._open is None:
-            self._last = None
-        else:
-            self._open.tensor = self._last is not None
-
-    def _follows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        return self._last is not None and len(args) == 1 and not kwargs and args[0] is self._last
-
-
 def stages(model: nn.Module, batch: Any, names: list[str]) -> list[Stage]:
-    """Return the stages that a forward reaches, in order.
-
-    Args:
-        model: From `quantize`, in evaluation mode.
-        batch: As `calibrate` takes it.
-        names: Of the blocks; none is inside of another.
-    """
+    """Return the stages that a forward of one batch reaches, in order. No block of `names` is inside another."""
     order, inside = _Order(), {id(m) for name in names for m in model.get_submodule(name).modules()}
     norms = [name for name, m in model.named_modules() if isinstance(m, _BatchNorm) and id(m) not in inside]
     with ExitStack() as stack, torch.no_grad():
@@ -96,12 +93,44 @@ def stages(model: nn.Module, batch: Any, names: list[str]) -> list[Stage]:
     return list(order.stages.values())
 
 
-class BlockFlow:
-    """A model's inputs to one stage after another, and what it returns there.
+class _Order:
+    """Hooks that find the stages of one forward. Their modules are not inside each other, so they run one by one."""
 
-    Args:
-        model: In evaluation mode.
-        batches: As `calibrate` takes them; read once for each stage that is not chained.
+    def __init__(self) -> None:
+        self.stages: dict[str, Stage] = {}
+        self._norms: set[str] = set()
+        self._open: Stage | None = None
+        self._last: Tensor | None = None
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> None:
+        """Note that a block begins."""
+        if name not in self.stages:
+            self.stages[name] = Stage([name], self._follows(args, kwargs))
+        self._open = self.stages[name]
+        self._open.calls += 1
+
+    def before_norm(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> None:
+        """Note that a batch norm outside all blocks begins: it joins the stage whose output it takes."""
+        follows = name not in self._norms and self._follows(args, kwargs)
+        self._open = list(self.stages.values())[-1] if follows else None
+        self._norms.add(name)
+        if self._open is not None:
+            self._open.names.append(name)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Note what a block or batch norm returned."""
+        self._last = output if isinstance(output, Tensor) and output.is_floating_point() else None
+        if self._open is None:
+            self._last = None
+        else:
+            self._open.tensor = self._last is not None
+
+    def _follows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        return self._last is not None and len(args) == 1 and not kwargs and args[0] is self._last
+
+
+class BlockFlow:
+    """What a model, in evaluation mode, calls one stage after another with, and what these return.
 
     Attributes:
         block: The stage that was reached last, as a module.
@@ -114,19 +143,14 @@ class BlockFlow:
         self.calls: list[Call] = []
 
     def reach(self, stage: Stage, given: list[Tensor] | None) -> None:
-        """Go on to a stage.
-
-        Args:
-            stage: The next one.
-            given: What the stage before it returns now, if that is all that this one is called with.
-        """
+        """Go on to the next stage; `given` is what the stage before it returns now, if that is all that it takes."""
         self.block = stage.module(self.model)
         self._first = self.model.get_submodule(stage.names[0])
         self.calls = [((tensor,), {}) for tensor in given] if given is not None else self._record()
 
     @torch.no_grad()
     def outputs(self) -> list[Tensor]:
-        """Return what the block returns for every call, as it is now."""
+        """Return what the block, as it is now, returns for every call."""
         return [call_block(self.block, call) for call in self.calls]
 
     @torch.no_grad()
@@ -147,33 +171,28 @@ class BlockFlow:
 
 
 def copied(call: Call) -> Call:
-    """Return a call with copies of its tensors: some blocks change their input in place, and it is needed again."""
+    """Return a call with copies of its tensors: some blocks change their input in place, and it is used again."""
     found: Call = tree_map_only(Tensor, torch.clone, call)
     return found
 
 
 def call_block(block: nn.Module, call: Call) -> Tensor:
-    """Return what a block returns; the call stays as it was."""
+    """Call a block and return its output; the tensors of the call stay as they were."""
     args, kwargs = copied(call)
     output: Tensor = block(*args, **kwargs)
     return output
 
 
 def rows_of(call: Call, rows: Tensor) -> Call:
-    """Return a call with one tensor for some of its rows."""
+    """Return some rows of a call that has one tensor."""
     found: Call = tree_map_only(Tensor, lambda tensor: tensor[rows], call)
     return found
 
 
 def treats_rows_alone(block: nn.Module, call: Call, target: Tensor) -> bool:
-    """Return whether a block computes for some rows of its input what it computes for them among all.
+    """Return whether a float block computes for some rows of a call what it computed for them in the whole: `target`.
 
-    Not where the first dimension is none of samples, and where something else has to fit the batch.
-
-    Args:
-        block: In evaluation mode, in float.
-        call: Of the whole batch.
-        target: What it returned.
+    It does not where the first dimension is not that of the samples, or where something else has to fit the batch.
 
     Example:
         >>> x = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
