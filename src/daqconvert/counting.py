@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from daqconvert.convert import PLAN_ATTRIBUTE, current_plan
-from daqconvert.macs.attribution import assign
-from daqconvert.macs.counter import Event, counting
+from daqconvert.macs import Event, assign, counting
 from daqconvert.spec import Plan, PlanRow
 
 

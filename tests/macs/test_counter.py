@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from daqconvert.errors import ConversionError
-from daqconvert.macs.counter import counting, owner_of
-from daqconvert.macs.example import count_macs, observe
+from daqconvert.macs import Places, count_macs, counting, observe
+from daqconvert.macs.attribution import owner_of
 from daqconvert.macs.provenance import Origin, Provenance
 from helpers import awkward_models as awkward
 from helpers.cases import CASES, NETWORKS, run
@@ -190,7 +190,7 @@ class Standardized(nn.Module):
 def test_each_product_finds_its_site(model, shape, expected):
     sites = {name for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     sites |= {name for name, _ in model.named_parameters() if name in ("kernel", "raw")}
-    macs = count_macs(model, dict.fromkeys(sites), (torch.randn(shape),), {}, required=True)
+    macs = count_macs(model, Places(sites), (torch.randn(shape),), {}, required=True)
     assert macs is not None and all(macs.values())
     assert sum(macs.values()) == sum(e.macs for e in events_of(model.eval(), torch.randn(shape)))
     assert expected is None or macs == expected
@@ -229,10 +229,8 @@ def test_weights_that_depend_on_the_data_count_for_the_module_that_convolves():
         ("mm", ("1.experts",), "1", 2 * 54),
         ("convolution", (), "1", 3 * 4 * 18),
     ]
-    assert count_macs(model, {}, (x,), {}, modules={"1": "kernel"}, tensors={"1.experts": "mix"}) == {
-        "kernel": 216,
-        "mix": 108,
-    }
+    places = Places((), modules={"1": "kernel"}, tensors={"1.experts": "mix"})
+    assert count_macs(model, places, (x,), {}) == {"kernel": 216, "mix": 108}
 
 
 def test_products_of_activations_go_to_their_sites_in_turns():
@@ -243,23 +241,23 @@ def test_products_of_activations_go_to_their_sites_in_turns():
     model = nn.ModuleDict({"inner": Attention()})
     model.forward = lambda q, v: model["inner"](q, model["inner"](q, v))
     args = (torch.randn(1, 3, 4), torch.randn(1, 3, 5))
-    found = count_macs(model, {}, args, {}, required=True, products={"inner": ("scores", "sums")})
+    found = count_macs(model, Places((), products={"inner": ("scores", "sums")}), args, {}, required=True)
     assert found == {"scores": 2 * 36, "sums": 2 * 45}
-    assert count_macs(model, {}, args, {}, required=True, products={"inner": ("all",)}) == {"all": 162}
-    assert count_macs(model, {}, args, {}, required=True, products={"inner": ("a", "b", "c")}) == {}
+    assert count_macs(model, Places((), products={"inner": ("all",)}), args, {}, required=True) == {"all": 162}
+    assert count_macs(model, Places((), products={"inner": ("a", "b", "c")}), args, {}, required=True) == {}
 
 
 def test_a_model_on_meta_counts_without_memory():
     with torch.device("meta"):
         model, x = nn.Sequential(nn.Linear(10**6, 10**6), nn.ReLU()), torch.empty(2, 10**6)
-    assert count_macs(model, {"0": None}, (x,), {}) == {"0": 10**12}
+    assert count_macs(model, Places({"0"}), (x,), {}) == {"0": 10**12}
 
 
 def test_a_failure_of_the_model_is_told_only_where_the_inputs_are_the_users():
     model, x = nn.Linear(4, 4), torch.randn(1, 5)
-    assert count_macs(model, {"": None}, (x,), {}) is None
+    assert count_macs(model, Places({""}), (x,), {}) is None
     with pytest.raises(ConversionError, match="example_inputs: Linear fails"):
-        count_macs(model, {"": None}, (x,), {}, required=True)
+        count_macs(model, Places({""}), (x,), {}, required=True)
 
 
 def test_owner_of_a_parameter():
@@ -269,14 +267,14 @@ def test_owner_of_a_parameter():
 
 @pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])
 def test_memory_that_is_used_again_is_not_taken_for_what_was_there(fake):
-    sources, mode = Provenance(), FakeTensorMode()
+    provenance, mode = Provenance(), FakeTensorMode()
     seen = set()
     for _ in range(200):
         with mode if fake else torch.no_grad():
             tensor = torch.ones(7)
-        assert sources.of(tensor) == Origin()
-        sources.set(tensor, Origin(quantized=True))
-        assert sources.of(tensor.view(7, 1)).quantized
+        assert provenance.of(tensor) == Origin()
+        provenance.set(tensor, Origin(quantized=True))
+        assert provenance.of(tensor.view(7, 1)).quantized
         seen.add(tensor.untyped_storage()._cdata)
         del tensor
     assert len(seen) == 200  # held by weak references: no address comes twice

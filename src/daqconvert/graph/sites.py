@@ -8,16 +8,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
-from torch.utils._pytree import tree_map_only
 
-from daqconvert.errors import ConversionError
 from daqconvert.graph.call_sites import CallSite
 from daqconvert.graph.calls import HELPER
 from daqconvert.graph.flow import above, entries
@@ -26,7 +22,7 @@ from daqconvert.graph.view import View, look
 from daqconvert.layers.attention import PROJECTIONS, SCORES, VALUES
 from daqconvert.layers.lookup import quantized_class
 from daqconvert.layers.registry import is_site_type
-from daqconvert.macs.example import count_macs, default_input
+from daqconvert.macs import Places, count_macs, example_arguments
 from daqconvert.models import copy_model
 from daqconvert.spec import Site, SiteOutput
 
@@ -62,7 +58,7 @@ def find_sites(model: nn.Module, example_inputs: Any = None) -> Found:
         ConversionError: If the model cannot be copied, or cannot run on the example inputs.
     """
     model = copy_model(model, to_look_at=True)  # its own code runs below and may keep what it sees
-    args, kwargs, size = _inputs(model, example_inputs)
+    args, kwargs, size = example_arguments(model, example_inputs)
     required = example_inputs is not None
     view = look(model, (len(args), frozenset(kwargs)) if required else None)
     macs = _macs(model, view, args, kwargs, required) if size is not None else None
@@ -85,26 +81,6 @@ def find_sites(model: nn.Module, example_inputs: Any = None) -> Found:
     return Found(
         tuple(known), "fx" if view.flow else "modules", others, size if macs is not None else None, tuple(outputs.sums)
     )
-
-
-def _inputs(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, Any], tuple[int, ...] | None]:
-    like = next((p for p in model.parameters() if not isinstance(p, UninitializedParameter)), torch.empty(0))
-    if example is None:
-        size = default_input(model)
-        if size is None:
-            return (), {}, None
-        dtype = like.dtype if like.is_floating_point() else torch.float32
-        return (torch.empty(size, dtype=dtype, device=like.device),), {}, size
-    if not isinstance(example, (Tensor, Sequence, Mapping)) or isinstance(example, str):
-        raise ConversionError(
-            "example_inputs: expected a tensor, a tuple of positional or a dict of keyword arguments; "
-            f"found {type(example).__name__}."
-        )
-    example = tree_map_only(Tensor, lambda t: t.to(like.device), example)
-    args = (example,) if isinstance(example, Tensor) else tuple(example) if isinstance(example, Sequence) else ()
-    kwargs = dict(example) if isinstance(example, Mapping) else {}
-    sizes = [tuple(a.shape) for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-    return args, kwargs, sizes[0] if sizes else ()
 
 
 def _ends(view: View) -> tuple[frozenset[str], frozenset[str]]:
@@ -165,34 +141,38 @@ def _macs(
     model: nn.Module, view: View, args: tuple[Any, ...], kwargs: dict[str, Any], required: bool
 ) -> dict[str, int] | None:
     """Multiply-accumulates of every site, None where the forward cannot run on these inputs."""
+    macs = count_macs(model, _places(view), args, kwargs, required=required)
+    if not macs:
+        return macs
+    for values, site in view.functional.items():
+        if site.is_product and site.call.function == VALUES:  # counted with its scores, by one fused function
+            scores = values.replace(VALUES, SCORES)
+            macs |= {scores: macs[scores] // 2, values: macs[scores] - macs[scores] // 2}
+    parts: dict[str, list[str]] = {}
+    for name, site in view.functional.items():
+        for tensor in site.call.tensors if not site.call.dynamic else ():
+            parts.setdefault(tensor, []).append(name)
+    for whole, *others in parts.values():
+        if others and not any(macs[name] for name in others):  # one product by all of the tensor
+            sizes = {name: math.prod(view.functional[name].weight_shape) for name in (whole, *others)}
+            total = max(sum(sizes.values()), 1)
+            macs |= {name: macs[whole] * size // total for name, size in sizes.items()}
+    return macs
+
+
+def _places(view: View) -> Places:
+    """Where the sites of a model multiply; a tensor that several sites are parts of is the first one's."""
     tensors: dict[str, str] = {}
     modules: dict[str, str] = {}
     products: dict[str, list[str]] = {}
-    parts: dict[str, list[str]] = {}
-    fused: dict[str, str] = {}
     for name, site in view.functional.items():
-        if site.is_product:
-            fused[name.replace(VALUES, SCORES)] = name if site.call.function == VALUES else ""
-            if site.call.function != VALUES:  # counted with its scores, by one fused function
-                products.setdefault(site.call.modules[0], []).append(name)
-        elif site.call.dynamic:
+        if site.is_product and site.call.function != VALUES:
+            products.setdefault(site.call.modules[0], []).append(name)
+        elif site.call.dynamic and not site.is_product:
             modules[site.call.modules[0]] = name
         for tensor in site.call.tensors if not site.call.dynamic else ():
-            parts.setdefault(tensor, []).append(name)
-            tensors[tensor] = parts[tensor][0]
-    names = dict.fromkeys([*view.named, *view.functional])
-    macs = count_macs(
-        model, names, args, kwargs, required=required, tensors=tensors, modules=modules, products=products
-    )
-    for scores, values in fused.items() if macs else ():
-        if macs is not None and values:
-            macs |= {scores: macs[scores] // 2, values: macs[scores] - macs[scores] // 2}
-    for sharing in parts.values() if macs else ():
-        if macs is not None and len(sharing) > 1 and not any(macs[name] for name in sharing[1:]):
-            sizes = {name: math.prod(view.functional[name].weight_shape) for name in sharing}
-            whole = macs[sharing[0]]
-            macs |= {name: whole * size // max(sum(sizes.values()), 1) for name, size in sizes.items()}
-    return macs
+            tensors.setdefault(tensor, name)
+    return Places(dict.fromkeys([*view.named, *view.functional]), tensors, modules, products)
 
 
 def _known(site: Site, macs: dict[str, int] | None) -> int | None:

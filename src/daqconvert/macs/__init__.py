@@ -1,1 +1,15 @@
 """Multiply-accumulates: which operators ran, how often they multiply, and where their operands came from."""
+
+from daqconvert.macs.attribution import Places, assign
+from daqconvert.macs.counter import Event, counting
+from daqconvert.macs.dry_run import count_macs, example_arguments, observe
+
+__all__ = [
+    "Event",
+    "Places",
+    "assign",
+    "count_macs",
+    "counting",
+    "example_arguments",
+    "observe",
+]

@@ -1,18 +1,58 @@
-"""Which site of a plan a product belongs to: by the parameter that its weight operand is computed from."""
+"""Which site a product belongs to: by the parameter that its weight operand is computed from."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from daqconvert.macs.counter import Event, owner_of
+from daqconvert.macs.counter import Event
 from daqconvert.spec import Plan, PlanRow
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the sites of a model keep and use their weights.
+
+    Attributes:
+        sites: Names of all sites: dotted names of modules, or of bare parameters and buffers.
+        tensors: Parameter or buffer -> site, for sites that are not the module which holds their weight.
+        modules: Module -> site, for weights that depend on the model's inputs.
+        products: Module -> sites that are products of activations, in the order in which it computes them.
+    """
+
+    sites: Collection[str]
+    tensors: Mapping[str, str] = field(default_factory=dict)
+    modules: Mapping[str, str] = field(default_factory=dict)
+    products: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def site(self, event: Event) -> str | None:
+        """Return the name of the site that a product with a weight operand belongs to, or None."""
+        found = [self.tensors[name] for name in event.tensors if name in self.tensors]
+        found += [name for name in event.tensors if name in self.sites]  # a site that is named after its parameter
+        found += [owner for owner in map(owner_of, event.tensors) if owner in self.sites]
+        if not event.tensors:
+            found = [self.modules[event.module]] if event.module in self.modules else []
+        here = self.modules.get(event.module, event.module)
+        return here if here in found else next(iter(found), None)
+
+
+def owner_of(tensor: str) -> str:
+    """Return the module that a parameter belongs to, the parametrized one where it is an original.
+
+    Example:
+        >>> owner_of("a.b.weight"), owner_of("a.parametrizations.weight.original0")
+        ('a.b', 'a')
+    """
+    parts = tensor.split(".")
+    return ".".join(parts[: parts.index("parametrizations") if "parametrizations" in parts else -1])
 
 
 def assign(events: list[Event], plan: Plan | None) -> list[tuple[Event, str | None]]:
     """Pair each product with the name of its site, None where no site of the plan has it.
 
-    A product with a tensor that several sites are parts of (the packed projections of an attention block), and that
-    nothing tells apart, is divided evenly among those of them that no other product is known to be of.
+    A tensor may hold the weights of several sites, as the packed projections of an attention block do. A product with
+    such a tensor that nothing tells apart is divided evenly among those of the sites that no other product is known
+    to belong to.
 
     Args:
         events: Products with a weight operand, in order of execution.
@@ -20,12 +60,13 @@ def assign(events: list[Event], plan: Plan | None) -> list[tuple[Event, str | No
     """
     if plan is None:
         return [(e, next(map(owner_of, e.tensors), e.module)) for e in events]
-    places, several = _Places(plan), _several(plan)
+    shared = _shared_tensors(plan)
+    places = _places(plan, shared)
     found = [places.site(event) for event in events]
     known = set(found)
     result: list[tuple[Event, str | None]] = []
     for event, site in zip(events, found, strict=True):
-        rows = next((several[tensor] for tensor in event.tensors if tensor in several), [])
+        rows = next((shared[tensor] for tensor in event.tensors if tensor in shared), [])
         rows = [row for row in rows if row.name not in known] or rows
         if site is not None or not rows:
             result.append((event, site))
@@ -36,34 +77,27 @@ def assign(events: list[Event], plan: Plan | None) -> list[tuple[Event, str | No
     return result
 
 
-class _Places:
-    """Where the sites of a plan keep and use their weights."""
-
-    def __init__(self, plan: Plan) -> None:
-        several = _several(plan)
-        self._sites = {row.name for row in plan if not row.site.is_product}
-        self._modules = {name: name for name in self._sites}
-        self._tensors: dict[str, str] = {}
-        for row in plan:
-            call = row.site.call
-            if call is None or call.is_product:
-                continue
-            # the bounds and the codes are a site's own, even where the weight is not
-            quantizer = f"{call.holder}.weight_quantizer"
-            own = (f"{quantizer}.upper", f"{quantizer}.step", f"{call.holder}.weight_codes")
-            tensors = (tensor for tensor in call.tensors if tensor not in several)
-            self._tensors |= dict.fromkeys((*own, *tensors), row.name)
-            self._modules[call.holder] = row.name
-            if call.dynamic:
-                self._modules |= dict.fromkeys(call.modules, row.name)
-
-    def site(self, event: Event) -> str | None:
-        """Return the name of the site of a product, or None."""
-        return event.site(self._sites, self._tensors, self._modules)
+def _places(plan: Plan, shared: Collection[str]) -> Places:
+    """The places of a plan's sites; `shared` tensors tell no site."""
+    sites = {row.name for row in plan if not row.site.is_product}
+    modules = {name: name for name in sites}
+    tensors: dict[str, str] = {}
+    for row in plan:
+        call = row.site.call
+        if call is None or call.is_product:
+            continue
+        # the bounds and the codes are a site's own, even where the weight is not
+        quantizer = f"{call.holder}.weight_quantizer"
+        own = (f"{quantizer}.upper", f"{quantizer}.step", f"{call.holder}.weight_codes")
+        tensors |= dict.fromkeys((*own, *(tensor for tensor in call.tensors if tensor not in shared)), row.name)
+        modules[call.holder] = row.name
+        if call.dynamic:
+            modules |= dict.fromkeys(call.modules, row.name)
+    return Places(sites, tensors, modules)
 
 
-def _several(plan: Plan) -> dict[str, list[PlanRow]]:
-    """Tensors that hold the weights of several sites."""
+def _shared_tensors(plan: Plan) -> dict[str, list[PlanRow]]:
+    """Tensors that hold the weights of several sites, with the rows of these."""
     rows: dict[str, list[PlanRow]] = {}
     for row in plan:
         for tensor in row.site.call.tensors if row.site.call is not None else ():

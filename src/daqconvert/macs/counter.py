@@ -1,13 +1,12 @@
 """Watches a model run and notes every product with a weight operand, and every product of activations.
 
-Values are followed from operator to operator (`provenance`), so what counts is what ran, not what a model has.
-Hooks are global ones and gone afterwards: hooks of a module's own would switch off torch's fused kernels.
+Values are followed from operator to operator (`provenance`), so what is counted is what ran, not what a model has.
+The hooks are torch's global ones and are removed afterwards: a module's own hooks would switch off fused kernels.
 """
 
 from __future__ import annotations
 
-from collections import Counter as Tally
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -47,39 +46,12 @@ class Event:
     x_quantized: bool = False
     w_quantized: bool = False
 
-    def site(self, sites: Collection[str], tensors: Mapping[str, str], modules: Mapping[str, str]) -> str | None:
-        """Return the name of the site that this product belongs to, or None.
-
-        Args:
-            sites: Names of all sites.
-            tensors: Parameter or buffer -> site, for sites that are not the module which holds their weight.
-            modules: Module -> site, for weights that depend on the model's inputs.
-        """
-        found = [tensors[name] for name in self.tensors if name in tensors]
-        found += [name for name in self.tensors if name in sites]  # a site that is named after its bare parameter
-        found += [owner for owner in map(owner_of, self.tensors) if owner in sites]
-        if not self.tensors:
-            found = [modules[self.module]] if self.module in modules else []
-        here = modules.get(self.module, self.module)
-        return here if here in found else next(iter(found), None)
-
-
-def owner_of(tensor: str) -> str:
-    """Return the module that a parameter belongs to, the parametrized one where it is an original.
-
-    Example:
-        >>> owner_of("a.b.weight"), owner_of("a.parametrizations.weight.original0")
-        ('a.b', 'a')
-    """
-    parts = tensor.split(".")
-    return ".".join(parts[: parts.index("parametrizations") if "parametrizations" in parts else -1])
-
 
 class Counter(TorchDispatchMode):
     """The mode that sees every operator.
 
     Attributes:
-        events: Products in order of execution.
+        events: The products that ran so far, in order of execution.
     """
 
     def __init__(self, paths: dict[int, str]) -> None:
@@ -87,25 +59,23 @@ class Counter(TorchDispatchMode):
         self.events: list[Event] = []
         self._paths = paths
         self._running: list[str] = []
-        self._sources = Provenance()
+        self._provenance = Provenance()
         self._aliases: dict[str, tuple[str, ...]] = {}
         self._weights: set[str] = set()
 
     def know(self, named: Iterable[tuple[str, Tensor, bool]], inputs: Any) -> None:
-        """Say what is a parameter or a buffer, and what is data.
+        """Tell the counter what is a parameter or a buffer, and which tensors are the model's inputs.
 
-        Args:
-            named: Dotted name, tensor, and whether it is a weight where it has two dimensions or more.
-            inputs: The model's, nested as they come.
+        Each of `named` is a dotted name, a tensor, and whether it is a weight where it has two dimensions or more.
         """
         for name, tensor, weight in named:
-            origin = next(iter(self._sources.of(tensor).origins), name)
-            self._aliases[origin] = (*self._aliases.get(origin, ()), name)
-            self._sources.set(tensor, Origin(origins=frozenset([origin])))
+            first = next(iter(self._provenance.of(tensor).tensors), name)
+            self._aliases[first] = (*self._aliases.get(first, ()), name)
+            self._provenance.set(tensor, Origin(tensors=frozenset([first])))
             if weight and tensor.dim() > 1:
-                self._weights.add(origin)
+                self._weights.add(first)
         for tensor in tensors_in(inputs, deep=True):
-            self._sources.set(tensor, Origin(data=True))
+            self._provenance.set(tensor, Origin(data=True))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Run an operator, note what it multiplies, and where its values come from."""
@@ -121,22 +91,22 @@ class Counter(TorchDispatchMode):
         name = func._schema.name
         for product in products_of(name, args, kwargs, out):
             self._note(name.partition("::")[2], product)
-        self._sources.follow(func, args, kwargs, out)
+        self._provenance.follow(func, args, kwargs, out)
         return out
 
     def _note(self, op: str, product: Product) -> None:
-        x, w = self._sources.of(product.x), self._sources.of(product.w)
+        x, w = self._provenance.of(product.x), self._provenance.of(product.w)
         role = product.role
         if role == "matrix":
-            weights = [s for s in (w, x) if not s.data and s.origins & self._weights]
+            weights = [operand for operand in (w, x) if not operand.data and operand.tensors & self._weights]
             if weights:
-                w, x = (w, x) if min(weights, key=lambda s: len(s.origins)) is w else (x, w)
+                w, x = (w, x) if min(weights, key=lambda operand: len(operand.tensors)) is w else (x, w)
                 role = "weight"
             elif x.data and w.data:
                 role = "attention"
             else:
                 return  # a product with a constant
-        names = tuple(alias for origin in sorted(w.origins) for alias in self._aliases.get(origin, ()))
+        names = tuple(alias for name in sorted(w.tensors) for alias in self._aliases.get(name, ()))
         here = self._running[-1] if self._running else ""
         attention = role == "attention"
         tensors = () if attention else names
@@ -149,22 +119,22 @@ class Counter(TorchDispatchMode):
             self._running.append(path)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Note that it is done, and what a quantizer or a layer returned (a forward hook)."""
+        """Note that a module is done, and what a quantizer or a layer returned (a forward hook)."""
         path = self._paths.get(id(module))
         if path is not None and path in self._running:
             while self._running.pop() != path:
                 pass
         if isinstance(module, Quantizer):
-            self._sources.mark(output, given=args, quantized=True)
+            self._provenance.mark(output, given=args, quantized=True)
         elif is_site_type(module):
-            self._sources.mark(output, data=True)
+            self._provenance.mark(output, data=True)
 
     def returned(self, method: Any) -> Any:
         """Wrap a method of a frozen layer that returns an operand."""
 
         def wrapper(*args: Any, **kwargs: Any) -> Tensor:
             operand = method(*args, **kwargs)
-            self._sources.mark(operand, given=(args, kwargs), quantized=True)
+            self._provenance.mark(operand, given=(args, kwargs), quantized=True)
             return operand
 
         return wrapper
@@ -177,12 +147,12 @@ def counting(model: nn.Module, inputs: Any, state: Mapping[int, Tensor] | None =
     Args:
         model: Any module.
         inputs: What it will be called with.
-        state: What takes the place of a parameter or buffer while it runs, by the id of that.
+        state: Id of a parameter or buffer -> the tensor that takes its place while the model runs.
 
     Yields:
         The counter; its `events` grow as the model runs.
     """
-    paths = {id(module): plain(name) for name, module in model.named_modules()}
+    paths = {id(module): _without_compile(name) for name, module in model.named_modules()}
     counter = Counter(paths)
     counter.know(_named(model, state or {}), inputs)
     with ExitStack() as stack:
@@ -199,29 +169,19 @@ def counting(model: nn.Module, inputs: Any, state: Mapping[int, Tensor] | None =
         yield counter
 
 
-def plain(name: str) -> str:
-    """Return a dotted name without what `torch.compile` puts between."""
+def _without_compile(name: str) -> str:
+    """A dotted name without the `_orig_mod` that `torch.compile` puts between."""
     return name.replace("_orig_mod.", "").removesuffix("._orig_mod").removesuffix("_orig_mod")
-
-
-def totals(events: Iterable[Event], name: Any) -> Tally[str]:
-    """Return MACs by `name(event)`; events without a name do not count."""
-    found: Tally[str] = Tally()
-    for event in events:
-        key = name(event)
-        if key is not None:
-            found[key] += event.macs
-    return found
 
 
 def _named(model: nn.Module, state: Mapping[int, Tensor]) -> Iterator[tuple[str, Tensor, bool]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if not isinstance(parameter, UninitializedParameter):
-            yield plain(name), state.get(id(parameter), parameter), True
+            yield _without_compile(name), state.get(id(parameter), parameter), True
     for name, buffer in model.named_buffers(remove_duplicate=False):
         if not isinstance(buffer, UninitializedBuffer):
-            yield plain(name), state.get(id(buffer), buffer), name.endswith("weight_codes")
+            yield _without_compile(name), state.get(id(buffer), buffer), name.endswith("weight_codes")
     for path, module in model.named_modules():
         for key, value in vars(module).items():
             if isinstance(value, Tensor):  # the weight that the old weight_norm and pruning leave behind
-                yield plain(f"{path}.{key}".lstrip(".")), value, key == "weight" or value.requires_grad
+                yield _without_compile(f"{path}.{key}".lstrip(".")), value, key == "weight" or value.requires_grad

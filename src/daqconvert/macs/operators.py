@@ -26,8 +26,8 @@ class Product(NamedTuple):
         macs: Multiply-accumulates.
         x: One operand; None where it is made inside a fused kernel.
         w: The other operand; the weight, where `role` is `"weight"`.
-        role: `"weight"`: `w` is a weight whatever it comes from (a convolution's, a fused layer's); `"attention"`:
-            neither is; `"matrix"`: that depends on where the operands come from.
+        role: `"weight"` where `w` is a weight wherever it comes from (a convolution's, a fused layer's), `"attention"`
+            where neither operand is, `"matrix"` where that depends on what the operands come from.
     """
 
     macs: int
@@ -37,13 +37,7 @@ class Product(NamedTuple):
 
 
 def products_of(operator: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[Product]:
-    """Return the products that one call of an operator computes, none for most.
-
-    Args:
-        operator: Its qualified name without the overload, as `"aten::mm"`.
-        args: Positional arguments of the call.
-        kwargs: Keyword arguments of the call.
-        out: What it returned.
+    """Return the products that one call of an operator, as `"aten::mm"`, computes: none for most operators.
 
     Example:
         >>> import torch
@@ -80,12 +74,12 @@ def _deformable(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list
 
 
 def _time_convolution(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[Product]:
-    """Weight of `conv_tbc`: `(kernel, C_in, C_out)`."""
+    """`conv_tbc`, whose weight is `(kernel, C_in, C_out)`."""
     return [Product(out.numel() * math.prod(args[1].shape[:2]), args[0], args[1], "weight")]
 
 
 def _trilinear(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[Product]:
-    """`nn.Bilinear`: the sum over both inputs for every output, the first product of each counted."""
+    """`nn.Bilinear` sums over both inputs for every output; of the two products in each term the first is counted."""
     shapes = []
     for tensor, expanded in zip(args[:3], args[3:6], strict=True):
         shape = list(tensor.shape)
@@ -112,7 +106,7 @@ def _lengths(x: Tensor) -> list[int]:
 
 
 def _heads(q: Tensor, k: Tensor, size: int, x: Tensor | None, weights: tuple[Tensor, Tensor]) -> list[Product]:
-    """An attention block: `weights` are the packed projection in `(3 E, E)` and the one out `(E, E)`."""
+    """An attention block; `weights` are the packed input projection `(3 E, E)` and the output projection `(E, E)`."""
     queries, keys = _lengths(q), _lengths(k)
     pairs = sum(a * b for a, b in zip(queries, keys, strict=True))
     return [
@@ -128,9 +122,9 @@ def _attention_block(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) ->
 
 
 def _encoder_layer(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[Product]:
-    source, size, tokens = args[0], args[1], sum(_lengths(args[0]))
-    inner = [Product(tokens * w.numel(), None, w, "weight") for w in (args[14], args[16])]
-    return _heads(source, source, size, None, (args[3], args[5])) + inner
+    x, size, tokens = args[0], args[1], sum(_lengths(args[0]))
+    feed_forward = [Product(tokens * w.numel(), None, w, "weight") for w in (args[14], args[16])]
+    return _heads(x, x, size, None, (args[3], args[5])) + feed_forward
 
 
 def _recurrent_layer(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[Product]:

@@ -1,7 +1,8 @@
 """Where the values of a tensor come from, followed operator by operator through a running model.
 
-Kept per storage, so views need no rule. Held by `StorageWeakRef`: a weak reference keeps the storage's address from
-being used again, so a stale entry never speaks for another tensor. (A fake tensor's storage is one without memory.)
+An `Origin` is kept for each storage, so views need no rule. The storage is held by a `StorageWeakRef`: such a weak
+reference keeps the storage's address from being used again, so an entry that outlives its tensor is never taken for
+another tensor's. (A fake tensor has a storage too, one without memory.)
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-# What returns its operands' values at other places, and zeros beside them
 MOVES = frozenset(
     """clone _unsafe_view constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d
     replication_pad2d replication_pad3d cat stack index index_select gather take embedding im2col repeat
     repeat_interleave roll flip pixel_shuffle pixel_unshuffle channel_shuffle""".split()
 )
+"""Operators that return the values of their operands at other places, with zeros beside them at most."""
+
 BLANKS = frozenset("empty empty_strided empty_like new_empty new_empty_strided zeros zeros_like new_zeros".split())
+"""Operators that return memory with nothing, or zeros alone, in it."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +32,14 @@ class Origin:
     """What is known of the values of one storage.
 
     Attributes:
-        data: Whether they depend on the model's inputs, or are a layer's output.
-        origins: Names of the parameters and buffers that they are computed from; empty where `data`.
+        data: Whether the values depend on the model's inputs, or are a layer's output.
+        tensors: Names of the parameters and buffers that they are computed from; empty where `data`.
         quantized: Whether they are what a quantizer returned, moved about at most.
         blank: Whether nothing, or zeros alone, has been written yet.
     """
 
     data: bool = False
-    origins: frozenset[str] = frozenset()
+    tensors: frozenset[str] = frozenset()
     quantized: bool = False
     blank: bool = False
 
@@ -46,6 +49,15 @@ CONSTANT = Origin()
 
 @dataclass(frozen=True)
 class _Facts:
+    """What an operator's schema says about it.
+
+    Attributes:
+        name: Without the namespace.
+        written: Position and name of each argument that it writes into.
+        moves: Whether it only moves values about.
+        creates: Whether what it returns depends on no operand's values.
+    """
+
     name: str
     written: tuple[tuple[int, str], ...]
     moves: bool
@@ -65,48 +77,44 @@ def _facts(operator: Any) -> _Facts:
 
 
 class Provenance:
-    """Sources by storage."""
+    """The origins of all tensors that were seen, by storage."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[StorageWeakRef, Origin]] = {}
 
     def of(self, tensor: Tensor | None) -> Origin:
-        """Return the source of a tensor; a constant where nothing is known."""
+        """Return the origin of a tensor; a tensor that nothing is known of is a constant."""
         ref = None if tensor is None else _storage(tensor)
         found = None if ref is None else self._known.get(ref.cdata)
         return CONSTANT if found is None else found[1]
 
-    def set(self, tensor: Tensor, source: Origin) -> None:
-        """Say where a tensor's values come from."""
+    def set(self, tensor: Tensor, origin: Origin) -> None:
+        """Note where a tensor's values come from."""
         ref = _storage(tensor)
         if ref is not None:
-            self._known[ref.cdata] = (ref, source)
+            self._known[ref.cdata] = (ref, origin)
 
     def mark(self, value: Any, *, given: Any = (), data: bool = False, quantized: bool = False) -> None:
-        """Add to what is known of the tensors in `value`.
+        """Add to what is known of the tensors nested in `value`: they are data, or what a quantizer returned.
 
-        Args:
-            value: Tensors, nested.
-            given: Tensors, nested: what shares memory with one of them stays as it is.
-            data: They depend on the model's inputs.
-            quantized: They are what a quantizer returned.
+        A tensor that shares its memory with one nested in `given` stays as it is.
         """
         kept = {ref.cdata for t in tensors_in(given) if (ref := _storage(t)) is not None}
         for tensor in tensors_in(value):
             ref = _storage(tensor)
             if ref is not None and ref.cdata not in kept:
                 before = self.of(tensor)
-                origins = frozenset[str]() if data else before.origins
-                self.set(tensor, Origin(before.data or data, origins, before.quantized or quantized))
+                tensors = frozenset[str]() if data else before.tensors
+                self.set(tensor, Origin(before.data or data, tensors, before.quantized or quantized))
 
     def follow(self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        """Note the sources of what an operator returned or wrote."""
+        """Note the origin of what an operator returned or wrote."""
         facts = _facts(operator)
         inputs = list(tensors_in((args, kwargs)))
         result = self._result(facts, args, kwargs, inputs)
         for i, name in facts.written:
-            target = kwargs[name] if name in kwargs else args[i] if i < len(args) else None
-            for tensor in tensors_in(target):
+            written = kwargs[name] if name in kwargs else args[i] if i < len(args) else None
+            for tensor in tensors_in(written):
                 self.set(tensor, result)
         known = {ref.cdata for t in inputs if (ref := _storage(t)) is not None}
         for tensor in tensors_in(out):
@@ -117,21 +125,21 @@ class Provenance:
     def _result(self, facts: _Facts, args: Any, kwargs: Any, inputs: list[Tensor]) -> Origin:
         if facts.creates:
             return Origin(blank=facts.name in BLANKS)
-        sources = [self.of(t) for t in inputs]
-        if facts.name == "zero_" and sources and sources[0].blank:
-            return sources[0]
-        data = any(s.data for s in sources)
-        origins = frozenset().union(*(s.origins for s in sources)) if sources and not data else frozenset()
+        origins = [self.of(t) for t in inputs]
+        if facts.name == "zero_" and origins and origins[0].blank:
+            return origins[0]
+        data = any(o.data for o in origins)
+        tensors = frozenset().union(*(o.tensors for o in origins)) if origins and not data else frozenset()
         if facts.name == "copy_":  # how padding_mode="circular" fills its memory
-            quantized = sources[1].quantized and (sources[0].blank or sources[0].quantized)
+            quantized = origins[1].quantized and (origins[0].blank or origins[0].quantized)
         else:
-            values = [s for t, s in zip(inputs, sources, strict=True) if t.is_floating_point()]
-            quantized = _keeps(facts, args, kwargs) and bool(values) and all(s.quantized for s in values)
-        return Origin(data, origins, quantized)
+            values = [o for t, o in zip(inputs, origins, strict=True) if t.is_floating_point()]
+            quantized = _keeps(facts, args, kwargs) and bool(values) and all(o.quantized for o in values)
+        return Origin(data, tensors, quantized)
 
 
 def tensors_in(value: Any, *, deep: bool = False) -> Iterator[Tensor]:
-    """Yield the tensors in nested tuples, lists and mappings; `deep`: in the attributes of other objects too."""
+    """Yield the tensors in nested tuples, lists and mappings, and where `deep` in the attributes of an object."""
     if isinstance(value, Tensor):
         yield value
         return

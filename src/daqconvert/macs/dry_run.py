@@ -1,4 +1,4 @@
-"""Multiply-accumulates of each site, counted on a forward that computes shapes and no values."""
+"""Multiply-accumulates of each site, counted on a forward that computes shapes and no values where that is enough."""
 
 from __future__ import annotations
 
@@ -10,15 +10,49 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_map_only
 
 from daqconvert.errors import ConversionError
+from daqconvert.macs.attribution import Places
 from daqconvert.macs.counter import Event, counting
 from daqconvert.models import evaluating
 
 
-def default_input(model: nn.Module) -> tuple[int, ...] | None:
-    """Return `(1, C, H, W)` from a timm model's `pretrained_cfg`, or None: sizes are never guessed."""
+def example_arguments(
+    model: nn.Module, example_inputs: Any
+) -> tuple[tuple[Any, ...], dict[str, Any], tuple[int, ...] | None]:
+    """Return what to call a model with: positional and keyword arguments, and the size of the first tensor.
+
+    Args:
+        model: The model; its device is that of the arguments.
+        example_inputs: A tensor, a tuple of positional or a dict of keyword arguments, or None for the input size of
+            a timm model's own. Sizes are never guessed: where there is none, no arguments and None are returned.
+
+    Raises:
+        ConversionError: If `example_inputs` is none of these.
+    """
+    like = next((p for p in model.parameters() if not isinstance(p, UninitializedParameter)), torch.empty(0))
+    if example_inputs is None:
+        size = _default_size(model)
+        if size is None:
+            return (), {}, None
+        dtype = like.dtype if like.is_floating_point() else torch.float32
+        return (torch.empty(size, dtype=dtype, device=like.device),), {}, size
+    if not isinstance(example_inputs, (Tensor, Sequence, Mapping)) or isinstance(example_inputs, str):
+        raise ConversionError(
+            "example_inputs: expected a tensor, a tuple of positional or a dict of keyword arguments; "
+            f"found {type(example_inputs).__name__}."
+        )
+    example = tree_map_only(Tensor, lambda t: t.to(like.device), example_inputs)
+    args = (example,) if isinstance(example, Tensor) else tuple(example) if isinstance(example, Sequence) else ()
+    kwargs = dict(example) if isinstance(example, Mapping) else {}
+    sizes = [tuple(a.shape) for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+    return args, kwargs, sizes[0] if sizes else ()
+
+
+def _default_size(model: nn.Module) -> tuple[int, ...] | None:
+    """`(1, C, H, W)` from a timm model's `pretrained_cfg`; None for any other model."""
     cfg = getattr(model, "pretrained_cfg", None)
     size = cfg.get("input_size") if isinstance(cfg, dict) else None
     channels = getattr(model, "in_chans", None)
@@ -31,30 +65,20 @@ def default_input(model: nn.Module) -> tuple[int, ...] | None:
 
 
 def count_macs(
-    model: nn.Module,
-    names: Mapping[str, Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    required: bool = False,
-    tensors: Mapping[str, str] | None = None,
-    modules: Mapping[str, str] | None = None,
-    products: Mapping[str, Sequence[str]] | None = None,
+    model: nn.Module, places: Places, args: tuple[Any, ...], kwargs: dict[str, Any], *, required: bool = False
 ) -> dict[str, int] | None:
     """Return multiply-accumulates per site for one element of the batch, or None where the forward cannot run so.
 
-    A weight's products count for the module that the weight is a parameter of, or for the bare parameter, whoever
-    computes them; a fused kernel's for each of its weights.
+    The products of a weight count for the module that the weight is a parameter of, or for the bare parameter,
+    whichever module computes them; those of a fused kernel count for each of its weights.
 
     Args:
-        model: Any device, meta included; a copy of the user's, for its code may keep what it sees.
-        names: Sites by name: dotted names of modules or of bare parameters and buffers. The values do not matter.
+        model: On any device, meta included; a copy of the user's, because its code may keep what it sees.
+        places: Which site a product belongs to.
         args: Positional example inputs; their first dimension is the batch.
         kwargs: Keyword example inputs.
-        required: The inputs are the user's own: run on their values where shapes are not enough; say if that fails.
-        tensors: Parameter or buffer -> site, for sites with another name than their weight's module.
-        modules: Module -> site, for convolutions there whose weight depends on the data.
-        products: Module -> sites that are products of activations, in the order in which it computes them.
+        required: The inputs are the user's own: where shapes are not enough, the model runs on their values, and an
+            error is raised if that fails.
 
     Raises:
         ConversionError: If `required` and the model cannot run on these inputs.
@@ -64,17 +88,17 @@ def count_macs(
         return None
     found = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
     batch = int(found[0].shape[0]) if found and found[0].dim() else 1
-    macs = dict.fromkeys(names, 0)
+    macs = dict.fromkeys(places.sites, 0)
     attention: dict[str, list[int]] = {}
     for event in events:
-        site = None if event.attention else event.site(names, tensors or {}, modules or {})
+        site = None if event.attention else places.site(event)
         if event.attention:
             attention.setdefault(event.module, []).append(event.macs)
         elif site is not None:
             macs[site] = macs.get(site, 0) + event.macs
-    for module, sites in (products or {}).items():
+    for module, sites in places.products.items():
         ran = attention.get(module, [])
-        if len(sites) == 1 or (sites and len(ran) % len(sites) == 0):  # several: in turns, call after call
+        if len(sites) == 1 or (sites and len(ran) % len(sites) == 0):  # several sites take turns, call after call
             macs |= {site: sum(ran if len(sites) == 1 else ran[i :: len(sites)]) for i, site in enumerate(sites)}
     return {name: count // max(batch, 1) for name, count in macs.items()}
 
@@ -85,10 +109,10 @@ def observe(
     """Return every product of one forward in evaluation mode, run on shapes alone where the model's code allows.
 
     Args:
-        model: As for `count_macs`.
+        model: On any device, meta included; a copy of the user's.
         args: Positional example inputs.
         kwargs: Keyword example inputs.
-        required: As for `count_macs`.
+        required: Run on values, and raise, where a run on shapes fails; otherwise None is returned.
 
     Raises:
         ConversionError: If `required` and the model cannot run on these inputs.
@@ -121,7 +145,7 @@ def _on_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and buffer of every module, once a module: `functional_call` puts back no module's twice."""
+    """Every parameter and buffer of each module, of a shared module once: `functional_call` restores it once."""
     for path, module in model.named_modules():
         for name, value in (*module._parameters.items(), *module._buffers.items()):
             if value is not None:
@@ -136,7 +160,7 @@ def _run(model: nn.Module, inputs: Any, state: dict[int, Tensor], forward: Calla
 
 @contextmanager
 def _unfused() -> Iterator[None]:
-    """Switch off attention's fused kernels: fake tensors run them on real zeros; their parts count the same."""
+    """Switch off attention's fused kernels, which fake tensors run on real zeros; unfused, it counts the same."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
