@@ -24,7 +24,7 @@ import torch
 from inference_files import FLOAT, NETWORKS, STATIC, Made, image, make
 from inference_graph import count
 
-from daqconvert.deploy.timing import Timing, onnx_opener, time_in_turns
+from daqconvert.deploy.comparing.timing import Timing, onnx_opener, time_in_turns
 from daqconvert.report.progress import progress
 
 RESULT = "inference"

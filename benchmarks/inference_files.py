@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import daqconvert as dq
 from daqconvert.deploy.exporting import export_float
-from daqconvert.deploy.runtime import OnnxModel
+from daqconvert.deploy.onnx.runtime import OnnxModel
 
 FLOAT, STATIC = "float", "static int8"
 PIXELS = 224

@@ -25,7 +25,7 @@ from networks.resnet20 import resnet20
 from torch import Tensor, nn
 
 import daqconvert as dq
-from daqconvert.deploy.probes import ModuleProbe, OnnxProbe
+from daqconvert.deploy.comparing.probes import ModuleProbe, OnnxProbe
 from daqconvert.layers.frozen_site import int32_reference
 
 WIDTHS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4), "W2A2": (2, 2), "W1A1": (1, 1)}
@@ -66,7 +66,7 @@ def static_int8(model: nn.Module, chosen: Tensor, x: Tensor, folder: Path) -> Te
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    from daqconvert.deploy.runtime import OnnxModel
+    from daqconvert.deploy.onnx.runtime import OnnxModel
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:

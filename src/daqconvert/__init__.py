@@ -5,8 +5,8 @@ from daqconvert.artifact import load, save
 from daqconvert.calibration import calibrate
 from daqconvert.convert import load_float, plan, quantize
 from daqconvert.counting import Coverage, coverage
+from daqconvert.deploy.comparing.verifying import verify
 from daqconvert.deploy.exporting import export
-from daqconvert.deploy.verifying import verify
 from daqconvert.errors import (
     ArtifactError,
     CalibrationError,

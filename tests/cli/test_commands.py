@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import daqconvert as dq
-from daqconvert.deploy.runtime import OnnxModel
+from daqconvert.deploy.onnx.runtime import OnnxModel
 
 
 def test_plan_of_a_model(daq):

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import daqconvert as dq
-from daqconvert.deploy.agreement import CodeDifferences, FileAgreement, Noise, OutputNoise
-from daqconvert.deploy.probes import ModuleProbe
+from daqconvert.deploy.comparing.agreement import CodeDifferences, FileAgreement, Noise, OutputNoise
+from daqconvert.deploy.comparing.probes import ModuleProbe
 from daqconvert.errors import ExportError
 
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from daqconvert.deploy.comparison import LayerComparison, VerifyReport, plot_reports
+from daqconvert.deploy.comparing.verify_report import LayerComparison, VerifyReport, plot_reports
 from daqconvert.errors import ExportError
 
 

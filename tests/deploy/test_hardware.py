@@ -6,8 +6,8 @@ import subprocess
 import pytest
 import torch
 
-from daqconvert.deploy import hardware
-from daqconvert.deploy.hardware import exact_int8, features, may_saturate
+from daqconvert.deploy.onnx import hardware
+from daqconvert.deploy.onnx.hardware import exact_int8, features, may_saturate
 
 CPUINFO = "processor\t: 0\nmodel name\t: X\nflags\t\t: fpu avx2 {}\nbugs\t\t: avx512_vnni\n"
 

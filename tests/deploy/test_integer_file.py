@@ -11,7 +11,7 @@ import torchvision
 from torch import nn
 
 import daqconvert as dq
-from daqconvert.deploy.expansion import LAYERS_KEY
+from daqconvert.deploy.onnx.expansion import LAYERS_KEY
 from helpers.integer_networks import NETWORKS, quantized
 
 FLOAT_KERNELS = {"Conv", "FusedConv", "ConvInteger"}

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import daqconvert as dq
-from daqconvert.deploy.runtime import OnnxModel
+from daqconvert.deploy.onnx.runtime import OnnxModel
 
 openvino = pytest.importorskip("openvino")
 

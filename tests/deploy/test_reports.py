@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from daqconvert.deploy.comparison import LayerComparison, VerifyReport
-from daqconvert.deploy.reports import ExportReport, LayerAgreement
+from daqconvert.deploy.comparing.export_report import ExportReport, LayerAgreement
+from daqconvert.deploy.comparing.verify_report import LayerComparison, VerifyReport
 
 
 def report(layers=(), sqnr_same=math.inf, classes=1.0, samples=1000):

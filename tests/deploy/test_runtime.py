@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from daqconvert.deploy.exporting import export_float
-from daqconvert.deploy.runtime import OnnxModel, time_session
+from daqconvert.deploy.onnx.runtime import OnnxModel, time_session
 from daqconvert.errors import ExportError
 
 

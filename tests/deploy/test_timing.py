@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from daqconvert.deploy.comparing.timing import Timing, onnx_opener, time_in_turns
 from daqconvert.deploy.exporting import export_float
-from daqconvert.deploy.timing import Timing, onnx_opener, time_in_turns
 from daqconvert.errors import ExportError
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from daqconvert.deploy.runtime import OnnxModel
-from daqconvert.deploy.unpacking import Parts, add_weight
+from daqconvert.deploy.onnx.runtime import OnnxModel
+from daqconvert.deploy.onnx.unpacking import Parts, add_weight
 from daqconvert.functional import pack
 from daqconvert.functional.grid import weight_operand
 

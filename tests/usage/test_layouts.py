@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import daqconvert as dq
-from daqconvert.deploy.probes import ModuleProbe
+from daqconvert.deploy.comparing.probes import ModuleProbe
 from helpers.converted_networks import CONVOLUTIONAL, NETWORKS, batch, quantized
 
 IMAGES = [name for name in NETWORKS if len(NETWORKS[name][1]) == 3]

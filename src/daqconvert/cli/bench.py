@@ -16,7 +16,7 @@ from daqconvert.cli.deployment import FILES, bits_text, run_openers, size_of
 from daqconvert.cli.job import Opened
 from daqconvert.cli.output import Output, say
 from daqconvert.cli.sources import EVAL_BATCH, RUN, kind_of
-from daqconvert.deploy.timing import REPEATS, ROUNDS, Timing, time_in_turns
+from daqconvert.deploy.comparing.timing import REPEATS, ROUNDS, Timing, time_in_turns
 from daqconvert.errors import ExportError
 from daqconvert.report.progress import progress
 from daqconvert.report.tables import render, simple_table

@@ -25,9 +25,9 @@ from daqconvert.cli.job import Opened
 from daqconvert.cli.output import say
 from daqconvert.cli.rundir import ARTIFACT, FLOAT, FLOAT_ONNX, ONNX, SUMMARY, Config
 from daqconvert.data import Loaders
+from daqconvert.deploy.comparing.export_report import ExportReport
+from daqconvert.deploy.comparing.timing import Call, Opener, onnx_opener, time_in_turns
 from daqconvert.deploy.exporting import export, export_float
-from daqconvert.deploy.reports import ExportReport
-from daqconvert.deploy.timing import Call, Opener, onnx_opener, time_in_turns
 from daqconvert.freezing import freeze
 from daqconvert.report.tables import render, simple_table
 from daqconvert.sources import build_model, load_checkpoint

@@ -25,7 +25,7 @@ from daqconvert.cli.sources import (
     open_named,
     refuse,
 )
-from daqconvert.deploy.reports import ExportReport
+from daqconvert.deploy.comparing.export_report import ExportReport
 from daqconvert.errors import ExportError
 from daqconvert.freezing import freeze
 

@@ -20,10 +20,10 @@ from daqconvert.cli.job import Job
 from daqconvert.cli.output import Output, say
 from daqconvert.cli.plan import example_image
 from daqconvert.cli.sources import MODEL, RUN, data_changes, kind_of, load_artifact, loaders_of, open_named, refuse
-from daqconvert.deploy.comparison import VerifyReport, plot_reports, share_text
-from daqconvert.deploy.reports import db_text
-from daqconvert.deploy.runtime import OnnxModel
-from daqconvert.deploy.verifying import Model, Pair, verify_all
+from daqconvert.deploy.comparing.export_report import db_text
+from daqconvert.deploy.comparing.verify_report import VerifyReport, plot_reports, share_text
+from daqconvert.deploy.comparing.verifying import Model, Pair, verify_all
+from daqconvert.deploy.onnx.runtime import OnnxModel
 from daqconvert.errors import DataError, ExportError
 from daqconvert.models import copy_model
 from daqconvert.report.tables import render, simple_table

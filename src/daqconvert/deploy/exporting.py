@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
 from daqconvert.batches import split_batch
-from daqconvert.deploy.agreement import FileAgreement
-from daqconvert.deploy.expansion import expand
-from daqconvert.deploy.hardware import exact_int8
-from daqconvert.deploy.lowering import (
+from daqconvert.deploy.comparing.agreement import FileAgreement
+from daqconvert.deploy.comparing.export_report import ExportReport
+from daqconvert.deploy.comparing.probes import ModuleProbe
+from daqconvert.deploy.onnx.expansion import expand
+from daqconvert.deploy.onnx.hardware import exact_int8
+from daqconvert.deploy.onnx.lowering import (
     Arguments,
     example_arguments,
     first_lines,
@@ -33,9 +35,7 @@ from daqconvert.deploy.lowering import (
     repeated,
     to_float32,
 )
-from daqconvert.deploy.probes import ModuleProbe
-from daqconvert.deploy.reports import ExportReport
-from daqconvert.deploy.runtime import require_packages
+from daqconvert.deploy.onnx.runtime import require_packages
 from daqconvert.errors import ExportError
 from daqconvert.files import replacing
 from daqconvert.layers import FrozenSite, QuantizedSite

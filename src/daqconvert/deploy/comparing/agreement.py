@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from daqconvert.deploy.probes import ModuleProbe, OnnxProbe
-from daqconvert.deploy.reports import LayerAgreement
+from daqconvert.deploy.comparing.export_report import LayerAgreement
+from daqconvert.deploy.comparing.probes import ModuleProbe, OnnxProbe
 from daqconvert.errors import ExportError
 
 

@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_leaves
 
 from daqconvert.batches import model_device, to_device
 from daqconvert.convert import PLAN_ATTRIBUTE
-from daqconvert.deploy.expansion import layer_tensors
-from daqconvert.deploy.lowering import named_layers
-from daqconvert.deploy.runtime import OnnxModel, require_packages
+from daqconvert.deploy.onnx.expansion import layer_tensors
+from daqconvert.deploy.onnx.lowering import named_layers
+from daqconvert.deploy.onnx.runtime import OnnxModel, require_packages
 from daqconvert.layers import FrozenSite, QuantizedSite
 from daqconvert.layers.integer_layers import folded_numbers, folds, is_integer
 from daqconvert.layers.site import Operation, Watcher, watching

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from daqconvert.deploy.frozen_operators import DOMAIN
-from daqconvert.deploy.grids import Grid, Grids, attributes
-from daqconvert.deploy.integer_nodes import Kernels, Weight
-from daqconvert.deploy.lowering import BATCH
-from daqconvert.deploy.unpacking import Parts
+from daqconvert.deploy.onnx.code_tensors import Grid, Grids, attributes
+from daqconvert.deploy.onnx.frozen_operators import DOMAIN
+from daqconvert.deploy.onnx.integer_nodes import Kernels, Weight
+from daqconvert.deploy.onnx.lowering import BATCH
+from daqconvert.deploy.onnx.unpacking import Parts
 from daqconvert.functional.integer import CodeGrid
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from daqconvert.deploy.runtime import OnnxModel
+from daqconvert.deploy.onnx.runtime import OnnxModel
 from daqconvert.errors import DaqError, ExportError
 
 ROUNDS, REPEATS, WARMUP = 5, 20, 3

@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from daqconvert.batches import split_batch
-from daqconvert.deploy.agreement import CodeDifferences, Noise, OutputNoise
-from daqconvert.deploy.comparison import LayerComparison, VerifyReport
-from daqconvert.deploy.probes import ModuleProbe, OnnxProbe, Probe, Recording, epilogues
+from daqconvert.deploy.comparing.agreement import CodeDifferences, Noise, OutputNoise
+from daqconvert.deploy.comparing.probes import ModuleProbe, OnnxProbe, Probe, Recording, epilogues
+from daqconvert.deploy.comparing.verify_report import LayerComparison, VerifyReport
 from daqconvert.errors import DataError, ExportError
 from daqconvert.layers import FrozenSite, QuantizedSite
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from daqconvert.deploy.frozen_operators import translations
-from daqconvert.deploy.runtime import require_packages
+from daqconvert.deploy.onnx.frozen_operators import translations
+from daqconvert.deploy.onnx.runtime import require_packages
 from daqconvert.errors import ExportError
 from daqconvert.graph.rewrite import CODES, Rewritten
 from daqconvert.layers import FrozenSite, QuantizedSite, is_site_type

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from daqconvert.deploy.grids import Grid, Grids
-from daqconvert.deploy.unpacking import Parts, add_weight
+from daqconvert.deploy.onnx.code_tensors import Grid, Grids
+from daqconvert.deploy.onnx.unpacking import Parts, add_weight
 from daqconvert.functional.grid import levels
 from daqconvert.functional.integer import LARGEST_WEIGHT
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from daqconvert.deploy.unpacking import Parts
+from daqconvert.deploy.onnx.unpacking import Parts
 from daqconvert.functional.integer import CodeGrid, sums_agree
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from daqconvert.deploy.reports import db_text, plain, text_table
+from daqconvert.deploy.comparing.export_report import db_text, plain, text_table
 from daqconvert.errors import ExportError, nearest
 from daqconvert.files import replacing
 from daqconvert.report.plots import FORMATS, Curve, draw_depth
