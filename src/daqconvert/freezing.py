@@ -24,7 +24,7 @@ from daqconvert.layers.base import QuantizedLayer
 from daqconvert.layers.call_holders import CallHolder, FrozenCallHolder, OwnCallHolder
 from daqconvert.layers.frozen_site import FrozenSite, drop_quantizers, frozen_values
 from daqconvert.layers.lookup import frozen_class
-from daqconvert.layers.output_quantizers import OutputSite, freeze_output
+from daqconvert.layers.output_quantizers import OutputQuantizer, freeze_output_quantizer
 from daqconvert.models import copy_model, quantized_layers
 from daqconvert.quantizers import WeightQuantizer
 
@@ -99,8 +99,8 @@ def freeze_sites(model: nn.Module) -> None:
     for module in modules:
         if isinstance(module, QuantizedLayer):
             frozen_class(module.original).freeze(module)
-        elif isinstance(module, OutputSite):
-            freeze_output(module, frozen_values(module))
+        elif isinstance(module, OutputQuantizer):
+            freeze_output_quantizer(module, frozen_values(module))
         elif id(module) in values:
             _freeze_call(module, values[id(module)])
     for module in modules:

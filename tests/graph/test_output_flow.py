@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import daqconvert as dq
-from daqconvert.layers.output_quantizers import OutputSite
+from daqconvert.layers.output_quantizers import OutputQuantizer
 from daqconvert.policy.policy_files import from_toml
 from helpers.cases import CASES, run
 from helpers.integer_networks import NETWORKS, trained
@@ -110,9 +110,8 @@ def test_every_awkward_model_converts(case):
     with dq.disabled(qmodel), torch.no_grad():
         for a, b in zip(leaves(run(qmodel, batch)), leaves(run(model, batch)), strict=True):
             assert torch.equal(a, b)
-    assert all(
-        m.layer_name in [row.name for row in dq.plan(qmodel)] for m in qmodel.modules() if isinstance(m, OutputSite)
-    )
+    quantizers = [m for m in qmodel.modules() if isinstance(m, OutputQuantizer)]
+    assert all(m.layer_name in [row.name for row in dq.plan(qmodel)] for m in quantizers)
 
 
 def leaves(value):

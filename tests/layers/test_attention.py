@@ -117,7 +117,7 @@ def test_quantized_weights_are_what_torch_computes_with_their_values(name):
         quantizer = site.weight_quantizer
         view = quantizer.layout.bound_view
         operand = quantizer(site.float_weight()).reshape(quantizer.layout.view)
-        scale = site.combined_scale()
+        scale = site.sum_scale()
         values[site.layer_name] = (operand * (scale.reshape(view) if scale.dim() else scale)).reshape(
             site.float_weight().shape
         )

@@ -24,7 +24,7 @@ def make(name, **settings):
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_a_layer_computes_the_convolution_of_its_dequantized_operands(name):
     layer, qlayer, x = make(name, w_bits=4, a_bits=4)
-    step = qlayer.weight_quantizer.multiplier().reshape(qlayer.weight_quantizer.layout.bound_view)
+    step = qlayer.weight_quantizer.scale().reshape(qlayer.weight_quantizer.layout.bound_view)
     operand = qlayer.weight_quantizer(qlayer.weight).reshape(qlayer.weight_quantizer.layout.view)
     plain = type(layer)(*GEOMETRIES[name][1], **GEOMETRIES[name][2])
     plain.load_state_dict(layer.state_dict() | {"weight": (operand * step).reshape(layer.weight.shape)})

@@ -11,7 +11,7 @@ import daqconvert as dq
 from daqconvert.errors import ConversionError
 from daqconvert.layers.frozen_site import int32_reference
 from daqconvert.layers.integer_layers import FoldedBatchNorm, fold, folded_numbers, is_integer
-from daqconvert.layers.output_quantizers import FrozenOutputSite
+from daqconvert.layers.output_quantizers import FrozenOutputQuantizer
 from helpers.cases import CASES, run
 from helpers.integer_networks import NETWORKS, quantized, trained
 
@@ -65,7 +65,7 @@ def test_what_a_frozen_model_holds():
     assert layer.w_factor[0] < 0 and layer.w_factor[1] == 0 and layer.w_factor[2] > 0  # signs of gamma
     assert isinstance(norm, FoldedBatchNorm) and isinstance(norm, nn.BatchNorm2d) and not norm.state_dict()
     assert torch.equal(layer.y_scale, frozen.block.conv2.input_scale)
-    assert isinstance(frozen.pool.output_quantizer, FrozenOutputSite)
+    assert isinstance(frozen.pool.output_quantizer, FrozenOutputQuantizer)
     assert not is_integer(frozen.fc) and "scale" in frozen.fc.state_dict()
     assert not any(p.requires_grad for p in frozen.parameters())
 

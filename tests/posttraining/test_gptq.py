@@ -44,7 +44,7 @@ def test_outputs_are_nearer_and_weights_on_their_grid(w_bits, granularity, grid)
     assert error(qmodel, model, images(64)[32:]) < before
     for row in rows:
         site = qmodel.get_submodule(row.name)
-        step = torch.as_tensor(site.weight_quantizer.multiplier()).reshape(-1, *[1] * (site.weight.dim() - 1))
+        step = torch.as_tensor(site.weight_quantizer.scale()).reshape(-1, *[1] * (site.weight.dim() - 1))
         operand = site.weight_quantizer(site.weight)
         torch.testing.assert_close(operand * step, site.weight, rtol=1e-5, atol=1e-6)
         assert site.enabled and site.watchers == ()
@@ -64,7 +64,7 @@ def test_a_block_is_chosen_for_with_what_the_blocks_before_it_give():
     weight = model[4].weight.detach()
     grid = site.input_quantizer(seen[0]) * site.input_quantizer.scale()
     own = second_moments(columns(site.bare_operation(), grid, tuple(weight.shape)))
-    step = site.weight_quantizer.multiplier().reshape(1, 8)
+    step = site.weight_quantizer.scale().reshape(1, 8)
     expected = second_order_levels(weight.reshape(1, 8, 16), own, step, lambda v: v.round().clamp(-1, 1), 0.01)
     torch.testing.assert_close(
         site.weight.detach().double().reshape(1, 8, 16), expected * step[:, :, None].double(), rtol=1e-5, atol=1e-6

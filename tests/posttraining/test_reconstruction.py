@@ -89,7 +89,7 @@ def test_weights_end_on_their_levels():
     qmodel, _ = rebuilt(trained_norms(Net(), x), x, steps=20, grid="integer", normalize=False)
     for block in qmodel.blocks:
         quantizer, weight = block.one.weight_quantizer, block.one.weight.detach()
-        step = quantizer.multiplier().detach().reshape(-1, 1, 1, 1)
+        step = quantizer.scale().detach().reshape(-1, 1, 1, 1)
         assert torch.equal(quantizer(weight), (weight / step).round())
         torch.testing.assert_close((weight / step).round() * step, weight, rtol=1e-6, atol=0)
 

@@ -25,7 +25,7 @@ def test_of_a_weight_it_is_the_step_of_each_channel():
     qmodel = middle(layer, torch.randn(8, 512))
     site, found = qmodel[2], parameter_sizes(qmodel)
     assert set(found) == set(qmodel.parameters())
-    step = site.weight_quantizer.multiplier().detach()
+    step = site.weight_quantizer.scale().detach()
     ratio = found[site.weight] / step[:, None]
     assert 0.7 < float(ratio.min()) < float(ratio.max()) < 1.4
     assert torch.equal(found[site.weight_quantizer.upper], 0.1 * site.weight_quantizer.upper.detach())

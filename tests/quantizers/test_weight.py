@@ -22,7 +22,7 @@ def quantizer(weight, **settings):
 
 
 def values(made, weight):
-    return made(weight) * made.multiplier()
+    return made(weight) * made.scale()
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -74,7 +74,7 @@ def test_normalized_weights_by_hand():
     v = (weight - 3.0) / torch.tensor([4.0, 1.0, 0.0, 9.0]).sum().div(3).sqrt()  # unbiased
     expected = 2 * torch.round((v + 3) / 2) - 3
     assert torch.equal(made(weight), expected) and made.lower.item() == -3 and made.upper.item() == 3
-    assert made.multiplier() == 1 / 3
+    assert made.scale() == 1 / 3
 
 
 def test_per_channel_moments_and_bounds():
@@ -109,7 +109,7 @@ def test_degenerate_channels():
             assert found.isfinite().all() and found[1].unique().numel() == found[2].unique().numel() == 1
             assert (found[1] > 0).all() and (found[2] < 0).all()
             if not made.normalize:
-                torch.testing.assert_close((found * made.multiplier()[:, None])[:3], weight[:3])
+                torch.testing.assert_close((found * made.scale()[:, None])[:3], weight[:3])
 
 
 def test_a_weight_of_one_element_per_channel():
@@ -215,6 +215,6 @@ def test_learned_bounds_that_cross_zero_stay_finite():
         made.upper.data.copy_(torch.tensor([-0.1, 0.0]))
         if made.normalize:
             made.lower.data.fill_(0.5)
-        found = values(made, weight) if made.normalize else made(weight) * made.multiplier()[:, None]
+        found = values(made, weight) if made.normalize else made(weight) * made.scale()[:, None]
         assert found.isfinite().all()
         assert made.codes(weight).max() < 16

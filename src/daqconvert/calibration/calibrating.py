@@ -307,7 +307,7 @@ class OutputScaleStart(Watcher):
         assert weight is not None
         start = site.output_scale.clone()
         site.output_scale.fill_(1.0)
-        w, top = site.weight_quantizer(weight), site.combined_scale()
+        w, top = site.weight_quantizer(weight), site.sum_scale()
         operand = x if site.input_quantizer is None else site.input_quantizer(x)
         acc, scale = safe_products(operation, operand, w, top, site.settings)
         # NOTE: in float32, for the plain sums of a float16 layer may pass 65504

@@ -21,7 +21,7 @@ from daqconvert.layers.frozen_site import FrozenSite, empty_values
 from daqconvert.layers.functions import channel_layout, output_dims
 from daqconvert.layers.integer_layers import make_integer, settle_sums
 from daqconvert.layers.lookup import frozen_class, quantized_class
-from daqconvert.layers.output_quantizers import add_output
+from daqconvert.layers.output_quantizers import add_output_quantizer
 from daqconvert.layers.registry import is_site_type
 from daqconvert.layers.site import QuantizedSite
 from daqconvert.models import copy_model, evaluating
@@ -59,7 +59,7 @@ def apply_sites(model: nn.Module, rows: Iterable[PlanRow], frozen: bool = False)
         _unfuse(module)
     for row in rows:
         if row.site.is_output:
-            add_output(model, row, frozen)
+            add_output_quantizer(model, row, frozen)
     if frozen:
         integer_sites(model, rows, empty=True)
 

@@ -307,7 +307,7 @@ def frozen_values(site: QuantizedSite) -> dict[str, Tensor]:
     values: dict[str, Tensor] = {}
     weight_quantizer, input_quantizer = site.weight_quantizer, site.input_quantizer
     with torch.no_grad():
-        values["scale"] = site.combined_scale().clone()
+        values["scale"] = site.sum_scale().clone()
         if isinstance(weight_quantizer, WeightQuantizer):
             weight = site.float_weight()
             assert weight is not None

@@ -24,7 +24,7 @@ def _itself(x: Tensor, weight: Tensor) -> Tensor:
     return x
 
 
-class OutputSite(QuantizedSite):
+class OutputQuantizer(QuantizedSite):
     """Quantizes the output of the module that it is a child of; its scale is the quantizer's own."""
 
     output_dims = 0
@@ -51,8 +51,8 @@ class OutputSite(QuantizedSite):
         return f"a_bits={self.settings.a_bits}"
 
 
-class FrozenOutputSite(FrozenSite):
-    """The frozen form of `OutputSite`."""
+class FrozenOutputQuantizer(FrozenSite):
+    """The frozen form of `OutputQuantizer`."""
 
     output_dims = 0
 
@@ -95,7 +95,7 @@ def quantize_output(module: nn.Module, args: Any, output: Any) -> Any:
     return site(output)
 
 
-def add_output(model: nn.Module, row: PlanRow, frozen: bool) -> None:
+def add_output_quantizer(model: nn.Module, row: PlanRow, frozen: bool) -> None:
     """Give a module of a model the quantizer of its output, in place.
 
     Args:
@@ -114,25 +114,25 @@ def add_output(model: nn.Module, row: PlanRow, frozen: bool) -> None:
         found = "no such module" if module is None else f"one that has a {OUTPUT_QUANTIZER} already"
         raise ConversionError(f"{row.name}: expected a module to quantize the output of, found {found}.")
     like = next((p for p in (*module.parameters(), *model.parameters()) if p.is_floating_point()), torch.empty(0))
-    site: OutputSite | FrozenOutputSite
+    site: OutputQuantizer | FrozenOutputQuantizer
     if frozen:
-        site = FrozenOutputSite()
+        site = FrozenOutputQuantizer()
         site.training = False
         values = empty_values(settings, like, None)
         site.hold(settings, row.name, like.dtype, {key: values[key] for key in ("input_scale", "input_zero_point")})
     else:
-        site = OutputSite()
+        site = OutputQuantizer()
         site.training = module.training
         site.take(row, torch.empty(0, dtype=like.dtype, device=like.device))
     module.add_module(OUTPUT_QUANTIZER, site)
     module.register_forward_hook(quantize_output, prepend=True)
 
 
-def freeze_output(site: Any, values: dict[str, Tensor]) -> None:
+def freeze_output_quantizer(site: Any, values: dict[str, Tensor]) -> None:
     """Turn the quantizer of an output into its frozen form, in place.
 
     Args:
-        site: An `OutputSite`.
+        site: An `OutputQuantizer`.
         values: From `frozen_values`.
     """
     settings, name, dtype = site.settings, site.layer_name, site.output_scale.dtype
@@ -140,6 +140,6 @@ def freeze_output(site: Any, values: dict[str, Tensor]) -> None:
         site.__dict__.pop(child, None)
         site._modules.pop(child, None)
     del site.output_scale, site.enabled
-    site.__class__ = FrozenOutputSite
+    site.__class__ = FrozenOutputQuantizer
     site.training = False
     site.hold(settings, name, dtype, {key: values[key] for key in ("input_scale", "input_zero_point")})

@@ -1,6 +1,6 @@
 """The state that every quantized site shares, whichever forward its products are computed in.
 
-    y = operation(q_x - zero_point, operand_w) * S + bias,   S = |output_scale| * weight multiplier * input multiplier
+    y = operation(q_x - zero_point, operand_w) * S + bias,   S = |output_scale| * weight scale * input scale
 
 The operands are integer-valued, all scales come after the sum, the bias stays float and is added last.
 """
@@ -170,7 +170,7 @@ class QuantizedSite(nn.Module):
                 return self._compiled(x, weight, bias, operation, of_input, of_weight)
         operand = x if of_input is None else of_input(x)
         w = weight if of_weight is None else of_weight(weight)
-        scale = self.combined_scale(operand)
+        scale = self.sum_scale(operand)
         if isinstance(operation, PaddedProducts):
             operand, operation = pad_operand(operation.pad, operand), operation.products
         if can_fuse(operation, operand, w, scale, bias):
@@ -192,8 +192,8 @@ class QuantizedSite(nn.Module):
             (grid.rounding.kind, of_weight.rounding.kind), of_input.slope, of_weight.slope,
         )  # fmt: skip
 
-    def combined_scale(self, operand: Tensor | None = None) -> Tensor:
-        """Return `S = |output_scale| * weight multiplier * input multiplier`, shape of `output_scale`, float32.
+    def sum_scale(self, operand: Tensor | None = None) -> Tensor:
+        """Return `S = |output_scale| * weight scale * input scale`, shape of `output_scale`, float32.
 
         Args:
             operand: What the input quantizer has just returned: its scale is known then.
@@ -201,7 +201,7 @@ class QuantizedSite(nn.Module):
         scale = self.output_scale.abs()
         scale = scale if scale.dtype == torch.float64 else scale.float()
         if self.weight_quantizer is not None:
-            scale = scale * self.weight_quantizer.multiplier()
+            scale = scale * self.weight_quantizer.scale()
         if self.input_quantizer is not None:
             n = 2**self.input_quantizer.bits - 1
             coded = None if operand is None else codes_of(operand)

@@ -98,7 +98,7 @@ def _choose(site: QuantizedLayer, name: str, moments: Tensor) -> Fitted:
     moments = moments.cpu() if moments.device.type == "mps" else moments  # MPS has no float64
     groups, inputs = moments.shape[:2]
     weight = site.weight.detach().to(moments.device, torch.float64).reshape(groups, -1, inputs)
-    step = torch.as_tensor(quantizer.multiplier()).to(moments.device, torch.float64)
+    step = torch.as_tensor(quantizer.scale()).to(moments.device, torch.float64)
     step = step.expand(len(site.weight)).reshape(groups, -1)
     nearest = partial(_nearest, quantizer=quantizer)
     plain = nearest(weight / step[:, :, None])

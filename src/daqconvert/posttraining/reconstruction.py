@@ -221,6 +221,6 @@ def _on_levels(weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
     """Return a weight on its levels, in its own units; a normalized one as it is: its levels would move with it."""
     if quantizer.normalize:
         return weight
-    layout, step = quantizer.layout, torch.as_tensor(quantizer.multiplier())
+    layout, step = quantizer.layout, torch.as_tensor(quantizer.scale())
     step = step.reshape(layout.bound_view) if quantizer.per_channel else step
     return (quantizer(weight).reshape(layout.view) * step).reshape(weight.shape)

@@ -81,7 +81,7 @@ class InputQuantizer(Quantizer):
         return attach(operand, InputCodes(codes, zero_point, scale))
 
     def scale(self) -> Tensor:
-        """Return the step between two levels, a scalar tensor that carries the bounds' gradient."""
+        """Return the real units per code, a scalar tensor that carries the bounds' gradient."""
         return input_scale(self._lower(), self.upper, self.bits)
 
     def grid(self, x: Tensor) -> InputGrid:
@@ -96,10 +96,6 @@ class InputQuantizer(Quantizer):
     def _lower(self) -> Tensor:
         """Return `lower`; where unsigned it stays 0 even if someone has unfrozen every parameter of the model."""
         return self.lower.detach() if self._sign is False and self.lower.requires_grad else self.lower
-
-    def multiplier(self) -> Tensor:
-        """Return what one operand step is worth, the scale: a weight that depends on the data is quantized so, too."""
-        return self.scale()
 
     def zero_point(self, scale: Tensor | None = None) -> Tensor:
         """Return the integer-valued zero point, a scalar tensor without gradient."""

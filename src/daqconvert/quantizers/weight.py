@@ -32,7 +32,7 @@ WEIGHT_STDS = 3.0  # the paper's start of the bounds of a normalized weight
 
 
 class WeightQuantizer(Quantizer):
-    """Quantizes a weight to an integer-valued operand; its multiplier turns operands back into weights.
+    """Quantizes a weight to an integer-valued operand; its scale turns operands back into weights.
 
     With `normalize`: `v = (W - mean(W)) / std(W)` (unbiased std, both constant for the gradient), midrise grid, bounds
     `lower` and `upper` learned, value `(2q - n) / n`: the paper's. Without: `v = W`, `lower = -upper`, real units.
@@ -178,8 +178,8 @@ class WeightQuantizer(Quantizer):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_memory": None}  # a copy quantizes its weight again
 
-    def multiplier(self) -> Tensor | float:
-        """Return what one operand step is worth: `1 / n` (normalized), `upper / n` (midrise), else `upper / m`."""
+    def scale(self) -> Tensor | float:
+        """Return the real units per operand unit: `1 / n` (normalized), `upper / n` (midrise), else `upper / m`."""
         top = levels(self.bits, self.grid)
         return 1.0 / top if self.normalize else _real(self.upper).clamp(min=0.0) / top
 

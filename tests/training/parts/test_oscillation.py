@@ -189,7 +189,7 @@ def test_in_real_units_a_frozen_weight_is_the_middle_of_its_level(make):
     for track in part.tracks.values():
         frozen = track.state["frozen"].reshape(track.site.weight.shape)
         quantizer = track.site.weight_quantizer
-        middle = quantizer(track.site.weight) * quantizer.multiplier().reshape(-1, 1)
+        middle = quantizer(track.site.weight) * quantizer.scale().reshape(-1, 1)
         assert frozen.any()
         torch.testing.assert_close(track.site.weight[frozen], middle[frozen], rtol=1e-6, atol=0)
 
