@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import daqconvert as dq
 from daqconvert.deploy.comparing.probes import ModuleProbe, OnnxProbe
-from daqconvert.layers.frozen_site import int32_reference
+from daqconvert.functional.integer import int32_reference
 
 WIDTHS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4), "W2A2": (2, 2), "W1A1": (1, 1)}
 CHOSEN = {"tf_efficientnet_lite0": ("W8A8", "W4A8", "W4A4"), "resnet20": tuple(WIDTHS)}

@@ -16,7 +16,7 @@ import torch
 
 import daqconvert as dq
 from daqconvert.errors import ArtifactError
-from daqconvert.layers.integer_layers import is_integer
+from daqconvert.layers.frozen_site import FrozenSite
 from helpers import artifact_damage as damage
 from helpers.artifacts import frozen_of, read, small_network
 
@@ -101,7 +101,8 @@ def integer(tmp_path_factory, batch):
         frozen = frozen_of(small_network(), batch, w_bits=3, a_bits=4, deploy="integer")
         model = timm.create_model("test_resnet", num_classes=10).eval()
         built = frozen_of(model, (torch.randn(1, 3, 32, 32),), w_bits=2, a_bits=4, deploy="integer")
-    assert any(is_integer(m) for m in frozen.modules()) and any(is_integer(m) for m in built.modules())
+    for one in (frozen, built):
+        assert any(m.is_integer for m in one.modules() if isinstance(m, FrozenSite))
     source = {"source": "timm:test_resnet", "source_kwargs": {"num_classes": 10}}
     return dq.save(frozen, path / "small"), frozen, (built, dq.save(built, path / "built", **source))
 

@@ -9,8 +9,8 @@ from torch import nn
 
 import daqconvert as dq
 from daqconvert.errors import ConversionError
-from daqconvert.layers.frozen_site import int32_reference
-from daqconvert.layers.integer_layers import FoldedBatchNorm, fold, folded_numbers, is_integer
+from daqconvert.functional.integer import int32_reference
+from daqconvert.layers.integer_layers import FoldedBatchNorm, fold, folded_numbers
 from daqconvert.layers.output_quantizers import FrozenOutputQuantizer
 from helpers.cases import CASES, run
 from helpers.integer_networks import NETWORKS, quantized, trained
@@ -66,13 +66,13 @@ def test_what_a_frozen_model_holds():
     assert isinstance(norm, FoldedBatchNorm) and isinstance(norm, nn.BatchNorm2d) and not norm.state_dict()
     assert torch.equal(layer.y_scale, frozen.block.conv2.input_scale)
     assert isinstance(frozen.pool.output_quantizer, FrozenOutputQuantizer)
-    assert not is_integer(frozen.fc) and "scale" in frozen.fc.state_dict()
+    assert not frozen.fc.is_integer and "scale" in frozen.fc.state_dict()
     assert not any(p.requires_grad for p in frozen.parameters())
 
 
 def test_every_convolution_lies_on_a_grid():
     frozen = dq.freeze(quantized("inverted")[0])
-    assert all(is_integer(m) for m in frozen.modules() if isinstance(m, nn.Conv2d))
+    assert all(m.is_integer for m in frozen.modules() if isinstance(m, nn.Conv2d))
 
 
 def test_dead_channel_is_constant():

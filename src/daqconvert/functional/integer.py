@@ -23,6 +23,8 @@ next to the one asked for is found for which they do.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -135,6 +137,56 @@ def requantized(acc: Tensor, layer: IntegerLayer, x_scale: Tensor, output_dims: 
         high - zero, layer.scale.item(), torch.get_num_threads(),
     )  # fmt: skip
     return acc
+
+
+EXACT = 2**24
+"""From here on not every integer is a float32."""
+
+_IN_INT32 = False
+
+
+def exact_sums(products: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tensor, largest: int | None) -> Tensor:
+    """Return `products(x, w)` of integer-valued operands, every sum exact, as float32, float64 or int32.
+
+    `largest` is the largest size that a sum can have. Up to 2**24 float32 is exact; above, parts of the channels are
+    summed in float32 and added in int32, or all is summed in float64 where the channels cannot be split. None sums in
+    float32 whatever comes.
+    """
+    if _IN_INT32:
+        return _int32_sums(products, x, w)
+    x, w = x.float(), w.float()
+    if largest is None or largest < EXACT:
+        return products(x, w)
+    channels, parts = w.shape[1] if w.dim() > 1 else 0, -(-largest // (EXACT - 1))
+    channel_of_x = -1 if w.dim() == 2 else 1
+    if channels < parts or x.shape[channel_of_x] != channels:
+        return products(x.double(), w.double())
+    pieces = zip(x.chunk(parts + 1, channel_of_x), w.chunk(parts + 1, 1), strict=True)
+    total: Tensor | None = None
+    for piece_x, piece_w in pieces:
+        part = products(piece_x, piece_w).to(torch.int32)
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+@contextmanager
+def int32_reference() -> Iterator[None]:
+    """Compute all sums of integer deployment in int32 while the context lasts: slow, and beyond doubt."""
+    global _IN_INT32
+    before, _IN_INT32 = _IN_INT32, True
+    try:
+        yield
+    finally:
+        _IN_INT32 = before
+
+
+def _int32_sums(products: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tensor) -> Tensor:
+    """Sum in int32, or in int64 where torch has no kernel for int32 (dilated convolutions)."""
+    try:
+        return products(x.to(torch.int32), w.to(torch.int32))
+    except (NotImplementedError, RuntimeError):
+        return products(x.to(torch.int64), w.to(torch.int64))
 
 
 TRIES, STEP = 200, 2.0**-21

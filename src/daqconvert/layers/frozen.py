@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from daqconvert.functional.inference import decoded_weight
 from daqconvert.layers.base import BareOperation, QuantizedLayer
 from daqconvert.layers.computed import settle_weight
-from daqconvert.layers.frozen_site import FrozenSite, drop_quantizers, empty_values, frozen_values, numbers_of
+from daqconvert.layers.frozen_site import FrozenSite, drop_quantizers, empty_values, frozen_values
 from daqconvert.quantizers import ChannelLayout
 from daqconvert.spec import Settings
 
@@ -70,9 +70,8 @@ class FrozenLayer(BareOperation, FrozenSite):
 
     def weight_step(self) -> Tensor:
         """Return what one unit of the weight operand is worth, `()` or `(C_out,)`; a folded batch norm is in it."""
-        if "w_factor" in self._buffers:
-            numbers = numbers_of(self)
-            return numbers.weight_scale * numbers.factor
+        if self.is_integer:
+            return self.integer_layer().weight_scale * self.integer_layer().factor
         return self.scale if self.settings.a_bits is None else self.scale / self.input_scale
 
     # a property in all but mypy's eyes, to whom it is the attribute that torch's classes declare

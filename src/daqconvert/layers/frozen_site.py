@@ -1,18 +1,20 @@
 """The state that every frozen site shares: uint8 codes instead of a weight, scales instead of bounds.
 
-A frozen weight's integer-valued operand, kept in memory: 4 bytes a weight beside the 1 of its code.
+    operand_x = clip(round(x / input_scale), -input_zero_point, n - input_zero_point)
+    operand_w = codes * step + offset                  `step` and `offset` of the weight's grid
+    y         = operation(operand_x, operand_w) * scale + bias
 
-It is no buffer: it stands in no state dict and no file. What it was computed from is known - the very tensor of codes,
-where it lies, and torch's counter of writes into it - so it is computed again after any of them has changed.
+Where `deploy="integer"` rounds the site's output (`FrozenSite.is_integer`), the last line is that of
+`functional.integer` instead: exact integer sums, the bias among them, and from those the codes of the output.
 
-The forward of a frozen layer in integer deployment: exact sums, then the codes of its output.
+Operands of weights are decoded in every forward, unless `daqconvert.cache_weights` has given the site an
+`OperandCache`: then they take 4 bytes a weight in memory beside the 1 of the code.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 
 from daqconvert.errors import FrozenError
 from daqconvert.functional.inference import decoded_weight, input_operand, only_values
-from daqconvert.functional.integer import IntegerLayer, requantized
+from daqconvert.functional.integer import IntegerLayer, exact_sums, requantized
 from daqconvert.functional.product_operator import can_fuse, rescale_
 from daqconvert.functional.products import KNOWN, PaddedProducts
 from daqconvert.layers.site import Operation, QuantizedSite, Watcher, rescale, safe_products
@@ -28,134 +30,30 @@ from daqconvert.quantizers import ChannelLayout, WeightQuantizer
 from daqconvert.spec import Settings
 
 INTEGER_BUFFERS = ("w_scale", "w_factor", "bias_codes", "y_scale", "y_zero_point", "y_range")
-"""Where a site keeps the numbers of its `IntegerLayer`, in that order."""
+"""The buffers of the fields of an `IntegerLayer`, in their order."""
 
-EXACT = 2**24
-"""From here on not every integer is a float32."""
-
-
-def numbers_of(site: Any) -> IntegerLayer:
-    """Return the numbers of a frozen site of integer deployment.
-
-    Args:
-        site: The site.
-    """
-    return IntegerLayer(*(site._buffers[key] for key in INTEGER_BUFFERS))
-
-
-def integer_output(site: Any, operation: Operation, operand: Tensor, weight: Tensor) -> Tensor:
-    """Return a layer's output on its grid, `(code - zero_point) * scale`.
-
-    Args:
-        site: Of integer deployment.
-        operation: The bare products.
-        operand: Of the input, integer-valued.
-        weight: Operand of the weight, integer-valued.
-    """
-    numbers = numbers_of(site)
-    if isinstance(operation, PaddedProducts):
-        operand, operation = operation.pad(operand), operation.products
-    if site.qdq:
-        found: Tensor = torch.ops.daqconvert.requantize(
-            operation(operand, weight), site.input_scale, *numbers, site.output_dims, site.layer_name
-        )
-        return found
-    products = int32_products if _REFERENCE else exact_products
-    sums = products(operation, operand, weight, site)
-    return requantized(sums, numbers, site.input_scale, site.output_dims).to(operand.dtype)
-
-
-def exact_products(operation: Operation, x: Tensor, w: Tensor, site: Any) -> Tensor:
-    """Return `operation(x, w)` exactly: in float32 below 2**24, in parts of the channels or in float64 above.
-
-    Args:
-        operation: The bare products.
-        x: Integer-valued operand of the input.
-        w: Integer-valued operand of the weight.
-        site: Whose bits say how large a sum may be.
-    """
-    x, w = x.float(), w.float()
-    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
-        return operation(x, w)
-    largest = _largest_sum(site, w)
-    if largest < EXACT:
-        return operation(x, w)
-    channels, parts = w.shape[1] if w.dim() > 1 else 0, -(-largest // (EXACT - 1))
-    channel_of_x = -1 if w.dim() == 2 else 1
-    if channels < parts or x.shape[channel_of_x] != channels:
-        return operation(x.double(), w.double())
-    pieces = zip(x.chunk(parts + 1, channel_of_x), w.chunk(parts + 1, 1), strict=True)
-    total: Tensor | None = None
-    for piece_x, piece_w in pieces:
-        part = operation(piece_x, piece_w).to(torch.int32)
-        total = part if total is None else total + part
-    assert total is not None
-    return total
-
-
-def int32_products(operation: Operation, x: Tensor, w: Tensor, site: Any) -> Tensor:
-    """Return `operation(x, w)` computed in int32, in int64 where torch has no such kernel (dilated convolutions).
-
-    Args:
-        operation: The bare products.
-        x: Integer-valued operand of the input.
-        w: Integer-valued operand of the weight.
-        site: Not used.
-    """
-    try:
-        return operation(x.to(torch.int32), w.to(torch.int32))
-    except (NotImplementedError, RuntimeError):
-        return operation(x.to(torch.int64), w.to(torch.int64))
-
-
-def _largest_sum(site: Any, w: Tensor) -> int:
-    """The largest sum that these weights can make of any input: remembered, for the codes of a frozen site stay."""
-    known = site.__dict__.get("_largest_sum")
-    codes = site._buffers["weight_codes"]
-    version = (id(codes), codes._version)
-    if known is None or known[0] != version:
-        top = 2 ** (site.settings.a_bits or 0) - 1
-        largest = int(w.abs().reshape(w.shape[0], -1).sum(1).max()) * top if w.numel() else 0
-        known = site.__dict__["_largest_sum"] = (version, largest)
-    return int(known[1])
-
-
-_REFERENCE = False
-
-
-@contextmanager
-def int32_reference() -> Iterator[None]:
-    """Compute every layer of integer deployment in int32 while the context lasts: slow, and beyond doubt."""
-    global _REFERENCE
-    before, _REFERENCE = _REFERENCE, True
-    try:
-        yield
-    finally:
-        _REFERENCE = before
-
-
-SCALES = ("scale", "input_scale", "weight_scale", "w_scale", "y_scale")
 OWN_BUFFERS = ("weight_codes", "scale", "input_scale", "input_zero_point", "weight_scale", "weight_zero_point")
 BUFFERS = (*OWN_BUFFERS, *INTEGER_BUFFERS)
+SCALES = ("scale", "input_scale", "weight_scale", "w_scale", "y_scale")
 
 
 class FrozenSite(nn.Module):
-    """Mixin of everything that holds the codes and scales of a frozen site; computes, never trains.
+    """Mixin of every module that holds the codes and scales of a frozen site. It computes and never trains.
 
     Attributes:
         weight_codes: uint8 buffer `0 .. 2**w_bits - 1`, shape of the weight; absent where the weight stays float or
             depends on the data.
-        scale: float32 buffer, `()` or `(C_out,)`: what one unit of the integer sum is worth.
+        scale: float32 buffer, `()` or `(C_out,)`: real units per integer sum.
         input_scale: float32 scalar buffer; absent where the input stays float.
-        input_zero_point: uint8 scalar buffer, likewise.
-        weight_scale: float32 scalar buffer, for a weight that depends on the data alone.
-        weight_zero_point: uint8 scalar buffer, likewise.
+        input_zero_point: uint8 scalar buffer; absent where the input stays float.
+        weight_scale: float32 scalar buffer; only for a weight that depends on the data.
+        weight_zero_point: uint8 scalar buffer; only for a weight that depends on the data.
         settings: What the plan's row said.
-        dtype: Of the operands.
-        qdq: True writes operands and rescaling as one operator each (`deploy.frozen_operators`), for export alone;
-            the values are the same.
-        watchers: What `watching` has attached.
-        cache: Keeps the operand of the codes where `keep_operand` has said so, else None.
+        dtype: Dtype of the operands.
+        qdq: True computes operands and rescaling by one named operator each (`deploy.frozen_operators`), which
+            exporting needs; the values are the same.
+        watchers: The watchers that `watching` has attached.
+        cache: Keeps the operand of the codes after `keep_operand()`; None where every forward decodes them.
     """
 
     weight_codes: Tensor
@@ -172,35 +70,20 @@ class FrozenSite(nn.Module):
     watchers: tuple[Watcher, ...]
     cache: OperandCache | None
 
-    def hold(self, settings: Settings, name: str, dtype: torch.dtype, buffers: dict[str, Tensor]) -> None:
-        """Take over the values of a frozen site.
-
-        Args:
-            settings: Of the plan's row.
-            name: Of the site.
-            dtype: Of the operands.
-            buffers: Some of `BUFFERS`.
-        """
-        self.settings, self.layer_name, self.qdq, self.dtype, self.watchers = settings, name, False, dtype, ()
-        self.cache = None
-        for key, value in buffers.items():
-            self.register_buffer(key, value)
-        self.requires_grad_(False)
-
     def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, operation: Operation) -> Tensor:
-        """Return the site's output from integer operands.
+        """Return the site's output for a float input, computed from integer-valued operands.
 
         Args:
             x: Float input.
-            weight: The float weight, where there are no codes.
-            bias: Or None.
+            weight: The float weight; not used where there are codes.
+            bias: Float bias `(C_out,)`, or None for no bias.
             operation: The bare products.
 
         Raises:
             FrozenError: In training mode.
         """
         if self.training:
-            raise FrozenError(no_training(self.layer_name))
+            raise FrozenError(_no_training(self.layer_name))
         for watcher in self.watchers:
             x = watcher.before(self, x, weight, operation)
         operand = x if self.settings.a_bits is None else self.input_operand(x)
@@ -209,23 +92,8 @@ class FrozenSite(nn.Module):
             watcher.after(self, y)
         return y
 
-    def _output(self, x: Tensor, w: Tensor, bias: Tensor | None, operation: Operation) -> Tensor:
-        """Products of two operands, scale and bias; where the sums are surely nobody else's, in their own memory."""
-        if "w_factor" in self._buffers:
-            return integer_output(self, operation, x, w)
-        if isinstance(operation, PaddedProducts):
-            x, operation = operation.pad(x), operation.products
-        if not self.qdq and can_fuse(operation, x, w, self.scale, bias) and only_values(x, w, self.scale, bias):
-            assert isinstance(operation, KNOWN)
-            return rescale_(operation(x, w), self.scale, bias, operation.output_dims)
-        acc, scale = safe_products(operation, x, w, self.scale, self.settings)
-        if self.qdq:
-            named: Tensor = torch.ops.daqconvert.rescale(acc, scale, bias, self.output_dims, self.layer_name)
-            return named
-        return rescale(acc, scale, bias, self.output_dims, acc.dtype)
-
     def input_operand(self, x: Tensor) -> Tensor:
-        """Return `q - zero_point` of an input, integer-valued, in its dtype."""
+        """Return `code - zero_point` of an input, integer-valued, in the input's dtype."""
         return self._operand(x, self.input_scale, self.input_zero_point, self.settings.a_bits, "input")
 
     def input_codes(self, x: Tensor) -> Tensor:
@@ -233,10 +101,10 @@ class FrozenSite(nn.Module):
         return (self.input_operand(x) + self.input_zero_point).to(torch.uint8)
 
     def weight_operand(self, weight: Tensor | None = None) -> Tensor:
-        """Return the integer-valued weight operand in the model's dtype; the weight itself where it stays float.
+        """Return the weight's operand in the model's dtype, or the weight itself where it stays float.
 
         Args:
-            weight: The float weight, where there are no codes.
+            weight: The float weight; not used where there are codes.
         """
         bits = self.settings.w_bits
         if bits is None or "weight_codes" not in self._buffers:
@@ -253,18 +121,84 @@ class FrozenSite(nn.Module):
         return decode(self.weight_codes, bits, self.settings.grid, self.dtype)
 
     def keep_operand(self, enabled: bool = True) -> int:
-        """Keep the operand of the codes in memory from now on, or no longer; return the bytes it takes."""
+        """Keep the operand of the codes in memory from now on, or no longer; return the bytes that it takes."""
         self.cache = OperandCache() if enabled and "weight_codes" in self._buffers else None
-        self._renew()
+        self._renew_cache()
         return 0 if self.cache is None else self.cache.nbytes
 
-    def _renew(self) -> None:
-        if self.cache is not None:
-            self.cache.get(self.weight_codes, self.settings.w_bits or 0, self.settings.grid, self.dtype)
+    @property
+    def is_integer(self) -> bool:
+        """Whether the site's output is rounded to codes (integer deployment)."""
+        return "w_factor" in self._buffers
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        self._renew()
+    def integer_layer(self) -> IntegerLayer:
+        """Return the numbers that integer deployment computes with; only where `is_integer`."""
+        return IntegerLayer(*(self._buffers[key] for key in INTEGER_BUFFERS))  # type: ignore[arg-type] # none is None
+
+    def hold(self, settings: Settings, name: str, dtype: torch.dtype, buffers: dict[str, Tensor]) -> None:
+        """Take over the settings, dotted name, operand dtype and buffers (some of `OWN_BUFFERS`) of a frozen site."""
+        self.settings, self.layer_name, self.qdq, self.dtype, self.watchers = settings, name, False, dtype, ()
+        self.cache = None
+        for key, value in buffers.items():
+            self.register_buffer(key, value)
+        self.requires_grad_(False)
+
+    def hold_integer(self, layer: IntegerLayer) -> None:
+        """Round the output to codes from now on: these numbers take the place of `scale` and of the bias."""
+        del self._buffers["scale"]
+        for key, value in zip(INTEGER_BUFFERS, layer, strict=True):
+            self.register_buffer(key, value)
+        if "bias" in self._parameters:
+            self.register_parameter("bias", None)
+
+    def train(self, mode: bool = True) -> FrozenSite:
+        """Set evaluation mode.
+
+        Raises:
+            FrozenError: If asked for training mode.
+        """
+        super().train(mode)
+        if mode:
+            raise FrozenError(_no_training(self.layer_name))
+        return self
+
+    def _output(self, x: Tensor, w: Tensor, bias: Tensor | None, operation: Operation) -> Tensor:
+        """Return the output of two operands; it reuses the memory of the sums where nothing else can hold them."""
+        if isinstance(operation, PaddedProducts):
+            x, operation = operation.pad(x), operation.products
+        if self.is_integer:
+            return self._integer_output(x, w, operation)
+        if not self.qdq and can_fuse(operation, x, w, self.scale, bias) and only_values(x, w, self.scale, bias):
+            assert isinstance(operation, KNOWN)
+            return rescale_(operation(x, w), self.scale, bias, operation.output_dims)
+        acc, scale = safe_products(operation, x, w, self.scale, self.settings)
+        if self.qdq:
+            named: Tensor = torch.ops.daqconvert.rescale(acc, scale, bias, self.output_dims, self.layer_name)
+            return named
+        return rescale(acc, scale, bias, self.output_dims, acc.dtype)
+
+    def _integer_output(self, x: Tensor, w: Tensor, operation: Operation) -> Tensor:
+        """Return the output of integer deployment in real units: `(code - zero_point) * scale`."""
+        layer = self.integer_layer()
+        if self.qdq:
+            named: Tensor = torch.ops.daqconvert.requantize(
+                operation(x, w), self.input_scale, *layer, self.output_dims, self.layer_name
+            )
+            return named
+        # a graph that is being compiled cannot depend on values, so it adds up in float32 as every runtime does
+        plain = torch.compiler.is_compiling() or torch.compiler.is_exporting()
+        sums = exact_sums(operation, x, w, None if plain else self._sum_bound(w))
+        return requantized(sums, layer, self.input_scale, self.output_dims).to(x.dtype)
+
+    def _sum_bound(self, w: Tensor) -> int:
+        """Return the largest sum that these weights can make of any input; remembered until the codes change."""
+        known = self.__dict__.get("_known_bound")
+        version = (id(self.weight_codes), self.weight_codes._version)
+        if known is None or known[0] != version:
+            top = 2 ** (self.settings.a_bits or 0) - 1
+            largest = int(w.abs().reshape(w.shape[0], -1).sum(1).max()) * top if w.numel() else 0
+            known = self.__dict__["_known_bound"] = (version, largest)
+        return int(known[1])
 
     def _operand(self, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int | None, role: str) -> Tensor:
         assert bits is not None
@@ -273,6 +207,14 @@ class FrozenSite(nn.Module):
             named: Tensor = torch.ops.daqconvert.input_operand(x, scale, zero_point, bits, name)
             return named
         return input_operand(x, scale, zero_point, bits)
+
+    def _renew_cache(self) -> None:
+        if self.cache is not None:
+            self.cache.get(self.weight_codes, self.settings.w_bits or 0, self.settings.grid, self.dtype)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._renew_cache()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenSite:
         """Move or cast, as `.to()` and `.half()` do; scales stay float32 at least, as when a half model is frozen."""
@@ -283,75 +225,11 @@ class FrozenSite(nn.Module):
             if before is not None and after is not None and after.dtype in (torch.float16, torch.bfloat16):
                 self._buffers[key] = before.to(after.device, torch.float32)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        self._renew()
-        return self
-
-    def train(self, mode: bool = True) -> FrozenSite:
-        """Set evaluation mode.
-
-        Raises:
-            FrozenError: If asked for training mode.
-        """
-        super().train(mode)
-        if mode:
-            raise FrozenError(no_training(self.layer_name))
+        self._renew_cache()
         return self
 
 
-def frozen_values(site: QuantizedSite) -> dict[str, Tensor]:
-    """Return the buffers of a quantized site's frozen form, computed from its weight and bounds.
-
-    Args:
-        site: With every quantizer calibrated.
-    """
-    values: dict[str, Tensor] = {}
-    weight_quantizer, input_quantizer = site.weight_quantizer, site.input_quantizer
-    with torch.no_grad():
-        values["scale"] = site.sum_scale().clone()
-        if isinstance(weight_quantizer, WeightQuantizer):
-            weight = site.float_weight()
-            assert weight is not None
-            values["weight_codes"] = weight_quantizer.give_codes(weight)
-        for role, quantizer in (("input", input_quantizer), ("weight", weight_quantizer)):
-            if quantizer is not None and not isinstance(quantizer, WeightQuantizer):
-                values[f"{role}_scale"] = quantizer.scale().clone()
-                values[f"{role}_zero_point"] = quantizer.zero_point().to(torch.uint8)
-    return values
-
-
-def empty_values(settings: Settings, weight: Tensor, layout: ChannelLayout | None) -> dict[str, Tensor]:
-    """Return buffers of the right shapes for a frozen site whose values are to be loaded.
-
-    Args:
-        settings: Of the plan's row.
-        weight: The float weight, or a tensor of its dtype and device where it depends on the data.
-        layout: Where its output channels are; None for a weight that depends on the data.
-    """
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    one = torch.ones((), dtype=wide, device=weight.device)
-    zero = torch.zeros((), dtype=torch.uint8, device=weight.device)
-    per_channel = settings.granularity == "channel" and layout is not None
-    values = {"scale": one.expand(layout.channels).clone() if per_channel and layout is not None else one.clone()}
-    # NOTE: in the order of `frozen_values`, so that a loaded model is saved as the same bytes
-    if settings.w_bits is not None and layout is not None:
-        values["weight_codes"] = torch.zeros(weight.shape, dtype=torch.uint8, device=weight.device)
-    if settings.a_bits is not None:
-        values |= {"input_scale": one.clone(), "input_zero_point": zero.clone()}
-    if settings.w_bits is not None and layout is None:
-        values |= {"weight_scale": one.clone(), "weight_zero_point": zero.clone()}
-    return values
-
-
-def drop_quantizers(site: Any) -> None:
-    """Take the state of a `QuantizedSite` off a module that is about to be frozen."""
-    for child in ("weight_quantizer", "input_quantizer"):
-        site.__dict__.pop(child, None)
-        site._modules.pop(child, None)
-    del site.output_scale, site.enabled
-
-
-def no_training(name: str) -> str:
-    """Return the message for a frozen site that is asked to train."""
+def _no_training(name: str) -> str:
     return (
         f"{name or '(root)'}: a frozen layer holds integer codes and cannot be trained. Call .eval() on the model; "
         "to train on, go back to the quantized model (or its checkpoint) and freeze it again."
@@ -359,11 +237,14 @@ def no_training(name: str) -> str:
 
 
 class OperandCache:
-    """Holds the operand of one tensor of codes.
+    """Keeps the operand of one tensor of codes. It is no buffer, so it stands in no state dict and in no file.
+
+    What the operand was computed from is known: the very tensor of codes, where its memory is, and torch's counter of
+    writes into it. After any of them has changed, the operand is computed again.
 
     Attributes:
-        kept: The codes, what was known of them, and their operand; None until it is computed. Replaced as a whole, so
-            that threads may share it.
+        kept: The codes, their state (`_state_of`) and their operand; None until it is computed. Replaced as a whole,
+            so that threads may share it.
 
     Example:
         >>> cache, codes = OperandCache(), torch.tensor([0, 3], dtype=torch.uint8)
@@ -378,16 +259,10 @@ class OperandCache:
         self.kept: tuple[Tensor, tuple[object, ...], Tensor] | None = None
 
     def get(self, codes: Tensor, bits: int, grid: str, dtype: torch.dtype) -> Tensor:
-        """Return the operand of these codes, computed if it is not that of their present values.
+        """Return the operand of these codes; it is computed unless the one of their present values is kept.
 
-        A compiled model takes what is here, for it cannot ask for the counter of writes; who traces it or watches its
-        operators has to see where the operand comes from.
-
-        Args:
-            codes: uint8.
-            bits: 1 to 8.
-            grid: `"midrise"`, `"integer"` or `"twos"`.
-            dtype: Of the operand.
+        A model that is being compiled takes what is kept, for a graph cannot ask for the counter of writes. Exporting,
+        tracing and dispatch modes decode the codes, for they have to see where the operand comes from.
         """
         kept = self.kept
         if torch.compiler.is_compiling():
@@ -423,3 +298,48 @@ def _state_of(codes: Tensor, dtype: torch.dtype) -> tuple[object, ...]:
     """What changes with the values of a tensor of codes, or with the operand that is asked for."""
     version = None if codes.is_inference() else codes._version
     return codes.data_ptr(), codes.stride(), codes.device, version, dtype
+
+
+def frozen_values(site: QuantizedSite) -> dict[str, Tensor]:
+    """Return the buffers of a calibrated site's frozen form, computed from its weight and bounds."""
+    values: dict[str, Tensor] = {}
+    weight_quantizer, input_quantizer = site.weight_quantizer, site.input_quantizer
+    with torch.no_grad():
+        values["scale"] = site.sum_scale().clone()
+        if isinstance(weight_quantizer, WeightQuantizer):
+            weight = site.float_weight()
+            assert weight is not None
+            values["weight_codes"] = weight_quantizer.give_codes(weight)
+        for role, quantizer in (("input", input_quantizer), ("weight", weight_quantizer)):
+            if quantizer is not None and not isinstance(quantizer, WeightQuantizer):
+                values[f"{role}_scale"] = quantizer.scale().clone()
+                values[f"{role}_zero_point"] = quantizer.zero_point().to(torch.uint8)
+    return values
+
+
+def empty_values(settings: Settings, weight: Tensor, layout: ChannelLayout | None) -> dict[str, Tensor]:
+    """Return buffers of the right shapes for a frozen site whose values are to be loaded.
+
+    `layout` is None for a weight that depends on the data; then `weight` is any tensor of the right dtype and device.
+    """
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    one = torch.ones((), dtype=wide, device=weight.device)
+    zero = torch.zeros((), dtype=torch.uint8, device=weight.device)
+    per_channel = settings.granularity == "channel" and layout is not None
+    values = {"scale": one.expand(layout.channels).clone() if per_channel and layout is not None else one.clone()}
+    # NOTE: in the order of `frozen_values`, so that a loaded model is saved as the same bytes
+    if settings.w_bits is not None and layout is not None:
+        values["weight_codes"] = torch.zeros(weight.shape, dtype=torch.uint8, device=weight.device)
+    if settings.a_bits is not None:
+        values |= {"input_scale": one.clone(), "input_zero_point": zero.clone()}
+    if settings.w_bits is not None and layout is None:
+        values |= {"weight_scale": one.clone(), "weight_zero_point": zero.clone()}
+    return values
+
+
+def drop_quantizers(site: Any) -> None:
+    """Take the state of a `QuantizedSite` off a module that is about to be frozen."""
+    for child in ("weight_quantizer", "input_quantizer"):
+        site.__dict__.pop(child, None)
+        site._modules.pop(child, None)
+    del site.output_scale, site.enabled

@@ -1,6 +1,9 @@
-"""A frozen layer in integer deployment: batch norm folded in, output rounded to the grid of whoever reads it.
+"""Frozen layers of integer deployment: the batch norm folded in, the output rounded to the grid of its reader.
 
-Batch norm folded into the convolution before it: its module stays where it is and hands on what it gets.
+The reader of a layer is the site whose input quantizer its output meets: the next layer, or the output quantizer of a
+module. A layer that rounds to the reader's grid itself hands on codes, and the reader finds the same codes again.
+The batch norm between the two stays where it is, as a `FoldedBatchNorm` that hands on what it gets.
+The arithmetic is that of `functional.integer`.
 """
 
 from __future__ import annotations
@@ -13,101 +16,53 @@ from torch import Tensor, nn
 from daqconvert.errors import ConversionError
 from daqconvert.functional.grid import coding
 from daqconvert.functional.integer import CodeGrid, IntegerLayer, agreeing_scale, integer_layer
-from daqconvert.layers.frozen_site import INTEGER_BUFFERS, FrozenSite
+from daqconvert.layers.frozen_site import FrozenSite
 from daqconvert.spec import PlanRow
 
 
-def is_integer(site: nn.Module) -> bool:
-    """Whether a frozen site rounds its output to integers."""
-    return isinstance(site, FrozenSite) and "w_factor" in site._buffers
-
-
 def make_integer(model: nn.Module, sites: dict[str, FrozenSite], row: PlanRow, empty: bool = False) -> None:
-    """Give a frozen layer the numbers of integer deployment, in place, and fold its batch norm.
+    """Make the frozen layer of a plan's row compute integers, in place, and fold its batch norm.
 
-    Args:
-        model: The frozen model.
-        sites: Its sites by the names that plans know them by.
-        row: Of the layer, with `site.output.meets`.
-        empty: Make places for values that are to be loaded.
+    `sites` are the model's frozen sites by the names that plans know them by; `empty` leaves the values to be loaded.
 
     Raises:
-        ConversionError: If the batch norm, or the quantizer that it meets, is not there.
+        ConversionError: If the batch norm or the reader is not there.
     """
     output, settings = row.site.output, row.settings
     assert output is not None and output.meets is not None and settings is not None
-    site, target = sites[row.name], sites.get(output.meets)
+    site, reader = sites[row.name], sites.get(output.meets)
     norm = None if output.batch_norm is None else dict(model.named_modules()).get(output.batch_norm)
-    if target is None or target.settings.a_bits is None:
+    if reader is None or reader.settings.a_bits is None:
         raise ConversionError(f"{row.name}: expected a quantized input {output.meets} to read it, found none.")
     if output.batch_norm is not None and (norm is None or not folds(norm)):
         raise ConversionError(
             f"{row.name}: expected a batch norm {output.batch_norm} to fold, found {type(norm).__name__}."
         )
     if empty:
-        _hold(site, _empty(site))
+        site.hold_integer(_empty(site))
+    else:
+        scale, bias = _scale_and_bias(site)
         if norm is not None:
-            fold(norm)
-        return
-    channels = site.weight_codes.shape[0]
-    scale = site.scale.double().expand(channels) if site.scale.dim() == 0 else site.scale.double()
-    bias = _bias(site, scale)
+            g, b = folded_numbers(norm)
+            scale, bias = scale * g, bias * g + b
+        layer = integer_layer(
+            scale, bias, round(-coding(settings.w_bits or 0, settings.grid)[1]), site.input_scale, reader.input_scale,
+            reader.input_zero_point, reader.settings.a_bits, output.lower, output.upper,
+        )  # fmt: skip
+        site.hold_integer(layer)
     if norm is not None:
-        g, b = folded_numbers(norm)
-        scale, bias = scale * g, bias * g + b
         fold(norm)
-    numbers = integer_layer(
-        scale, bias, round(-coding(settings.w_bits or 0, settings.grid)[1]), site.input_scale, target.input_scale,
-        target.input_zero_point, target.settings.a_bits, output.lower, output.upper,
-    )  # fmt: skip
-    _hold(site, numbers)
 
 
-def settle_sums(sites: dict[str, FrozenSite], rows: dict[str, PlanRow]) -> None:
-    """Move the scales of sums to where every runtime's arithmetic gives the same codes, by 1e-4 at most, in place.
-
-    Args:
-        sites: Frozen, by the names that plans know them by.
-        rows: Of the plan, by name.
-    """
-    places = {
-        row.site.output.place: row for row in rows.values() if row.site.is_output and row.site.output is not None
-    }
-    for row in rows.values():
-        output = row.site.output
-        if not row.site.is_output or output is None or len(output.sources) != 2:
-            continue
-        grids = [_grid_of(source, sites, rows, places) for source in output.sources]
-        target = sites.get(row.name)
-        if target is not None and grids[0] is not None and grids[1] is not None:
-            scale = agreeing_scale(grids[0], grids[1], _codes(target))
-            target.input_scale.fill_(scale)
-
-
-def _grid_of(
-    source: str, sites: dict[str, FrozenSite], rows: dict[str, PlanRow], places: dict[str | None, PlanRow]
-) -> CodeGrid | None:
-    """The grid that an addend lies on: a layer's output, or an earlier sum."""
-    row = rows.get(source)
-    meets = row.site.output.meets if row is not None and row.site.output is not None else None
-    name = meets if meets is not None else places[source].name if source in places else None
-    return _codes(sites[name]) if name in sites else None
-
-
-def _codes(site: FrozenSite) -> CodeGrid:
-    return CodeGrid(site.input_scale.item(), int(site.input_zero_point))
-
-
-def _hold(site: FrozenSite, numbers: IntegerLayer) -> None:
-    del site._buffers["scale"]
-    for key, value in zip(INTEGER_BUFFERS, numbers, strict=True):
-        site.register_buffer(key, value)
-    if "bias" in site._parameters:
-        site.register_parameter("bias", None)
+def _scale_and_bias(site: FrozenSite) -> tuple[Tensor, Tensor]:
+    """Return the scale and the bias of every output channel in float64."""
+    scale = site.scale.double().expand(site.weight_codes.shape[0])
+    bias = getattr(site, "bias", None)
+    return scale, torch.zeros_like(scale) if bias is None else bias.detach().double()
 
 
 def _empty(site: FrozenSite) -> IntegerLayer:
-    """Numbers of the right shapes."""
+    """Return numbers of the right shapes."""
     like, channels = site.scale, site.weight_codes.shape[0]
 
     def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -117,18 +72,45 @@ def _empty(site: FrozenSite) -> IntegerLayer:
     return IntegerLayer(scale, factor, bias, zeros(torch.float32), zeros(torch.uint8), zeros(torch.uint8, 2))
 
 
-def _bias(site: FrozenSite, like: Tensor) -> Tensor:
-    bias = getattr(site, "bias", None)
-    return torch.zeros_like(like) if bias is None else bias.detach().double()
+def settle_sums(sites: dict[str, FrozenSite], rows: dict[str, PlanRow]) -> None:
+    """Move the scales of sums of two values to where every runtime gives the same codes, by 1e-4 at most, in place.
+
+    Both arguments go by the names of the plan. See `functional.integer.sums_agree`.
+    """
+    places = {
+        row.site.output.place: row for row in rows.values() if row.site.is_output and row.site.output is not None
+    }
+    for row in rows.values():
+        output = row.site.output
+        if not row.site.is_output or output is None or len(output.sources) != 2:
+            continue
+        first, second = (_grid_of(source, sites, rows, places) for source in output.sources)
+        quantizer = sites.get(row.name)
+        if quantizer is not None and first is not None and second is not None:
+            quantizer.input_scale.fill_(agreeing_scale(first, second, _input_grid(quantizer)))
 
 
-PLAIN: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+def _grid_of(
+    source: str, sites: dict[str, FrozenSite], rows: dict[str, PlanRow], places: dict[str | None, PlanRow]
+) -> CodeGrid | None:
+    """Return the grid that a term of a sum lies on: that of the layer's reader, or of an earlier sum's quantizer."""
+    row = rows.get(source)
+    meets = row.site.output.meets if row is not None and row.site.output is not None else None
+    name = meets if meets is not None else places[source].name if source in places else None
+    return _input_grid(sites[name]) if name in sites else None
+
+
+def _input_grid(site: FrozenSite) -> CodeGrid:
+    return CodeGrid(site.input_scale.item(), int(site.input_zero_point))
+
+
+FOLDABLE: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 CLIPPING: tuple[type[nn.Module], ...] = (nn.Identity, nn.ReLU, nn.ReLU6)
 _CLASSES: dict[type[nn.Module], type[Any]] = {}
 
 
 class FoldedBatchNorm(nn.Module):
-    """Mixin of a batch norm whose numbers another layer holds: it computes what stands behind it, if anything."""
+    """Mixin of a batch norm that is folded into the layer before it; only its activation, if it has one, is left."""
 
     original: type[nn.Module]
 
@@ -136,7 +118,7 @@ class FoldedBatchNorm(nn.Module):
         """Return `act(x)`, or `x` where the class has no activation."""
         act = getattr(self, "act", None)
         if isinstance(act, nn.Module):
-            x = act(self.drop(x))  # type: ignore[operator] # timm's has both
+            x = act(self.drop(x))  # type: ignore[operator] # timm's class has both
         return x
 
     def extra_repr(self) -> str:
@@ -148,17 +130,13 @@ class FoldedBatchNorm(nn.Module):
 
 
 def folds(module: nn.Module) -> bool:
-    """Whether a module is a batch norm that can be folded: of torch's own, or timm's with an activation behind.
-
-    Args:
-        module: Any.
-    """
+    """Whether a module is a batch norm that can be folded: one of torch's, or timm's with an activation behind it."""
     normalizes = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None
-    return normalizes and (type(module) in PLAIN or _is_norm_act(type(module)))
+    return normalizes and (type(module) in FOLDABLE or _is_norm_act(type(module)))
 
 
 def only_clips(activation: nn.Module) -> bool:
-    """Whether the activation inside a batch norm only clips, which rounding does as well."""
+    """Whether the activation inside a batch norm only clips: then rounding to codes can do it."""
     return type(activation) in CLIPPING
 
 
@@ -167,11 +145,7 @@ def _is_norm_act(cls: type[nn.Module]) -> bool:
 
 
 def folded_numbers(norm: Any) -> tuple[Tensor, Tensor]:
-    """Return `g, b` of `g * x + b`, which a batch norm computes in evaluation, in float64.
-
-    Args:
-        norm: A batch norm for which `folds` is true.
-    """
+    """Return `g` and `b` of `g * x + b`, which a batch norm that `folds` computes in evaluation mode, in float64."""
     variance, mean = norm.running_var.double(), norm.running_mean.double()
     g = torch.rsqrt(variance + norm.eps)
     if norm.weight is not None:
@@ -181,7 +155,7 @@ def folded_numbers(norm: Any) -> tuple[Tensor, Tensor]:
 
 
 def fold(norm: Any) -> None:
-    """Make a batch norm hand on what it gets, in place; its numbers are forgotten."""
+    """Turn a batch norm into a `FoldedBatchNorm`, in place; its parameters and statistics are gone."""
     original = type(norm)
     for name in ("weight", "bias"):
         norm.register_parameter(name, None)
@@ -198,6 +172,6 @@ def _folded_class(original: type[nn.Module]) -> type[Any]:
 
 
 def _remake(original: type[nn.Module]) -> Any:
-    """Unpickle: the derived class is made again."""
+    """Make the derived class again, for a batch norm that is being unpickled."""
     cls: Any = _folded_class(original)
     return cls.__new__(cls)

@@ -1,9 +1,10 @@
-"""Quantizers of outputs, which `deploy="integer"` adds: a child and a forward hook of the module that returns a value.
+"""Output quantizers, which `deploy="integer"` adds: each rounds what one module returns.
 
-    y = (clip(round(x / scale), -zero_point, n - zero_point)) * scale
+    y = clip(round(x / scale), -zero_point, n - zero_point) * scale
 
-The module keeps its class and its forward; its value lies on a grid. What reads it is quantized again by its own input
-quantizer: to the same codes, where that has the same grid.
+An output quantizer is a child of the module, called by a forward hook; the module keeps its class and its forward.
+Whatever reads the rounded value quantizes it again by its own input quantizer, and finds the same codes where that has
+the same grid.
 """
 
 from __future__ import annotations
@@ -14,33 +15,30 @@ import torch
 from torch import Tensor, nn
 
 from daqconvert.errors import ConversionError
-from daqconvert.layers.frozen_site import FrozenSite, empty_values
+from daqconvert.layers.frozen_site import FrozenSite, drop_quantizers, empty_values
 from daqconvert.layers.site import QuantizedSite
-from daqconvert.spec import OUTPUT_QUANTIZER, PlanRow
+from daqconvert.spec import OUTPUT_QUANTIZER, PlanRow, Settings
+
+FROZEN_BUFFERS = ("input_scale", "input_zero_point")
 
 
 def _itself(x: Tensor, weight: Tensor) -> Tensor:
-    """The operation of a site that multiplies by nothing."""
+    """Stand for the products of a site that multiplies by nothing."""
     return x
 
 
 class OutputQuantizer(QuantizedSite):
-    """Quantizes the output of the module that it is a child of; its scale is the quantizer's own."""
+    """Quantizes the output of the module that it is a child of: a site with an input quantizer and no weight."""
 
     output_dims = 0
 
-    def take(self, row: PlanRow, like: Tensor) -> None:
-        """Make the quantizer.
-
-        Args:
-            row: Of the plan.
-            like: Any tensor of the model's dtype and device.
-        """
-        assert row.settings is not None
-        self.attach(row.settings, row.name, row.signed, like, None)
+    def make(self, settings: Settings, name: str, signed: bool | None, like: Tensor) -> None:
+        """Add the quantizer; `like` is any tensor of the model's dtype and device."""
+        self.attach(settings, name, signed, like, None)
         one = self.output_scale.detach()
         del self.output_scale
-        self.register_buffer("output_scale", one, persistent=False)  # what leaves has to lie on the quantizer's grid
+        # NOTE: no parameter, for a learned factor would move the output off the quantizer's grid
+        self.register_buffer("output_scale", one, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x` on the grid, in its shape and dtype."""
@@ -75,33 +73,8 @@ class FrozenOutputQuantizer(FrozenSite):
         return f"a_bits={self.settings.a_bits}, frozen"
 
 
-def quantize_output(module: nn.Module, args: Any, output: Any) -> Any:
-    """Return a module's output on its grid; the forward hook of a module that has a quantizer of its output.
-
-    Args:
-        module: With a child `output_quantizer`.
-        args: Of its forward.
-        output: Of its forward.
-
-    Raises:
-        ConversionError: If it is no tensor.
-    """
-    site: Any = module._modules[OUTPUT_QUANTIZER]
-    if not isinstance(output, Tensor):
-        raise ConversionError(
-            f"{site.layer_name}: expected a tensor from {type(module).__name__}, found {type(output).__name__}. "
-            'Leave its outputs in float: a rule for the layers before it with deploy = "float".'
-        )
-    return site(output)
-
-
 def add_output_quantizer(model: nn.Module, row: PlanRow, frozen: bool) -> None:
-    """Give a module of a model the quantizer of its output, in place.
-
-    Args:
-        model: The whole model.
-        row: Of the plan, with the module's name in `site.output.place`.
-        frozen: Make an empty frozen quantizer, whose values are to be loaded.
+    """Give the module that a plan's row names an output quantizer, in place; `frozen` makes an empty frozen one.
 
     Raises:
         ConversionError: If there is no such module, or it has a child of that name.
@@ -114,32 +87,39 @@ def add_output_quantizer(model: nn.Module, row: PlanRow, frozen: bool) -> None:
         found = "no such module" if module is None else f"one that has a {OUTPUT_QUANTIZER} already"
         raise ConversionError(f"{row.name}: expected a module to quantize the output of, found {found}.")
     like = next((p for p in (*module.parameters(), *model.parameters()) if p.is_floating_point()), torch.empty(0))
-    site: OutputQuantizer | FrozenOutputQuantizer
+    quantizer: OutputQuantizer | FrozenOutputQuantizer
     if frozen:
-        site = FrozenOutputQuantizer()
-        site.training = False
+        quantizer = FrozenOutputQuantizer()
+        quantizer.training = False
         values = empty_values(settings, like, None)
-        site.hold(settings, row.name, like.dtype, {key: values[key] for key in ("input_scale", "input_zero_point")})
+        quantizer.hold(settings, row.name, like.dtype, {key: values[key] for key in FROZEN_BUFFERS})
     else:
-        site = OutputQuantizer()
-        site.training = module.training
-        site.take(row, torch.empty(0, dtype=like.dtype, device=like.device))
-    module.add_module(OUTPUT_QUANTIZER, site)
+        quantizer = OutputQuantizer()
+        quantizer.training = module.training
+        quantizer.make(settings, row.name, row.signed, torch.empty(0, dtype=like.dtype, device=like.device))
+    module.add_module(OUTPUT_QUANTIZER, quantizer)
     module.register_forward_hook(quantize_output, prepend=True)
 
 
-def freeze_output_quantizer(site: Any, values: dict[str, Tensor]) -> None:
-    """Turn the quantizer of an output into its frozen form, in place.
+def quantize_output(module: nn.Module, args: Any, output: Any) -> Any:
+    """Return a module's output on the grid of its output quantizer; this is the module's forward hook.
 
-    Args:
-        site: An `OutputQuantizer`.
-        values: From `frozen_values`.
+    Raises:
+        ConversionError: If the output is no tensor.
     """
-    settings, name, dtype = site.settings, site.layer_name, site.output_scale.dtype
-    for child in ("weight_quantizer", "input_quantizer"):
-        site.__dict__.pop(child, None)
-        site._modules.pop(child, None)
-    del site.output_scale, site.enabled
-    site.__class__ = FrozenOutputQuantizer
-    site.training = False
-    site.hold(settings, name, dtype, {key: values[key] for key in ("input_scale", "input_zero_point")})
+    quantizer: Any = module._modules[OUTPUT_QUANTIZER]
+    if not isinstance(output, Tensor):
+        raise ConversionError(
+            f"{quantizer.layer_name}: expected a tensor from {type(module).__name__}, found {type(output).__name__}. "
+            'Leave its outputs in float: a rule for the layers before it with deploy = "float".'
+        )
+    return quantizer(output)
+
+
+def freeze_output_quantizer(quantizer: Any, values: dict[str, Tensor]) -> None:
+    """Turn an `OutputQuantizer` into its frozen form, in place, with the buffers that `frozen_values` has found."""
+    settings, name, dtype = quantizer.settings, quantizer.layer_name, quantizer.output_scale.dtype
+    drop_quantizers(quantizer)
+    quantizer.__class__ = FrozenOutputQuantizer
+    quantizer.training = False
+    quantizer.hold(settings, name, dtype, {key: values[key] for key in FROZEN_BUFFERS})

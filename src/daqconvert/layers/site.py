@@ -1,8 +1,10 @@
-"""The state that every quantized site shares, whichever forward its products are computed in.
+"""The state that every quantized site shares, whichever forward computes its products.
 
-    y = operation(q_x - zero_point, operand_w) * S + bias,   S = |output_scale| * weight scale * input scale
+    y = operation(operand_x, operand_w) * sum_scale + bias
+    sum_scale = |output_scale| * weight scale * input scale
 
-The operands are integer-valued, all scales come after the sum, the bias stays float and is added last.
+Operands are integer-valued (`operand_x = code - zero_point`). All scales come after the sum; the bias stays float and
+is added last.
 """
 
 from __future__ import annotations
@@ -29,21 +31,21 @@ Operation = Callable[[Tensor, Tensor], Tensor]
 
 
 class Watcher:
-    """Sees every computation of a site: what `watching` attaches. Both methods do nothing here."""
+    """Sees every computation of a site that `watching` has attached it to. The methods of this base do nothing."""
 
     def before(self, site: Any, x: Tensor, weight: Tensor | None, operation: Operation) -> Tensor:
-        """Return the input to compute with; called just before the site computes, quantizers on or off.
+        """Return the input to compute with. Called just before a site computes, whether or not it quantizes.
 
         Args:
             site: A `QuantizedSite` or `FrozenSite`.
-            x: Its float input.
-            weight: Its float weight; None where a frozen site holds codes instead.
-            operation: Its bare products.
+            x: Float input of the site.
+            weight: Float weight of the site; None where a frozen site holds codes instead.
+            operation: Bare products of the site.
         """
         return x
 
     def after(self, site: Any, y: Tensor) -> None:
-        """See the output."""
+        """See the output of the site."""
 
 
 @contextmanager
@@ -58,15 +60,16 @@ def watching(site: Any, watcher: Watcher) -> Iterator[None]:
 
 
 class QuantizedSite(nn.Module):
-    """Mixin of everything that holds the quantizers of a site.
+    """Mixin of every module that holds the quantizers of a site.
 
     Attributes:
-        weight_quantizer: Or None where the weight stays float; an `InputQuantizer` where it depends on the data.
-        input_quantizer: Or None where the input stays float.
-        output_scale: Parameter of shape `()` or `(C_out,)`.
+        weight_quantizer: None where the weight stays float; an `InputQuantizer` where the weight depends on the data.
+        input_quantizer: None where the input stays float.
+        output_scale: Learned factor of the output, a parameter of shape `()` or `(C_out,)`.
         settings: What the plan's row said.
+        layer_name: Dotted name of the site, for messages.
         enabled: False computes what the original computes with the current weights.
-        watchers: What `watching` has attached.
+        watchers: The watchers that `watching` has attached.
 
     Reference: METHOD of the paper, "Distance-aware Quantization" (Kim, Lee, Ham, ICCV 2021), section 3.3.
     """
@@ -83,14 +86,14 @@ class QuantizedSite(nn.Module):
     def attach(
         self, settings: Settings, name: str, signed: bool | None, weight: Tensor, layout: ChannelLayout | None
     ) -> None:
-        """Add quantizers and output scale, the weight's bounds set from the weight.
+        """Add the quantizers and the output scale, and set the weight's bounds from the weight.
 
         Args:
-            settings: With nothing left on `"auto"`.
+            settings: Settings with nothing left on `"auto"`.
             name: Dotted name of the site, for messages.
-            signed: Sign of its input, None for undecided.
-            weight: The weight; where it depends on the data any tensor of the model's dtype and device.
-            layout: Where its output channels are; None for a weight that depends on the data.
+            signed: Sign of the input; None where `calibrate` decides.
+            weight: The weight; where it depends on the data, any tensor of the model's dtype and device.
+            layout: Where the weight's output channels are; None for a weight that depends on the data.
 
         Raises:
             ConversionError: If the weight is empty, not finite, or constant where it must be normalized.
@@ -105,13 +108,13 @@ class QuantizedSite(nn.Module):
             self.input_quantizer = make_input_quantizer(settings, signed, name, weight)
         shape = (layout.channels,) if layout is not None and settings.granularity == "channel" else ()
         one = torch.ones(shape, dtype=weight.dtype, device=weight.device)
-        self.output_scale = nn.Parameter(one, requires_grad=settings.rounding != "lsq")  # it has steps alone
+        self.output_scale = nn.Parameter(one, requires_grad=settings.rounding != "lsq")  # LSQ learns steps only
         if isinstance(self.weight_quantizer, WeightQuantizer) and not weight.is_meta:
             self.weight_quantizer.initialize(weight)
         self.train(self.training)
 
     def leave_meta(self) -> None:
-        """Give bounds, flags and scale a place where the model's weights are by now; they wait for `calibrate`."""
+        """Move bounds, flags and output scale from the meta device to where the weights are; `calibrate` sets them."""
         weight = self.float_weight()
         places = [t.device for t in (*self.parameters(), *self.buffers()) if not t.is_meta]
         device = weight.device if weight is not None else places[0] if places else torch.device("cpu")
@@ -132,7 +135,7 @@ class QuantizedSite(nn.Module):
 
     @property
     def unitless(self) -> bool:
-        """Whether operands count in parts of full range, as the paper's do, and `output_scale` carries the units."""
+        """Whether operands are fractions of the full range, as in the paper, and `output_scale` carries the units."""
         return isinstance(self.weight_quantizer, WeightQuantizer) and self.weight_quantizer.normalize
 
     def run(
@@ -143,9 +146,9 @@ class QuantizedSite(nn.Module):
         Args:
             x: Float input.
             weight: Float weight.
-            bias: Or None.
+            bias: Float bias `(C_out,)`, or None for no bias.
             operation: The bare products.
-            plain: What the original computes from an input.
+            plain: Computes what the original computes, bias included, from an input.
         """
         for watcher in self.watchers:
             x = watcher.before(self, x, weight, operation)
@@ -183,7 +186,7 @@ class QuantizedSite(nn.Module):
         self, x: Tensor, weight: Tensor, bias: Tensor | None, operation: KnownProducts, of_input: InputQuantizer,
         of_weight: WeightQuantizer,
     ) -> Tensor:  # fmt: skip
-        """The same for `torch.compile`: see `functional.compiled`."""
+        """Return the output as operations that `torch.compile` can fuse; see `functional.layer_compiled`."""
         grid = of_input.grid(x)
         mean, std = of_weight.moments(weight)
         return compiled_layer(
@@ -193,10 +196,10 @@ class QuantizedSite(nn.Module):
         )  # fmt: skip
 
     def sum_scale(self, operand: Tensor | None = None) -> Tensor:
-        """Return `S = |output_scale| * weight scale * input scale`, shape of `output_scale`, float32.
+        """Return the real units per integer sum, shape of `output_scale`, float32 at least.
 
         Args:
-            operand: What the input quantizer has just returned: its scale is known then.
+            operand: What the input quantizer has just returned, if it has: the scale is known then.
         """
         scale = self.output_scale.abs()
         scale = scale if scale.dtype == torch.float64 else scale.float()
@@ -204,8 +207,8 @@ class QuantizedSite(nn.Module):
             scale = scale * self.weight_quantizer.scale()
         if self.input_quantizer is not None:
             n = 2**self.input_quantizer.bits - 1
-            coded = None if operand is None else codes_of(operand)
-            of_input = coded.scale if isinstance(coded, InputCodes) else self.input_quantizer.scale()
+            codes = None if operand is None else codes_of(operand)
+            of_input = codes.scale if isinstance(codes, InputCodes) else self.input_quantizer.scale()
             scale = scale * (1.0 / n if self.unitless else of_input)
         return scale
 
@@ -213,16 +216,10 @@ class QuantizedSite(nn.Module):
 def safe_products(
     operation: Operation, x: Tensor, w: Tensor, scale: Tensor, settings: Settings
 ) -> tuple[Tensor, Tensor]:
-    """Return `operation(x, w)` and the scale that belongs to it.
+    """Return `operation(x, w)` of two operands and the sum scale that belongs to it.
 
-    float16 overflows at 65504, so there operands are divided into fractions first, and the scale multiplied.
-
-    Args:
-        operation: The bare products.
-        x: Operand of the input.
-        w: Operand of the weight.
-        scale: What one unit of their products is worth.
-        settings: Of the site.
+    float16 overflows at 65504. Operands in float16 are therefore divided by their full range before they are
+    multiplied, and the scale is multiplied by it.
     """
     half = x.dtype == torch.float16 or (
         torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) == torch.float16

@@ -24,7 +24,7 @@ from daqconvert.deploy.onnx.expansion import layer_tensors
 from daqconvert.deploy.onnx.lowering import named_layers
 from daqconvert.deploy.onnx.runtime import OnnxModel, require_packages
 from daqconvert.layers import FrozenSite, QuantizedSite
-from daqconvert.layers.integer_layers import folded_numbers, folds, is_integer
+from daqconvert.layers.integer_layers import folded_numbers, folds
 from daqconvert.layers.site import Operation, Watcher, watching
 from daqconvert.models import evaluating
 from daqconvert.quantizers import InputQuantizer
@@ -241,7 +241,7 @@ def epilogues(model: object) -> dict[str, SiteOutput]:
     if not isinstance(model, nn.Module):
         return {}
     rows = getattr(model, PLAN_ATTRIBUTE, ())
-    integer = {m.layer_name for m in model.modules() if isinstance(m, FrozenSite) and is_integer(m)}
+    integer = {m.layer_name for m in model.modules() if isinstance(m, FrozenSite) and m.is_integer}
     return {row.name: row.site.output for row in rows if row.name in integer and row.site.output is not None}
 
 
