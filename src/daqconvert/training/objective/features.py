@@ -4,15 +4,12 @@
 
 with the first tensor that a module returns, in float32: at 1 the difference is as large as the teacher's output.
 
-Hooks collect these tensors. They are attached at the first step and stay until `close`, because `torch.compile` looks
-at hooks when it compiles and not again: a model that was compiled and has run before that is refused with a message.
-They record nothing outside of a training step, break no graph, and a copy or a pickle of the model has inert ones.
+A recipe names the modules in `features`; `"auto"` means the blocks and the layers between them
+(`posttraining.block_names`), as far as student and teacher both have them and call them alike.
 
-Which outputs teach a network that nobody has named any of: its blocks'.
-
-A block is an innermost module with two quantized layers or more below it, as a residual block, an inverted residual,
-an attention or an MLP. Layers outside of all blocks count too, but for the first, which sees what the teacher's sees,
-and the last, whose output are the logits.
+Hooks collect the tensors. They are attached at the first step and stay until `close`, because `torch.compile` looks at
+hooks when it compiles and not again: a model that was compiled and has run before that is refused with a message.
+They record nothing outside of a training step and break no graph; in a copy or a pickle of the model they do nothing.
 """
 
 from __future__ import annotations
@@ -34,14 +31,9 @@ AUTO = "auto"
 
 
 def feature_names(recipe: Recipe, model: nn.Module) -> list[str]:
-    """Return the modules of a model that `features` means.
+    """Return the names of the modules that `features` of a recipe means in the model in training.
 
-    Args:
-        recipe: Gives names, globs and `re:` patterns, or `"auto"`: the blocks that `block_names` finds.
-        model: The model in training.
-
-    Raises:
-        TrainingError: If one of them matches no module; names the nearest.
+    A pattern that matches no module is a `TrainingError`, which names the nearest.
 
     Example:
         >>> feature_names(Recipe(features=("1", "0*")), nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
@@ -56,11 +48,10 @@ def feature_names(recipe: Recipe, model: nn.Module) -> list[str]:
 
 
 def optional_names(recipe: Recipe, model: nn.Module) -> set[str]:
-    """Return those of them that nobody wrote: without them in the teacher, or called otherwise there, they are left.
+    """Return the features that only `"auto"` means.
 
-    Args:
-        recipe: As for `feature_names`.
-        model: Likewise.
+    The user did not name them, so they are skipped where the teacher lacks them or calls them differently; for a
+    feature that the user named this is an error.
     """
     if AUTO not in recipe.features:
         return set()
@@ -69,12 +60,7 @@ def optional_names(recipe: Recipe, model: nn.Module) -> set[str]:
 
 
 class Collector:
-    """Outputs of named modules, while it is recording.
-
-    Args:
-        model: Has the modules; hooks are attached to it until `close`.
-        names: Of the modules.
-    """
+    """Collects the outputs of named modules while it is recording; its hooks are on the model until `close`."""
 
     def __init__(self, model: nn.Module, names: list[str]) -> None:
         self.model, self.names, self.recording = model, names, False
@@ -88,7 +74,7 @@ class Collector:
         self.found, self.recording = {}, True
 
     def take(self) -> dict[str, list[Any]]:
-        """Stop recording; return what the modules returned, each call of one."""
+        """Stop recording; return the outputs of each module, one for each of its calls."""
         found, self.found, self.recording = self.found, {}, False
         return found
 
@@ -100,7 +86,7 @@ class Collector:
 
 
 class _Hook:
-    """A forward hook that knows its module's name; a copy of it does nothing."""
+    """A forward hook that knows the name of its module; a copy of it does nothing."""
 
     def __init__(self, collector: Collector | None = None, name: str = "") -> None:
         self.collector, self.name = collector, name
@@ -109,44 +95,35 @@ class _Hook:
         if self.collector is not None and self.collector.recording:
             self.collector.found.setdefault(self.name, []).append(output)
 
-    def __reduce__(self) -> Any:  # of copies and pickles: they have no part in the run
+    def __reduce__(self) -> Any:  # copies and pickles of the model have no part in the run
         return _Hook, ()
 
 
 def called_alike(ours: dict[str, list[Any]], theirs: dict[str, list[Any]], name: str) -> bool:
-    """Return whether student and teacher called a module equally often, and got tensors of the same shapes.
-
-    Args:
-        ours: Outputs of the student by name, each call of it.
-        theirs: Of the teacher.
-        name: Of the module.
-    """
+    """Return whether student and teacher called a module equally often, and got tensors of the same shapes."""
     shapes = [[_shape(output) for output in found.get(name, ())] for found in (ours, theirs)]
     return bool(shapes[0]) and shapes[0] == shapes[1] and None not in shapes[0]
 
 
 def _first(output: Any) -> Tensor | None:
-    """The first tensor of a module's output."""
+    """Return the first tensor of a module's output, None if there is none."""
     return next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
 
 
 def _shape(output: Any) -> torch.Size | None:
-    """Its shape, or None where it is none of floating point."""
+    """Return the shape of the first tensor of a module's output, None if it is not floating-point."""
     tensor = _first(output)
     return tensor.shape if tensor is not None and tensor.is_floating_point() else None
 
 
 def feature_loss(ours: dict[str, list[Any]], theirs: dict[str, list[Any]], names: list[str]) -> Tensor:
-    """Return the loss above.
+    """Return the feature loss of the student's outputs and the teacher's, which are lists of calls by name.
 
-    Args:
-        ours: Outputs of the student by name, each call of it.
-        theirs: Of the teacher.
-        names: The features; each is a mean over its calls.
+    A feature that is called several times counts as the mean over its calls.
 
     Raises:
-        TrainingError: If a module was not called, returned no floating-point tensor, or of another shape than the
-            teacher's.
+        TrainingError: If a module was not called, or not as often as in the teacher, or returned something else than a
+            floating-point tensor of the teacher's shape.
 
     Example:
         >>> t = torch.tensor([1.0, 2.0])
@@ -174,7 +151,7 @@ def feature_loss(ours: dict[str, list[Any]], theirs: dict[str, list[Any]], names
 
 
 def _tensor(output: Any, name: str, who: str) -> Tensor:
-    """The first tensor of a module's output, in float32 (float64 stays)."""
+    """Return the first tensor of a module's output, in float32 or float64."""
     tensor = _first(output)
     if tensor is None or not tensor.is_floating_point():
         found = f"a {type(output).__name__}" if tensor is None else f"a tensor of {tensor.dtype}"

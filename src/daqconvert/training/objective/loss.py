@@ -1,9 +1,8 @@
-"""The loss of a batch, from its parts.
+"""The loss of a batch: its parts are computed and weighed here, and inputs are mixed where the recipe says so.
 
-Mixup and cutmix by timm: two images become one, and so do their targets.
-
-One weight and one box for a batch, drawn from NumPy's global generator; the i-th input of an even batch is mixed with
-the i-th from its end. The last input of an odd batch stays as it is.
+Mixup and cutmix are timm's: two images become one, and so do their targets. A batch has one weight and one box, drawn
+from NumPy's global generator; the i-th input of an even batch is mixed with the i-th from its end. The last input of
+an odd batch stays as it is.
 
 Sources: "mixup: Beyond Empirical Risk Minimization" (Zhang, Cisse, Dauphin, Lopez-Paz, ICLR 2018),
 https://arxiv.org/abs/1710.09412; "CutMix" (Yun et al., ICCV 2019), https://arxiv.org/abs/1905.04899; timm,
@@ -34,11 +33,13 @@ class Objective:
     """The loss of a model on a batch.
 
     Attributes:
-        recipe: Gives the weights of the parts, `temperature`, `label_smoothing`, `mixup`, `cutmix` and `features`.
+        recipe: Recipe with the weights of the parts, `temperature`, `label_smoothing`, `mixup`, `cutmix` and
+            `features`.
         loss_fn: Loss of `(outputs, target)` instead of the cross entropy, or None.
-        teacher: In evaluation mode, or None; set before the first call where `distill` is not 0 or there are features.
-        last_parts: What the last call's loss was made of, each a scalar tensor without its weight or gradient:
-            `hard`, `distill`, `features`, those that there are.
+        teacher: Teacher in evaluation mode, or None; set before the first call if `distill` is not 0 or there are
+            features.
+        last_parts: Parts of the last call's loss, `hard`, `distill` and `features` as far as it had them; each is a
+            scalar tensor without its weight and without a gradient.
 
     Raises:
         TrainingError: If `label_smoothing` has no effect.
@@ -63,12 +64,12 @@ class Objective:
     def __call__(self, model: nn.Module, inputs: Inputs, target: Any) -> tuple[Tensor, Any]:
         """Return the loss, a scalar that carries gradients, and the model's outputs.
 
-        Inputs are mixed where the recipe says so and the model is in training mode; the teacher sees the same.
+        If the recipe says so and the model is in training mode, inputs are mixed; the teacher sees the mixed ones.
 
         Args:
             model: The model in training.
             inputs: Positional and keyword arguments.
-            target: Or None where no target is needed.
+            target: Target of the batch, or None if none is needed.
 
         Raises:
             DataError: If the target does not fit the outputs, or the inputs cannot be mixed.
@@ -109,7 +110,7 @@ class Objective:
     def _recording(self, model: nn.Module) -> Iterator[list[Collector]]:
         """Record the features of student and teacher; without features there is no collector."""
         if self.recipe.features and not self._collectors:
-            assert self.teacher is not None  # set by start()
+            assert self.teacher is not None  # set before the first step
             student = unwrapped(model)
             theirs = dict(self.teacher.named_modules())
             self._optional = optional_names(self.recipe, student)
@@ -124,6 +125,7 @@ class Objective:
                 collector.recording = False
 
     def _hard(self, outputs: Any, target: Any, mixture: Mixture | None) -> Tensor:
+        """Return the cross entropy, or what the user's `loss_fn` gives."""
         if mixture is not None:
             target = mixture.target(logits_of(outputs), target)
         if self.loss_fn is None:
@@ -138,7 +140,7 @@ class Objective:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside of what `DistributedDataParallel` or `torch.compile` made of it."""
+    """Return the model inside the wrappers of `DistributedDataParallel` and `torch.compile`."""
     while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
         model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model._orig_mod  # type: ignore[assignment]
     return model
@@ -150,21 +152,18 @@ class Mixture:
 
     Attributes:
         inputs: Positional and keyword arguments.
-        shares: `(N, N)`; row i: the shares of the targets in target i.
+        shares: `(N, N)`; row i holds the shares that all targets have in the mixed target i.
     """
 
     inputs: Inputs
     shares: Tensor
 
     def target(self, logits: Tensor, target: Any) -> Tensor:
-        """Return the mixed targets as probabilities, shape and dtype of the logits.
-
-        Args:
-            logits: `(N, C)`.
-            target: Class numbers `(N,)` or probabilities `(N, C)`.
+        """Return the mixed targets as probabilities, shape and dtype of the logits `(N, C)`.
 
         Raises:
-            DataError: If it is neither, or a class number is none of the model's.
+            DataError: If the target is neither class numbers `(N,)` nor probabilities `(N, C)`, or a class number is
+                none of the model's.
         """
         found = checked_target(logits, target)
         if logits.dim() != 2:
@@ -180,15 +179,10 @@ class Mixture:
 
 
 def mixed(inputs: Inputs, recipe: Recipe) -> Mixture:
-    """Return a batch with its inputs mixed; the caller's tensors stay as they are.
-
-    Args:
-        inputs: Positional and keyword arguments with one floating-point tensor among them, `(N, ...)`; with cutmix
-            images `(N, C, H, W)`.
-        recipe: Gives `mixup` and `cutmix`, not both 0.
+    """Return a batch with its inputs mixed by `mixup` and `cutmix` of the recipe; the caller's tensors stay.
 
     Raises:
-        DataError: If the inputs are not of that form.
+        DataError: If the inputs are not one floating-point tensor `(N, ...)`, with cutmix images `(N, C, H, W)`.
 
     Example:
         >>> mixture = mixed(((torch.ones(3, 1, 2, 2),), {}), Recipe(mixup=1.0))

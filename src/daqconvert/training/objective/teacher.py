@@ -22,13 +22,13 @@ def check_teacher(teacher: nn.Module | None, qmodel: nn.Module, recipe: Recipe) 
     """Raise `TrainingError` if the teacher that was passed, or the names of features, cannot teach this model.
 
     Args:
-        teacher: What the user passed, or None.
+        teacher: Teacher that the user passed, or None.
         qmodel: The model to train.
-        recipe: Says whether there is a distillation at all.
+        recipe: Recipe, which says whether there is a teacher at all.
 
     Raises:
-        TrainingError: If it would have no effect, shares parameters with the model, or is on another device; if
-            `features` names no module of the model, or one that the teacher has not.
+        TrainingError: If the teacher would have no effect, shares parameters with the model, or is on another device;
+            if `features` names no module of the model, or one that the teacher does not have.
     """
     names = feature_names(recipe, qmodel)
     if teacher is None:
@@ -57,7 +57,7 @@ def check_teacher(teacher: nn.Module | None, qmodel: nn.Module, recipe: Recipe) 
 
 
 def teacher_kind(teacher: nn.Module | None, recipe: Recipe) -> str:
-    """Return what a checkpoint notes of the teacher: `"none"`, `"own"`, or the SHA-256 of the one passed."""
+    """Return how a checkpoint names the teacher: `"none"`, `"own"`, or the SHA-256 of the one passed."""
     if not is_taught(recipe):
         return NO_TEACHER
     if teacher is None:

@@ -1,17 +1,18 @@
-"""Two parameter groups, two optimizers, one schedule.
+"""Two optimizers that step together: how they are made by name, stepped, and kept as flat tensors.
 
-Optimizers by name: those of timm's factory that need no more than a gradient and keep only tensors and numbers.
+Names are those of timm's factory, as far as an optimizer needs no more than a gradient and keeps only tensors and
+numbers. `sgd` is plain SGD with momentum here, as in torch and in the published recipes; timm means Nesterov's by it,
+which is `nesterov` here and there.
 
-`sgd` is plain SGD with momentum here, as in torch and in the published recipes; timm means Nesterov's by it, which is
-`nesterov` here and there.
-
-The learning rate of a step, as a pure function of its number: a resumed run needs no state for it.
+State is flat tensors by name, and comes back bit for bit. `SLOT/PARAMETER` is a tensor of one parameter's state, as
+`momentum_buffer/conv.weight`. A Python number is a scalar tensor whose slot says its type: `step:int/conv.weight`.
+What an optimizer keeps once for a whole parameter group is `group.SLOT/INDEX`, as `group.step/0`.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
-import math
 import warnings
 from typing import Any
 
@@ -20,8 +21,14 @@ from torch import Tensor, nn
 
 from daqconvert.errors import TrainingError, nearest
 from daqconvert.posttraining import parameter_sizes, step_in_sizes
-from daqconvert.training.optim.groups import QUANTIZERS, WEIGHTS, decay_groups, parameter_groups, undecayed
-from daqconvert.training.optim.state import flat_state, group_settings, restore_state
+from daqconvert.training.optim.groups import (
+    QUANTIZERS,
+    WEIGHTS,
+    decay_groups,
+    lr_factor,
+    parameter_groups,
+    undecayed,
+)
 from daqconvert.training.recipes import Recipe
 
 
@@ -32,15 +39,15 @@ class Optimizers:
 
     Args:
         model: A quantized model.
-        recipe: Gives both optimizers, learning rates, momentum, weight decay and schedule.
-        total_steps: Optimizer steps of the whole run, where the cosine ends; 0 where unknown.
+        recipe: Recipe with both optimizers, their learning rates, momentum, weight decay and schedule.
+        total_steps: Optimizer steps of the whole run, after which the schedule ends; 0 if unknown.
 
     Attributes:
         named: Parameters by group and name.
-        optimizers: By group.
-        total_steps: As above.
-        resting: Groups that `step` leaves alone, gradients and all; empty at first. A part fills it again when a run
-            is resumed.
+        optimizers: Optimizer of each group.
+        total_steps: The argument of this name.
+        resting: Groups that `step` leaves as they are; empty at first. It is no part of the state: a part fills it
+            again when a run is resumed.
 
     Raises:
         TrainingError: If no parameter is trainable, an optimizer is unknown or cannot be used, a pattern of
@@ -76,17 +83,13 @@ class Optimizers:
         for group, named in self.named.items():
             groups = decay_groups(group, named, recipe, spared)
             self.optimizers[group] = make_optimizer(kinds[group], groups, self.base_lr[group], recipe.momentum)
-        self._fresh = {group: group_settings(optimizer) for group, optimizer in self.optimizers.items()}
+        self._fresh = {group: _group_settings(optimizer) for group, optimizer in self.optimizers.items()}
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """All parameters that the next step changes."""
-        return [
-            parameter
-            for group, named in self.named.items()
-            if group not in self.resting
-            for parameter in named.values()
-        ]
+        awake = [named for group, named in self.named.items() if group not in self.resting]
+        return [parameter for named in awake for parameter in named.values()]
 
     def rates(self, step: int) -> dict[str, float]:
         """Return the learning rates of a step, counted from 0, by group."""
@@ -107,7 +110,7 @@ class Optimizers:
         return rates
 
     def step(self) -> None:
-        """Update all parameters but those of resting groups, whose gradients are dropped."""
+        """Update all parameters except those of resting groups, whose gradients are dropped."""
         sizes = parameter_sizes(self._model) if self.recipe.lr_unit == "size" else None
         for group, optimizer in self.optimizers.items():
             if group in self.resting:
@@ -123,21 +126,18 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the state as flat tensors, `GROUP/SLOT/PARAMETER`, as `weights/momentum_buffer/conv.weight`.
-
-        Numbers, and what an optimizer keeps once for many parameters: see `optim.state`.
-        """
+        """Return the state as flat tensors, `GROUP/SLOT/PARAMETER`, as `weights/momentum_buffer/conv.weight`."""
         return {
             f"{group}/{key}": value
             for group, named in self.named.items()
-            for key, value in flat_state(self.optimizers[group], named, self._fresh[group]).items()
+            for key, value in _flat_state(self.optimizers[group], named, self._fresh[group]).items()
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Replace the state by what `state_dict` returned.
 
         Args:
-            state: Flat tensors.
+            state: Flat tensors by name.
 
         Raises:
             TrainingError: If an entry belongs to no parameter of this model, or has another shape.
@@ -149,19 +149,15 @@ class Optimizers:
                 raise TrainingError(f"optimizer state {key!r} of shape {tuple(value.shape)} fits no parameter.")
             split[group][rest] = value
         for group, named in self.named.items():
-            restore_state(self.optimizers[group], named, self._fresh[group], split[group], f"{group}/")
+            _restore_state(self.optimizers[group], named, self._fresh[group], split[group], f"{group}/")
 
 
 _OURS = {"sgd": "momentum"}  # names that mean something else in timm
-_SHAPES = ((4, 3, 2, 2), (4, 3), (4,), ())
+_SHAPES = ((4, 3, 2, 2), (4, 3), (4,), ())  # of the parameters that an optimizer is tried with
 
 
 def check_optimizer(name: str, field: str) -> None:
-    """Raise unless a recipe may name this optimizer.
-
-    Args:
-        name: As the recipe has it.
-        field: `"optimizer"` or `"quantizer_optimizer"`, for the message.
+    """Raise unless a recipe may name this optimizer in this field, `"optimizer"` or `"quantizer_optimizer"`.
 
     Raises:
         TrainingError: If timm has no such optimizer (names the nearest), or it cannot be used here.
@@ -183,13 +179,7 @@ def check_optimizer(name: str, field: str) -> None:
 
 
 def make_optimizer(name: str, groups: list[dict[str, Any]], lr: float, momentum: float = 0.9) -> torch.optim.Optimizer:
-    """Return an optimizer of timm's factory.
-
-    Args:
-        name: One that `check_optimizer` lets pass.
-        groups: Parameter groups, each with its `weight_decay`.
-        lr: Learning rate.
-        momentum: For those that have it.
+    """Return an optimizer by a name that `check_optimizer` lets pass; each group has its `weight_decay`.
 
     Example:
         >>> make_optimizer("sgd", [{"params": [nn.Parameter(torch.zeros(2))]}], 0.1).defaults["nesterov"]
@@ -205,7 +195,7 @@ def make_optimizer(name: str, groups: list[dict[str, Any]], lr: float, momentum:
 
 @functools.cache
 def _problem(name: str) -> str:
-    """What is against an optimizer, found by two steps with small tensors; `""` where nothing is."""
+    """Return why an optimizer cannot be used, found by two steps with small tensors; `""` if it can."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         generator = torch.Generator().manual_seed(0)
@@ -216,7 +206,7 @@ def _problem(name: str) -> str:
                 for parameter in parameters:
                     parameter.grad = torch.randn(parameter.shape, generator=generator)
                 optimizer.step()
-        except Exception as error:  # NOTE: whatever it is that it lacks: a closure, a graph, CUDA, another package
+        except Exception as error:  # NOTE: it may lack anything: a closure, a graph, CUDA, another package
             what = str(error).splitlines()[0] if str(error) else type(error).__name__
             return f"a step with nothing but gradients failed ({what})"
     for parameter in parameters:
@@ -226,34 +216,95 @@ def _problem(name: str) -> str:
     return ""
 
 
-def lr_factor(
-    step: int, total: int, schedule: str = "cosine", warmup: int = 0, *, fall_steps: int = 1, fall: float = 0.1
-) -> float:
-    """Return what the learning rate of a step is multiplied with.
+_TYPES = {"bool": (bool, torch.bool), "int": (int, torch.int64), "float": (float, torch.float64)}
+_VALUES = (Tensor, bool, int, float)
+_GROUP = "group."
+_OTHERS = ("params", "lr", "initial_lr")  # of a parameter group; the rates are a function of the step
+_ON_CPU = ("step", "mu_product")  # torch keeps these there, whatever the parameter's device
 
-    Warm-up: `(step + 1) / (warmup + 1)` while `step < warmup`. Then, with `t = (step - warmup) / (total - warmup)`:
-    `"cosine"` is `(1 + cos(pi t)) / 2`, `"linear"` is `1 - t`, both 1 at `warmup` and 0 at `total`; `"step"` is
-    `fall ** floor(step / fall_steps)`; `"constant"` is 1.
 
-    Args:
-        step: Number of optimizer steps before this one.
-        total: Steps of the whole run.
-        schedule: `"cosine"`, `"linear"`, `"step"` or `"constant"`.
-        warmup: Steps of the linear rise.
-        fall_steps: Steps between two falls of `"step"`, counted from the start of the run.
-        fall: What each of them multiplies with.
+def _group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return the settings of a fresh optimizer's parameter groups; whatever differs from them later is state."""
+    return [copy.deepcopy({k: v for k, v in group.items() if k != "params"}) for group in optimizer.param_groups]
 
-    Example:
-        >>> [round(lr_factor(step, 4), 3) for step in range(5)]
-        [1.0, 0.854, 0.5, 0.146, 0.0]
-        >>> [lr_factor(step, 4, "step", fall_steps=2, fall=0.5) for step in range(5)]
-        [1.0, 1.0, 0.5, 0.5, 0.25]
+
+def _flat_state(
+    optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], fresh: list[dict[str, Any]]
+) -> dict[str, Tensor]:
+    """Return the state of one optimizer; `named` are its parameters, `fresh` its settings before the first step."""
+    found = {}
+    for name, parameter in named.items():
+        for slot, value in optimizer.state.get(parameter, {}).items():
+            if value is not None:
+                key, tensor = _as_tensor(slot, value)
+                found[f"{key}/{name}"] = tensor
+    for i, (group, before) in enumerate(zip(optimizer.param_groups, fresh, strict=True)):
+        for slot, value in group.items():
+            if slot not in _OTHERS and isinstance(value, _VALUES) and not _same(before.get(slot), value):
+                key, tensor = _as_tensor(slot, value)
+                found[f"{_GROUP}{key}/{i}"] = tensor
+    return found
+
+
+def _restore_state(
+    optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], fresh: list[dict[str, Any]],
+    state: dict[str, Tensor], where: str = "",
+) -> None:  # fmt: skip
+    """Replace the state of one optimizer by what `_flat_state` returned.
+
+    Raises:
+        TrainingError: If an entry belongs to no parameter or group, or has an impossible shape; `where` is the prefix
+            of its name in the message. Nothing is changed then.
     """
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    if schedule == "constant":
-        return 1.0
-    if schedule == "step":
-        return float(fall ** (step // max(1, fall_steps)))
-    part = min(1.0, (step - warmup) / max(1, total - warmup))  # a stream may give more batches than its length says
-    return 1.0 - part if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * part))
+    loaded: dict[str, dict[str, Any]] = {}
+    groups: list[dict[str, Any]] = [{} for _ in fresh]
+    for key, tensor in state.items():
+        slot, _, name = key.partition("/")
+        if slot.startswith(_GROUP) and name.isdigit() and int(name) < len(groups):
+            groups[int(name)].update([_as_value(slot.removeprefix(_GROUP), tensor, None)])
+            continue
+        parameter = named.get(name)
+        if parameter is None or not _fits(tensor, parameter):
+            raise TrainingError(f"optimizer state {where + key!r} of shape {tuple(tensor.shape)} fits no parameter.")
+        loaded.setdefault(name, {}).update([_as_value(slot, tensor, parameter)])
+    optimizer.state.clear()
+    for name, slots in loaded.items():
+        optimizer.state[named[name]] = slots
+    for group, before, saved in zip(optimizer.param_groups, fresh, groups, strict=True):
+        for slot in [slot for slot in group if slot not in before and slot not in _OTHERS]:
+            del group[slot]
+        group.update({slot: value for slot, value in before.items() if slot != "lr"})
+        group.update(saved)
+
+
+def _fits(tensor: Tensor, parameter: Tensor) -> bool:
+    """Return whether state of this shape may be a parameter's: its own, some sizes 1 instead, or fewer dimensions."""
+    if tensor.dim() != parameter.dim():
+        return tensor.dim() < parameter.dim()
+    return all(size in (1, own) for size, own in zip(tensor.shape, parameter.shape, strict=True))
+
+
+def _same(a: Any, b: Any) -> bool:
+    return isinstance(a, _VALUES) and type(a) is type(b) and bool(a == b)
+
+
+def _as_tensor(slot: str, value: Any) -> tuple[str, Tensor]:
+    """Return a slot, with the type of a number, and its value as a tensor."""
+    if isinstance(value, Tensor):
+        return slot, value
+    for word, (kind, dtype) in _TYPES.items():
+        if type(value) is kind:
+            return f"{slot}:{word}", torch.tensor(value, dtype=dtype)
+    raise TrainingError(f"optimizer state {slot!r}: expected a tensor or a number, found a {type(value).__name__}.")
+
+
+def _as_value(slot: str, tensor: Tensor, parameter: Tensor | None) -> tuple[str, Any]:
+    """Return a slot and its value, as the optimizer had them; `parameter` is None for state of a group."""
+    plain, _, word = slot.partition(":")
+    if word in _TYPES:
+        return plain, _TYPES[word][0](tensor.item())
+    if parameter is None or plain in _ON_CPU:
+        return slot, tensor.clone()
+    if tensor.shape == parameter.shape:  # in the parameter's memory format
+        return slot, torch.empty_like(parameter.detach(), dtype=tensor.dtype).copy_(tensor)
+    return slot, tensor.to(parameter.device, copy=True)
