@@ -1,6 +1,6 @@
 """Where a recipe comes from: a name, a TOML file, texts `FIELD=VALUE` of a command line, a run of an earlier version.
 
-References of the published ones: "Distance-aware Quantization" (Kim, Lee, Ham, ICCV 2021), section 4.1 and the
+References for the published recipes: "Distance-aware Quantization" (Kim, Lee, Ham, ICCV 2021), section 4.1 and the
 authors' published training code; "Network Quantization with Element-wise Gradient Scaling" (Lee, Kim, Ham, CVPR 2021)
 for ImageNet.
 """
@@ -23,7 +23,7 @@ _PUBLISHED: dict[str, Any] = {
 
 RECIPES: dict[str, Recipe] = {
     "quick": Recipe(),
-    "short": Recipe(
+    "short": Recipe(  # some ten epochs over many labelled images, at two bits
         "short",
         epochs=10,
         batch_size=256,
@@ -33,7 +33,7 @@ RECIPES: dict[str, Recipe] = {
         reconstruct=100,
         reconstruct_batches=16,
     ),
-    "fewshot": Recipe(
+    "fewshot": Recipe(  # a few hundred images, which need no labels
         "fewshot",
         epochs=4,
         batch_size=25,
@@ -112,7 +112,8 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
         texts: One text for each field.
 
     Raises:
-        TrainingError: If one has another form, names no field (says the nearest) or a value the field cannot take.
+        TrainingError: If a text has another form, or names no field (the message says the nearest) or a value that the
+            field cannot take.
 
     Example:
         >>> parse_overrides(["lr=0.1", "features=layer1,layer2", "progressive=[[0.2, 4, 4]]"])
@@ -122,9 +123,9 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
     for text in texts:
         name, equals, value = text.partition("=")
         name = name.strip()
-        if not equals:
-            raise TrainingError(f"override {text!r}: expected FIELD=VALUE, as epochs=10.")
         where = f"override {text!r}"
+        if not equals:
+            raise TrainingError(f"{where}: expected FIELD=VALUE, as epochs=10.")
         check_names([name], where)
         if name in found:
             raise TrainingError(f"{where}: {name} is given twice. Leave one of them out.")
@@ -135,16 +136,16 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
 BEFORE: dict[str, Any] = {
     name: field.metadata["before"] for name, field in FIELDS.items() if field.metadata["before"] is not None
 }
-"""What a run did that was written before a field was there."""
+"""For each field that came later, what the runs before it did."""
 
 
 def completed(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a run's recipe, as they were written, with those that came later.
+    """Return the fields of a run's recipe as they were written, together with those that came later.
 
     Example:
         >>> completed({"final_a_sigma": 2.0})["final_sigma_bits"], completed({})["final_sigma_bits"]
         (2, 1)
     """
     sharpened = fields.get("final_w_sigma") or fields.get("final_a_sigma")
-    bits = {} if sharpened else {"final_sigma_bits": 1}  # where nothing sharpened, today's default is as true
+    bits = {} if sharpened else {"final_sigma_bits": 1}  # nothing was sharpened, so today's default fits as well
     return {**BEFORE, **bits, **fields}
