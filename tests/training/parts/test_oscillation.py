@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 import daqconvert as dq
-from daqconvert.training.parts.oscillation import Oscillation
-from daqconvert.training.parts.tracks import MOMENTUM, Track
+from daqconvert.training.parts.oscillation import MOMENTUM, Oscillation, Tracker
 from daqconvert.training.run import Step
 
 
@@ -28,6 +27,11 @@ def one_layer(weight):
     return model
 
 
+def followed(part):
+    """The name, the site and the state of everything that a part follows."""
+    return [(name, tracker.sites[name], tracker.state_of(name)) for name, tracker in part.trackers.items()]
+
+
 def reference(codes, momentum=MOMENTUM):
     """The equations for one weight, in Python numbers."""
     frequency, direction, average = 0.0, 0, float(codes[0])
@@ -43,28 +47,28 @@ def reference(codes, momentum=MOMENTUM):
 def test_frequency_and_average_are_the_equations():
     model = one_layer(torch.zeros(1, 4))
     site = model[0]
-    track = Track(site, most=None)
+    tracker = Tracker({"0": site}, most=None)
     generator = torch.Generator().manual_seed(0)
     seen = [site.weight_quantizer.codes(site.weight).flatten().tolist()]
     for _ in range(60):
         site.weight.data.copy_(4 * torch.rand(1, 4, generator=generator) - 2)
-        track.hold()
-        track.update(threshold=1.0)
+        tracker.hold()
+        tracker.update(threshold=1.0)
         seen.append(site.weight_quantizer.codes(site.weight).flatten().tolist())
     expected = [reference(codes) for codes in zip(*seen, strict=True)]
     assert max(f for f, _ in expected) > 0.2  # they do oscillate
     for i, (frequency, average) in enumerate(expected):
-        assert track.state["frequency"][i].item() == pytest.approx(frequency, rel=1e-5)
-        assert track.state["average"][i].item() == pytest.approx(average, rel=1e-5)
+        assert tracker.state["frequency"][i].item() == pytest.approx(frequency, rel=1e-5)
+        assert tracker.state["average"][i].item() == pytest.approx(average, rel=1e-5)
 
 
 def test_a_walk_in_one_direction_is_no_oscillation():
     model = one_layer(torch.full((1, 2), -6.0))
-    track = Track(model[0])
+    tracker = Tracker({"0": model[0]})
     for _ in range(12):
         model[0].weight.data.add_(1.0)
-        track.update(threshold=0.02)
-    assert track.state["frequency"].tolist() == [0.0, 0.0]
+        tracker.update(threshold=0.02)
+    assert tracker.state["frequency"].tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -94,8 +98,8 @@ def test_the_codes_are_the_quantizers(settings, transposed):
     site = model[0]
     codes = site.weight_quantizer.codes(site.weight).reshape(-1)
     assert len(codes.unique()) > 1
-    assert torch.equal(Track(site, most=None).state["code"], codes)
-    assert torch.equal(Track(site, most=10).state["code"], codes[:: Track(site, most=10).stride])
+    assert torch.equal(Tracker({"0": site}, most=None).state["code"], codes)
+    assert torch.equal(Tracker({"0": site}, most=10).state["code"], codes[:: -(-len(codes) // 10)])
 
 
 def shaken(part, model, steps, generator, size):
@@ -119,14 +123,14 @@ def test_frozen_weights_keep_their_level(make, bits):
     row = {}
     part.after_epoch(Run(model), row)
     assert 0.02 < row["frozen"] < 0.98
-    before = {name: (t.state["frozen"].clone(), t.state["code"].clone()) for name, t in part.tracks.items()}
+    before = {name: (state["frozen"].clone(), state["code"].clone()) for name, _, state in followed(part)}
     for _ in range(5):
         shaken(part, model, 4, generator, 0.05)
-        for name, (frozen, level) in before.items():
-            site = part.tracks[name].site
+        for name, site, state in followed(part):
+            frozen, level = before[name]
             codes = site.weight_quantizer.codes(site.weight).reshape(-1)
             assert torch.equal(codes[frozen], level[frozen])
-            assert bool(part.tracks[name].state["frozen"][frozen].all())
+            assert bool(state["frozen"][frozen].all())
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
 
 
@@ -139,15 +143,14 @@ def test_what_a_step_does_to_frozen_weights_is_undone(make, bits):
     for number in range(10):  # until mean and std are at rest, too
         part.before_step(Run(model), number)
         part.after_step(Run(model), Step(42, 42, 1, 1.0))
-    before = {name: track.site.weight.clone() for name, track in part.tracks.items()}
+    before = {name: site.weight.clone() for name, site, _ in followed(part)}
     part.before_step(Run(model), 42)
     with torch.no_grad():
-        for track in part.tracks.values():  # the others stay, so that mean and std do
-            frozen = track.state["frozen"].reshape(track.site.weight.shape)
-            track.site.weight.add_(0.01 * frozen)
+        for _, site, state in followed(part):  # the others stay, so that mean and std do
+            site.weight.add_(0.01 * state["frozen"].reshape(site.weight.shape))
     part.after_step(Run(model), Step(42, 42, 1, 1.0))
-    for name, track in part.tracks.items():
-        torch.testing.assert_close(track.site.weight, before[name], rtol=0, atol=1e-4)  # undone, 0.01 was added
+    for name, site, _ in followed(part):
+        torch.testing.assert_close(site.weight, before[name], rtol=0, atol=1e-4)  # undone, 0.01 was added
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
@@ -155,13 +158,13 @@ def test_with_all_weights_frozen_nothing_grows(make, bits):
     model, generator = make(bits, first=(bits, 8), last=(bits, 8)), torch.Generator().manual_seed(0)
     part = Oscillation(freeze=True, threshold=0.02)
     part.start(Run(model))
-    before = {name: float(track.weight().std()) for name, track in part.tracks.items()}
-    for track in part.tracks.values():
-        track.state["frozen"].fill_(True)
+    before = {name: float(site.weight.detach().std()) for name, site, _ in followed(part)}
+    for _, _, state in followed(part):
+        state["frozen"].fill_(True)
     for _ in range(20):
         shaken(part, model, 10, generator, 0.02)
-    for name, track in part.tracks.items():
-        assert 0.5 * before[name] < float(track.weight().std()) < 2 * before[name]
+    for name, site, _ in followed(part):
+        assert 0.5 * before[name] < float(site.weight.detach().std()) < 2 * before[name]
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
@@ -171,13 +174,13 @@ def test_an_average_of_weights_is_evaluated_with_frozen_weights_at_their_level(m
     part.start(Run(model))
     shaken(part, model, 40, generator, 0.05)
     with torch.no_grad():  # what stands in the place of the weights while an average is evaluated
-        for track in part.tracks.values():
-            track.site.weight.add_(0.05 * torch.randn(track.site.weight.shape, generator=generator))
+        for _, site, _ in followed(part):
+            site.weight.add_(0.05 * torch.randn(site.weight.shape, generator=generator))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with part.evaluating(Run(model)):
-        for track in part.tracks.values():
-            codes = track.site.weight_quantizer.codes(track.site.weight).reshape(-1)
-            assert torch.equal(codes[track.state["frozen"]], track.state["code"][track.state["frozen"]])
+        for _, site, state in followed(part):
+            codes = site.weight_quantizer.codes(site.weight).reshape(-1)
+            assert torch.equal(codes[state["frozen"]], state["code"][state["frozen"]])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -186,12 +189,11 @@ def test_in_real_units_a_frozen_weight_is_the_middle_of_its_level(make):
     part = Oscillation(freeze=True, threshold=0.015)
     part.start(Run(model))
     shaken(part, model, 30, generator, 0.05)
-    for track in part.tracks.values():
-        frozen = track.state["frozen"].reshape(track.site.weight.shape)
-        quantizer = track.site.weight_quantizer
-        middle = quantizer(track.site.weight) * quantizer.scale().reshape(-1, 1)
+    for _, site, state in followed(part):
+        frozen = state["frozen"].reshape(site.weight.shape)
+        middle = site.weight_quantizer(site.weight) * site.weight_quantizer.scale().reshape(-1, 1)
         assert frozen.any()
-        torch.testing.assert_close(track.site.weight[frozen], middle[frozen], rtol=1e-6, atol=0)
+        torch.testing.assert_close(site.weight[frozen], middle[frozen], rtol=1e-6, atol=0)
 
 
 def test_logging_changes_nothing(make):
@@ -234,14 +236,14 @@ def test_other_bits_start_anew(make):
     part = Oscillation(freeze=True, threshold=0.01)
     part.start(Run(model))
     shaken(part, model, 30, generator, 0.05)
-    assert any(track.state["frozen"].any() for track in part.tracks.values())
-    for track in part.tracks.values():
-        track.site.weight_quantizer.bits = 3
+    assert any(state["frozen"].any() for _, _, state in followed(part))
+    for _, site, _ in followed(part):
+        site.weight_quantizer.bits = 3
     shaken(part, model, 1, generator, 0.05)
-    for track in part.tracks.values():
-        assert track.bits == 3
-        assert not track.state["frozen"].any()
-        assert int(track.state["code"].max()) <= 6
+    for name, _, state in followed(part):
+        assert part.trackers[name].bits[name] == 3
+        assert not state["frozen"].any()
+        assert int(state["code"].max()) <= 6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -265,26 +267,28 @@ def test_all_sites_at_once_are_one_after_another(dtype, monkeypatch):
             whole.append(dq.quantize(nn.Sequential(layer), bits={"0": (kind["w_bits"], 8)}, **settings)[0].to(dtype))
     part = Oscillation(freeze=False, threshold=0.02)
     part.start(Run(whole))
-    single = [Track(track.site, 50) for track in part.tracks.values()]
-    generator, sites = torch.Generator().manual_seed(0), list(part.tracks.values())
+    sites = [site for _, site, _ in followed(part)]
+    single = {name: Tracker({name: site}, 50) for name, site, _ in followed(part)}
+    generator = torch.Generator().manual_seed(0)
+    assert len(set(part.trackers.values())) == 2  # what is normalized, and what is not
     assert len(sites) == len(whole)
     for number in range(1, 21):
         if number == 10:
             for index in (0, 9):  # a midrise and an integer grid
-                sites[index].site.weight_quantizer.set_bits(5)
+                sites[index].weight_quantizer.set_bits(5)
         with torch.no_grad():
             for name, parameter in whole.named_parameters():
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.add_((0.002 if "quantizer" in name else 0.05) * noise)
         part.after_step(Run(whole), Step(number, 20, 1, 1.0))
-        for track in single:
-            track.update(0.02)
-    assert sum(float(track.state["frequency"].sum()) for track in single) > 0
-    for index, (ours, theirs) in enumerate(zip(sites, single, strict=True)):
-        assert ours.bits == theirs.bits
-        for key, value in theirs.state.items():
-            assert torch.equal(ours.state[key], value), (index, key)
-            assert ours.state[key].dtype == value.dtype
+        for tracker in single.values():
+            tracker.update(0.02)
+    assert sum(float(tracker.state["frequency"].sum()) for tracker in single.values()) > 0
+    for name, _, state in followed(part):
+        assert part.trackers[name].bits[name] == single[name].bits[name]
+        for key, value in single[name].state.items():
+            assert torch.equal(state[key], value), (name, key)
+            assert state[key].dtype == value.dtype
 
 
 def test_a_weight_of_two_layers_is_followed_once():
@@ -292,4 +296,4 @@ def test_a_weight_of_two_layers_is_followed_once():
     model[2].weight = model[0].weight
     part = Oscillation(freeze=True, threshold=0.02)
     part.start(Run(dq.quantize(model, w_bits=4, a_bits=4)))
-    assert list(part.tracks) == ["0"]
+    assert list(part.trackers) == ["0"]

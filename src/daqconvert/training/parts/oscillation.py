@@ -1,8 +1,13 @@
 """Weights that jump between two levels: how many there are, and holding them still.
 
 A weight oscillates when its code keeps changing back: it lies at the edge between two levels, and every step pushes it
-over (`tracks` says how often). `"log"` looks at 4,096 weights a site, evenly spread; `"freeze"` follows all of them,
-and holds those that oscillate at the level of their running average from then on.
+over. With `o_t = 1` where the code changes at step t in the direction opposite to its last change, else 0:
+
+    frequency   f_t = m * o_t + (1 - m) * f_{t-1},   m = 0.01
+    average     a_t = m * code_t + (1 - m) * a_{t-1}
+
+A weight oscillates where `f` is above a threshold. `"log"` follows 4,096 weights of a site, evenly spread; `"freeze"`
+follows all of them, and a weight that oscillates has the code `round(a)` of that moment from then on.
 
 Reference: "Overcoming Oscillations in Quantization-Aware Training" (Nagel, Fournarakis, Bondarenko, Blankevoort, ICML
 2022), https://arxiv.org/abs/2203.11086.
@@ -10,29 +15,36 @@ Reference: "Overcoming Oscillations in Quantization-Aware Training" (Nagel, Four
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import accumulate, pairwise
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from daqconvert.functional.grid import TINY
 from daqconvert.layers.site import QuantizedSite
 from daqconvert.models import quantized_layers
 from daqconvert.quantizers import WeightQuantizer
-from daqconvert.training.parts.together import Together
-from daqconvert.training.parts.tracks import SAMPLE, Track
+from daqconvert.training.parts.measures import lowest_level
 from daqconvert.training.recipes import Recipe
 from daqconvert.training.run import Part, Run, Step
 from daqconvert.training.rundir import Row
+
+MOMENTUM = 0.01
+SAMPLE = 4096  # weights of a site that are followed where nothing is frozen
+MARGIN = 0.1  # std: how far from the edge of its level a frozen weight must lie where weights are normalized ...
+MIDDLE = 0.25  # ... but nearer to the middle than this part of a step it need not be
 
 
 class Oscillation(Part):
     """Logs the share of oscillating weights once an epoch (column `oscillating`), and freezes them where asked to.
 
     Attributes:
-        tracks: By site.
-        shares: By site, at the end of the last epoch: oscillating, and frozen.
+        trackers: What follows the weight of each site, by the site's name; several sites may share one.
+        shares: Shares of the weights that oscillate and that are frozen, by site, at the end of the last epoch.
 
     Args:
         freeze: Whether to freeze them; then there is a column `frozen`, too.
@@ -43,9 +55,8 @@ class Oscillation(Part):
 
     def __init__(self, *, freeze: bool, threshold: float) -> None:
         self.freeze, self.threshold = freeze, threshold
-        self.tracks: dict[str, Track] = {}
+        self.trackers: dict[str, Tracker] = {}
         self.shares: dict[str, tuple[float, float]] = {}
-        self._together: list[Together] | None = None
 
     @staticmethod
     def wanted(recipe: Recipe) -> Oscillation | None:
@@ -60,45 +71,27 @@ class Oscillation(Part):
 
     def start(self, run: Run) -> None:
         """Take the codes before the first step."""
-        self.tracks, self._together, seen = {}, None, set()
-        for name, site in quantized_layers(run.model).items():
-            if not isinstance(site, QuantizedSite) or not isinstance(site.weight_quantizer, WeightQuantizer):
-                continue
-            weight = site.float_weight()
-            if weight is None or id(weight) in seen:  # a weight that two sites share is followed at the first
-                continue
-            seen.add(id(weight))
-            # what is computed anew from other parameters cannot be set to a value: it is only looked at
-            self.tracks[name] = Track(site, None if self.freeze and isinstance(weight, nn.Parameter) else SAMPLE)
+        self.trackers = trackers_of(run.model, freeze=self.freeze)
 
     def before_step(self, run: Run, number: int) -> None:
         """Note the weights, so that frozen ones can be given back."""
-        for track in self.tracks.values():
-            track.hold()
+        for tracker in self._each(freezing=True):
+            tracker.hold()
 
     def after_step(self, run: Run, step: Step) -> None:
         """Take notice of the codes after a step."""
-        if any(track.outdated for track in self.tracks.values()):
-            self._together = None  # made anew after this step, that every track takes on its own
-            for track in self.tracks.values():
-                track.update(self.threshold)
-            return
-        if self._together is None:
-            self._together = Together.of(self.tracks.values())
-        for tracks in self._together:
-            tracks.update()
-        for track in self.tracks.values():
-            if track.freezes:
-                track.update(self.threshold)
+        for tracker in self._each():
+            tracker.update(self.threshold)
 
     def after_epoch(self, run: Run, row: Row) -> None:
         """Add the share of oscillating weights to the row, and that of frozen ones where there may be some."""
-        self.shares = {name: track.shares(self.threshold) for name, track in self.tracks.items()}
-        count = sum(track.numel for track in self.tracks.values()) or 1
-        totals = [sum(self.shares[name][i] * track.numel for name, track in self.tracks.items()) for i in (0, 1)]
-        row["oscillating"] = totals[0] / count
+        self.shares = {name: tracker.shares(name, self.threshold) for name, tracker in self.trackers.items()}
+        sizes = {name: tracker.numel[name] for name, tracker in self.trackers.items()}
+        oscillating, frozen = (sum(self.shares[name][i] * size for name, size in sizes.items()) for i in (0, 1))
+        count = sum(sizes.values()) or 1
+        row["oscillating"] = oscillating / count
         if self.freeze:
-            row["frozen"] = totals[1] / count
+            row["frozen"] = frozen / count
 
     @contextmanager
     def evaluating(self, run: Run) -> Iterator[None]:
@@ -107,33 +100,294 @@ class Oscillation(Part):
         Yields:
             Nothing.
         """
-        before = [(track, track.weight().clone()) for track in self.tracks.values() if track.freezes]
-        for track, _ in before:
-            track.put()
+        before = [(w, w.clone()) for tracker in self._each(freezing=True) for w in tracker.weights()]
+        self.finish(run)
         try:
             yield
         finally:
-            for track, weight in before:
-                track.weight().copy_(weight)
+            for weight, value in before:
+                weight.copy_(value)
 
     def finish(self, run: Run) -> None:
         """Put frozen weights at their level in what training leaves behind."""
-        for track in self.tracks.values():
-            if track.freezes:
-                track.put()
+        for tracker in self._each(freezing=True):
+            tracker.put()
 
     def tensors(self) -> dict[str, Tensor]:
         """Return codes, directions, frequencies, and what is frozen, as `KEY/SITE`."""
-        return {f"{key}/{name}": value.clone() for name, t in self.tracks.items() for key, value in t.state.items()}
+        return {
+            f"{key}/{name}": value.clone()
+            for name, tracker in self.trackers.items()
+            for key, value in tracker.state_of(name).items()
+        }
 
     def meta(self) -> Any:
         """Return the bits for which that holds."""
-        return {name: track.bits for name, track in self.tracks.items()}
+        return {name: tracker.bits[name] for name, tracker in self.trackers.items()}
 
     def load(self, tensors: dict[str, Tensor], meta: Any) -> None:
         """Go on with what `tensors` and `meta` returned."""
-        self._together = None
-        for name, track in self.tracks.items():
-            track.bits = meta[name]
-            for key, value in track.state.items():
-                track.state[key] = torch.empty_like(value).copy_(tensors[f"{key}/{name}"])
+        for tracker in self._each():
+            tracker.load(tensors, meta)
+
+    def _each(self, *, freezing: bool = False) -> list[Tracker]:
+        """Return every tracker once, or those that freeze weights."""
+        return [tracker for tracker in dict.fromkeys(self.trackers.values()) if tracker.freezes or not freezing]
+
+
+def trackers_of(model: nn.Module, *, freeze: bool) -> dict[str, Tracker]:
+    """Return what follows the weight of each site of a model; a weight that two sites share is followed at the first.
+
+    Samples of many sites are followed together. A weight that may be frozen is followed whole, by a tracker of its
+    own; one that is computed anew from other parameters cannot be set to a value, so it is not frozen.
+    """
+    groups: dict[Any, dict[str, QuantizedSite]] = {}
+    seen: set[int] = set()
+    keys = {}
+    for name, site in quantized_layers(model).items():
+        if not isinstance(site, QuantizedSite) or not isinstance(site.weight_quantizer, WeightQuantizer):
+            continue
+        weight = site.float_weight()
+        if weight is None or id(weight) in seen:
+            continue
+        seen.add(id(weight))
+        alone = freeze and isinstance(weight, nn.Parameter)
+        keys[name] = name if alone else (weight.device, weight.dtype, site.weight_quantizer.normalize)
+        groups.setdefault(keys[name], {})[name] = site
+    trackers = {key: Tracker(sites, None if isinstance(key, str) else SAMPLE) for key, sites in groups.items()}
+    return {name: trackers[key] for name, key in keys.items()}
+
+
+class Tracker:
+    """Follows the codes of some sites' weights over the steps, and holds those that are frozen.
+
+    What is followed of all sites stands in one tensor `(N,)`, so a step costs a few operations, not some twenty a
+    site. The grids have one element a bound, `(B,)`:
+
+        W = (code - offset) * step + origin
+
+    Args:
+        sites: By name; their weights are on one device, of one dtype, and all of them normalized, or none.
+        most: Weights of a site to follow, evenly spread; None for all, which may be frozen then.
+
+    Attributes:
+        freezes: Whether weights may be frozen.
+        numel: Number of weights of each site, followed or not.
+        bits: For which the state holds, by site; other bits start a site anew.
+        state: Tensors `(N,)`: `code` (uint8), `direction` (int8, of the last change), `frequency`; where weights may
+            be frozen also `average` and `frozen` (bool).
+    """
+
+    def __init__(self, sites: Mapping[str, QuantizedSite], most: int | None = SAMPLE) -> None:
+        self.sites, self.freezes = sites, most is None
+        self._quantizers = [_quantizer(site) for site in sites.values()]
+        self._normalized = self._quantizers[0].normalize
+        self.numel = {name: weight.numel() for name, weight in zip(sites, self.weights(), strict=True)}
+        self._strides = [1 if most is None else math.ceil(numel / most) for numel in self.numel.values()]
+        self._sizes = [-(-numel // stride) for numel, stride in zip(self.numel.values(), self._strides, strict=True)]
+        ends = accumulate(self._sizes, initial=0)
+        self._where = {name: slice(*ends) for name, ends in zip(sites, pairwise(ends), strict=True)}
+        self._counts = [quantizer.upper.numel() for quantizer in self._quantizers]
+        self._which = self._bound_of_each()
+        self._sign = self._spread([-1 if q.grid == "midrise" else 0 for q in self._quantizers], self._counts)
+        self._held: list[Tensor] | None = None
+        self._read_bits()
+        self.state = self._fresh()
+
+    def weights(self) -> list[Tensor]:
+        """Return the float weights of the sites, without a graph."""
+        return [_weight(site).detach() for site in self.sites.values()]
+
+    def state_of(self, name: str) -> dict[str, Tensor]:
+        """Return the state of one site, by key: parts of `state`, which may be written to."""
+        return {key: value[self._where[name]] for key, value in self.state.items()}
+
+    def shares(self, name: str, threshold: float) -> tuple[float, float]:
+        """Return the shares of a site's weights that oscillate and that are frozen; no weight counts as both."""
+        state = self.state_of(name)
+        moving = state["frequency"] > threshold
+        if not self.freezes:
+            return float(moving.float().mean()), 0.0
+        frozen = state["frozen"]
+        return float((moving & ~frozen).float().mean()), float(frozen.float().mean())
+
+    def load(self, tensors: Mapping[str, Tensor], bits: Mapping[str, int]) -> None:
+        """Go on from a state `KEY/SITE` and the bits for which it holds, by site."""
+        self._read_bits()
+        for name in self.sites:
+            self.bits[name] = bits[name]
+            for key, value in self.state_of(name).items():
+                value.copy_(tensors[f"{key}/{name}"])
+
+    @torch.no_grad()
+    def hold(self) -> None:
+        """Note the values of the weights before a step changes them."""
+        if self._held is None:
+            self._held = [weight.clone() for weight in self.weights()]
+        for held, weight in zip(self._held, self.weights(), strict=True):
+            held.copy_(weight)
+
+    @torch.no_grad()
+    def update(self, threshold: float) -> None:
+        """Take notice of the codes after a step; freeze what oscillates, and undo what the step did to the frozen.
+
+        A weight oscillates whose frequency is above the threshold.
+        """
+        self._restart_changed()
+        if self.freezes:
+            self._give_back()
+        state, codes = self.state, self._codes()
+        new = codes.to(torch.uint8)
+        if self.freezes:
+            state["average"].lerp_(codes, MOMENTUM)
+        change = codes.sub_(state["code"]).sign_().to(torch.int8)
+        if self.freezes:
+            change.masked_fill_(state["frozen"], 0)
+        turned = change * state["direction"] < 0
+        state["frequency"].lerp_(turned.to(torch.float32), MOMENTUM)
+        state["direction"] = torch.where(change != 0, change, state["direction"])
+        if self.freezes:
+            frozen = (state["frequency"] > threshold) & ~state["frozen"]
+            new = torch.where(state["frozen"], state["code"], new)
+            new = torch.where(frozen, state["average"].round().to(torch.uint8), new)
+            state["frozen"] |= frozen
+        state["code"] = new
+        if self.freezes:
+            self.put()
+
+    @torch.no_grad()
+    def put(self) -> None:
+        """Put frozen weights where their level is now, for bounds and moments move.
+
+        In real units that is the middle of the level. A normalized weight goes only so far into its level that it
+        cannot leave it soon: its value is a part of the mean and the std by which all others are measured, and levels
+        may lie several std from where the weights are. (With the middle of levels at 3 std, 1 bit, and most weights
+        frozen, the std would grow without end.) Twice, for putting it there moves mean and std a little.
+        """
+        level, slack = self.state["code"].to(torch.float32), self._slack()
+        for _ in range(2 if self._normalized else 1):
+            origin, step = self._grid()
+            place = self._positions(origin, step).add_(self._offset)
+            target = torch.minimum(torch.maximum(place, level - slack), level + slack)
+            moved = (target - self._offset) * self._of_each(step) + self._of_each(origin)
+            moving = self.state["frozen"] & (target != place) if self._normalized else self.state["frozen"]
+            self._write(moving, moved)
+
+    def _write(self, moving: Tensor, values: Tensor) -> None:
+        """Give the weights that are moving, `(N,)`, new values."""
+        parts = zip(self.weights(), moving.split(self._sizes), values.split(self._sizes), strict=True)
+        for weight, here, value in parts:
+            new = value.reshape(weight.shape).to(weight.dtype)
+            weight.copy_(torch.where(here.reshape(weight.shape), new, weight))
+
+    def _give_back(self) -> None:
+        """Undo what the step did to frozen weights: gradient, momentum, weight decay."""
+        if self._held is not None:
+            self._write(self.state["frozen"], torch.cat([held.reshape(-1) for held in self._held]))
+
+    def _restart_changed(self) -> None:
+        """Let the sites begin again whose quantizers have other bits by now."""
+        changed = [name for name, q in zip(self.sites, self._quantizers, strict=True) if q.bits != self.bits[name]]
+        if changed:
+            self._read_bits()
+            fresh = self._fresh()
+            for name in changed:
+                for key, value in self.state_of(name).items():
+                    value.copy_(fresh[key][self._where[name]])
+
+    def _fresh(self) -> dict[str, Tensor]:
+        """Return the state of weights that are followed from now on."""
+        codes = self._codes()
+        state = {
+            "code": codes.to(torch.uint8),
+            "direction": torch.zeros_like(codes, dtype=torch.int8),
+            "frequency": torch.zeros_like(codes),
+        }
+        if self.freezes:
+            state |= {"average": codes, "frozen": torch.zeros_like(codes, dtype=torch.bool)}
+        return state
+
+    def _read_bits(self) -> None:
+        """Note the bits of the quantizers, and the levels that follow from them."""
+        self.bits = {name: quantizer.bits for name, quantizer in zip(self.sites, self._quantizers, strict=True)}
+        tops, offsets = [q.top for q in self._quantizers], [lowest_level(q) for q in self._quantizers]
+        self._tops = self._spread(tops, self._counts)
+        counts = self._sizes if len(self.sites) > 1 else [1]
+        self._high, self._offset = self._spread(tops, counts), self._spread(offsets, counts)
+        self._low = -self._offset
+
+    def _spread(self, values: list[int], counts: list[int]) -> Tensor:
+        """Return a number of each site, repeated so many times, as a float32 tensor on their device."""
+        found = torch.tensor(values, dtype=torch.float32).repeat_interleave(torch.tensor(counts))
+        return found.to(self.weights()[0].device)
+
+    @torch.no_grad()
+    def _codes(self) -> Tensor:
+        """Return the codes of now, float32."""
+        return self._positions(*self._grid()).round_().add_(self._offset)
+
+    def _positions(self, origin: Tensor, step: Tensor) -> Tensor:
+        """Return where the weights lie on their grids, in steps from the origin, clipped to the levels; float32."""
+        followed = [w.reshape(-1)[::stride] for w, stride in zip(self.weights(), self._strides, strict=True)]
+        x = torch.cat(followed).to(torch.float32).sub_(self._of_each(origin)).div_(self._of_each(step))
+        return x.clamp_(self._low, self._high)
+
+    def _grid(self) -> tuple[Tensor, Tensor]:
+        """Return `origin` and `step` of each bound, float32."""
+        lower, upper = (bound.to(torch.float32) for bound in self._bounds())
+        step = (upper - lower).clamp_(min=TINY).div_(self._tops)
+        if not self._normalized:
+            return lower, step
+        moments = [q.moments(weight) for q, weight in zip(self._quantizers, self.weights(), strict=True)]
+        mean, std = (torch.cat([m for m in of_sites if m is not None]) for of_sites in zip(*moments, strict=True))
+        return (lower * std + mean).to(torch.float32), (step * std).to(torch.float32)
+
+    def _bounds(self) -> tuple[Tensor, Tensor]:
+        """Return lower and upper bounds; the lower one is 0 where zero is a level, for codes count from there then."""
+        upper = torch.cat([quantizer.upper.detach().reshape(-1) for quantizer in self._quantizers])
+        if self._normalized:
+            return torch.cat([quantizer.lower.detach().reshape(-1) for quantizer in self._quantizers]), upper
+        return upper * self._sign, upper
+
+    def _slack(self) -> Tensor | float:
+        """Return how far from the middle of its level a frozen weight may lie, in steps: 0 in real units."""
+        if not self._normalized:
+            return 0.0
+        lower, upper = self._bounds()
+        step = (upper - lower).float().clamp_(min=TINY).div_(self._tops)
+        return self._of_each(0.5 - (MARGIN / step).clamp(max=0.5 - MIDDLE))
+
+    def _bound_of_each(self) -> Tensor | None:
+        """Return the number of the bound of each weight that is followed, `(N,)`; None where there is one for all."""
+        if sum(self._counts) == 1:
+            return None
+        firsts = accumulate(self._counts[:-1], initial=0)
+        channels = [
+            _channels(quantizer, weight) for quantizer, weight in zip(self._quantizers, self.weights(), strict=True)
+        ]
+        parts = zip(firsts, channels, self._strides, strict=True)
+        return torch.cat([first + channel[::stride] for first, channel, stride in parts])
+
+    def _of_each(self, bound: Tensor) -> Tensor:
+        """Return what is known by bound, `(B,)`, for each weight."""
+        return bound if self._which is None else bound[self._which]
+
+
+def _quantizer(site: QuantizedSite) -> WeightQuantizer:
+    assert isinstance(site.weight_quantizer, WeightQuantizer)
+    return site.weight_quantizer
+
+
+def _weight(site: QuantizedSite) -> Tensor:
+    weight = site.float_weight()
+    assert weight is not None
+    return weight
+
+
+def _channels(quantizer: WeightQuantizer, weight: Tensor) -> Tensor:
+    """Return the channel of each weight, in the order of its elements; 0 where one bound is for all."""
+    if not quantizer.per_channel:
+        return torch.zeros(weight.numel(), dtype=torch.int64, device=weight.device)
+    layout = quantizer.layout
+    channel = torch.arange(layout.channels, device=weight.device).reshape(layout.bound_view).expand(layout.view)
+    return channel.reshape(-1)
