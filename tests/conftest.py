@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from helpers.children import ROOT, environment
+
 GOLDEN = ROOT / "tests" / "golden"
+
+
+# A busy machine is no failure: no example has a deadline, and making examples may take its time.
+hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("patient")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -48,15 +55,24 @@ def golden_text(request: pytest.FixtureRequest) -> Callable[..., None]:
 @pytest.fixture(scope="session")
 def child_env() -> dict[str, str]:
     """Environment of a child process: this checkout's package, two threads, plain and wide terminal output."""
-    path = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH", ""))))
-    return {
-        **os.environ,
-        "PYTHONPATH": path,
-        "OMP_NUM_THREADS": "2",
-        "COLUMNS": "160",
-        "TERM": "dumb",
-        "NO_COLOR": "1",
-    }
+    return environment()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread: a small network only waits for a second one; on a busy machine, for long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """A compiler that has forgotten what other tests compiled."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture

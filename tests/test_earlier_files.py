@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -28,13 +27,7 @@ TIMINGS = ("seconds", "images_per_second")
 ARTIFACTS = ("float", "integer", "timm")
 VERSIONED = ('"daqconvert":', '"checksum":')
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def recorded(name: str) -> tuple[dict[str, Tensor], list[dict[str, Any]], bool]:

@@ -15,7 +15,7 @@ from daqconvert.functional import native
 from daqconvert.layers import FrozenSite
 from daqconvert.models import quantized_layers
 from helpers.converted_networks import NETWORKS, batch, quantized
-from test_scaling import in_tensors, size
+from helpers.memory import in_tensors, size
 
 ROWS = torch.randn(4, 512)
 

@@ -16,10 +16,10 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 
 import daqconvert as dq
 from daqconvert.graph.sites import _behind
+from helpers.memory import in_tensors, size
 
 WIDTH = 16
 IMAGE = torch.zeros(1, 3, 32, 32)
@@ -190,28 +190,6 @@ def test_late_names_stand_behind_the_last_of_their_module():
 
 
 # ------------------------------------------------------------------------------------------------------------ memory
-
-
-def in_tensors(run: Callable[[], Any]) -> tuple[int, int]:
-    """Most bytes in tensors that came into being while it ran, and those that are left with its result alive."""
-    gc.collect()
-    gc.disable()  # what only the collector frees would make the peak depend on when it runs
-    try:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            result = run()
-    finally:
-        gc.enable()
-    now = most = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    del result
-    return most, now
-
-
-def size(tensors: Any) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 @pytest.mark.parametrize("bits", [1, 4, 8])

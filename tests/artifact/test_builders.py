@@ -2,7 +2,6 @@
 
 import pickle
 import shutil
-import subprocess
 import sys
 import time
 
@@ -15,6 +14,7 @@ import daqconvert as dq
 from daqconvert.artifact.builders import HARMLESS, check_source
 from daqconvert.errors import ArtifactError
 from helpers.artifacts import edit, frozen_of, put, read, refused, small_network
+from helpers.children import python
 
 
 @pytest.fixture(scope="module")
@@ -218,14 +218,13 @@ HUGE = (
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc and limits the address space")
-def test_memory_is_bounded(from_timm, tmp_path, child_env):
+def test_memory_is_bounded(from_timm, tmp_path):
     paths = []
     for i, (source, kwargs) in enumerate(HUGE):
         paths.append(shutil.copytree(from_timm, tmp_path / str(i)))
         edit(paths[-1], put("source", source))
         edit(paths[-1], put("source_kwargs", kwargs))
-    command = [sys.executable, "-c", CHILD, *map(str, paths)]
-    done = subprocess.run(command, env=child_env, capture_output=True, text=True, timeout=300)
+    done = python("-c", CHILD, *paths)
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and len(lines) == len(HUGE), done.stderr[-2000:]
     assert all("model: expected a ResNet" in line for line in lines[:3])

@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+from helpers.children import HANGING
+
 SAID = {signal.SIGINT: ("Interrupted.", 130), signal.SIGTERM: ("Stopped by SIGTERM.", 143)}
 
 
@@ -21,11 +23,11 @@ def stopped(command, file, number, env):
     finally:
         signal.signal(signal.SIGINT, before)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + HANGING
         while not file.exists() and child.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
         child.send_signal(number)
-        out, err = child.communicate(timeout=60)
+        out, err = child.communicate(timeout=HANGING)
     finally:
         child.kill()
     return child.returncode, out, err
@@ -72,9 +74,13 @@ def test_going_on_after_sigterm(folder, tmp_path, child_env):
         "6",
         "--no-onnx",
     ]
-    first, second = tmp_path / "first", tmp_path / "second"
-    command = [sys.executable, "-m", "daqconvert", "finetune", *options, "--out", str(first)]
-    code, _, err = stopped(command, first / "best.safetensors", signal.SIGTERM, child_env)
+    second, code = tmp_path / "second", 0
+    for attempt in range(10):  # on a busy machine a run may end before the signal comes
+        first = tmp_path / f"first{attempt}"
+        command = [sys.executable, "-m", "daqconvert", "finetune", *options, "--out", str(first)]
+        code, _, err = stopped(command, first / "best.safetensors", signal.SIGTERM, child_env)
+        if code != 0:
+            break
     assert code == 143, err
     assert not (first / "summary.json").exists()
     subprocess.run([*command[:4], "--out", str(first), "--resume"], env=child_env, check=True, capture_output=True)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 import daqconvert as dq
+from helpers.children import environment, python
 
 LAUNCHERS = {
     "torchrun": ("torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
@@ -20,17 +19,15 @@ LAUNCHERS = {
 TINY = ("--float-epochs", "1", "--epochs", "1", "--batch-size", "128", "--no-onnx", "--json")
 
 
-def launch(name, arguments, env):
-    command = [sys.executable, "-m", *LAUNCHERS[name], "-m", "daqconvert", "finetune", *map(str, arguments)]
-    one_thread = {**env, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=one_thread, capture_output=True, text=True, timeout=500)
+def launch(name, arguments):
+    return python("-m", *LAUNCHERS[name], "-m", "daqconvert", "finetune", *arguments, env=environment(threads=1))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_two_processes(launcher, tmp_path, child_env):
+def test_two_processes(launcher, tmp_path):
     run = tmp_path / "run"
-    done = launch(launcher, ("--out", run, *TINY), child_env)
+    done = launch(launcher, ("--out", run, *TINY))
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document == json.loads((run / "summary.json").read_text())
@@ -43,8 +40,8 @@ def test_two_processes(launcher, tmp_path, child_env):
 
 
 @pytest.mark.slow
-def test_a_mistake_is_told_once(tmp_path, child_env):
-    done = launch("torchrun", ("--out", tmp_path / "run", "--exclude", "layer9.*"), child_env)
+def test_a_mistake_is_told_once(tmp_path):
+    done = launch("torchrun", ("--out", tmp_path / "run", "--exclude", "layer9.*"))
     assert done.returncode != 0
     assert done.stderr.count('"layer9.*" matches no layer') == 1
     assert not (tmp_path / "run").exists()

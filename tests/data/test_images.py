@@ -9,8 +9,7 @@ from daqconvert.data import create_loaders, input_config, open_splits
 from daqconvert.data.folders import holdout_count
 from daqconvert.errors import DataError
 from daqconvert.sources import build_model
-
-from .conftest import jpeg
+from helpers.images import jpeg
 
 TWO_SPLITS = {"train/cat": 5, "train/dog": 4, "val/cat": 2, "val/dog": 3}
 

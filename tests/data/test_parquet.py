@@ -10,8 +10,7 @@ from torch.utils.data import DataLoader
 from daqconvert.data import ParquetImages
 from daqconvert.data.parquet import count_rows
 from daqconvert.errors import DataError
-
-from .conftest import jpeg
+from helpers.images import jpeg
 
 IMAGES = [jpeg(seed) for seed in range(5)]
 LABELS = [0, 1, 2, 1, 0]

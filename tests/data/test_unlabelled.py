@@ -8,8 +8,7 @@ import torch
 
 from daqconvert.data import answered_by, create_loaders, open_splits
 from daqconvert.errors import DataError
-
-from .conftest import jpeg
+from helpers.images import jpeg
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from daqconvert.cli import app
 from daqconvert.policy.presets import preset, preset_names
 from daqconvert.sources import parse_source
 from daqconvert.training import RECIPES, recipe
-from docs.test_readme import SHELLS, blocks, commands
+from helpers.pages import SHELLS, blocks, commands
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGES = ("imagenet.md", "training.md")

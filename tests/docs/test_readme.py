@@ -1,46 +1,15 @@
 """The README is true: its Python runs, from top to bottom, and its commands exist with the options they name."""
 
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from helpers.pages import SHELLS, blocks, commands
+
 README = Path(__file__).resolve().parents[2] / "README.md"
-FENCE = re.compile(r"^```(?P<language>\w+)[^\n]*\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
-SHELLS = {"console", "sh", "bash", "shell"}
-SEPARATORS = {"|", "||", "&&", ";", "&", ">", ">>", "<"}
-
-
-def blocks(markdown: str) -> list[tuple[str, str, int]]:
-    """Fenced blocks as (language, text, number of lines before the text)."""
-    return [
-        (match["language"], match["text"], markdown.count("\n", 0, match.start("text")))
-        for match in FENCE.finditer(markdown)
-    ]
-
-
-def commands(shell: str) -> list[list[str]]:
-    """The arguments of every `daqconvert ...` in a shell block; where some lines start with `$ `, only they count."""
-    lines = shell.replace("\\\n", " ").splitlines()
-    if any(line.startswith("$ ") for line in lines):
-        lines = [line[2:] for line in lines if line.startswith("$ ")]
-    found = []
-    for line in lines:
-        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
-        lexer.whitespace_split = True
-        arguments: list[str] | None = None
-        for word in lexer:
-            if word in SEPARATORS:
-                arguments = None
-            elif arguments is not None:
-                arguments.append(word)
-            elif Path(word).name == "daqconvert":
-                arguments = []
-                found.append(arguments)
-    return found
 
 
 def readme_blocks() -> list[tuple[str, str, int]]:

@@ -21,13 +21,6 @@ def same(one, other):
         assert torch.allclose(grad, other[1][key], rtol=1e-4, atol=1e-5 * float(grad.abs().max() + 1e-3)), key
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def hooked(qmodel):
     for module in qmodel.modules():
         if type(module).__name__.endswith("Quantizer"):

@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -20,7 +21,7 @@ import torch
 from daqconvert.errors import TrainingError
 from daqconvert.training import finetune
 from daqconvert.training.checkpoint import read_checkpoint
-from training.conftest import make_loader, quantized_model
+from helpers.clusters import make_loader, quantized_model
 
 IMPORTED = ("accelerate", "timm.optim", "timm.utils", "matplotlib.figure", "torch.utils.tensorboard")  # before a fork
 OPTIONS = {
@@ -66,12 +67,16 @@ def main(folder: Path, kills: int, epochs: int, seed: int) -> None:
     while len(killed) < kills:
         child = in_child(parts, chosen.choice((0, 2)), epochs)
         time.sleep(chosen.uniform(0.0, 3 * most / kills))
-        if os.waitpid(child, os.WNOHANG)[0] == 0:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if not ended:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             killed.append(steps_of(parts))
-        elif len(killed) < kills:
-            raise RuntimeError(f"the run ended after {len(killed)} kills: give it more epochs")
+        else:  # it ended too early, as it may where other programs end: once more, with kills in shorter turns
+            assert status == 0
+            shutil.rmtree(parts)
+            killed.clear()
+            most /= 2
     assert os.waitpid(in_child(parts, 1, epochs), 0)[1] == 0
     print(json.dumps(killed))
 

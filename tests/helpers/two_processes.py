@@ -20,7 +20,7 @@ import daqconvert as dq
 from daqconvert.errors import DaqError
 from daqconvert.training import evaluate, finetune
 from daqconvert.training.checkpoint import layer_settings
-from training.conftest import Clusters, quantized_model
+from helpers.clusters import Clusters, quantized_model
 
 STEPS, GLOBAL_BATCH, SAMPLES = 50, 16, 80  # ten epochs of five steps
 OPTIONS = {"lr": 0.02, "distill": 0.5, "progress": False}

@@ -11,7 +11,7 @@ import daqconvert as dq
 from daqconvert.functional.dasr import clip_round
 from daqconvert.functional.grid import Rounding
 from helpers.cases import GEOMETRIES
-from layers.test_gradients import SETTINGS, literal_input, literal_weight
+from helpers.literal_quantizers import SETTINGS, literal_input, literal_weight
 
 CLOSE = {"rtol": 1e-11, "atol": 1e-12}
 each_width = pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])

@@ -1,73 +1,12 @@
-"""A network with batch norm and dropout, and data that a few epochs learn, augmented from three random generators."""
+"""The network and the loaders of `helpers.clusters` as fixtures, and one thread for a network this small."""
 
-import random
 from collections.abc import Callable
 
-import numpy as np
 import pytest
-import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch import nn
+from torch.utils.data import DataLoader
 
-import daqconvert as dq
-
-FEATURES, CLASSES = 8, 3
-
-
-class Clusters(Dataset):
-    """Points around three centres; `noise` is drawn anew at every access, from torch, numpy and `random`."""
-
-    def __init__(self, count: int = 48, noise: float = 0.0, targets: bool = True) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.labels = torch.arange(count) % CLASSES
-        centres = 2.0 * torch.randn(CLASSES, FEATURES, generator=generator)
-        self.points = centres[self.labels] + torch.randn(count, FEATURES, generator=generator)
-        self.noise, self.targets = noise, targets
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | tuple[Tensor]:
-        draws = torch.randn(FEATURES) + float(np.random.randn()) + random.gauss(0.0, 1.0)
-        point = self.points[index] + self.noise * draws
-        return (point, self.labels[index]) if self.targets else (point,)
-
-
-class Breaking(DataLoader):
-    """A loader that raises `error` before the second batch of its n-th pass; the first may be the calibration."""
-
-    error: BaseException | None = None
-    at_pass = 0
-    passes = 0
-
-    def __iter__(self):
-        self.passes += 1
-        for i, batch in enumerate(super().__iter__()):
-            if i == 1 and self.passes == self.at_pass and self.error is not None:
-                raise self.error
-            yield batch
-
-
-def float_model() -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        return nn.Sequential(
-            nn.Linear(FEATURES, 16),
-            nn.BatchNorm1d(16),
-            nn.ReLU(),
-            nn.Dropout(0.1),
-            nn.Linear(16, 16),
-            nn.ReLU(),
-            nn.Linear(16, CLASSES),
-        )
-
-
-def quantized_model(bits: int = 2, **settings) -> nn.Module:
-    return dq.quantize(float_model(), w_bits=bits, a_bits=bits, **settings)
-
-
-def make_loader(kind: type = DataLoader, *, noise: float = 0.0, shuffle: bool = True, **options) -> DataLoader:
-    return kind(Clusters(noise=noise), batch_size=16, shuffle=shuffle, **options)
+from helpers.clusters import Breaking, float_model, make_loader, quantized_model
 
 
 @pytest.fixture(scope="session")
@@ -103,8 +42,5 @@ def val_loader() -> DataLoader:
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread: None) -> None:
+    """Every test here uses one thread."""

@@ -2,24 +2,21 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from training.test_resume import same
+from helpers import killed_runs
+from helpers.checkpoints import same
+from helpers.children import environment, python
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 
 
 def killed(folder: Path, kills: int, epochs: int, seed: int = 0) -> list[int]:
-    root = Path(__file__).parents[2]
-    paths = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root / "src"), str(root / "tests")])}
-    program, numbers = root / "tests" / "helpers" / "killed_runs.py", map(str, (kills, epochs, seed))
-    command = [sys.executable, "-W", "error", str(program), str(folder), *numbers]
-    env = {**paths, "OMP_NUM_THREADS": "1"}
-    said = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
+    command = ("-W", "error", killed_runs.__file__, folder, kills, epochs, seed)
+    said = python(*command, env=environment(1, tests=True))
+    assert said.returncode == 0, said.stderr
     return json.loads(said.stdout.splitlines()[-1])
 
 

@@ -15,7 +15,7 @@ from daqconvert.training import evaluate, finetune
 from daqconvert.training.optim import Optimizers
 from daqconvert.training.processes import Processes, launched
 from daqconvert.training.recipes import Recipe
-from training.conftest import Clusters
+from helpers.clusters import Clusters
 
 STATES = (PartialState, AcceleratorState, GradientState)
 

@@ -1,8 +1,6 @@
 """Several processes: the weights of one with the same global batch; bounds, statistics, stops and errors agree."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +9,10 @@ from torch.utils.data import DataLoader
 
 from daqconvert.errors import TrainingError
 from daqconvert.training import evaluate, finetune
+from helpers import two_processes
+from helpers.children import environment, python
+from helpers.clusters import Clusters
 from helpers.two_processes import SAMPLES, model, trained
-from training.conftest import Clusters
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -22,17 +22,8 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 TOLERANCE = 1e-5
 
 
-def environment() -> dict[str, str]:
-    root = Path(__file__).parents[2]
-    paths = os.pathsep.join([str(root / "src"), str(root / "tests")])
-    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-
-
-PROGRAM = str(Path(__file__).parents[1] / "helpers" / "two_processes.py")
-
-
-def results(folder: Path, command: list[str]) -> list[dict]:
-    done = subprocess.run([*command, str(folder)], env=environment(), timeout=300, stderr=subprocess.PIPE, text=True)
+def results(folder: Path, *command: str) -> list[dict]:
+    done = python(*command, two_processes.__file__, folder, env=environment(1, tests=True))
     assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
@@ -40,7 +31,7 @@ def results(folder: Path, command: list[str]) -> list[dict]:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What each of two processes found."""
-    return results(tmp_path_factory.mktemp("two"), [sys.executable, "-W", "error", PROGRAM])
+    return results(tmp_path_factory.mktemp("two"), "-W", "error")
 
 
 def identical(a, b) -> bool:
@@ -115,7 +106,7 @@ LAUNCHERS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=LAUNCHERS)
 def test_launchers(tmp_path, launcher):
-    found = results(tmp_path, [sys.executable, "-m", *launcher, PROGRAM])
+    found = results(tmp_path, "-m", *launcher)
     check_close(found[1]["trained"], trained(1))
 
 

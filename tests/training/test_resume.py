@@ -9,17 +9,9 @@ from daqconvert.errors import DaqError, TrainingError
 from daqconvert.training import finetune
 from daqconvert.training.checkpoint import read_checkpoint, write_checkpoint
 from daqconvert.training.recipes.named import BEFORE
+from helpers.checkpoints import same
 
 OPTIONS = {"epochs": 3, "lr": 0.05}
-
-
-def same(a, b) -> bool:
-    """All tensors of two checkpoints, model and optimizers, are identical, and so are the measured values."""
-    first, second = read_checkpoint(a), read_checkpoint(b)
-    assert first.tensors.keys() == second.tensors.keys()
-    timing = ("seconds", "images_per_second")
-    rows = [[{k: v for k, v in row.items() if k not in timing} for row in c.meta["history"]] for c in (first, second)]
-    return rows[0] == rows[1] and all(torch.equal(v, second.tensors[k]) for k, v in first.tensors.items())
 
 
 def files_in(folder) -> dict[str, bytes]:

@@ -15,7 +15,7 @@ from daqconvert.training import finetuning as loop_module
 from daqconvert.training.checkpoint import digest, read_checkpoint
 from daqconvert.training.parts.assembly import parts_for
 from daqconvert.training.run import Part
-from training.test_resume import same
+from helpers.checkpoints import same
 
 OPTIONS = {"epochs": 3, "lr": 0.05, "distill": 0.0}  # of three steps each
 

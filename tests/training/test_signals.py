@@ -11,7 +11,7 @@ from daqconvert.errors import TrainingError
 from daqconvert.training import finetune
 from daqconvert.training.checkpoint import read_checkpoint
 from daqconvert.training.signals import NAMES, listening
-from training.test_resume import same
+from helpers.checkpoints import same
 
 OPTIONS = {"epochs": 3, "lr": 0.05}
 

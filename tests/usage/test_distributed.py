@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import subprocess
 import sys
 
@@ -12,6 +11,7 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
+from helpers.children import HANGING, environment
 from helpers.converted_networks import NETWORKS, batch, quantized
 
 
@@ -58,11 +58,13 @@ distributed.destroy_process_group()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["beit", "encoder", "bare"])
-def test_two_processes_take_the_mean(name, tmp_path, child_env, root):
-    paths = {**child_env, "PYTHONPATH": os.pathsep.join([child_env["PYTHONPATH"], str(root / "tests")])}
+def test_two_processes_take_the_mean(name, tmp_path):
     command = [sys.executable, "-c", PROGRAM]
-    children = [subprocess.Popen([*command, str(rank), str(tmp_path / "store"), name], env=paths) for rank in (0, 1)]
-    assert [child.wait(timeout=300) for child in children] == [0, 0]
+    children = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store"), name], env=environment(tests=True))
+        for rank in (0, 1)
+    ]
+    assert [child.wait(timeout=HANGING) for child in children] == [0, 0]
     found = [torch.load(tmp_path / f"store.{rank}") for rank in (0, 1)]
     alone = []
     for rank in (0, 1):

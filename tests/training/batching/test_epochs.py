@@ -11,7 +11,7 @@ from daqconvert.training import finetune
 from daqconvert.training.batching.epochs import Epochs
 from daqconvert.training.batching.seeding import preserved_random_state
 from daqconvert.training.looping import groups_of
-from training.conftest import Breaking, Clusters
+from helpers.clusters import Breaking, Clusters
 
 
 @pytest.fixture(autouse=True)
