@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from daqconvert.functional.moments import weight_moments
+from daqconvert.functional.weight_operator import weight_moments
 from daqconvert.quantizers import WeightQuantizer
 from daqconvert.quantizers.layout import ChannelLayout
 from daqconvert.spec import Settings

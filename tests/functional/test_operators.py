@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from daqconvert.errors import DaqError
-from daqconvert.functional import grid, input_operator, native, weight_operator
+from daqconvert.functional import grid, native
 from daqconvert.functional.codes import expand_input, expand_weight
 from daqconvert.functional.grid import Rounding
-from daqconvert.functional.input_operator import quantize_input
-from daqconvert.functional.weight_operator import quantize_weight
+from daqconvert.functional.input_operator import InputGrid, quantize_input
+from daqconvert.functional.weight_operator import WeightGrid, quantize_weight
 
 ROUNDINGS = {
     "daq": Rounding.make("daq", 2.0, 1.0, False),
@@ -66,7 +66,7 @@ def on_the_levels(shape: tuple[int, ...], step: float) -> Tensor:
 
 def run_input(x, lower, upper, bits, rounding):
     leaves = leaf(x), leaf(lower), leaf(upper)
-    operand, codes, scale, zero_point = quantize_input(*leaves, bits, rounding, codes=True)
+    operand, codes, scale, zero_point = quantize_input(leaves[0], InputGrid(*leaves[1:], bits, rounding), codes=True)
     ((operand * torch.cos(x * 7)).sum() + 3 * scale).backward()
     return (operand, codes, scale, zero_point), [t.grad for t in leaves]
 
@@ -105,9 +105,9 @@ def test_input_kernel_plain_and_reference_agree(bits, bounds, rounding, plain):
 
 def run_weight(weight, lower, upper, mean, std, view, bits, name, rounding):
     leaves = leaf(weight), None if lower is None else leaf(lower), leaf(upper)
-    operand, coded = quantize_weight(*leaves, mean, std, view, bits, name, rounding)
+    operand, codes = quantize_weight(leaves[0], WeightGrid(*leaves[1:], mean, std, view, bits, name, rounding))
     (operand * torch.cos(weight * 7)).sum().backward()
-    return (operand, coded.codes), [None if t is None else t.grad for t in leaves]
+    return (operand, codes.codes), [None if t is None else t.grad for t in leaves]
 
 
 def run_weight_reference(weight, lower, upper, mean, std, view, bits, name, rounding):
@@ -151,24 +151,24 @@ def test_weight_kernel_plain_and_reference_agree(name, normalize, bits, layout, 
 
 def test_codes_give_the_operand_back():
     x, weight = torch.randn(7, 33), torch.randn(4, 3, 2)
-    operand, codes, _, zero_point = quantize_input(x, torch.tensor(-1.0), torch.tensor(2.0), 5, ROUNDINGS["ste"], True)
+    bounds = InputGrid(torch.tensor(-1.0), torch.tensor(2.0), 5, ROUNDINGS["ste"])
+    operand, codes, _, zero_point = quantize_input(x, bounds, True)
     assert torch.equal(expand_input(codes, zero_point), operand)
     view = (1, 1, 4, 6)
-    operand, coded = quantize_weight(weight, None, torch.ones(4), None, None, view, 3, "midrise", ROUNDINGS["ste"])
-    assert torch.equal(expand_weight(coded, view, None, torch.float32), operand)
+    weight_grid = WeightGrid(None, torch.ones(4), None, None, view, 3, "midrise", ROUNDINGS["ste"])
+    operand, codes = quantize_weight(weight, weight_grid)
+    assert torch.equal(expand_weight(codes, view, None, torch.float32), operand)
     scale = torch.rand(4)
-    assert torch.equal(expand_weight(coded, view, scale, torch.float32), operand * scale.reshape(4, 1, 1))
-    again, known = quantize_weight(
-        weight, None, torch.ones(4), None, None, view, 3, "midrise", ROUNDINGS["ste"], coded.codes
-    )
-    assert torch.equal(again, operand) and known.codes is coded.codes
+    assert torch.equal(expand_weight(codes, view, scale, torch.float32), operand * scale.reshape(4, 1, 1))
+    again, known = quantize_weight(weight, weight_grid, codes.codes)
+    assert torch.equal(again, operand) and known.codes is codes.codes
 
 
 @pytest.mark.parametrize("change", [torch.Tensor.half, torch.Tensor.bfloat16])
 def test_narrow_types_compute_in_float32(change):
     x, lower, upper = change(torch.randn(50)), torch.tensor(-1.0), torch.tensor(1.0)
-    operand, _, scale, _ = quantize_input(x, change(lower), change(upper), 4, ROUNDINGS["daq"])
-    wide = quantize_input(x.float(), lower, upper, 4, ROUNDINGS["daq"])[0]
+    operand, _, scale, _ = quantize_input(x, InputGrid(change(lower), change(upper), 4, ROUNDINGS["daq"]))
+    wide = quantize_input(x.float(), InputGrid(lower, upper, 4, ROUNDINGS["daq"]))[0]
     assert operand.dtype == x.dtype and scale.dtype == torch.float32
     assert torch.equal(operand.float(), wide)
 
@@ -196,13 +196,13 @@ def test_nan_stays_nan_and_has_no_gradient(plain):
     x = torch.tensor([float("nan"), 1.0, float("inf"), -float("inf")])
     for run in (run_input, lambda *a: plain(run_input, *a)):
         (operand, *_), (grad, *_) = run(x.nan_to_num(0.5), torch.tensor(-1.0), torch.tensor(1.5), 4, ROUNDINGS["daq"])
-        operand = quantize_input(x, torch.tensor(-1.0), torch.tensor(1.5), 4, ROUNDINGS["daq"])[0]
+        operand = quantize_input(x, InputGrid(torch.tensor(-1.0), torch.tensor(1.5), 4, ROUNDINGS["daq"]))[0]
         assert operand.isnan().tolist() == [True, False, False, False] and grad.isfinite().all()
 
 
 def test_a_second_derivative_is_refused():
     x = torch.randn(5, requires_grad=True)
-    operand = quantize_input(x, torch.tensor(0.0), torch.tensor(1.0), 4, ROUNDINGS["daq"])[0]
+    operand = quantize_input(x, InputGrid(torch.tensor(0.0), torch.tensor(1.0), 4, ROUNDINGS["daq"]))[0]
     (grad,) = torch.autograd.grad(operand.sum(), x, create_graph=True)
     with pytest.raises(DaqError, match="no second derivative"):
         grad.sum().backward()
@@ -252,11 +252,9 @@ def test_fake_tensors_have_the_right_shapes():
 
     with FakeTensorMode():
         x = torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last)
-        operand, codes, scale, _ = input_operator.quantize_input(
-            x, torch.zeros(()), torch.ones(()), 4, ROUNDINGS["ste"], True
-        )
+        bounds = InputGrid(torch.zeros(()), torch.ones(()), 4, ROUNDINGS["ste"])
+        operand, codes, scale, _ = quantize_input(x, bounds, True)
         assert operand.stride() == codes.stride() == x.stride() and codes.dtype == torch.uint8 and scale.shape == ()
-        operand, coded = weight_operator.quantize_weight(
-            torch.empty(3, 8), None, torch.ones(3), None, None, (1, 1, 3, 8), 4, "integer", ROUNDINGS["ste"]
-        )
-        assert operand.shape == coded.codes.shape == (3, 8)
+        weight_grid = WeightGrid(None, torch.ones(3), None, None, (1, 1, 3, 8), 4, "integer", ROUNDINGS["ste"])
+        operand, codes = quantize_weight(torch.empty(3, 8), weight_grid)
+        assert operand.shape == codes.codes.shape == (3, 8)

@@ -13,7 +13,9 @@ from torch import nn
 import daqconvert as dq
 from daqconvert.errors import FrozenError
 from daqconvert.functional import grid, native
-from daqconvert.functional.inference import decoded_weight, input_operand, only_values
+from daqconvert.functional.input_operator import input_operand
+from daqconvert.functional.native import only_values
+from daqconvert.functional.weight_operator import weight_operand
 from daqconvert.layers.frozen_site import FrozenSite
 from helpers.converted_networks import NETWORKS, batch, quantized
 
@@ -101,9 +103,9 @@ def test_the_operand_of_a_weight_is_the_same_without_kernels(bits, kind):
     codes = torch.randint(0, 2**bits, (4, 3, 5, 5), dtype=torch.uint8)
     for given in (codes, codes.to(memory_format=torch.channels_last), codes[:, 1:]):
         for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-            found = decoded_weight(given, bits, kind, dtype)
+            found = weight_operand(given, bits, kind, dtype)
             assert found.dtype == dtype and torch.equal(found, grid.weight_operand(given, bits, kind, dtype))
-    assert decoded_weight(given, bits, kind, torch.float64).abs().max() <= 2**bits - 1
+    assert weight_operand(given, bits, kind, torch.float64).abs().max() <= 2**bits - 1
 
 
 @each_network

@@ -1,15 +1,19 @@
-"""The uniform quantizer's arithmetic on tensors: integer-valued operands out, float32 inside.
+"""The plain mathematics of the uniform quantizer: values in, integer-valued operands out.
 
 Convention, for `b` bits, `n = 2**b - 1` and `m = 2**(b - 1) - 1`:
 
+    inputs            operand q - zero_point = clip(round(x / scale), -zero_point, n - zero_point)
     midrise weights   q = clip(round((v - lower) / scale), 0, n), scale = (upper - lower) / n; operand 2q - n
     integer weights   operand clip(round(v / scale), -m, m), scale = upper / m
     twos weights      operand clip(round(v / scale), -m - 1, m), scale = upper / m: all levels of two's complement
-    inputs            operand q - zero_point = clip(round(v / scale), -zero_point, n - zero_point)
 
 Operands are integers held in floating point: sums of their products are exact in float32 below 2**24, whatever the
 layout or the order. Scales are applied after the sum. Codes are what is stored: `q` for inputs and midrise weights,
 the operand less the lowest one for the others; uint8, `0 .. n`.
+
+Each formula stands here once. Who needs a gradient gives the rounding whose gradient it is; who needs values alone (a
+frozen layer, the body of a fused operator without kernels, an exporter) gives none. Plain operations of torch run on
+every device, and a compiler can fuse them. Arithmetic is float32 at least.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from daqconvert.functional.dasr import KINDS, clip_round, dsq_coefficients, slope_coefficients
+from daqconvert.functional.dasr import KINDS, clip_round, dsq_coefficients, slope_coefficients, wide
 
 TINY = 1e-12  # smallest width of a range in real units: keeps scale finite for all-zero tensors and dead bounds
 
@@ -30,8 +34,8 @@ class Rounding:
 
     Attributes:
         kind: One of `functional.dasr.KINDS`.
-        c: As `functional.dasr.through_rounding` takes it.
-        a: Likewise; `delta` of EWGS, which reads `c = delta / n` alone.
+        c: First constant of `functional.dasr.through_rounding`.
+        a: Second constant; for EWGS it is `delta`, which the gradient reads by way of `c = delta / n` alone.
     """
 
     kind: str = "daq"
@@ -45,7 +49,7 @@ class Rounding:
 
     @staticmethod
     def ewgs(delta: float, intervals: int) -> Rounding:
-        """Return that of EWGS on a grid of so many intervals.
+        """Return the rounding of EWGS on a grid of so many intervals.
 
         Example:
             >>> Rounding.ewgs(0.75, 15).over(3).c
@@ -55,8 +59,13 @@ class Rounding:
 
     @staticmethod
     def dsq(alpha: float) -> Rounding:
-        """Return that of DSQ."""
+        """Return the rounding of DSQ."""
         return Rounding("dsq", *dsq_coefficients(alpha))
+
+    @staticmethod
+    def of(index: int, c: float, a: float) -> Rounding:
+        """Return the rounding that has these `numbers`."""
+        return Rounding(KINDS[index], c, a)
 
     def over(self, intervals: int) -> Rounding:
         """Return the same rounding on a grid of another number of intervals."""
@@ -66,6 +75,100 @@ class Rounding:
     def numbers(self) -> tuple[int, float, float]:
         """The rounding as the operators take it: index of its kind, `c` and `a`."""
         return KINDS.index(self.kind), self.c, self.a
+
+
+def quantize_input(
+    v: Tensor, scale: Tensor, zero_point: Tensor, bits: int, rounding: Rounding | None = None
+) -> Tensor:
+    """Return the operand `clip(round(v / scale), -zero_point, n - zero_point)` of an input, in the dtype of `v`.
+
+    It is rounded before the zero point is added, as in ONNX, and exact zeros stay exact zeros. `scale` and
+    `zero_point` are scalars, the latter integer-valued and of a floating dtype.
+    """
+    low, high = -zero_point, (2**bits - 1) - zero_point
+    # in the authors' recorded layer an input of exactly 0 gets no gradient, so the ends of the clip pass none
+    return _clip_round(wide(v) / scale, low, high, rounding, ends=False).to(v.dtype)
+
+
+def input_scale(lower: Tensor, upper: Tensor, bits: int) -> Tensor:
+    """Return `scale = (upper - lower) / n` with `lower <= 0 <= upper` enforced, float32 at least."""
+    high, low = wide(upper), wide(lower)
+    # NOTE: not clamp, whose gradient at 0 itself is 0 in some versions: a bound that starts there would stay for good
+    width = torch.where(high < 0.0, 0.0, high) - torch.where(low > 0.0, 0.0, low)
+    return width.clamp(min=TINY) / float(2**bits - 1)
+
+
+def input_zero_point(lower: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Return the zero point `clip(round(-lower / scale), 0, n)`, integer-valued, constant for the gradient."""
+    return clip_round(-wide(lower).clamp(max=0.0).detach() / scale.detach(), 0.0, float(2**bits - 1))
+
+
+def quantize_weight(
+    v: Tensor, lower: Tensor, upper: Tensor, bits: int, grid: str, rounding: Rounding | None = None
+) -> Tensor:
+    """Return the operand of a weight: `2q - n` on the midrise grid, elsewhere the rounded weight itself.
+
+    `v` is float32 or float64, normalized or not; the bounds broadcast to it, and only the midrise grid reads `lower`.
+    """
+    x, _ = weight_levels(v, lower, upper, bits, grid)
+    q = _clip_round(x, *ends(bits, grid), rounding)
+    return 2.0 * q - levels(bits, grid) if grid == "midrise" else q
+
+
+def weight_levels(v: Tensor, lower: Tensor, upper: Tensor, bits: int, grid: str) -> tuple[Tensor, Tensor]:
+    """Return a weight in level units, whose integers are the levels, and its scale: what one level unit is worth."""
+    scale = weight_width(lower, upper, grid).clamp(min=TINY) / levels(bits, grid)
+    return (v - lower if grid == "midrise" else v) / scale, scale
+
+
+def weight_width(lower: Tensor, upper: Tensor, grid: str) -> Tensor:
+    """Return the range of a weight that has as many level units as its largest operand says."""
+    return upper - lower if grid == "midrise" else upper
+
+
+def _clip_round(
+    x: Tensor, low: Tensor | float, high: Tensor | float, rounding: Rounding | None, ends: bool = True
+) -> Tensor:
+    if rounding is None:
+        return clip_round(x, low, high)
+    return clip_round(x, low, high, rounding.kind, rounding.c, rounding.a, ends)
+
+
+def weight_scale(upper: Tensor | None, top: int) -> Tensor | float:
+    """Return the real units per operand unit of a weight: `max(upper, 0) / top`; a level of midrise is two units wide.
+
+    `upper` is None for a unitless weight, whose operands count in parts of full range: `1 / top`.
+    """
+    return 1.0 / top if upper is None else wide(upper).clamp(min=0.0) / top
+
+
+def sum_scale(output_scale: Tensor, weight: Tensor | float | None, input: Tensor | float | None) -> Tensor:
+    """Return the sum scale of a site, `|output_scale| * weight scale * input scale`, float32 at least.
+
+    It is the real units per integer sum. The scale of an operand that is not quantized is None.
+    """
+    found = wide(output_scale.abs())
+    for scale in (weight, input):
+        found = found if scale is None else found * scale
+    return found
+
+
+def weight_codes(operand: Tensor, bits: int, grid: str) -> Tensor:
+    """Return stored codes `0 .. n` of a weight operand, uint8."""
+    spacing, lowest = coding(bits, grid)
+    return ((operand - lowest) / spacing).to(torch.uint8)
+
+
+def weight_operand(codes: Tensor, bits: int, grid: str, dtype: torch.dtype) -> Tensor:
+    """Undo `weight_codes`: the integer-valued operand in `dtype`.
+
+    Example:
+        >>> weight_operand(torch.tensor([0, 3], dtype=torch.uint8), 2, "midrise", torch.float32).tolist()
+        [-3.0, 3.0]
+    """
+    spacing, lowest = coding(bits, grid)
+    stored = codes.to(dtype)
+    return (stored if spacing == 1.0 else stored * spacing) + lowest
 
 
 def levels(bits: int, grid: str) -> int:
@@ -79,7 +182,7 @@ def levels(bits: int, grid: str) -> int:
 
 
 def coding(bits: int, grid: str) -> tuple[float, float]:
-    """Return `(step, lowest)` of a weight grid: `operand = code * step + lowest`.
+    """Return `(spacing, lowest)` of a weight grid: `operand = code * spacing + lowest`.
 
     Example:
         >>> coding(4, "midrise"), coding(4, "integer"), coding(4, "twos")
@@ -89,6 +192,16 @@ def coding(bits: int, grid: str) -> tuple[float, float]:
     return (2.0 if grid == "midrise" else 1.0), -float(top + 1 if grid == "twos" else top)
 
 
+def ends(bits: int, grid: str) -> tuple[float, float]:
+    """Return the lowest and the highest rounded level unit: `0, n` on the midrise grid, elsewhere operands.
+
+    Example:
+        >>> ends(4, "midrise"), ends(4, "integer"), ends(4, "twos")
+        ((0.0, 15.0), (-7.0, 7.0), (-8.0, 7.0))
+    """
+    return (0.0 if grid == "midrise" else coding(bits, grid)[1]), float(levels(bits, grid))
+
+
 def intervals(bits: int, grid: str) -> int:
     """Return the number of intervals between the lowest and the highest level of a weight grid.
 
@@ -96,78 +209,5 @@ def intervals(bits: int, grid: str) -> int:
         >>> intervals(4, "midrise"), intervals(4, "integer")
         (15, 14)
     """
-    step, lowest = coding(bits, grid)
-    return int((levels(bits, grid) - lowest) / step)
-
-
-def quantize_weight(v: Tensor, lower: Tensor, upper: Tensor, bits: int, grid: str, rounding: Rounding) -> Tensor:
-    """Return the weight's integer-valued operand: `2q - n` (midrise) or the rounded weight itself.
-
-    Args:
-        v: Weight, normalized or not, float32 or float64.
-        lower: Lower bound, broadcastable to `v`; read on the midrise grid alone.
-        upper: Upper bound, broadcastable to `v`.
-        bits: 1 to 8 (2 to 8 but for midrise).
-        grid: `"midrise"`, `"integer"` or `"twos"`.
-        rounding: Gradient of the rounding.
-    """
-    top = levels(bits, grid)
-    if grid == "midrise":
-        x = (v - lower) / ((upper - lower).clamp(min=TINY) / top)
-        return 2.0 * clip_round(x, 0.0, float(top), rounding.kind, rounding.c, rounding.a) - top
-    x = v / (upper.clamp(min=TINY) / top)
-    return clip_round(x, coding(bits, grid)[1], float(top), rounding.kind, rounding.c, rounding.a)
-
-
-def weight_codes(operand: Tensor, bits: int, grid: str) -> Tensor:
-    """Return stored codes `0 .. n` of a weight operand, uint8."""
-    step, lowest = coding(bits, grid)
-    return ((operand - lowest) / step).to(torch.uint8)
-
-
-def weight_operand(codes: Tensor, bits: int, grid: str, dtype: torch.dtype) -> Tensor:
-    """Undo `weight_codes`: the integer-valued operand in `dtype`.
-
-    Example:
-        >>> weight_operand(torch.tensor([0, 3], dtype=torch.uint8), 2, "midrise", torch.float32).tolist()
-        [-3.0, 3.0]
-    """
-    step, lowest = coding(bits, grid)
-    values = codes.to(dtype)
-    return (values if step == 1.0 else values * step) + lowest
-
-
-def input_scale(lower: Tensor, upper: Tensor, bits: int) -> Tensor:
-    """Return `scale = (upper - lower) / n` with `lower <= 0 <= upper` enforced, float32 at least."""
-    high, low = _real(upper), _real(lower)
-    # NOTE: not clamp, whose gradient at 0 itself is 0 in some versions: a bound that starts there would stay for good
-    width = torch.where(high < 0.0, 0.0, high) - torch.where(low > 0.0, 0.0, low)
-    return width.clamp(min=TINY) / float(2**bits - 1)
-
-
-def input_zero_point(lower: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Return the zero point `clip(round(-lower / scale), 0, n)`, integer-valued, constant for the gradient."""
-    return torch.round(-_real(lower).clamp(max=0.0).detach() / scale.detach()).clamp(0.0, float(2**bits - 1))
-
-
-def quantize_input(v: Tensor, scale: Tensor, zero_point: Tensor, bits: int, rounding: Rounding) -> Tensor:
-    """Return the input's integer-valued operand `q - zero_point`; rounded before the zero point is added, as in ONNX.
-
-    Args:
-        v: Input, any shape, any floating dtype; arithmetic in float32 at least.
-        scale: Scalar.
-        zero_point: Scalar, integer-valued.
-        bits: 1 to 8.
-        rounding: Gradient of the rounding.
-
-    Returns:
-        Operand of the shape and dtype of `v`; exact zeros stay exact zeros.
-    """
-    x = _real(v) / scale
-    # in the authors' recorded layer an input of exactly 0 gets no gradient, so the ends of the clip pass none
-    out = clip_round(x, -zero_point, (2**bits - 1) - zero_point, rounding.kind, rounding.c, rounding.a, ends=False)
-    return out.to(v.dtype)
-
-
-def _real(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    low, high = ends(bits, grid)
+    return int(high - low)

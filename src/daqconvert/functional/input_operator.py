@@ -6,38 +6,55 @@
     codes      = operand + zero_point                                  uint8: what a convolution keeps
 
 It saves `x` alone for its backward. float32 on the CPU runs in the compiled kernels where there are such, everything
-else in plain torch; both give the same codes, as does `functional.grid.quantize_input`, which `torch.compile` sees.
+else in the plain operations of `functional.grid`, with the same codes. `input_operand` is the form of a frozen layer:
+no gradient, no codes, nothing kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from daqconvert.functional.dasr import round_half_even, through_rounding
-from daqconvert.functional.grid import TINY, Rounding, input_scale, input_zero_point
-from daqconvert.functional.native import address, dense, in_memory_order, kernels, refuse, register
-from daqconvert.functional.slopes import slope_numbers
+from daqconvert.functional import grid as plain
+from daqconvert.functional.dasr import refuse, through_rounding, wide
+from daqconvert.functional.grid import TINY, Rounding
+from daqconvert.functional.native import (
+    address,
+    dense,
+    in_memory_order,
+    kernels,
+    only_values,
+    register,
+    slope_numbers,
+)
 
 
-def quantize_input(
-    x: Tensor, lower: Tensor, upper: Tensor, bits: int, rounding: Rounding, codes: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return operand, codes, scale and zero point of an input; gradients reach `x`, `lower` and `upper`.
+@dataclass(frozen=True)
+class InputGrid:
+    """How an input is quantized.
 
-    Args:
-        x: Any shape, any floating dtype; arithmetic in float32 at least.
-        lower: Scalar; taken as 0 where positive.
-        upper: Scalar; taken as 0 where negative.
+    Attributes:
+        lower: Scalar bound, taken as 0 where positive.
+        upper: Scalar bound, taken as 0 where negative.
         bits: 1 to 8.
         rounding: Gradient of the rounding.
-        codes: Whether to compute the codes; empty otherwise.
+    """
 
-    Returns:
-        Operand (shape and dtype of `x`), codes (uint8), scale and zero point (scalars, float32 at least).
+    lower: Tensor
+    upper: Tensor
+    bits: int
+    rounding: Rounding
+
+
+def quantize_input(x: Tensor, grid: InputGrid, codes: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return operand, codes, scale and zero point of an input; gradients reach `x` and both bounds.
+
+    The operand has the shape and dtype of `x`, any floating one; the codes are uint8, empty unless `codes` asks for
+    them; scale and zero point are scalars, float32 at least.
 
     Raises:
         DaqError: On a second derivative.
@@ -45,65 +62,50 @@ def quantize_input(
     Reference: "Distance-aware Quantization" (Kim, Lee, Ham, ICCV 2021), equations 1 and 6-11.
 
     Example:
-        >>> x, zero, one = torch.tensor([0.1, 0.4, 2.0], requires_grad=True), torch.tensor(0.0), torch.tensor(1.0)
-        >>> operand, codes, scale, _ = quantize_input(x, zero, one, 2, Rounding("ste"), codes=True)
+        >>> x = torch.tensor([0.1, 0.4, 2.0], requires_grad=True)
+        >>> grid = InputGrid(torch.tensor(0.0), torch.tensor(1.0), 2, Rounding("ste"))
+        >>> operand, codes, scale, _ = quantize_input(x, grid, codes=True)
         >>> operand.tolist(), codes.tolist()
         ([0.0, 1.0, 3.0], [0, 1, 3])
         >>> (operand * scale).sum().backward(); x.grad.tolist()
         [1.0, 1.0, 0.0]
     """
     found: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.daqconvert.quantize_input.default(
-        x, lower, upper, bits, *rounding.numbers, codes
+        x, grid.lower, grid.upper, grid.bits, *grid.rounding.numbers, codes
     )
     return found
 
 
 def forward(
-    x: Tensor, lower: Tensor, upper: Tensor, bits: int, kind: int, c: float, a: float, codes: bool,
+    x: Tensor, lower: Tensor, upper: Tensor, bits: int, codes: bool,
     into: Callable[[Tensor], Tensor] = torch.empty_like,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return what the operator returns, without gradient; arguments as in `quantize_input`.
+    """Return what the operator returns, without gradient.
 
-    Args:
-        x: Input.
-        lower: Bound.
-        upper: Bound.
-        bits: 1 to 8.
-        kind: Of no matter here, like the next two.
-        c: Of the rounding.
-        a: Likewise.
-        codes: Whether to compute the codes.
-        into: Gives the compiled kernels a tensor of the shape and strides of one for the operand.
+    `into` gives the compiled kernels a tensor of the shape and strides of its argument to write the operand to.
     """
-    top, library = 2**bits - 1, kernels(x, lower, upper)
+    library = kernels(x, lower, upper)
     scale, zero_point = parameters(lower, upper, bits)
     if library is None:
-        wide = x if x.dtype == torch.float64 else x.float()
-        operand = round_half_even(torch.clamp(wide / scale, -zero_point, top - zero_point))
+        operand = plain.quantize_input(x, scale, zero_point, bits)
         stored = (operand + zero_point).to(torch.uint8) if codes else x.new_empty(0, dtype=torch.uint8)
-        return operand.to(x.dtype), stored, scale, zero_point
+        return operand, stored, scale, zero_point
     x = dense(x)
     operand = into(x)
     stored = torch.empty_like(x, dtype=torch.uint8) if codes else x.new_empty(0, dtype=torch.uint8)
     library.daq_quantize_input(
         x.data_ptr(), operand.data_ptr(), stored.data_ptr() if codes else None, x.numel(), scale.data_ptr(),
-        zero_point.data_ptr(), top, torch.get_num_threads(),
+        zero_point.data_ptr(), 2**bits - 1, torch.get_num_threads(),
     )  # fmt: skip
     return operand, stored, scale, zero_point
 
 
 def parameters(lower: Tensor, upper: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Return scale and zero point of an input, without gradient.
-
-    Args:
-        lower: Scalar bound.
-        upper: Scalar bound.
-        bits: 1 to 8.
-    """
+    """Return scale and zero point of an input with these scalar bounds, without gradient."""
     library = kernels(lower, upper)
     if library is None:
-        scale = input_scale(lower, upper, bits)
-        return scale, input_zero_point(lower, scale, bits)
+        scale = plain.input_scale(lower, upper, bits)
+        return scale, plain.input_zero_point(lower, scale, bits)
     scale, zero_point = torch.empty_like(lower), torch.empty_like(lower)
     library.daq_input_parameters(
         lower.data_ptr(), upper.data_ptr(), 2**bits - 1, scale.data_ptr(), zero_point.data_ptr()
@@ -112,31 +114,20 @@ def parameters(lower: Tensor, upper: Tensor, bits: int) -> tuple[Tensor, Tensor]
 
 
 def backward(
-    grad: Tensor | None, grad_scale: Tensor | None, x: Tensor, lower: Tensor, upper: Tensor, scale: Tensor,
-    zero_point: Tensor, bits: int, kind: int, c: float, a: float, in_place: bool = False,
+    grad: Tensor | None, grad_scale: Tensor | None, x: Tensor, grid: InputGrid, scale: Tensor, zero_point: Tensor,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradients to `x`, `lower` and `upper`.
+    """Return the gradients to `x`, `lower` and `upper` from those to operand and scale.
 
-    Args:
-        grad: Of the operand.
-        grad_scale: Of the scale.
-        x: As it went in, like the others.
-        lower: Bound.
-        upper: Bound.
-        scale: As it came out.
-        zero_point: Likewise.
-        bits: 1 to 8.
-        kind: Of the rounding.
-        c: Likewise.
-        a: Likewise.
-        in_place: Nobody else holds `grad`: its memory may take the gradient to `x`.
+    Everything else is as in the forward. With `in_place` nobody else holds `grad`: its memory takes the gradient to
+    `x` where the kernels compute.
     """
-    top = 2**bits - 1
     if grad is None:
         grad = torch.zeros_like(x)  # the operand was not used, its scale was
+    lower, upper = grid.lower, grid.upper
     library = kernels(x, lower, upper, grad)
     if library is None:
-        return _plain_backward(grad, grad_scale, x, lower, upper, scale, zero_point, top, kind, c, a)
+        return _plain_backward(grad, grad_scale, x, grid, scale, zero_point)
     x = dense(x)
     grad = in_memory_order(grad, x)
     grad_x = grad if in_place else torch.empty_like(x)
@@ -144,31 +135,63 @@ def backward(
     library.daq_quantize_input_backward(
         grad.data_ptr(), address(grad_scale), x.data_ptr(), grad_x.data_ptr(), x.numel(), lower.data_ptr(),
         upper.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), grad_lower.data_ptr(), grad_upper.data_ptr(),
-        top, *slope_numbers(kind, c, a), torch.get_num_threads(),
+        2**grid.bits - 1, *slope_numbers(*grid.rounding.numbers), torch.get_num_threads(),
     )  # fmt: skip
     return grad_x, grad_lower, grad_upper
 
 
-def _operator_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return forward(*args)
-
-
-def _operator_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return backward(*args)
-
-
 def _plain_backward(
-    grad: Tensor, grad_scale: Tensor | None, x: Tensor, lower: Tensor, upper: Tensor, scale: Tensor,
-    zero_point: Tensor, top: int, kind: int, c: float, a: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    levels = (x if x.dtype == torch.float64 else x.float()) / scale
+    grad: Tensor, grad_scale: Tensor | None, x: Tensor, grid: InputGrid, scale: Tensor, zero_point: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    lower, upper, top = grid.lower, grid.upper, 2**grid.bits - 1
+    levels = wide(x) / scale
     inside = (levels > -zero_point) & (levels < top - zero_point)
-    passed = torch.where(inside, through_rounding(grad.to(levels.dtype), levels, kind, c, a), 0.0)
+    passed = torch.where(inside, through_rounding(grad.to(levels.dtype), levels, *grid.rounding.numbers), 0.0)
     of_scale = -torch.where(inside, passed * levels, 0.0).sum() / scale
     of_scale = of_scale if grad_scale is None else of_scale + grad_scale
     share = torch.where(scale * top > TINY, of_scale / top, 0.0)  # a range of no width has no gradient
     of_lower, of_upper = torch.where(lower > 0, 0.0, -share), torch.where(upper < 0, 0.0, share)
     return (passed / scale).to(x.dtype), of_lower.to(lower.dtype), of_upper.to(upper.dtype)
+
+
+def input_operand(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Return `clip(round(x / scale), -zero_point, n - zero_point)` in the dtype of `x`, with a uint8 zero point.
+
+    The kernels compute it in one pass where nothing but values is asked for.
+
+    Example:
+        >>> zero = torch.tensor(0, dtype=torch.uint8)
+        >>> input_operand(torch.tensor([0.1, 0.9, 9.0]), torch.tensor(0.5), zero, 2).tolist()
+        [0.0, 2.0, 3.0]
+    """
+    library = kernels(x, scale, zero_point) if only_values(x, scale) else None
+    if library is None:
+        # NOTE: operation by operation as in training: where a size of 1 leaves the layout open, the strides decide
+        # which kernel the convolution and what follows it take, and two kernels may differ in the last bit
+        return plain.quantize_input(x, scale, wide(zero_point), bits)
+    x, zero = dense(x), zero_point.float()
+    out = torch.empty_like(x)
+    library.daq_quantize_input(
+        x.data_ptr(), out.data_ptr(), None, x.numel(), scale.data_ptr(), zero.data_ptr(), 2**bits - 1,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+# The operator, as torch.library wants it: flat arguments in the order of the schema.
+
+
+def _operator_forward(
+    x: Tensor, lower: Tensor, upper: Tensor, bits: int, kind: int, c: float, a: float, codes: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return forward(x, lower, upper, bits, codes)
+
+
+def _operator_backward(
+    grad: Tensor | None, grad_scale: Tensor | None, x: Tensor, lower: Tensor, upper: Tensor, scale: Tensor,
+    zero_point: Tensor, bits: int, kind: int, c: float, a: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return backward(grad, grad_scale, x, InputGrid(lower, upper, bits, Rounding.of(kind, c, a)), scale, zero_point)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -187,9 +210,9 @@ def _gradients(ctx: Any, grad: Tensor | None, _codes: Any, grad_scale: Tensor | 
 def _fake(
     x: Tensor, lower: Tensor, upper: Tensor, bits: int, kind: int, c: float, a: float, codes: bool
 ) -> tuple[Tensor, ...]:
-    wide = torch.float64 if upper.dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if upper.dtype == torch.float64 else torch.float32
     stored = torch.empty_like(x, dtype=torch.uint8) if codes else x.new_empty(0, dtype=torch.uint8)
-    return torch.empty_like(x), stored, upper.new_empty((), dtype=wide), upper.new_empty((), dtype=wide)
+    return torch.empty_like(x), stored, upper.new_empty((), dtype=dtype), upper.new_empty((), dtype=dtype)
 
 
 def _fake_backward(

@@ -30,9 +30,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from daqconvert.functional.inference import only_values
-from daqconvert.functional.native import kernels
-from daqconvert.functional.product_operator import memory_sizes
+from daqconvert.functional.native import kernels, only_values
+from daqconvert.functional.products import memory_sizes
 
 LARGEST_WEIGHT = 127
 LARGEST_BIAS = 2**30

@@ -3,7 +3,7 @@
 Left to itself a compiler keeps the operand beside the input, sums the gradient of each bound in a pass of its own,
 computes the slope again in each, and a scalar's whole formula again for every vector of elements it is used with. So
 the few numbers of a layer come from one operator, which is called once, and the backward is that of
-`functional.layer`, on the input and the weight alone. Values are the same, bit for bit.
+`functional.layer_operator`, on the input and the weight alone. Values are the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -17,49 +17,28 @@ from torch import Tensor
 
 from daqconvert.functional import input_operator, weight_operator
 from daqconvert.functional.codes import View, WeightCodes
-from daqconvert.functional.dasr import KINDS, round_half_even
-from daqconvert.functional.grid import Rounding, coding, levels
-from daqconvert.functional.layer_operator import (
-    InputGrid,
-    WeightConstants,
-    combine_scale,
-    layer_gradients,
-    scale_parts,
-)
-from daqconvert.functional.native import in_memory_order, refuse, register
-from daqconvert.functional.products import ConvolutionProducts, KnownProducts, LinearProducts
+from daqconvert.functional.dasr import KINDS, refuse
+from daqconvert.functional.grid import Rounding, quantize_input
+from daqconvert.functional.input_operator import InputGrid
+from daqconvert.functional.layer_operator import LayerState, layer_gradients, sum_scale
+from daqconvert.functional.native import in_memory_order, register
+from daqconvert.functional.products import ConvolutionProducts, KnownProducts, LinearProducts, rescale
+from daqconvert.functional.weight_operator import WeightGrid
 
 
 def compiled_layer(
     operation: KnownProducts, x: Tensor, weight: Tensor, bias: Tensor | None, output_scale: Tensor,
-    lower: Tensor, upper: Tensor, w_lower: Tensor | None, w_upper: Tensor, mean: Tensor | None, std: Tensor | None,
-    view: View, bits: int, w_bits: int, grid: str, kinds: tuple[str, str], slope: Tensor, w_slope: Tensor,
+    of_input: InputGrid, of_weight: WeightGrid, slopes: tuple[Tensor, Tensor],
 ) -> Tensor:  # fmt: skip
-    """Return what `functional.layer.quantized_layer` does, under `torch.compile`.
+    """Return what `functional.layer_operator.quantized_layer` does for float32, under `torch.compile`.
 
-    Args:
-        operation: The bare products.
-        x: Input, float32.
-        weight: Weight, float32.
-        bias: `(C_out,)` or None.
-        output_scale: `()` or `(C_out,)`.
-        lower: Bound of the input.
-        upper: Likewise.
-        w_lower: Bound of a normalized weight, else None.
-        w_upper: Bound of the weight.
-        mean: Of a normalized weight, else None.
-        std: Likewise.
-        view: The weight as `(A, B, C, D)`.
-        bits: Of the input.
-        w_bits: Of the weight.
-        grid: Of the weight.
-        kinds: Of the roundings of input and weight.
-        slope: `(2,)` on the CPU, `c` and `a` of the input's: tensors, so that they may change from step to step.
-        w_slope: Likewise of the weight's.
+    `slopes` are `c` and `a` of the roundings of input and weight, each as a tensor `(2,)` on the CPU, so that they may
+    change from step to step; of the grids' own roundings the kind alone is read.
     """
-    constants = list(view), bits, w_bits, grid, KINDS.index(kinds[0]), KINDS.index(kinds[1])
+    i, w = of_input, of_weight
+    constants = list(w.view), i.bits, w.bits, w.grid, KINDS.index(i.rounding.kind), KINDS.index(w.rounding.kind)
     out: Tensor = _CompiledLayer.apply(
-        x, weight, bias, output_scale, lower, upper, w_lower, w_upper, mean, std, slope, w_slope, encode(operation),
+        x, weight, bias, output_scale, i.lower, i.upper, w.lower, w.upper, w.mean, w.std, *slopes, encode(operation),
         constants,
     )  # fmt: skip
     return out
@@ -73,15 +52,10 @@ class _CompiledLayer(torch.autograd.Function):
         w_slope: Tensor, geometry: list[int], constants: tuple[Any, ...],
     ) -> Tensor:  # fmt: skip
         tensors = weight, output_scale, lower, upper, w_lower, w_upper, mean, std
-        operand_w, total, step, zero_point = torch.ops.daqconvert.layer_forward.default(*tensors, *constants[:4])
-        top = 2 ** constants[1] - 1
-        operand = round_half_even(torch.clamp(x / step, -zero_point, top - zero_point))
+        operand_w, total, scale, zero_point = torch.ops.daqconvert.layer_forward.default(*tensors, *constants[:4])
         operation = decode(geometry)
-        y: Tensor = operation(operand, operand_w)
-        trailing = (1,) * operation.output_dims
-        y = y * (total.reshape(-1, *trailing) if total.dim() else total)
-        if bias is not None:
-            y = y + bias.reshape(-1, *trailing)
+        sums = operation(quantize_input(x, scale, zero_point, constants[1]), operand_w)
+        y = rescale(sums, total, bias, operation.output_dims)
         ctx.save_for_backward(x, *tensors, slope, w_slope)
         ctx.geometry, ctx.constants, ctx.biased = geometry, constants, bias is not None
         return y
@@ -91,10 +65,10 @@ class _CompiledLayer(torch.autograd.Function):
         found = torch.ops.daqconvert.layer_backward.default(
             grad, *ctx.saved_tensors, ctx.geometry, ctx.biased, ctx.needs_input_grad[0], *ctx.constants
         )
-        x, weight, bias, scale, lower, upper, w_lower, w_upper = found
+        x, weight, bias, output_scale, lower, upper, w_lower, w_upper = found
         normalized = ctx.saved_tensors[5] is not None
         bias, w_lower = bias if ctx.biased else None, w_lower if normalized else None
-        return x, weight, bias, scale, lower, upper, w_lower, w_upper, None, None, None, None, None, None
+        return x, weight, bias, output_scale, lower, upper, w_lower, w_upper, None, None, None, None, None, None
 
 
 def encode(operation: KnownProducts) -> list[int]:
@@ -116,51 +90,42 @@ def decode(geometry: Sequence[int]) -> KnownProducts:
     if not geometry:
         return LinearProducts()
     dims = (len(geometry) - 2) // 4
-    parts = [tuple(geometry[2 + i * dims : 2 + (i + 1) * dims]) for i in range(4)]
-    return ConvolutionProducts(parts[0], parts[1], parts[2], geometry[0], bool(geometry[1]), parts[3])
+    stride, padding, dilation, output_padding = (tuple(geometry[2 + i * dims :][:dims]) for i in range(4))
+    return ConvolutionProducts(stride, padding, dilation, geometry[0], bool(geometry[1]), output_padding)
 
 
-def _constants(
-    view: Sequence[int], w_bits: int, grid: str, kind: int, c: float, a: float, unitless: bool
-) -> WeightConstants:
-    top, rounding = levels(w_bits, grid), Rounding(KINDS[kind], c, a)
-    return WeightConstants((view[0], view[1], view[2], view[3]), w_bits, grid, top, rounding, unitless)
+# The two operators, as torch.library wants them: flat arguments in the order of the schema. Nothing reads a rounding
+# where only values are asked for.
 
 
 def _forward(
     weight: Tensor, output_scale: Tensor, lower: Tensor, upper: Tensor, w_lower: Tensor | None, w_upper: Tensor,
-    mean: Tensor | None, std: Tensor | None, view: list[int], bits: int, w_bits: int, grid: str,
+    mean: Tensor | None, std: Tensor | None, view: View, bits: int, w_bits: int, grid: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    of_weight = _constants(view, w_bits, grid, *_ANY, mean is not None)
-    operand, _ = weight_operator.forward(weight, w_lower, w_upper, mean, std, None, view, w_bits, grid, *_ANY)
-    step, zero_point = input_operator.parameters(lower, upper, bits)
-    return operand, combine_scale(output_scale, *scale_parts(w_upper, step, bits, of_weight)), step, zero_point
+    of_weight = WeightGrid(w_lower, w_upper, mean, std, view, w_bits, grid, Rounding())
+    operand_w, _ = weight_operator.forward(weight, of_weight)
+    scale, zero_point = input_operator.parameters(lower, upper, bits)
+    return operand_w, sum_scale(output_scale, scale, bits, of_weight), scale, zero_point
 
 
 def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, output_scale: Tensor, lower: Tensor, upper: Tensor,
     w_lower: Tensor | None, w_upper: Tensor, mean: Tensor | None, std: Tensor | None, slope: Tensor,
-    w_slope: Tensor, geometry: list[int], biased: bool, to_input: bool, view: list[int], bits: int, w_bits: int,
+    w_slope: Tensor, geometry: list[int], biased: bool, to_input: bool, view: View, bits: int, w_bits: int,
     grid: str, kind: int, w_kind: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    (c, a), (w_c, w_a) = slope.tolist(), w_slope.tolist()
-    of_weight = _constants(view, w_bits, grid, w_kind, w_c, w_a, mean is not None)
-    _, codes = weight_operator.forward(weight, w_lower, w_upper, mean, std, None, view, w_bits, grid, w_kind, w_c, w_a)
-    operand, _, step, zero_point = input_operator.forward(x, lower, upper, bits, kind, c, a, False, scratch_like)
-    total = combine_scale(output_scale, *scale_parts(w_upper, step, bits, of_weight))
-    coded = WeightCodes(codes, *coding(w_bits, grid))
-    known = decode(geometry), InputGrid(lower, upper, bits, Rounding(KINDS[kind], c, a)), coded, of_weight
-    needs = (to_input, True, biased, True, True, True, w_lower is not None, True)
-    found = layer_gradients(
-        known, needs, grad, x, weight, output_scale, lower, upper, w_lower, w_upper, operand, step, None, zero_point,
-        total, mean, std,
-    )  # fmt: skip
+    of_input = InputGrid(lower, upper, bits, Rounding.of(kind, *slope.tolist()))
+    of_weight = WeightGrid(w_lower, w_upper, mean, std, view, w_bits, grid, Rounding.of(w_kind, *w_slope.tolist()))
+    codes = WeightCodes(weight_operator.forward(weight, of_weight)[1], w_bits, grid)
+    operand, _, scale, zero_point = input_operator.forward(x, lower, upper, bits, False, scratch_like)
+    total = sum_scale(output_scale, scale, bits, of_weight)
+    needs = to_input, True, biased, True, True, True, w_lower is not None, True
+    state = LayerState(x, weight, output_scale, operand, scale, zero_point, total)
+    found = layer_gradients(decode(geometry), of_input, of_weight, codes, needs, grad, state)
     likes = x, weight, w_upper, output_scale, lower, upper, w_upper, w_upper
     made = [like.new_zeros(()) if f is None else f for f, like in zip(found, likes, strict=True)]
     return in_memory_order(made[0], x) if to_input else made[0], in_memory_order(made[1], weight), *made[2:]
 
-
-_ANY = 0, 0.0, 0.0  # a rounding where only values are asked for, no gradients
 
 _scratch = threading.local()
 

@@ -1,11 +1,16 @@
-"""When the compiled kernels may compute, and how tensors reach them: dense float32 on the CPU, in memory order.
+"""When the compiled kernels may compute, how tensors and roundings reach them, and how an operator is registered.
 
-What the fused operators share: their library of operators, and the refusal of a second derivative.
+The kernels (`daqconvert.kernels`) take dense float32 on the CPU, in memory order, by address. They compute the slope
+of the DASR rounding, `c * coth((u + a) / 2)` with `u = |1 - 2t|` in [0, 1], from a few numbers that `slope_numbers`
+chooses: the coefficients of a polynomial that is exact to float32 or, where no short one is, the constants of
+`c * (1 + 2 / (exp(a) expm1(u) + expm1(a)))`. A polynomial divides nothing, and the farther the pole at `u = -a`, the
+lower its degree: 5 for the default, whose `a` is 4.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -14,16 +19,19 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from daqconvert.errors import DaqError
+from daqconvert.functional.dasr import DSQ, EWGS, STE
 from daqconvert.kernels import library
+
+SLOPE_ONE, RATIONAL, SCALED, SECH = 0, -1, -2, -3  # as in kernels/quantizer.cpp
+DEGREES = (3, 5, 8)  # those that the kernels are compiled for
+ERROR = 1e-7  # largest relative error of a polynomial, against the float32 rounding of 6e-8
 
 
 def kernels(*tensors: Tensor | None) -> ctypes.CDLL | None:
     """Return the compiled kernels if they can take these tensors, else None: plain torch computes then.
 
-    Args:
-        tensors: Float32 or uint8 ones on the CPU will do; None is no tensor. Not a subclass, which may have no memory,
-            and not while a mode watches every operator, which would not see what the kernels do.
+    They take float32 and uint8 on the CPU; None stands for an argument that is not given. They do not take a subclass
+    of a tensor, which may have no memory, and nothing while a mode watches every operator, which would not see them.
     """
     if torch._C._len_torch_dispatch_stack():
         return None
@@ -33,6 +41,22 @@ def kernels(*tensors: Tensor | None) -> ctypes.CDLL | None:
         if type(t) not in (Tensor, Parameter) or t.dtype not in (torch.float32, torch.uint8) or t.device.type != "cpu":
             return None
     return library()
+
+
+def only_values(*tensors: Tensor | None) -> bool:
+    """Whether nothing but the values of what is computed from these tensors is asked for.
+
+    That is: no gradient, no tracing and compiling, which have to see plain operations, no transform of `torch.func`.
+
+    Example:
+        >>> only_values(torch.ones(1)), only_values(torch.ones(1, requires_grad=True))
+        (True, False)
+    """
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors)
 
 
 def dense(x: Tensor) -> Tensor:
@@ -88,6 +112,41 @@ def address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
+@lru_cache(maxsize=256)
+def slope_numbers(kind: int, c: float, a: float) -> tuple[ctypes.Array[ctypes.c_float], int]:
+    """Return a rounding as the kernels take it: numbers, and how to use them, a polynomial's degree or a constant.
+
+    The arguments are the `numbers` of a `Rounding`.
+
+    Example:
+        >>> [slope_numbers(1, 1.0, a)[1] for a in (16.0, 4.0, 2.0, 0.0625)]
+        [3, 5, 8, -1]
+    """
+    if kind == STE:
+        return (ctypes.c_float * 1)(), SLOPE_ONE
+    if kind == EWGS:
+        return (ctypes.c_float * 1)(c), SCALED
+    if kind == DSQ:
+        return (ctypes.c_float * 2)(4.0 * c, a), SECH
+    for degree in DEGREES:
+        found = _polynomial(c, a, degree)
+        if found is not None:
+            return (ctypes.c_float * len(found))(*found), degree
+    far = min(a, 80.0)  # no larger than float32 holds: beyond, the slope is c everywhere
+    return (ctypes.c_float * 3)(c, math.exp(far), math.expm1(far)), RATIONAL
+
+
+def _polynomial(c: float, a: float, degree: int) -> list[float] | None:
+    """Return coefficients, highest power first, from Chebyshev's nodes; None where they miss by more than `ERROR`."""
+    nodes = 0.5 + 0.5 * torch.cos(math.pi * (torch.arange(degree + 1, dtype=torch.float64) + 0.5) / (degree + 1))
+    powers = torch.arange(degree, -1, -1, dtype=torch.float64)
+    coefficients = torch.linalg.solve(nodes[:, None] ** powers, c / torch.tanh((nodes + a) / 2))
+    u = torch.linspace(0.0, 1.0, 1001, dtype=torch.float64)
+    exact = c / torch.tanh((u + a) / 2)
+    missed = ((u[:, None] ** powers @ coefficients) / exact - 1.0).abs().max()
+    return coefficients.tolist() if float(missed) <= ERROR else None
+
+
 # torch.library gives its own methods no types
 _LIBRARY: Any = torch.library.Library("daqconvert", "FRAGMENT")  # type: ignore[no-untyped-call]
 
@@ -98,12 +157,9 @@ def register(
 ) -> None:  # fmt: skip
     """Register an operator of this project with the dispatcher, for every device.
 
-    Args:
-        schema: As torch writes it, without the namespace.
-        forward: Computes it, without gradient.
-        fake: Returns empty tensors of the right shapes: what FakeTensor and the compiler see.
-        backward: Its gradients, from the context and those of its outputs.
-        remember: Saves what `backward` needs.
+    `schema` is as torch writes it, without the namespace; `forward` computes the values, `fake` makes empty tensors of
+    the right shapes, which is what FakeTensor and the compiler see; `backward` gets the context and the gradients of
+    the outputs, for which `remember` saves what it needs.
     """
     name = f"daqconvert::{schema.partition('(')[0]}"
     # a compiler may keep its tensors in the layout that its convolutions like: without the tag it would transpose them
@@ -111,19 +167,3 @@ def register(
     _LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
     torch.library.register_fake(name, fake, lib=_LIBRARY)
     torch.library.register_autograd(name, backward, setup_context=remember, lib=_LIBRARY)
-
-
-def refuse(ctx: Any, *grads: Any) -> Any:
-    """Refuse a second derivative: the backward of a backward.
-
-    Args:
-        ctx: Of the backward.
-        grads: What arrived at it.
-
-    Raises:
-        DaqError: Always.
-    """
-    raise DaqError(
-        "dasr has no second derivative: its slope holds the temperature controller constant. "
-        "Drop create_graph=True, or compute the penalty under `with daqconvert.disabled(model):`."
-    )

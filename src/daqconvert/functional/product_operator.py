@@ -10,13 +10,10 @@ are
     to operand_x         products_backward(grad, S * operand_w)
 
 so that nothing of the output's size is kept, or scaled in the backward.
-
-Scale and bias of sums of products, in place and in one pass over memory.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -32,20 +29,16 @@ from daqconvert.functional.codes import (
     expand_weight,
     scale_channels,
 )
-from daqconvert.functional.native import address, in_memory_order, kernels, refuse, row_major, view_argument
-from daqconvert.functional.products import KNOWN, Gradients, KnownProducts
+from daqconvert.functional.dasr import refuse
+from daqconvert.functional.grid import coding
+from daqconvert.functional.native import address, in_memory_order, kernels, row_major, view_argument
+from daqconvert.functional.products import KNOWN, Gradients, KnownProducts, rescale_
 
 
 def can_compile(operation: Any, x: Tensor, w: Tensor, scale: Tensor) -> bool:
     """Whether a layer is being compiled for the CPU, not exported, with known products of float32 operands.
 
     Elsewhere there are no kernels of ours, and the compiler does better with plain operations.
-
-    Args:
-        operation: The bare products.
-        x: Input.
-        w: Weight.
-        scale: Output scale.
     """
     if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or not isinstance(operation, KNOWN):
         return False
@@ -63,14 +56,9 @@ def can_fuse(operation: Any, x: Tensor, w: Tensor, scale: Tensor, bias: Tensor |
 
 
 def scaled_products(operation: KnownProducts, x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """Return `operation(x, w) * scale + bias`; gradients reach all four.
+    """Return `operation(x, w) * scale + bias` of two operands; gradients reach all four tensors.
 
-    Args:
-        operation: The bare products.
-        x: Operand of the input.
-        w: Operand of the weight.
-        scale: `()` or `(C_out,)`.
-        bias: `(C_out,)` or None.
+    The scale of the sums is `()` or `(C_out,)`, the bias `(C_out,)` or None.
 
     Raises:
         DaqError: On a second derivative.
@@ -90,13 +78,13 @@ class _ScaledProducts(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None, operation: KnownProducts
     ) -> Tensor:
-        found, coded = codes_of(x), codes_of(w)
-        kept_w = coded if isinstance(coded, WeightCodes) else None
-        kept: tuple[Tensor, Tensor | None] = (x, None)
-        if isinstance(found, InputCodes) and found.codes.numel() == x.numel():
-            kept = found.codes, found.zero_point
-        ctx.save_for_backward(*kept, w if kept_w is None else kept_w.codes, scale)
-        ctx.known = operation, x.shape, None if kept_w is None else (kept_w.step, kept_w.offset)
+        of_x, of_w = codes_of(x), codes_of(w)
+        kept_x: tuple[Tensor, Tensor | None] = (x, None)
+        if isinstance(of_x, InputCodes) and of_x.codes.numel() == x.numel():
+            kept_x = of_x.codes, of_x.zero_point
+        kept_w = of_w if isinstance(of_w, WeightCodes) else None
+        ctx.save_for_backward(*kept_x, w if kept_w is None else kept_w.codes, scale)
+        ctx.known = operation, x.shape, None if kept_w is None else (kept_w.bits, kept_w.grid)
         return rescale_(operation(x, w), scale, bias, operation.output_dims)
 
     @staticmethod
@@ -109,11 +97,9 @@ class _ScaledProducts(torch.autograd.Function):
 
 
 def differentiable(gradients: Any, arguments: tuple[Any, ...]) -> Any:
-    """Return `gradients(*arguments)`, which refuses to be differentiated where somebody keeps the graph of a backward.
+    """Return the first derivative `gradients(*arguments)`; where somebody keeps its graph, it refuses a second one.
 
-    Args:
-        gradients: Computes the first derivative.
-        arguments: Its own.
+    For that every tensor has to be an argument of its own: autograd does not look into containers.
     """
     if torch.is_grad_enabled():  # create_graph=True
         return _Backward.apply(gradients, *arguments)
@@ -148,36 +134,25 @@ def product_gradients(
 ) -> Gradients:  # fmt: skip
     """Return the gradients to the operand of the input, to `scale * operand` of the weight, and to the bias.
 
-    Args:
-        operation: The bare products.
-        grad: Of the output.
-        x: Operand of the input, or its codes.
-        zero_point: Of the codes; None for an operand.
-        w: Operand of the weight, or its codes.
-        scale: `()` or `(C_out,)`.
-        shape: Of the input.
-        wanted: Which of the three; None in place of the others.
+    Those that are not wanted are None. `x` is the operand of the input or, with their zero point, its codes; `w` the
+    operand of the weight or its codes; `scale` the scale of the sums; `shape` that of the input.
     """
-    operand = None
+    operand_x = None
     if wanted[1]:
-        operand = x if zero_point is None else expand_input(x, zero_point)
+        operand_x = x if zero_point is None else expand_input(x, zero_point)
     if isinstance(w, WeightCodes):
-        scaled = expand_weight(w, operation.view(w.codes.shape), scale, scale.dtype)
+        scaled_w = expand_weight(w, operation.view(w.codes.shape), scale, scale.dtype)
     else:
-        scaled = scale_channels(w, operation.view(w.shape), scale)
-    return operation.gradients(grad, operand, scaled, shape, wanted)
+        scaled_w = scale_channels(w, operation.view(w.shape), scale)
+    return operation.gradients(grad, operand_x, scaled_w, shape, wanted)
 
 
 def split_gradient(
     grad: Tensor, w: Tensor | WeightCodes, operation: KnownProducts, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients to the operand of the weight and to the scale.
+    """Return the gradients to the operand of the weight and to the scale from that to their product.
 
-    Args:
-        grad: To `scale * operand`; its memory may be used again.
-        w: Operand of the weight, or its codes.
-        operation: The bare products.
-        scale: `()` or `(C_out,)`.
+    `w` is the operand or its codes; the memory of `grad` may be used again.
     """
     view: View = operation.view(grad.shape)
     library = kernels(grad, scale, w.codes) if isinstance(w, WeightCodes) else None
@@ -187,52 +162,7 @@ def split_gradient(
     codes = row_major(w.codes, view)
     grad, of_scale = in_memory_order(grad, codes), torch.empty_like(scale)
     library.daq_scale_weight_gradient(
-        grad.data_ptr(), codes.data_ptr(), view_argument(view), w.step, w.offset, address(scale),
+        grad.data_ptr(), codes.data_ptr(), view_argument(view), *coding(w.bits, w.grid), address(scale),
         of_scale.data_ptr(), scale.dim() > 0, torch.get_num_threads(),
     )  # fmt: skip
     return grad, of_scale
-
-
-def rescale_(acc: Tensor, scale: Tensor, bias: Tensor | None, output_dims: int) -> Tensor:
-    """Compute `acc * scale + bias` in place, and return it.
-
-    Args:
-        acc: Sums that nobody else holds, float32 or float64; the channel at dimension `-1 - output_dims`.
-        scale: `()` or `(C_out,)`.
-        bias: `(C_out,)` or None.
-        output_dims: Number of dimensions after the channel.
-
-    Example:
-        >>> rescale_(torch.tensor([[1.0, 2.0]]), torch.tensor([2.0, 3.0]), None, 0).tolist()
-        [[2.0, 6.0]]
-    """
-    sizes = memory_sizes(acc, output_dims)
-    library = None if sizes is None else kernels(acc, scale, bias)
-    if sizes is not None and library is not None and (bias is None or bias.is_contiguous()):
-        library.daq_rescale(
-            acc.data_ptr(), acc.data_ptr(), *sizes, scale.data_ptr(), scale.dim() > 0, address(bias),
-            torch.get_num_threads(),
-        )  # fmt: skip
-        return acc
-    trailing = (1,) * output_dims
-    acc.mul_(scale.reshape(-1, *trailing) if scale.dim() else scale)
-    return acc if bias is None else acc.add_(bias.reshape(-1, *trailing))
-
-
-def memory_sizes(acc: Tensor, output_dims: int) -> tuple[int, int, int] | None:
-    """Return (outer, channels, inner) as they lie in memory, None where they do not lie so.
-
-    Args:
-        acc: Any tensor.
-        output_dims: Number of dimensions after the channel.
-    """
-    if acc.numel() == 0:
-        return None
-    channels = acc.shape[-1 - output_dims]
-    inner = math.prod(acc.shape[acc.dim() - output_dims :])
-    if acc.is_contiguous():
-        return acc.numel() // (channels * inner), channels, inner
-    last = torch.channels_last if output_dims == 2 else torch.channels_last_3d
-    if output_dims in (2, 3) and acc.is_contiguous(memory_format=last):
-        return acc.numel() // channels, channels, 1
-    return None

@@ -1,9 +1,10 @@
-"""Bare products whose backward is known here: convolutions of all kinds, and `x W^T`.
+"""Bare products whose backward is known here, convolutions and `x W^T`, and what follows them: `acc * S + b`.
 
-Each is a callable `(x, w) -> sums`, as every operation of a site is, and knows besides where its output channels are
-and how its gradients are computed, so that a site need not keep what autograd would keep.
+Each kind of products is a callable `(x, w) -> sums`, as every operation of a site is, and knows besides where its
+output channels are and how its gradients are computed, so that a site need not keep what autograd would keep.
+`rescale` is the plain form of scale and bias, `rescale_` the one in place with a kernel.
 
-They are made in a forward, so they have the hash of any object (`eq=False`): dynamo, up to torch 2.11, asks for it
+Products are made in a forward, so they have the hash of any object (`eq=False`): dynamo, up to torch 2.11, asks for it
 before there are fields.
 """
 
@@ -18,6 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from daqconvert.functional.codes import View
+from daqconvert.functional.dasr import wide
+from daqconvert.functional.native import address, kernels
 
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
@@ -50,14 +53,9 @@ class LinearProducts:
     def gradients(
         self, grad: Tensor, x: Tensor | None, w: Tensor | None, shape: Sequence[int], needs: Sequence[bool]
     ) -> Gradients:
-        """Return the gradients to `x`, `w` and a bias, each None where it is not needed.
+        """Return the gradients to `x`, `w` and a bias from that to the output; None for those that `needs` denies.
 
-        Args:
-            grad: Of the output.
-            x: Input; None where the gradient to `w` is not needed.
-            w: Weight; None where the gradient to `x` is not needed.
-            shape: Of the input.
-            needs: Which of the three.
+        `shape` is that of the input. `x` may be None where no gradient to `w` is needed, `w` where none to `x` is.
         """
         flat = grad.reshape(-1, grad.shape[-1])
         of_x = (flat @ w).reshape(shape) if needs[0] and w is not None else None
@@ -70,12 +68,12 @@ class ConvolutionProducts:
     """A convolution, or a transposed one, whose padding is zeros.
 
     Attributes:
-        stride: One number per dimension, as all but the last two are.
+        stride: One number per dimension, like padding, dilation and output padding.
         padding: Zeros on both sides.
-        dilation: Between elements of the kernel.
-        groups: Of channels.
+        dilation: Distance between elements of the kernel.
+        groups: Number of groups of channels.
         transposed: Whether it is a transposed convolution.
-        output_padding: Of a transposed one.
+        output_padding: Rows that a transposed convolution adds on one side of its output.
 
     Example:
         >>> conv = ConvolutionProducts((1,), (1,), (1,), 1)
@@ -117,15 +115,7 @@ class ConvolutionProducts:
     def gradients(
         self, grad: Tensor, x: Tensor | None, w: Tensor | None, shape: Sequence[int], needs: Sequence[bool]
     ) -> Gradients:
-        """Return the gradients to `x`, `w` and a bias, each None where it is not needed.
-
-        Args:
-            grad: Of the output.
-            x: Input; None where the gradient to `w` is not needed.
-            w: Weight; None where the gradient to `x` is not needed.
-            shape: Of the input.
-            needs: Which of the three.
-        """
+        """Return the gradients to `x`, `w` and a bias; as in `LinearProducts`, but for `w`, which is always given."""
         assert w is not None  # torch looks at the shapes of both, whichever gradient is asked for
         given = grad.new_zeros(()).expand(shape) if x is None else x
         bias = [grad.shape[1]] if needs[2] else None
@@ -145,7 +135,7 @@ KnownProducts = LinearProducts | ConvolutionProducts
 
 @dataclass(frozen=True, eq=False)
 class PaddedProducts:
-    """Known products of an input that is padded first: its zeros stay zeros, or its own values are repeated.
+    """Known products of an input that is padded first, with zeros or with its own elements.
 
     Attributes:
         pad: Pads the input.
@@ -158,3 +148,57 @@ class PaddedProducts:
     def __call__(self, x: Tensor, w: Tensor) -> Tensor:
         """Return the sums."""
         return self.products(self.pad(x), w)
+
+
+def rescale(acc: Tensor, scale: Tensor, bias: Tensor | None, output_dims: int, in_place: bool = False) -> Tensor:
+    """Return `acc * scale + bias`, computed in float32 at least, in the dtype of `acc`.
+
+    `output_dims` dimensions follow the channel of `acc`. The scale is `()` or `(C_out,)`, and so is a bias; where the
+    channel is last it may be anything that broadcasts. With `in_place` nobody else holds `acc`, whose dtype is that of
+    scale and bias: the result takes its memory.
+
+    Example:
+        >>> rescale(torch.tensor([[1.0, 2.0]]), torch.tensor([2.0, 3.0]), torch.tensor([0.5, 0.5]), 0).tolist()
+        [[2.5, 6.5]]
+    """
+    sums = wide(acc)
+    per_channel = (-1, *(1,) * output_dims)
+    scale = scale.reshape(per_channel) if scale.dim() and output_dims else scale
+    y = sums.mul_(scale) if in_place else sums * scale
+    if bias is not None:
+        bias = bias if bias.dtype == y.dtype else bias.to(y.dtype)
+        bias = bias.reshape(per_channel) if output_dims else bias
+        y = y.add_(bias) if in_place else y + bias
+    return y.to(acc.dtype)
+
+
+def rescale_(acc: Tensor, scale: Tensor, bias: Tensor | None, output_dims: int) -> Tensor:
+    """Compute `rescale` in the memory of `acc`, float32 or float64, and return it; one pass where the kernels can.
+
+    Example:
+        >>> rescale_(torch.tensor([[1.0, 2.0]]), torch.tensor([2.0, 3.0]), None, 0).tolist()
+        [[2.0, 6.0]]
+    """
+    sizes = memory_sizes(acc, output_dims)
+    library = None if sizes is None else kernels(acc, scale, bias)
+    if sizes is None or library is None or not (bias is None or bias.is_contiguous()):
+        return rescale(acc, scale, bias, output_dims, in_place=True)
+    library.daq_rescale(
+        acc.data_ptr(), acc.data_ptr(), *sizes, scale.data_ptr(), scale.dim() > 0, address(bias),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return acc
+
+
+def memory_sizes(acc: Tensor, output_dims: int) -> tuple[int, int, int] | None:
+    """Return `(outer, channels, inner)` of sums as they lie in memory, or None where they do not lie so."""
+    if acc.numel() == 0:
+        return None
+    channels = acc.shape[-1 - output_dims]
+    inner = math.prod(acc.shape[acc.dim() - output_dims :])
+    if acc.is_contiguous():
+        return acc.numel() // (channels * inner), channels, inner
+    last = torch.channels_last if output_dims == 2 else torch.channels_last_3d
+    if output_dims in (2, 3) and acc.is_contiguous(memory_format=last):
+        return acc.numel() // channels, channels, 1
+    return None

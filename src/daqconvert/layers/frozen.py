@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from daqconvert.functional.inference import decoded_weight
+from daqconvert.functional.weight_operator import weight_operand
 from daqconvert.layers.base import BareOperation, QuantizedLayer
 from daqconvert.layers.computed import settle_weight
 from daqconvert.layers.frozen_site import FrozenSite, drop_quantizers, empty_values, frozen_values
@@ -65,7 +65,7 @@ class FrozenLayer(BareOperation, FrozenSite):
         step = self.weight_step()
         step = step.reshape(layout.bound_view) if step.dim() else step
         codes = self.weight_codes.reshape(layout.view)
-        values = decoded_weight(codes, self.settings.w_bits or 0, self.settings.grid, step.dtype) * step
+        values = weight_operand(codes, self.settings.w_bits or 0, self.settings.grid, step.dtype) * step
         return values.reshape(self.weight_codes.shape).to(self.dtype)
 
     def weight_step(self) -> Tensor:

@@ -21,11 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from daqconvert.errors import FrozenError
-from daqconvert.functional.inference import decoded_weight, input_operand, only_values
+from daqconvert.functional.input_operator import input_operand
 from daqconvert.functional.integer import IntegerLayer, exact_sums, requantized
-from daqconvert.functional.product_operator import can_fuse, rescale_
-from daqconvert.functional.products import KNOWN, PaddedProducts
-from daqconvert.layers.site import Operation, QuantizedSite, Watcher, rescale, safe_products
+from daqconvert.functional.native import only_values
+from daqconvert.functional.product_operator import can_fuse
+from daqconvert.functional.products import KNOWN, PaddedProducts, rescale, rescale_
+from daqconvert.functional.weight_operator import weight_operand
+from daqconvert.layers.site import Operation, QuantizedSite, Watcher, safe_products
 from daqconvert.quantizers import ChannelLayout, WeightQuantizer
 from daqconvert.spec import Settings
 
@@ -117,7 +119,7 @@ class FrozenSite(nn.Module):
                 self.weight_codes, bits, self.settings.grid, self.layer_name
             )
             return named
-        decode = decoded_weight if self.cache is None else self.cache.get
+        decode = weight_operand if self.cache is None else self.cache.get
         return decode(self.weight_codes, bits, self.settings.grid, self.dtype)
 
     def keep_operand(self, enabled: bool = True) -> int:
@@ -175,7 +177,7 @@ class FrozenSite(nn.Module):
         if self.qdq:
             named: Tensor = torch.ops.daqconvert.rescale(acc, scale, bias, self.output_dims, self.layer_name)
             return named
-        return rescale(acc, scale, bias, self.output_dims, acc.dtype)
+        return rescale(acc, scale, bias, self.output_dims)
 
     def _integer_output(self, x: Tensor, w: Tensor, operation: Operation) -> Tensor:
         """Return the output of integer deployment in real units: `(code - zero_point) * scale`."""
@@ -267,13 +269,13 @@ class OperandCache:
         kept = self.kept
         if torch.compiler.is_compiling():
             known = kept is not None and not torch.compiler.is_exporting()
-            return kept[2] if known and kept is not None else decoded_weight(codes, bits, grid, dtype)
+            return kept[2] if known and kept is not None else weight_operand(codes, bits, grid, dtype)
         if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack():
-            return decoded_weight(codes, bits, grid, dtype)
+            return weight_operand(codes, bits, grid, dtype)
         state = _state_of(codes, dtype)
         if kept is None or kept[0] is not codes or kept[1] != state:
             with torch.no_grad():
-                kept = codes, state, decoded_weight(codes, bits, grid, dtype)
+                kept = codes, state, weight_operand(codes, bits, grid, dtype)
             self.kept = kept
         return kept[2]
 

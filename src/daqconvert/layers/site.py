@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from daqconvert.functional.codes import InputCodes, codes_of, pad_operand
-from daqconvert.functional.grid import levels
+from daqconvert.functional.grid import levels, sum_scale
 from daqconvert.functional.layer_compiled import compiled_layer
 from daqconvert.functional.layer_operator import quantized_layer
 from daqconvert.functional.product_operator import can_compile, can_fuse, scaled_products
-from daqconvert.functional.products import KNOWN, KnownProducts, PaddedProducts
+from daqconvert.functional.products import KNOWN, KnownProducts, PaddedProducts, rescale
 from daqconvert.quantizers import ChannelLayout, InputQuantizer, WeightQuantizer
 from daqconvert.quantizers.making import make_input_quantizer, make_weight_quantizer
 from daqconvert.spec import Settings
@@ -180,20 +180,15 @@ class QuantizedSite(nn.Module):
             assert isinstance(operation, KNOWN)
             return scaled_products(operation, operand, w, scale, bias)
         acc, scale = safe_products(operation, operand, w, scale, self.settings)
-        return rescale(acc, scale, bias, self.output_dims, acc.dtype)
+        return rescale(acc, scale, bias, self.output_dims)
 
     def _compiled(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, operation: KnownProducts, of_input: InputQuantizer,
         of_weight: WeightQuantizer,
     ) -> Tensor:  # fmt: skip
         """Return the output as operations that `torch.compile` can fuse; see `functional.layer_compiled`."""
-        grid = of_input.grid(x)
-        mean, std = of_weight.moments(weight)
-        return compiled_layer(
-            operation, x, weight, bias, self.output_scale, grid.lower, grid.upper, of_weight.own_lower,
-            of_weight.upper, mean, std, of_weight.view, grid.bits, of_weight.bits, of_weight.grid,
-            (grid.rounding.kind, of_weight.rounding.kind), of_input.slope, of_weight.slope,
-        )  # fmt: skip
+        grids, slopes = (of_input.grid(x), of_weight.weight_grid(weight)), (of_input.slope, of_weight.slope)
+        return compiled_layer(operation, x, weight, bias, self.output_scale, *grids, slopes)
 
     def sum_scale(self, operand: Tensor | None = None) -> Tensor:
         """Return the real units per integer sum, shape of `output_scale`, float32 at least.
@@ -201,16 +196,13 @@ class QuantizedSite(nn.Module):
         Args:
             operand: What the input quantizer has just returned, if it has: the scale is known then.
         """
-        scale = self.output_scale.abs()
-        scale = scale if scale.dtype == torch.float64 else scale.float()
-        if self.weight_quantizer is not None:
-            scale = scale * self.weight_quantizer.scale()
+        of_weight = None if self.weight_quantizer is None else self.weight_quantizer.scale()
+        of_input: Tensor | float | None = None
         if self.input_quantizer is not None:
-            n = 2**self.input_quantizer.bits - 1
             codes = None if operand is None else codes_of(operand)
-            of_input = codes.scale if isinstance(codes, InputCodes) else self.input_quantizer.scale()
-            scale = scale * (1.0 / n if self.unitless else of_input)
-        return scale
+            scale = codes.scale if isinstance(codes, InputCodes) else self.input_quantizer.scale()
+            of_input = 1.0 / (2**self.input_quantizer.bits - 1) if self.unitless else scale
+        return sum_scale(self.output_scale, of_weight, of_input)
 
 
 def safe_products(
@@ -232,21 +224,3 @@ def safe_products(
             top = levels(settings.w_bits, settings.grid)
             w, scale = w / top, scale * top
     return operation(x, w), scale
-
-
-def rescale(acc: Tensor, scale: Tensor, bias: Tensor | None, output_dims: int, dtype: torch.dtype) -> Tensor:
-    """Return `acc * scale + bias` in float32 (float64 for float64), as `dtype`.
-
-    Args:
-        acc: Sums of products, channel at dimension `-1 - output_dims`.
-        scale: `()` or `(C_out,)`.
-        bias: `(C_out,)`, or anything that broadcasts where the channel is last, or None.
-        output_dims: Number of dimensions after the channel.
-        dtype: Of the result.
-    """
-    wide = acc if acc.dtype == torch.float64 else acc.float()
-    out = wide * (scale.reshape(-1, *(1,) * output_dims) if scale.dim() and output_dims else scale)
-    if bias is not None:
-        bias = bias if bias.dtype == out.dtype else bias.to(out.dtype)
-        out = out + (bias.reshape(-1, *(1,) * output_dims) if output_dims else bias)
-    return out.to(dtype)

@@ -11,7 +11,7 @@ from daqconvert.errors import CalibrationError
 from daqconvert.functional import input_operator
 from daqconvert.functional.codes import InputCodes, attach
 from daqconvert.functional.grid import input_scale, input_zero_point, quantize_input
-from daqconvert.functional.layer_operator import InputGrid
+from daqconvert.functional.input_operator import InputGrid
 from daqconvert.quantizers.base import Quantizer
 from daqconvert.quantizers.starting import STD_CLIP, check_width, make_rounding, normal_clip
 from daqconvert.spec import Settings
@@ -75,9 +75,8 @@ class InputQuantizer(Quantizer):
         if torch.compiler.is_compiling():  # the compiler fuses plain operations, and cannot look into an operator
             scale = self.scale()
             return quantize_input(x, scale, self.zero_point(scale), self.bits, self.plain_rounding())
-        operand, codes, scale, zero_point = input_operator.quantize_input(
-            x, self._lower(), self.upper, self.bits, self.rounding, codes=torch.is_grad_enabled()
-        )
+        grid = InputGrid(self._lower(), self.upper, self.bits, self.rounding)
+        operand, codes, scale, zero_point = input_operator.quantize_input(x, grid, codes=torch.is_grad_enabled())
         return attach(operand, InputCodes(codes, zero_point, scale))
 
     def scale(self) -> Tensor:
@@ -85,13 +84,13 @@ class InputQuantizer(Quantizer):
         return input_scale(self._lower(), self.upper, self.bits)
 
     def grid(self, x: Tensor) -> InputGrid:
-        """Return what a layer needs to quantize its input `x` in one step with its products."""
+        """Return how an input `x` is quantized, for a layer that does it in one step with its products."""
         self.require_ready()
         self._see(x)
         return InputGrid(self._lower(), self.upper, self.bits, self.rounding)
 
     def _see(self, x: Tensor) -> None:
-        """Take note of the input that the bounds are about to be used with."""
+        """Take note of the input that the bounds are about to be used with; here there is nothing to note."""
 
     def _lower(self) -> Tensor:
         """Return `lower`; where unsigned it stays 0 even if someone has unfrozen every parameter of the model."""

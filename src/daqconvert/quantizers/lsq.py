@@ -56,6 +56,8 @@ class StepWeightQuantizer(WeightQuantizer):
     Reference: "Learned Step Size Quantization" (Esser et al., ICLR 2020), equations 1-3.
 
     Example:
+        >>> from daqconvert.quantizers import ChannelLayout
+        >>> from daqconvert.spec import Settings
         >>> s = Settings(w_bits=2, rounding="lsq", grid="twos", normalize=False, granularity="tensor")
         >>> quantizer = StepWeightQuantizer(s, ChannelLayout.forward((1, 3)))
         >>> quantizer.initialize(torch.tensor([[-1.0, 0.25, 0.25]]))
@@ -106,6 +108,7 @@ class StepInputQuantizer(InputQuantizer):
     Reference: "Learned Step Size Quantization" (Esser et al., ICLR 2020), equations 1-3.
 
     Example:
+        >>> from daqconvert.spec import Settings
         >>> quantizer = StepInputQuantizer(Settings(a_bits=2, rounding="lsq"), signed=True)
         >>> quantizer.set_bounds(*quantizer.start(mean=0.5, signed=True))
         >>> quantizer(torch.tensor([-9.0, -1.2, 0.4, 9.0])).tolist()

@@ -1,10 +1,9 @@
 """The weight quantizer: per tensor or per output channel, midrise or integer grid, normalized or in real units.
 
-The codes of a weight, kept until the weight or its bounds hold other values.
-
-What tells is a 64-bit fingerprint of the values themselves, read at every call at the speed of memory: an optimizer's
-step, `load_state_dict`, a write through `.data` or through NumPy, a swap with an average, another module's weight. A
-version counter would miss some of them. Without the compiled kernels there is no cheap fingerprint: nothing is kept.
+It keeps the codes of its weight until the weight or its bounds hold other values. A 64-bit fingerprint of the values
+themselves tells whether they do, read at every call at the speed of memory: an optimizer's step, `load_state_dict`, a
+write through `.data` or through NumPy, a swap with an average, another module's weight. A version counter would miss
+some of them. Without the compiled kernels there is no cheap fingerprint, and nothing is kept.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from torch import Tensor, nn
 from daqconvert.errors import ConversionError
 from daqconvert.functional import weight_operator
 from daqconvert.functional.codes import View, WeightCodes, attach
-from daqconvert.functional.grid import coding, intervals, levels, quantize_weight, weight_codes
-from daqconvert.functional.layer_operator import WeightGrid
-from daqconvert.functional.moments import weight_moments
+from daqconvert.functional.dasr import wide
+from daqconvert.functional.grid import intervals, levels, quantize_weight, weight_codes, weight_scale
 from daqconvert.functional.native import address, dense, kernels
+from daqconvert.functional.weight_operator import QuantizedWeight, WeightGrid, weight_moments
 from daqconvert.quantizers.base import Quantizer
 from daqconvert.quantizers.layout import ChannelLayout
 from daqconvert.quantizers.starting import check_width, make_rounding, minimum_error_bound, normal_clip
@@ -83,19 +82,16 @@ class WeightQuantizer(Quantizer):
         if compiling and (torch.compiler.is_exporting() or weight.device.type != "cpu"):
             return self._plain(weight)  # there are no kernels of ours where it will run
         known, key = (None, None) if compiling else self._remembered(weight)
-        mean, std = (known.mean, known.std) if known is not None else self.moments(weight)
-        operand, coded = weight_operator.quantize_weight(
-            weight, self.own_lower, self.upper, mean, std, self.view, self.bits, self.grid, self.rounding,
-            None if known is None else known.codes,
-        )  # fmt: skip
+        grid = self.weight_grid(weight, known)
+        operand, codes = weight_operator.quantize_weight(weight, grid, None if known is None else known.codes)
         if compiling:
             return operand
-        self._remember(known, key, coded.codes, mean, std)
-        return attach(operand, coded)
+        self._remember(known, key, codes.codes, grid)
+        return attach(operand, codes)
 
     def _plain(self, weight: Tensor) -> Tensor:
-        """What `forward` returns, in plain operations."""
-        v = _real(weight).reshape(self.layout.view)
+        """Return what `forward` returns, in plain operations."""
+        v = wide(weight).reshape(self.layout.view)
         mean, std = self.moments(weight)
         if mean is not None and std is not None:
             v = (v - self._expand(mean)) / self._expand(std)
@@ -104,45 +100,39 @@ class WeightQuantizer(Quantizer):
         operand = quantize_weight(v, lower, upper, self.bits, self.grid, self.plain_rounding())
         return operand.reshape(weight.shape).to(weight.dtype)
 
-    def quantized(self, weight: Tensor) -> WeightGrid:
+    def quantized(self, weight: Tensor) -> QuantizedWeight:
         """Return what a layer needs to quantize its weight in one step with its products; values without gradient."""
         self.require_ready()
         known, key = self._remembered(weight)
-        mean, std = (known.mean, known.std) if known is not None else self.moments(weight)
-        lower, upper, grid, r = self.own_lower, self.upper, self.grid, self.rounding
-        operand, codes = weight_operator.forward(
-            weight.detach(), lower, upper, mean, std, None if known is None else known.codes, self.view, self.bits,
-            grid, *r.numbers,
-        )  # fmt: skip
-        codes = codes if known is None else known.codes
-        self._remember(known, key, codes, mean, std)
-        coded = WeightCodes(codes, *coding(self.bits, grid))
-        return WeightGrid(lower, upper, mean, std, self.view, self.bits, grid, self.top, r, operand, coded)
+        grid, stored = self.weight_grid(weight, known), None if known is None else known.codes
+        operand, codes = weight_operator.forward(weight.detach(), grid, stored)
+        codes = codes if stored is None else stored
+        self._remember(known, key, codes, grid)
+        return QuantizedWeight(grid, operand, WeightCodes(codes, self.bits, self.grid))
+
+    def weight_grid(self, weight: Tensor, known: KnownWeight | None = None) -> WeightGrid:
+        """Return how a weight is quantized, its moments taken from what is known of it."""
+        mean, std = self.moments(weight) if known is None else (known.mean, known.std)
+        return WeightGrid(self.own_lower, self.upper, mean, std, self.view, self.bits, self.grid, self.rounding)
 
     def _remembered(self, weight: Tensor) -> tuple[KnownWeight | None, tuple[object, ...] | None]:
-        """What is known of this weight with these bounds, and what stands for their values."""
+        """Return what is known of this weight with these bounds, and the key that stands for their values."""
         key, memory = value_key(weight, self.own_lower, self.upper), self._memory
         return (memory if memory is not None and memory.key == key else None), key
 
     def _remember(
-        self,
-        known: KnownWeight | None,
-        key: tuple[object, ...] | None,
-        codes: Tensor,
-        mean: Tensor | None,
-        std: Tensor | None,
+        self, known: KnownWeight | None, key: tuple[object, ...] | None, codes: Tensor, grid: WeightGrid
     ) -> None:
-        if known is not None:
-            return
-        moments = (None if t is None else savable(t) for t in (mean, std))
-        self._memory = None if key is None else KnownWeight(key, savable(codes), *moments)
+        if known is None:
+            moments = (None if t is None else savable(t) for t in (grid.mean, grid.std))
+            self._memory = None if key is None else KnownWeight(key, savable(codes), *moments)
 
     def take_memory(self, other: WeightQuantizer) -> None:
         """Take over what another quantizer keeps of the same weight; that one quantizes it again when it is called."""
         self._memory, other._memory = other._memory, None
 
     def give_codes(self, weight: Tensor) -> Tensor:
-        """Return what `codes` returns, as the caller's own; makes no operand where nobody would see that."""
+        """Return what `codes` returns, for the caller to keep; the quantizer forgets it and makes no operand."""
         if not self.is_plain():
             return self.codes(weight)
         self.require_ready()
@@ -150,9 +140,7 @@ class WeightQuantizer(Quantizer):
         self._memory = None
         if known is not None:
             return known.codes
-        return weight_operator.codes_alone(
-            weight, self.own_lower, self.upper, *self.moments(weight), self.view, self.bits, self.grid
-        )
+        return weight_operator.codes_alone(weight, self.weight_grid(weight))
 
     def moments(self, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return mean and std as the fused operator takes them; None where the weight is not normalized."""
@@ -172,7 +160,7 @@ class WeightQuantizer(Quantizer):
 
     @property
     def view(self) -> View:
-        """The weight as the fused operator sees it; one bound for all where the quantizer has one."""
+        """The weight's shape as the fused operator sees it: one channel where all of it has one bound."""
         return self.layout.memory_view if self.per_channel else (1, 1, 1, math.prod(self.layout.view))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -180,8 +168,7 @@ class WeightQuantizer(Quantizer):
 
     def scale(self) -> Tensor | float:
         """Return the real units per operand unit: `1 / n` (normalized), `upper / n` (midrise), else `upper / m`."""
-        top = levels(self.bits, self.grid)
-        return 1.0 / top if self.normalize else _real(self.upper).clamp(min=0.0) / top
+        return weight_scale(None if self.normalize else self.upper, self.top)
 
     def codes(self, weight: Tensor) -> Tensor:
         """Return the stored codes `0 .. 2**bits - 1`, uint8, shape of `weight`."""
@@ -208,7 +195,7 @@ class WeightQuantizer(Quantizer):
             self.upper.fill_(WEIGHT_STDS)
             self.lower.fill_(-WEIGHT_STDS)
         else:
-            rows = self.layout.rows(_real(weight)) if self.per_channel else _real(weight).reshape(1, -1)
+            rows = self.layout.rows(wide(weight)) if self.per_channel else wide(weight).reshape(1, -1)
             found = minimum_error_bound(rows, self.bits, self.grid) if method == "mse" else rows.abs().amax(dim=1)
             if self.grid == "integer":
                 # an all-zero channel is exact at any bound, but at 0 no gradient would ever reach it
@@ -220,8 +207,8 @@ class WeightQuantizer(Quantizer):
     def set_bits(self, bits: int) -> None:
         """Change the width in place; the bounds move to where they are sensible for it.
 
-        A normalized weight keeps its bounds. Elsewhere they are multiplied by the ratio of the bounds of least squared
-        error of a normal distribution at the two widths (`quantizers.widths`). The caller changes the site's settings.
+        A normalized weight keeps its bounds. Those of another one are multiplied by the ratio of the bounds of least
+        squared error for a normal distribution at the two widths. The caller changes the site's settings.
 
         Args:
             bits: 1 to 8 (2 to 8 but for the midrise grid).
@@ -273,7 +260,7 @@ class WeightQuantizer(Quantizer):
         return f"{self.bits} bits, {kind}, per {'channel' if self.per_channel else 'tensor'}, {self.rounding.kind}"
 
     def _expand(self, bound: Tensor) -> Tensor:
-        return _real(bound).reshape(self.layout.bound_view) if self.per_channel else _real(bound)
+        return wide(bound).reshape(self.layout.bound_view) if self.per_channel else wide(bound)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if not self.normalize:
@@ -282,22 +269,18 @@ class WeightQuantizer(Quantizer):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
-def _real(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 WeightQuantizer.own_forward = WeightQuantizer.forward
 
 
 @dataclass(frozen=True)
 class KnownWeight:
-    """What was computed from one weight; never changed, so that threads may share it.
+    """What was computed from one weight: codes and, if it is normalized, moments. Never changed, as threads share it.
 
     Attributes:
-        key: From `value_key`.
+        key: What stands for the values of the weight and its bounds, from `value_key`.
         codes: uint8.
-        mean: Where the weight is normalized.
-        std: Likewise.
+        mean: Mean of a normalized weight, else None.
+        std: Standard deviation of a normalized weight, else None.
     """
 
     key: tuple[object, ...]
@@ -307,12 +290,9 @@ class KnownWeight:
 
 
 def value_key(weight: Tensor, lower: Tensor | None, upper: Tensor) -> tuple[object, ...] | None:
-    """Return what stands for the values of a weight and its bounds, or None where it cannot be told cheaply.
+    """Return what stands for the values of a weight and its bounds, or None where they cannot be told cheaply.
 
-    Args:
-        weight: Any shape.
-        lower: None where it follows from `upper`.
-        upper: `(C_out,)` or scalar.
+    `lower` is None where it follows from `upper`.
 
     Example:
         >>> weight, bound = torch.ones(3), torch.ones(())

@@ -19,29 +19,28 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from daqconvert.functional import grid as grids
-from daqconvert.functional import integer
-from daqconvert.layers import frozen_site, site
+from daqconvert.functional import grid as plain
+from daqconvert.functional import input_operator, integer, products
 
 DOMAIN = "daqconvert"
 
 
 @torch.library.custom_op("daqconvert::input_operand", mutates_args=())
 def input_operand(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, layer: str) -> Tensor:
-    """Return `layers.frozen_site.input_operand`; `layer` is a name and changes nothing."""
-    return frozen_site.input_operand(x, scale, zero_point, bits)
+    """Return `functional.input_operator.input_operand`; `layer` is a name and changes nothing."""
+    return input_operator.input_operand(x, scale, zero_point, bits)
 
 
 @torch.library.custom_op("daqconvert::weight_operand", mutates_args=())
 def weight_operand(codes: Tensor, bits: int, grid: str, layer: str) -> Tensor:
     """Return `functional.grid.weight_operand` in float32; `layer` is a name and changes nothing."""
-    return grids.weight_operand(codes, bits, grid, torch.float32)
+    return plain.weight_operand(codes, bits, grid, torch.float32)
 
 
 @torch.library.custom_op("daqconvert::rescale", mutates_args=())
 def rescale(acc: Tensor, scale: Tensor, bias: Optional[Tensor], output_dims: int, layer: str) -> Tensor:  # noqa: UP045
-    """Return `layers.site.rescale`; `layer` is a name and changes nothing."""
-    return site.rescale(acc, scale, bias, output_dims, acc.dtype)
+    """Return `functional.products.rescale`; `layer` is a name and changes nothing."""
+    return products.rescale(acc, scale, bias, output_dims)
 
 
 @torch.library.custom_op("daqconvert::requantize", mutates_args=())
@@ -56,8 +55,8 @@ def requantize(
 
 @torch.library.custom_op("daqconvert::round_to_grid", mutates_args=())
 def round_to_grid(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, layer: str) -> Tensor:
-    """Return `layers.frozen_site.input_operand` times the scale; `layer` is a name and changes nothing."""
-    return frozen_site.input_operand(x, scale, zero_point, bits) * scale
+    """Return `functional.input_operator.input_operand` times the scale; `layer` is a name and changes nothing."""
+    return input_operator.input_operand(x, scale, zero_point, bits) * scale
 
 
 @input_operand.register_fake
