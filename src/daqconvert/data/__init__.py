@@ -1,4 +1,4 @@
-"""Images for training, evaluation and calibration."""
+"""Images for training, evaluation and calibration: loaders from a folder, a parquet file or a data set's name."""
 
 from daqconvert.data.images import Loaders, answered_by, create_loaders
 from daqconvert.data.input_config import InputConfig, input_config

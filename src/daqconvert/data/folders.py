@@ -24,10 +24,7 @@ def open_folder(
 ) -> tuple[Dataset[Any], Dataset[Any], int, tuple[str, ...], str]:
     """Return training and validation images of a folder, number and names of its classes, and one line about them.
 
-    Args:
-        path: The folder: with `train/` and `val/` in it, or a folder for each class.
-        holdout: Of the latter, what is held out: a share or a number; None for a tenth.
-        seed: Seed of the choice.
+    The folder has `train/` and `val/` in it, or a folder for each class, of which `holdout` is held out by choice.
 
     Raises:
         DataError: If a split is missing, a class is empty or there are no images.
@@ -52,11 +49,7 @@ def open_folder(
 
 
 def open_classes(path: Path, classes: Sequence[str] | None = None) -> Folder:
-    """Return all images of a folder of class folders.
-
-    Args:
-        path: The folder.
-        classes: Names of all classes, where another folder decides them.
+    """Return all images of a folder of class folders; `classes` numbers them if another folder decides that.
 
     Raises:
         DataError: If a class is empty or there are no images.
@@ -65,10 +58,7 @@ def open_classes(path: Path, classes: Sequence[str] | None = None) -> Folder:
 
 
 def is_flat(path: Path) -> bool:
-    """Whether a folder holds images and no folder.
-
-    Args:
-        path: The folder.
+    """Return whether a folder holds images and no folder.
 
     Raises:
         DataError: If it holds both.
@@ -85,11 +75,7 @@ def is_flat(path: Path) -> bool:
 
 
 class Unlabelled(Dataset[Any]):
-    """The images of one folder, in the order of their names, each with the label `NO_LABEL`.
-
-    Args:
-        path: The folder.
-    """
+    """The images of one folder, in the order of their names, each with the label `NO_LABEL`."""
 
     def __init__(self, path: Path) -> None:
         self.paths = sorted(str(entry) for entry in path.iterdir() if _is_image(entry))
@@ -113,23 +99,19 @@ def _classes(path: Path) -> tuple[str, ...]:
 
 
 class Folder(ImageFolder):
-    """A folder of class folders, whose classes are numbered as given.
-
-    Args:
-        path: The folder; it may lack some of the classes.
-        classes: Names of all classes, in the order of their numbers.
-    """
+    """A folder of class folders, numbered by the order of `classes`, some of which it may lack."""
 
     def __init__(self, path: Path, classes: Sequence[str]) -> None:
         self._names = list(classes)
         super().__init__(str(path), loader=load_image, allow_empty=True)
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-        """Return the names and their numbers: the training split's, also where this one lacks a class."""
+        """Return the names and their numbers, which are the training split's even if this one lacks a class."""
         return self._names, {name: number for number, name in enumerate(self._names)}
 
 
 def _folder(path: Path, classes: Sequence[str]) -> Folder:
+    """Open a folder of class folders; a class that is not among `classes`, or has no image, is a `DataError`."""
     strange = [name for name in _classes(path) if name not in classes]
     if strange:
         raise DataError(f"{path}: class {strange[0]!r} is not among those trained on.{nearest(strange[0], classes)}")
@@ -143,10 +125,7 @@ def _folder(path: Path, classes: Sequence[str]) -> Folder:
 
 
 def load_image(path: str) -> Any:
-    """Return the image in a file, decoded.
-
-    Args:
-        path: The file.
+    """Return the decoded image in a file.
 
     Raises:
         DataError: If it is no readable image.
@@ -162,19 +141,10 @@ def load_image(path: str) -> Any:
 
 
 def stratified(labels: list[int], holdout: float | int | None, seed: int, where: str) -> tuple[list[int], list[int]]:
-    """Split positions so that every class has its share on both sides; both sorted.
-
-    Args:
-        labels: Of all images.
-        holdout: The share or number that is held out; None for a tenth.
-        seed: Seed of the choice.
-        where: What the data is called in the error.
-
-    Returns:
-        Positions of those that remain, and of those held out.
+    """Return sorted positions of the images that remain and of those held out; every class has its share in both.
 
     Raises:
-        DataError: If nothing would remain on one side.
+        DataError: If nothing would remain on one side; it calls the data `where`.
     """
     count = holdout_count(holdout, len(labels), where)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -190,15 +160,10 @@ def stratified(labels: list[int], holdout: float | int | None, seed: int, where:
 
 
 def holdout_count(holdout: float | int | None, rows: int, where: str) -> int:
-    """Return how many of `rows` images to hold out, from a share (below 1) or a number.
-
-    Args:
-        holdout: The share or number; None for a tenth.
-        rows: Number of images.
-        where: What the data is called in the error.
+    """Return how many of `rows` images to hold out, from a share (below 1), a number, or None for a tenth.
 
     Raises:
-        DataError: If nothing would remain on one side.
+        DataError: If nothing would remain on one side; it calls the data `where`.
 
     Example:
         >>> holdout_count(0.25, 10, "data"), holdout_count(3, 10, "data")

@@ -1,13 +1,16 @@
-"""Loaders for training, evaluation and calibration, from one string and a model.
+"""Loaders for training, evaluation and calibration, from the name of the data and a model.
 
-Labels where there are none: what a model answers for each image, so that others can be measured against it.
+`create_loaders` opens the data (`splits.py`) and sends its images through the transforms that the model expects
+(`transforms.py`). Without data it takes scikit-learn's handwritten digits: 1797 real scans of 8 x 8 pixels that come
+with its wheel. Their pixels 0..16 are divided by 16, enlarged bilinearly by a whole factor (4 by default: 32 x 32,
+what a small timm network takes with its stem's strides), and normalized with `MEAN` and `STD`, measured on the pixels
+of the default training split.
 
-scikit-learn's handwritten digits: 1797 real scans of 8 x 8 pixels, in its wheel, so no download is needed.
+`answered_by` makes labels where there are none: what a model answers for each image, so that other models can be
+measured against it.
 
-Pixels 0..16 are divided by 16, enlarged bilinearly by a whole factor (4 by default: 32 x 32, what a small timm network
-takes with its stem's strides), and normalized with `MEAN` and `STD`, measured on the pixels of the default training
-split.
-Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits (1998), UCI machine learning repository.
+Source of the digits: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits (1998), UCI machine learning
+repository.
 """
 
 from __future__ import annotations
@@ -31,7 +34,12 @@ from daqconvert.errors import DataError
 from daqconvert.models import evaluating
 
 Images = Dataset[Any]
-DIGITS_SIZE = 32
+
+# of the digits
+SIDE = 8  # of a scan
+DIGITS_SIZE = 32  # of an image, where nothing asks for another
+HELD_OUT = 450
+MEAN, STD = 0.305, 0.324
 
 
 @dataclass(frozen=True)
@@ -42,13 +50,13 @@ class Loaders:
         train: Shuffled (seeded) and augmented training images.
         val: Images kept away from training, in order.
         calibration: Some training images, without augmentation, in one seeded order.
-        num_classes: Number of classes; 0 where nothing has a label.
+        num_classes: Number of classes; 0 if no image has a label.
         input_size: `(channels, height, width)` of one image.
-        class_names: Names of the classes, or None where the data has only numbers.
+        class_names: Names of the classes, or None if the data has only numbers.
         description: One line for people.
-        labelled: Whether training images have labels; those without have -100.
-        val_labelled: Whether the images of `val` have.
-        unused: Fields of `Augmentation` that say nothing about these images.
+        labelled: Whether training images have labels; if not, each has -100.
+        val_labelled: Whether the images of `val` have labels.
+        unused: Fields of `Augmentation` that have no effect on these images.
     """
 
     train: DataLoader[Any]
@@ -61,26 +69,6 @@ class Loaders:
     labelled: bool = True
     val_labelled: bool = True
     unused: tuple[str, ...] = ()
-
-
-class Transformed(Dataset[tuple[Any, int]]):
-    """A data set of `(image, label)` whose images go through a transform.
-
-    Args:
-        images: The data set.
-        transform: From its images to tensors.
-    """
-
-    def __init__(self, images: Dataset[Any], transform: Callable[[Any], Any]) -> None:
-        self.images = images
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.images)  # type: ignore[arg-type]
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        image, label = self.images[index]
-        return self.transform(image), int(label)
 
 
 def create_loaders(
@@ -96,22 +84,22 @@ def create_loaders(
     seed: int = 0,
     **options: Any,
 ) -> Loaders:
-    """Return loaders of the data as the model takes it.
+    """Return loaders of the data in the form that the model takes.
 
-    The size of the images is `input_size`, else the model's own where it is fixed, else the data's where its images
-    are small (at most 64 pixels a side), else that of the model's configuration.
+    The size of the images is `input_size` if it is given; else the model's own if that is fixed; else the data's if
+    its images are small (at most 64 pixels a side); else that of the model's configuration.
 
     Args:
         data: A folder, a parquet file, a timm data set name, opened `Splits`, or None for scikit-learn's digits.
         model: The model; timm's carry their normalization and size.
-        batch_size: Images a batch. A last training batch that would be smaller is left out.
+        batch_size: Number of images in a batch. A last training batch that would be smaller is left out.
         source: Where the model came from, for torchvision's normalization.
-        input_size: Height and width of the images, overriding everything.
-        augment: Whether training images are cropped and mirrored at random (the digits never are), or what else they
-            go through.
-        calibration_images: How many training images to calibrate with.
-        num_workers: Processes that decode.
-        seed: Seed of the order, of the choice of calibration images and of a hold-out's choice.
+        input_size: Height and width of the images.
+        augment: Whether training images are cropped and mirrored at random (the digits never are); an `Augmentation`
+            says what else they go through.
+        calibration_images: Number of training images to calibrate with.
+        num_workers: Number of processes that decode.
+        seed: Seed of the order, of the choice of calibration images and of the images that are held out.
         options: Passed on to `open_splits`: `holdout`, `data_root`, `download`, `num_classes`, `val`.
 
     Raises:
@@ -152,34 +140,21 @@ def create_loaders(
 
 
 def _guess(model: nn.Module) -> InputConfig:
-    """ImageNet's normalization, for as many channels as the first convolution takes."""
+    """Return ImageNet's normalization, for as many channels as the first convolution takes."""
     stems = (module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
     return IMAGENET if next(stems, 3) != 1 else _grey(IMAGENET)
 
 
 def _grey(config: InputConfig) -> InputConfig:
+    """Return the configuration for one channel, with the means over the channels."""
     mean, std = (sum(values) / len(values) for values in (config.mean, config.std))
     return dataclasses.replace(config, input_size=(1, *config.input_size[1:]), mean=(mean,), std=(std,))
-
-
-def _digits(config: InputConfig, side: int | None, seed: int) -> tuple[Images, Images, Images, dict[str, Any]]:
-    channels, height, _ = config.input_size
-    side = side or (height if config.fixed_size else DIGITS_SIZE)
-    found = load_digits(side, channels, seed=seed)
-    train = TensorDataset(found.train_images, found.train_labels)
-    val = TensorDataset(found.val_images, found.val_labels)
-    text = f"scikit-learn's digits at {side} x {side}: {len(train)} images for training, {len(val)} held out"
-    names = tuple(map(str, range(10)))
-    info = {
-        "num_classes": 10, "input_size": (channels, side, side), "class_names": names, "description": text,
-        "unused": tuple(field.name for field in dataclasses.fields(Augmentation)),
-    }  # fmt: skip
-    return train, val, train, info
 
 
 def _images(
     splits: Splits, config: InputConfig, side: int | None, augment: bool | Augmentation
 ) -> tuple[Images, Images, Images, dict[str, Any]]:
+    """Return training, validation and calibration images of opened data, and what `Loaders` says about them."""
     channels, height, width = config.input_size
     if channels not in (1, 3):
         raise DataError(f"The model takes {channels} channels; images can be had with 1 or 3.")
@@ -207,60 +182,40 @@ def _images(
     return Transformed(splits.train, noisy), Transformed(splits.val, plain), Transformed(splits.train, plain), info
 
 
-class Answered(Dataset[tuple[Any, int]]):
-    """A data set whose labels are somebody's answers.
+class Transformed(Dataset[tuple[Any, int]]):
+    """A data set of `(image, label)` whose images go through a transform to tensors."""
 
-    Args:
-        images: A data set of `(image, label)`.
-        answers: `(N,)` int64.
-    """
-
-    def __init__(self, images: Dataset[Any], answers: Tensor) -> None:
+    def __init__(self, images: Dataset[Any], transform: Callable[[Any], Any]) -> None:
         self.images = images
-        self.answers = answers
+        self.transform = transform
 
     def __len__(self) -> int:
-        return len(self.answers)
+        return len(self.images)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.images[index][0], int(self.answers[index])
+        image, label = self.images[index]
+        return self.transform(image), int(label)
 
 
-def answered_by(model: nn.Module, loaders: Loaders) -> Loaders:
-    """Return loaders whose `val` has a model's answers as labels; unchanged where its images have labels.
-
-    Args:
-        model: Returns logits `(N, C)`.
-        loaders: Of the data.
-
-    Example:
-        >>> from daqconvert.data import create_loaders
-        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
-        >>> digits = dataclasses.replace(create_loaders(None, model, batch_size=450), val_labelled=False)
-        >>> images, answers = next(iter(answered_by(model, digits).val))
-        >>> bool((model(images).argmax(1) == answers).all())
-        True
-    """
-    if loaders.val_labelled:
-        return loaders
-    device, val = model_device(model), loaders.val
-    with evaluating(model), torch.no_grad():
-        answers = torch.cat([model(images.to(device)).argmax(dim=1).cpu() for images, _ in val])
-    answered = DataLoader(
-        Answered(val.dataset, answers), val.batch_size, num_workers=val.num_workers, pin_memory=val.pin_memory
-    )
-    text = f"{loaders.description}; labels to measure by: the float model's answers"
-    return dataclasses.replace(loaders, val=answered, description=text)
-
-
-SIDE = 8
-HELD_OUT = 450
-MEAN, STD = 0.305, 0.324
+def _digits(config: InputConfig, side: int | None, seed: int) -> tuple[Images, Images, Images, dict[str, Any]]:
+    """Return the digits in the same form."""
+    channels, height, _ = config.input_size
+    side = side or (height if config.fixed_size else DIGITS_SIZE)
+    found = load_digits(side, channels, seed=seed)
+    train = TensorDataset(found.train_images, found.train_labels)
+    val = TensorDataset(found.val_images, found.val_labels)
+    text = f"scikit-learn's digits at {side} x {side}: {len(train)} images for training, {len(val)} held out"
+    names = tuple(map(str, range(10)))
+    info = {
+        "num_classes": 10, "input_size": (channels, side, side), "class_names": names, "description": text,
+        "unused": tuple(field.name for field in dataclasses.fields(Augmentation)),
+    }  # fmt: skip
+    return train, val, train, info
 
 
 @dataclass(frozen=True)
 class Digits:
-    """The two splits: images `(N, channels, size, size)` float32, labels `(N,)` int64, and the rows they came from."""
+    """The two splits: images `(N, channels, size, size)` float32, labels `(N,)` int64, and their rows in the table."""
 
     train_images: Tensor
     train_labels: Tensor
@@ -275,7 +230,7 @@ def load_digits(size: int = 32, channels: int = 1, held_out: int = HELD_OUT, see
 
     Args:
         size: Side of the images, a multiple of 8.
-        channels: 1, or more for a network that takes colour: copies of the one.
+        channels: 1, or more for a network that takes colour; all are equal then.
         held_out: Number of images kept away from training.
         seed: Seed of the split.
 
@@ -301,3 +256,44 @@ def load_digits(size: int = 32, channels: int = 1, held_out: int = HELD_OUT, see
     rows = list(range(len(labels)))
     train, val = train_test_split(rows, test_size=held_out, stratify=found.target, random_state=seed)
     return Digits(images[train], labels[train], images[val], labels[val], tuple(train), tuple(val))
+
+
+def answered_by(model: nn.Module, loaders: Loaders) -> Loaders:
+    """Return loaders whose `val` has a model's answers as labels; unchanged if its images have labels already.
+
+    Args:
+        model: Model that answers with logits `(N, C)`.
+        loaders: Loaders from `create_loaders`.
+
+    Example:
+        >>> from daqconvert.data import create_loaders
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+        >>> digits = dataclasses.replace(create_loaders(None, model, batch_size=450), val_labelled=False)
+        >>> images, answers = next(iter(answered_by(model, digits).val))
+        >>> bool((model(images).argmax(1) == answers).all())
+        True
+    """
+    if loaders.val_labelled:
+        return loaders
+    device, val = model_device(model), loaders.val
+    with evaluating(model), torch.no_grad():
+        answers = torch.cat([model(images.to(device)).argmax(dim=1).cpu() for images, _ in val])
+    answered = DataLoader(
+        Answered(val.dataset, answers), val.batch_size, num_workers=val.num_workers, pin_memory=val.pin_memory
+    )
+    text = f"{loaders.description}; labels to measure by: the float model's answers"
+    return dataclasses.replace(loaders, val=answered, description=text)
+
+
+class Answered(Dataset[tuple[Any, int]]):
+    """The images of a data set with a model's answers, `(N,)` int64, as labels."""
+
+    def __init__(self, images: Dataset[Any], answers: Tensor) -> None:
+        self.images = images
+        self.answers = answers
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.images[index][0], int(self.answers[index])

@@ -22,9 +22,9 @@ class InputConfig:
         input_size: `(channels, height, width)`.
         mean: Subtracted from pixel values in 0..1, per channel.
         std: Divides them afterwards, per channel.
-        interpolation: timm's word for the resize filter: `"bilinear"`, `"bicubic"`, ...
+        interpolation: timm's word for the filter that resizes, such as `"bilinear"` or `"bicubic"`.
         crop_pct: Share of the resized image's side that evaluation keeps.
-        fixed_size: Whether the model takes images of this size alone.
+        fixed_size: Whether the model takes only images of this size.
     """
 
     input_size: tuple[int, int, int]
@@ -36,11 +36,11 @@ class InputConfig:
 
 
 def input_config(model: nn.Module, source: str | Source | None = None) -> InputConfig | None:
-    """Return what a model expects of its input, or None where nobody says.
+    """Return what a model expects of its input, or None if neither the model nor its source says it.
 
     Args:
         model: The model; a timm model carries its own configuration.
-        source: Where it came from; torchvision's are looked up by name among their default weights.
+        source: Where the model came from; a torchvision model is looked up by name among the default weights.
 
     Example:
         >>> import timm

@@ -28,7 +28,7 @@ class ParquetImages(Dataset[tuple[Any, int]]):
         transform: Called with each `PIL.Image` (in its own mode); None returns the image.
         start: First row.
         stop: One past the last row; None for the end of the file.
-        cache: Decode all rows at once into one uint8 tensor `(rows, H, W, 3)`, which later reads come from.
+        cache: Whether to decode all rows at once into one uint8 tensor `(rows, H, W, 3)`, which is read later.
 
     Attributes:
         labels: int64 tensor `(rows,)`.
@@ -110,11 +110,8 @@ def _from_pixels(pixels: Tensor) -> Any:
 def count_rows(path: str | Path) -> int:
     """Return the number of rows of a parquet file.
 
-    Args:
-        path: The file.
-
     Raises:
-        DataError: If it is missing or damaged.
+        DataError: If the file is missing or damaged.
     """
     return int(_open(Path(path)).metadata.num_rows)
 
@@ -135,7 +132,7 @@ def _open(path: Path) -> Any:
 def _read(path: Path, start: int, stop: int | None) -> tuple[Any, Any, tuple[str, ...] | None]:
     """Return the table of images `start:stop`, the labels of all rows, and the class names."""
     file = _open(path)
-    import pyarrow as pa  # after what says how to install it
+    import pyarrow as pa  # after `_open`, which says how to install it
 
     rows = file.metadata.num_rows
     end = rows if stop is None else stop

@@ -27,14 +27,14 @@ class Splits:
     """Two data sets of `(PIL image, label)`.
 
     Attributes:
-        train: What a model is trained on.
-        val: What it is evaluated on.
-        num_classes: Number of classes; 0 where nothing has a label.
-        class_names: Their names, or None where the data has only numbers.
+        train: Images that a model is trained on.
+        val: Images that it is evaluated on.
+        num_classes: Number of classes; 0 if no image has a label.
+        class_names: Names of the classes, or None if the data has only numbers.
         description: One line for people.
         flip: Whether a mirrored image is still of its class.
-        labelled: Whether the images of `train` have labels; those without have -100.
-        val_labelled: Whether those of `val` have.
+        labelled: Whether the images of `train` have labels; if not, each has -100.
+        val_labelled: Whether the images of `val` have labels.
     """
 
     train: Dataset[Any]
@@ -59,16 +59,17 @@ def open_splits(
     """Open a folder, a parquet file or a timm data set.
 
     Args:
-        data: A folder with `train/` and `val/` (or `validation/`), each with a folder of images per class; one folder
-            of such classes; one of images alone, without labels; a `.parquet` file; or `torch/NAME`, `hfds/NAME`.
-        holdout: Of one folder or a parquet file, what is kept for evaluation: a share below 1, or a number of images.
-            Of a parquet file the last rows, of a folder a seeded choice from every class. None: a tenth.
+        data: A folder with `train/` and `val/` (or `validation/`), each with a folder of images per class; a folder
+            of such class folders; a folder of images alone, without labels; a `.parquet` file; or a name such as
+            `torch/NAME` or `hfds/NAME`.
+        holdout: Share (below 1) or number of the images of one folder or parquet file that are kept for evaluation;
+            None for a tenth. Of a parquet file these are the last rows, of a folder a seeded choice from every class.
         seed: Seed of that choice.
-        data_root: Where a timm data set lies; `data` by default.
+        data_root: Folder that holds a timm data set; `data` by default.
         download: Whether a timm data set may be downloaded.
-        num_classes: Number of classes where the data does not say it.
-        val: What is evaluated on instead, all of it: a folder of class folders, or of images alone, or a parquet file;
-            then all of `data` is trained on.
+        num_classes: Number of classes, if the data does not say it.
+        val: Other data to evaluate on, all of it: a folder of class folders or of images alone, or a parquet file.
+            All of `data` is trained on then.
 
     Raises:
         DataError: If there is no such data, a split is missing, or a class is empty.
@@ -101,7 +102,7 @@ def _open_flat(path: Path, holdout: float | int | None, seed: int) -> Splits:
 
 
 def _open_two(data: Path, val: Path, holdout: float | int | None) -> Splits:
-    """All of one place for training, all of another for evaluation."""
+    """Open all of one place for training and all of another for evaluation."""
     if holdout is not None:
         raise DataError(f"{val}: is what is evaluated on, so nothing of {data} is held out. Leave holdout out.")
     train, classes, names = _whole(data)
@@ -116,7 +117,7 @@ def _open_two(data: Path, val: Path, holdout: float | int | None) -> Splits:
 
 
 def _whole(path: Path, names: tuple[str, ...] | None = None) -> tuple[Any, int | None, tuple[str, ...] | None]:
-    """All images of a folder or parquet file, the number of classes (None without labels) and their names."""
+    """Return all images of a folder or parquet file, the number of classes (None without labels) and their names."""
     if path.is_file() and path.suffix == ".parquet":
         rows = ParquetImages(path)
         return rows, rows.num_classes, rows.class_names

@@ -20,13 +20,13 @@ IMAGENET = InputConfig((3, 224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.22
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What training images go through besides crop and flip, in timm's words; the defaults are nothing more.
+    """What training images go through besides crop and flip, in timm's words; the defaults add nothing.
 
     Attributes:
-        augment: Automatic augmentation, as `"rand-m9-mstd0.5"`, `"augmix-m3-w3"` or `"original"`.
+        augment: Automatic augmentation, such as `"rand-m9-mstd0.5"`, `"augmix-m3-w3"` or `"original"`.
         color_jitter: Strength of changes of brightness, contrast and saturation.
         random_erasing: Probability that a rectangle is replaced by noise.
-        crop_scale: Smallest share of the image that a random crop takes; of large images.
+        crop_scale: Smallest share of a large image that a random crop takes.
     """
 
     augment: str = ""
@@ -47,8 +47,8 @@ def image_transform(
         config: Size, normalization and interpolation.
         train: Whether to augment.
         small: Whether the images are small ones.
-        flip: Whether augmenting may mirror an image.
-        more: What else augmenting does.
+        flip: Whether augmentation may mirror an image.
+        more: What else augmentation does.
 
     Raises:
         DataError: If timm does not know the automatic augmentation.
@@ -79,11 +79,11 @@ def image_transform(
 
 
 def _timm_training(config: InputConfig, flip: bool, more: Augmentation) -> tuple[Any, Any, Any]:
-    """timm's three parts: crop and flip, the other changes, normalization."""
+    """Return the three parts of timm's transform: crop and flip, the other changes, normalization."""
     from timm.data import create_transform
     from torchvision import transforms
 
-    no_jitter: dict[str, Any] = {"color_jitter": None}  # timm's own hint does not allow what its code asks for
+    no_jitter: dict[str, Any] = {"color_jitter": None}  # timm's type hint lacks the None that its code asks for
     try:
         found: Any = create_transform(
             config.input_size, is_training=True, separate=True, scale=(more.crop_scale, 1.0),
@@ -96,7 +96,7 @@ def _timm_training(config: InputConfig, flip: bool, more: Augmentation) -> tuple
             "rand-m9-mstd0.5, augmix-m3-w3, original, v0 or 3a."
         ) from None
     primary, secondary, final = found
-    if more.color_jitter:  # which timm leaves out beside an automatic augmentation
+    if more.color_jitter:  # timm leaves it out where there is an automatic augmentation
         secondary.transforms.append(transforms.ColorJitter(*(more.color_jitter,) * 3))
     return primary, secondary, final
 

@@ -1,4 +1,4 @@
-"""What the loop asks of a loader: a length, batches of the right form, at least one of them.
+"""Checks of a loader and its batches, with errors that say what to pass instead.
 
 A loader is any iterable that can be read again and again: a `DataLoader`, a list of batches.
 """
@@ -17,17 +17,14 @@ from daqconvert.training.recipes import Recipe
 UNLABELLED = " To train without targets, towards the float model: distill=1.0."
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of the model, of one batch."""
 
 
 def check_loader(loader: Any, name: str) -> None:
-    """Raise `DataError` unless `loader` can be read more than once and is not known to be empty.
-
-    Args:
-        loader: What the user passed.
-        name: The argument's name, for the message.
+    """Raise unless a loader, an argument of this name, can be read more than once and is not known to be empty.
 
     Raises:
-        DataError: If it is not iterable, an iterator that one pass uses up, or empty.
+        DataError: If it is not iterable, is an iterator that one pass uses up, or is empty.
 
     Example:
         >>> check_loader([(torch.zeros(2, 3), torch.zeros(2))], "train_loader")
@@ -46,7 +43,7 @@ def check_loader(loader: Any, name: str) -> None:
 
 
 def length(loader: Any) -> int | None:
-    """Return the number of batches, or None where the loader does not know it (a `DataLoader` over a stream)."""
+    """Return the number of batches, or None if the loader does not know it, such as a `DataLoader` over a stream."""
     try:
         return len(loader) if isinstance(loader, Sized) else None
     except (TypeError, NotImplementedError):
@@ -73,21 +70,13 @@ def check_first_batch(batches: Iterable[Any], name: str, *, needs_target: bool, 
 def read_batch(
     batch: Any, device: torch.device, where: str, *, needs_target: bool, hint: str = ""
 ) -> tuple[Inputs, Any]:
-    """Return a batch's inputs and target on a device.
+    """Return a batch's inputs and its target, None if it has none, on a device.
 
-    Args:
-        batch: A tensor; a tuple or list `(input, target)`; a dict of keyword arguments, the target under `"target"`,
-            `"label"` or `"labels"`.
-        device: The model's.
-        where: The place, for the message.
-        needs_target: Whether a batch without a target is an error.
-        hint: What to do about a missing target, for the message.
-
-    Returns:
-        `((args, kwargs), target)`; the target is None where there is none.
+    A batch is a tensor; a tuple or list `(input, target)`; or a dict of keyword arguments, with the target under
+    `"target"`, `"label"` or `"labels"`. `where` is the place and `hint` the advice in the error's message.
 
     Raises:
-        DataError: If the batch has another form, or no target where one is needed.
+        DataError: If the batch has another form, or no target although it `needs_target`.
 
     Example:
         >>> pair = (torch.zeros(2, 3), torch.tensor([0, 1]))
