@@ -52,8 +52,8 @@ TINY = 1e-10
 def choose_codes(model: nn.Module, batches: list[Any], blocks: list[str], *, show: bool = True) -> list[Fitted]:
     """Set the weights of a quantized model, in place, to levels with which its layers' outputs stay what they were.
 
-    Some layers keep their nearest levels: those whose grid has no fixed step (normalized weights, LSQ), transposed and
-    3-D convolutions, and those whose weight is shared, computed, or depends on the data.
+    Some layers keep their nearest levels: those whose grid has no fixed scale (normalized weights, LSQ), transposed
+    and 3-D convolutions, and those whose weight is shared, computed, or depends on the data.
 
     Args:
         model: A calibrated model from `quantize`.
@@ -98,21 +98,21 @@ def _choose(site: QuantizedLayer, name: str, moments: Tensor) -> Fitted:
     moments = moments.cpu() if moments.device.type == "mps" else moments  # MPS has no float64
     groups, inputs = moments.shape[:2]
     weight = site.weight.detach().to(moments.device, torch.float64).reshape(groups, -1, inputs)
-    step = torch.as_tensor(quantizer.scale()).to(moments.device, torch.float64)
-    step = step.expand(len(site.weight)).reshape(groups, -1)
+    scale = torch.as_tensor(quantizer.scale()).to(moments.device, torch.float64)
+    scale = scale.expand(len(site.weight)).reshape(groups, -1)
     nearest = partial(_nearest, quantizer=quantizer)
-    plain = nearest(weight / step[:, :, None])
-    operand = second_order_levels(weight, moments, step, nearest, DAMPING)
-    errors = [output_error(found * step[:, :, None], weight, moments) for found in (plain, operand)]
+    plain = nearest(weight / scale[:, :, None])
+    operand = second_order_levels(weight, moments, scale, nearest, DAMPING)
+    errors = [output_error(found * scale[:, :, None], weight, moments) for found in (plain, operand)]
     if errors[1] < errors[0]:
-        site.weight.copy_((operand * step[:, :, None]).reshape(site.weight.shape))
+        site.weight.copy_((operand * scale[:, :, None]).reshape(site.weight.shape))
     return Fitted(name, errors[0], min(errors))
 
 
-def _nearest(steps: Tensor, quantizer: WeightQuantizer) -> Tensor:
-    """Return the operand nearest to a weight that is given in steps."""
-    top = steps.new_tensor(quantizer.top)
-    return quantize_weight(steps, -top, top, quantizer.bits, quantizer.grid, quantizer.plain_rounding())
+def _nearest(scaled: Tensor, quantizer: WeightQuantizer) -> Tensor:
+    """Return the operand nearest to a weight that is given in units of its scale."""
+    top = scaled.new_tensor(quantizer.top)
+    return quantize_weight(scaled, -top, top, quantizer.bits, quantizer.grid, quantizer.plain_rounding())
 
 
 def _stage(blocks: list[str], name: str) -> str:
@@ -167,7 +167,7 @@ def _why_not(site: Any, weight: Tensor | None, operation: Operation) -> str:
     if not isinstance(site, QuantizedLayer) or not isinstance(quantizer, WeightQuantizer):
         return "its weight depends on the data"
     if site.settings.rounding == "lsq" or site.unitless or quantizer.normalize:
-        return "the grid of its weight has no fixed step"
+        return "the grid of its weight has no fixed scale"
     if weight is None or id(weight) != id(site._parameters.get("weight")):
         return "its weight is computed from other parameters"
     if not has_columns(operation):
@@ -266,9 +266,9 @@ def second_moments(columns: Tensor) -> Tensor:
 
 
 def second_order_levels(
-    weight: Tensor, moments: Tensor, step: Tensor, nearest: Callable[[Tensor], Tensor], damping: float
+    weight: Tensor, moments: Tensor, scale: Tensor, nearest: Callable[[Tensor], Tensor], damping: float
 ) -> Tensor:
-    """Return operands `Q`, in float64, with which `Q * step` multiplies `X` nearly as `weight` does.
+    """Return operands `Q`, in float64, with which `Q * scale` multiplies `X` nearly as `weight` does.
 
     Column after column is rounded, the one with the largest input first, and all columns that are not yet rounded make
     up for its error: `w_j -= (w_i - q_i) U_ij / U_ii`, where `U^T U = (X X^T + d I)^-1` (equation 3 of the reference;
@@ -277,8 +277,8 @@ def second_order_levels(
     Args:
         weight: Float weight, shape `(G, R, K)`.
         moments: Second moments of the inputs, `X X^T`, shape `(G, K, K)`.
-        step: Real units of one integer step of the operand, shape `(G, R)`.
-        nearest: Function from weights in these steps, shape `(G, R)`, to the nearest operands on the grid.
+        scale: Real units per integer of the operand, shape `(G, R)`.
+        nearest: Function from weights in units of the scale, shape `(G, R)`, to the nearest operands on the grid.
         damping: `d` as a share of the mean of the diagonal of `X X^T`; with 0, directions that no input has would be
             arbitrary.
 
@@ -288,7 +288,7 @@ def second_order_levels(
         >>> second_order_levels(w, moments, torch.ones(1, 1), torch.round, damping=0.01).tolist()
         [[[0.0, 1.0]]]
     """
-    weight, moments, step = weight.double(), moments.double(), step.double().clamp(min=TINY)
+    weight, moments, scale = weight.double(), moments.double(), scale.double().clamp(min=TINY)
     order = moments.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
     places = order[:, None, :].expand_as(weight)
     left = weight.gather(2, places)
@@ -301,8 +301,8 @@ def second_order_levels(
         errors = torch.empty_like(left[:, :, start:stop])
         for j in range(start, stop):
             column = left[:, :, j]
-            found[:, :, j] = nearest(column / step)
-            error = (column - found[:, :, j] * step) / upper[:, j, j, None]
+            found[:, :, j] = nearest(column / scale)
+            error = (column - found[:, :, j] * scale) / upper[:, j, j, None]
             left[:, :, j + 1 : stop] -= error[:, :, None] * upper[:, j, None, j + 1 : stop]
             errors[:, :, j - start] = error
         left[:, :, stop:] -= errors @ upper[:, start:stop, stop:]

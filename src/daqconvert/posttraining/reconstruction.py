@@ -206,8 +206,8 @@ def fit(
 def _settle(block: nn.Module, trained: list[nn.Parameter]) -> None:
     """Put trained weights on the levels that they have, which changes nothing that the block returns.
 
-    Training leaves many of them right between two levels, from one to the other and back at every step: without this
-    the least step of what trains them next would draw their levels anew.
+    Training leaves many of them right between two levels, where every step pushes them to the other one. Without this,
+    the smallest step of the training that follows would draw their levels anew.
 
     Reference: "Overcoming Oscillations in Quantization-Aware Training" (Nagel et al., ICML 2022), section 3.
     """
@@ -221,6 +221,6 @@ def _on_levels(weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
     """Return a weight on its levels, in its own units; a normalized one as it is: its levels would move with it."""
     if quantizer.normalize:
         return weight
-    layout, step = quantizer.layout, torch.as_tensor(quantizer.scale())
-    step = step.reshape(layout.bound_view) if quantizer.per_channel else step
-    return (quantizer(weight).reshape(layout.view) * step).reshape(weight.shape)
+    layout, scale = quantizer.layout, torch.as_tensor(quantizer.scale())
+    scale = scale.reshape(layout.bound_view) if quantizer.per_channel else scale
+    return (quantizer(weight).reshape(layout.view) * scale).reshape(weight.shape)

@@ -42,7 +42,7 @@ def bounds_and_scales(model: nn.Module) -> set[nn.Parameter]:
 def parameter_sizes(model: nn.Module) -> dict[nn.Parameter, Tensor]:
     """Return how large each parameter is, as a tensor that broadcasts against the parameter.
 
-    The size of a quantized weight is about its quantization step, per channel where its bounds are; that of bounds,
+    The size of a quantized weight is about the distance of two levels, per channel if its bounds are; that of bounds,
     LSQ's steps and output scales is a tenth of each value; that of anything else a tenth of its root mean square, or
     0.1 where it is all 0.
 
@@ -59,7 +59,7 @@ def parameter_sizes(model: nn.Module) -> dict[nn.Parameter, Tensor]:
     sizes: dict[nn.Parameter, Tensor] = {}
     for parameter in model.parameters():
         if parameter in weights:
-            sizes[parameter] = _step(parameter.detach(), weights[parameter])
+            sizes[parameter] = _level_distance(parameter.detach(), weights[parameter])
         elif parameter in scales:
             sizes[parameter] = SHARE * parameter.detach().abs()
         else:
@@ -68,13 +68,13 @@ def parameter_sizes(model: nn.Module) -> dict[nn.Parameter, Tensor]:
     return sizes
 
 
-def _step(weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
-    """Return the quantization step that is best for a normal distribution with the weight's root mean square."""
+def _level_distance(weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
+    """Return the distance of two levels that is best for a normal distribution with the weight's root mean square."""
     layout = quantizer.layout
     rows = layout.rows(weight.float())
     size = rows.square().mean(dim=1).sqrt() if quantizer.per_channel else rows.square().mean().sqrt().expand(len(rows))
-    step = size * (normal_clip(quantizer.top, quantizer.grid == "midrise") / quantizer.top)
-    return step.reshape(layout.bound_view).expand(layout.view).reshape(weight.shape).to(weight.dtype)
+    distance = size * (normal_clip(quantizer.top, quantizer.grid == "midrise") / quantizer.top)
+    return distance.reshape(layout.bound_view).expand(layout.view).reshape(weight.shape).to(weight.dtype)
 
 
 @torch.no_grad()

@@ -62,8 +62,8 @@ class Recipe:
     lr: float = setting(0.02, "Learning rate of that optimizer.", Number(least=0))
     lr_unit: str = setting(
         "absolute",
-        "Unit of both learning rates: `absolute`, or `size`, a share of each parameter's own size: a weight's "
-        "quantization step, a tenth of anything else. For optimizers whose steps do not grow with the gradient.",
+        "Unit of both learning rates: `absolute`, or `size`, a share of each parameter's own size: the distance of "
+        "two levels of a weight, a tenth of anything else. For optimizers whose steps do not grow with the gradient.",
         Choice("absolute", "size"), before="absolute",
     )  # fmt: skip
     momentum: float = setting(0.9, "Momentum of optimizers that have one.", Number(least=0, below=1))
