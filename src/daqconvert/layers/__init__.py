@@ -1,4 +1,4 @@
-"""Quantized and frozen convolutions and linears, one file per family, found by exact type in `registry`."""
+"""Sites as torch modules: quantized and frozen layers, holders of call sites, attention, output quantizers."""
 
 from daqconvert.layers import families
 from daqconvert.layers.base import QuantizedLayer

@@ -1,4 +1,4 @@
-"""A quantized layer: a convolution or linear whose own forward computes from integer-valued operands."""
+"""A quantized layer: a convolution or linear whose forward computes from integer-valued operands."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from daqconvert.spec import Settings
 
 
 class BareOperation:
-    """Mixin of quantized and frozen layers: the operation that a family gives, without bias or scale.
+    """Mixin of quantized and frozen layers: the operation without bias or scale, which a family defines.
 
-    A family gives `accumulate(x, w, *args)`, and may give `products(*args)` beside it, which says what its gradients
-    are too (`functional.products`). Where somebody puts another `accumulate` over both, that is what runs.
+    A family defines `accumulate(x, w, *args)`. It may also define `products(*args)`, which returns an operation whose
+    gradients are known (`functional.products`) and is preferred. An `accumulate` that a subclass or an instance
+    overrides runs instead of both.
     """
 
     _gives_products: ClassVar[bool] = False
@@ -28,24 +29,19 @@ class BareOperation:
         cls._gives_products = "products" in vars(owner)
 
     def bare_operation(self, *args: Any, **kwargs: Any) -> Operation:
-        """Return the operation of one call.
-
-        Args:
-            args: Of the call, after the input.
-            kwargs: Of the call.
-        """
+        """Return the operation of one call, whose arguments after the input are `args` and `kwargs`."""
         if self._gives_products and "accumulate" not in self.__dict__:
             found: Operation = self.products(*args, **kwargs)  # type: ignore[attr-defined]
             return found
         return lambda x, w: self.accumulate(x, w, *args, **kwargs)
 
     def accumulate(self, x: Tensor, w: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the bare operation, without bias or scale; given by the family's mixin."""
+        """Return the operation on `x` and `w` without bias or scale; the family's mixin defines it."""
         raise ConversionError(f"{type(self).__name__} has no accumulate(); see daqconvert.layers.register.")
 
 
 class QuantizedLayer(BareOperation, QuantizedSite):
-    """Mixin of the quantized layers: the state of a site, and the forward built from `accumulate`."""
+    """Mixin of the quantized layers: the state of a quantized site, and a forward around the bare operation."""
 
     original: ClassVar[type[nn.Module]]
     output_dims: ClassVar[int]
@@ -57,10 +53,10 @@ class QuantizedLayer(BareOperation, QuantizedSite):
         """Turn a float layer into its quantized form, in place: parameters, hooks and attributes stay as they are.
 
         Args:
-            layer: Of exactly the class that `cls` is registered for.
-            settings: With nothing left on `"auto"`.
-            name: Its dotted name, for messages.
-            signed: Sign of its input, None for undecided.
+            layer: A layer of exactly the class that `cls` is registered for.
+            settings: Settings with nothing left on `"auto"`.
+            name: Dotted name of the layer, for messages.
+            signed: Sign of the input; None where `calibrate` decides.
 
         Raises:
             ConversionError: If the weight is empty, not finite, or constant where it must be normalized.
@@ -86,7 +82,7 @@ class QuantizedLayer(BareOperation, QuantizedSite):
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output from integer-valued operands; the original's where `enabled` is False."""
         original = super().forward
-        if not self.enabled and not self.watchers:  # it reads the weight itself, and a computed one may move by that
+        if not self.enabled and not self.watchers:  # NOTE: reading a computed weight here too would move its state
             return original(input, *args, **kwargs)
         return self.run(
             input, self.weight, self.bias, self.bare_operation(*args, **kwargs),

@@ -1,7 +1,7 @@
 """Weights that a layer computes from other parameters before its forward: parametrizations, weight norm, pruning.
 
-The quantized form keeps computing them: training goes on as before. A frozen layer needs the result alone, so what it
-was computed from goes.
+A quantized layer keeps computing such a weight, so training goes on as before. A frozen layer needs only the result:
+the parameters that it was computed from are removed.
 """
 
 from __future__ import annotations
@@ -19,23 +19,22 @@ from daqconvert.layers.mode import evaluating
 
 
 def is_computed(module: nn.Module) -> bool:
-    """Whether a layer has a weight that is no parameter of its own but computed from some."""
+    """Whether a layer's weight is not a parameter but computed from parameters."""
     with evaluating(module):
         return "weight" not in module._parameters and isinstance(getattr(module, "weight", None), Tensor)
 
 
 def plain_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """Return a class without the one that `torch.nn.utils.parametrize` put in front of it."""
+    """Return the class that `torch.nn.utils.parametrize` has derived this one from, or the class itself."""
     injected = cls.__name__.startswith("Parametrized") and cls.__module__.startswith("torch.nn.utils.parametrize")
     return cls.__bases__[0] if injected else cls
 
 
 @torch.no_grad()
 def settle_weight(module: Any) -> None:
-    """Make every computed tensor of a layer a parameter with the value it has now, and forget how it was computed.
+    """Make every computed tensor of a layer a parameter with its present value, and remove what computed it, in place.
 
-    Args:
-        module: A convolution or linear; changed in place. Its class is the caller's business.
+    The layer's class changes only if it is parametrized.
     """
     if parametrize.is_parametrized(module):
         with evaluating(module):
@@ -48,7 +47,7 @@ def settle_weight(module: Any) -> None:
         if isinstance(hook, SpectralNorm):
             remove_spectral_norm(module, hook.name)
             for number, loading in list(module._load_state_dict_pre_hooks.items()):
-                # NOTE: torch wraps the hook and then does not recognize it: it stays, and asks for what has gone
+                # NOTE: torch wraps this hook, does not recognize it and leaves it: it would ask for what is removed
                 if isinstance(getattr(loading, "hook", loading), SpectralNormLoadStateDictPreHook):
                     del module._load_state_dict_pre_hooks[number]
         elif isinstance(hook, (WeightNorm, BasePruningMethod)):

@@ -1,8 +1,8 @@
-"""`nn.Conv1d`, `2d`, `3d`, quantized and frozen; torch's own code honours every constructor argument.
+"""torch's convolutions, transposed convolutions and `nn.Linear`, quantized and frozen.
 
-`nn.ConvTranspose1d`, `2d`, `3d`, quantized and frozen; their output channel is (group, column of weight dim 1).
-
-`nn.Linear`, quantized and frozen.
+Each family is a mixin with the bare operation (`accumulate`, and `products`, which knows its gradients too) and, for
+each torch class, two registered classes that put the mixin in front of it. They honour every constructor argument,
+because they inherit torch's constructor, attributes and forward.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from daqconvert.quantizers import ChannelLayout
 
 
 class ConvOp:
-    """The bare convolution; `padding_mode` pads the integer operands, whose zero is exact."""
+    """The bare convolution; `padding_mode` pads the integer-valued operand, where 0 is exactly zero."""
 
     def accumulate(self, x: Tensor, w: Tensor, *args: Any) -> Tensor:
         """Return the convolution of `x` with `w`, without bias."""
         return self._conv_forward(x, w, None)  # type: ignore[attr-defined]
 
     def products(self: Any, *args: Any) -> Operation:
-        """Return the same with its gradients."""
+        """Return the convolution as an operation whose gradients are known."""
         if isinstance(self.padding, str) and self.padding_mode == "zeros":
-            return self.accumulate  # torch decides where an odd padding goes
+            return self.accumulate  # torch decides on which side an odd padding is larger
         padding = self.padding if self.padding_mode == "zeros" else (0,) * self.output_dims
         known = ConvolutionProducts(self.stride, padding, self.dilation, self.groups)
         if self.padding_mode == "zeros":
@@ -40,21 +40,21 @@ class ConvOp:
 
 
 class Conv1dOp(ConvOp):
-    """1-D."""
+    """The bare 1-D convolution."""
 
     original = nn.Conv1d
     output_dims = 1
 
 
 class Conv2dOp(ConvOp):
-    """2-D."""
+    """The bare 2-D convolution."""
 
     original = nn.Conv2d
     output_dims = 2
 
 
 class Conv3dOp(ConvOp):
-    """3-D."""
+    """The bare 3-D convolution."""
 
     original = nn.Conv3d
     output_dims = 3
@@ -91,12 +91,12 @@ class FrozenConv3d(Conv3dOp, FrozenLayer, nn.Conv3d):
 
 
 class ConvTransposeOp:
-    """The bare transposed convolution."""
+    """The bare transposed convolution. Its output channels are pairs of a group and an index of weight dimension 1."""
 
     output_dims: int
 
     def accumulate(self: Any, x: Tensor, w: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """Return the transposed convolution without bias; `output_size` as torch's forward takes it."""
+        """Return the transposed convolution without bias; `output_size` means what it means in torch's forward."""
         dims = self.output_dims
         padding = self._output_padding(
             x, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
@@ -105,7 +105,7 @@ class ConvTransposeOp:
         return op(x, w, None, self.stride, self.padding, padding, self.groups, self.dilation)
 
     def products(self: Any, output_size: list[int] | None = None) -> Operation:
-        """Return the same with its gradients."""
+        """Return the transposed convolution as an operation whose gradients are known."""
         if output_size is not None:
             return lambda x, w: self.accumulate(x, w, output_size)
         return ConvolutionProducts(self.stride, self.padding, self.dilation, self.groups, True, self.output_padding)
@@ -116,21 +116,21 @@ class ConvTransposeOp:
 
 
 class ConvTranspose1dOp(ConvTransposeOp):
-    """1-D."""
+    """The bare 1-D transposed convolution."""
 
     original = nn.ConvTranspose1d
     output_dims = 1
 
 
 class ConvTranspose2dOp(ConvTransposeOp):
-    """2-D."""
+    """The bare 2-D transposed convolution."""
 
     original = nn.ConvTranspose2d
     output_dims = 2
 
 
 class ConvTranspose3dOp(ConvTransposeOp):
-    """3-D."""
+    """The bare 3-D transposed convolution."""
 
     original = nn.ConvTranspose3d
     output_dims = 3
@@ -177,7 +177,7 @@ class LinearOp:
         return F.linear(x, w)
 
     def products(self, *args: Any) -> LinearProducts:
-        """Return the same with its gradients."""
+        """Return the product as an operation whose gradients are known."""
         return LinearProducts()
 
 

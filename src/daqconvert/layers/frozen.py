@@ -1,4 +1,4 @@
-"""A frozen layer: a convolution or linear that holds integer codes, and computes what its quantized form did."""
+"""A frozen layer: a convolution or linear that holds integer codes and computes what its quantized form computed."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from daqconvert.spec import Settings
 
 
 class FrozenLayer(BareOperation, FrozenSite):
-    """Mixin of the frozen layers: the state of a frozen site, and the forward built from `accumulate`.
+    """Mixin of the frozen layers: the state of a frozen site, and a forward around the bare operation.
 
     Attributes:
-        weight: What the codes stand for, in real units, computed on every access: to look at, and for code that asks a
-            layer for its dtype, device or shape. Forward does not read it.
+        weight: The weight in real units, decoded from the codes on every access. It is there to be looked at, and for
+            code that asks a layer for its dtype, device or shape; forward does not read it.
     """
 
     original: ClassVar[type[nn.Module]]
@@ -36,7 +36,7 @@ class FrozenLayer(BareOperation, FrozenSite):
 
     @classmethod
     def skeleton(cls, layer: nn.Module, settings: Settings, name: str) -> FrozenLayer:
-        """Turn a float layer into an empty frozen one, in place: shapes are right, values are to be loaded."""
+        """Turn a float layer into a frozen one whose values are to be loaded, in place."""
         settle_weight(layer)
         weight = layer.weight
         assert isinstance(weight, Tensor)
@@ -45,7 +45,7 @@ class FrozenLayer(BareOperation, FrozenSite):
 
     @classmethod
     def adopt(cls, layer: nn.Module, settings: Settings, name: str, buffers: dict[str, Tensor]) -> FrozenLayer:
-        """Make `layer` an instance of this class that holds `buffers` and, where codes replace it, no weight."""
+        """Make `layer` an instance of this class that holds `buffers`, and no weight where codes replace it."""
         weight = layer.weight
         assert isinstance(weight, Tensor)
         dtype = weight.dtype
@@ -57,7 +57,7 @@ class FrozenLayer(BareOperation, FrozenSite):
         return layer
 
     def real_weight(self) -> Tensor:
-        """Return the weight in real units, computed from the codes where there are such."""
+        """Return the weight in real units, computed from the codes if the layer has any."""
         stored = self._parameters.get("weight")
         if stored is not None:
             return stored
@@ -69,12 +69,12 @@ class FrozenLayer(BareOperation, FrozenSite):
         return values.reshape(self.weight_codes.shape).to(self.dtype)
 
     def weight_step(self) -> Tensor:
-        """Return what one unit of the weight operand is worth, `()` or `(C_out,)`; a folded batch norm is in it."""
+        """Return the real units per unit of the weight operand, `()` or `(C_out,)`, a folded batch norm included."""
         if self.is_integer:
             return self.integer_layer().weight_scale * self.integer_layer().factor
         return self.scale if self.settings.a_bits is None else self.scale / self.input_scale
 
-    # a property in all but mypy's eyes, to whom it is the attribute that torch's classes declare
+    # NOTE: torch's classes declare `weight` as an attribute, so mypy is told that this property is one
     weight: Tensor = property(real_weight)  # type: ignore[assignment]
 
     def channel_layout(self, shape: tuple[int, ...]) -> ChannelLayout:

@@ -1,4 +1,4 @@
-"""Product functions by name: which argument is the input, which the weight, and what remains without the bias.
+"""Functions that multiply, by name: which argument is the input, which the weight, which the bias.
 
 linear, conv1d .. conv3d, conv_transpose1d .. conv_transpose3d     (input, weight, bias, geometry ...)
 matmul, mm, bmm                                                    either operand may be the weight
@@ -35,7 +35,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "baddbmm": ("input", "batch1", "batch2"),
 }
 LAYER_FUNCTIONS = frozenset(name for name, arguments in NAMES.items() if arguments[1] == "weight")
-"""Functions whose second argument is a weight by their own words."""
+"""Functions whose second argument is called `weight`."""
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     **{name: getattr(F, name) for name in NAMES if hasattr(F, name)},
     **{name: getattr(torch, name) for name in ("matmul", "mm", "bmm", "addmm", "baddbmm", "einsum")},
@@ -55,13 +55,13 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Operands:
-    """One call taken apart.
+    """The operands of one call.
 
     Attributes:
-        x: The input.
-        weight: The weight.
-        bias: What is added, or None.
-        operation: The bare products.
+        x: Input.
+        weight: Weight, or the second activation of a product of two.
+        bias: What the call adds to the products; None if it adds nothing.
+        operation: Bare products of `x` and `weight`.
     """
 
     x: Any
@@ -71,13 +71,7 @@ class Operands:
 
 
 def split_call(function: str, weight_at: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operands:
-    """Take a call apart.
-
-    Args:
-        function: A name of `FUNCTIONS`.
-        weight_at: Which of the two operands is the weight, 0 or 1.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
+    """Take the call `FUNCTIONS[function](*args, **kwargs)` apart; operand `weight_at` (0 or 1) is the weight.
 
     Example:
         >>> parts = split_call("linear", 1, (torch.ones(1, 2), torch.ones(3, 2)), {"bias": None})
@@ -102,7 +96,7 @@ def split_call(function: str, weight_at: int, args: tuple[Any, ...], kwargs: dic
 
 
 def _known(function: str, values: dict[str, Any]) -> Operation | None:
-    """The products of a layer's function, where they are known; not with `padding="same"`."""
+    """Return products with known gradients for a layer's function; None for `padding="same"`."""
     if function == "linear":
         return LinearProducts()
     dims, defaults = output_dims(function), {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
@@ -123,7 +117,7 @@ def _renamed(function: str, key: str) -> str:
 
 
 def _pair(operands: list[Any], weight_at: int, bias: Any, product: Callable[[Any, Any], Tensor]) -> Operands:
-    """Of a product of two matrices, the weight on either side."""
+    """Return the operands of a product of two matrices, whichever of them is the weight."""
     x, weight = operands[1 - weight_at], operands[weight_at]
     return Operands(x, weight, bias, product if weight_at == 1 else lambda a, b: product(b, a))
 
@@ -134,13 +128,9 @@ def output_dims(function: str) -> int:
 
 
 def channel_layout(function: str, weight_at: int, shape: tuple[int, ...], groups: int = 1) -> ChannelLayout | None:
-    """Return where the output channels of a functional call's weight are, or None where they cannot be told.
+    """Return where the output channels of a call's weight are, or None where that cannot be told.
 
-    Args:
-        function: A name of `FUNCTIONS`.
-        weight_at: Which operand is the weight.
-        shape: Of the weight.
-        groups: Of a transposed convolution.
+    `shape` is that of the weight, operand `weight_at` of the call; `groups` matters for transposed convolutions only.
     """
     if function.startswith("conv_transpose"):
         return ChannelLayout.transposed(shape, groups)

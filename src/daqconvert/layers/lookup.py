@@ -1,4 +1,4 @@
-"""The quantized or frozen class of a float class: the registered one, or one derived from it on demand."""
+"""Finds the quantized or frozen class of a float class: the registered one, or one derived from it on demand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ _COMPUTING = ("__call__", "_call_impl", "forward", "_conv_forward", "_output_pad
 
 
 def quantized_class(original: type[nn.Module]) -> type[QuantizedLayer] | None:
-    """Return the quantized form of exactly this class, or None; made on demand where it computes as its base does."""
+    """Return the quantized form of exactly this class, or None if there is none.
+
+    A class that computes as its registered base does gets a form that is derived on demand.
+    """
     base = _computes_as(original)
     if base is not None and original not in QUANTIZED:
         QUANTIZED[original] = _derive(QUANTIZED[base], QuantizedLayer, original, "Quant")
@@ -25,7 +28,7 @@ def quantized_class(original: type[nn.Module]) -> type[QuantizedLayer] | None:
 
 
 def frozen_class(original: type[nn.Module]) -> type[FrozenLayer]:
-    """Return the frozen form of exactly this class; it needs no parametrization any more."""
+    """Return the frozen form of exactly this class, without a parametrization that it may have."""
     base = _computes_as(original)
     plain = plain_class(original)
     if base is not None and plain not in FROZEN:
@@ -34,7 +37,7 @@ def frozen_class(original: type[nn.Module]) -> type[FrozenLayer]:
 
 
 def _computes_as(original: type[nn.Module]) -> type[nn.Module] | None:
-    """The registered class whose forward this one has, itself included."""
+    """Return the registered class, this one or a base, whose forward this class has; None if it has its own."""
     _load_adapters()
     for base in original.__mro__:
         if base in REGISTERED:
@@ -44,14 +47,14 @@ def _computes_as(original: type[nn.Module]) -> type[nn.Module] | None:
 
 
 def _derive(form: type[Any], mixin: type[nn.Module], original: type[nn.Module], prefix: str) -> type[Any]:
-    """Return `form`'s operation and `mixin` in front of `original`."""
+    """Return a class made of the operation of `form`, then `mixin`, then `original`."""
     operation = tuple(base for base in form.__bases__ if not issubclass(base, nn.Module))
     body = {"original": original, "__reduce_ex__": _reduce, "__module__": original.__module__}
     return type(f"{prefix}{original.__name__}", (*operation, mixin, original), body)
 
 
 def _reduce(self: Any, protocol: Any) -> Any:
-    """Pickle by the original class: the derived one is made again where it is read."""
+    """Pickle by the original class; the derived class is made again where the pickle is read."""
     return _remake, (type(self).original, isinstance(self, FrozenLayer)), self.__dict__
 
 
@@ -62,6 +65,6 @@ def _remake(original: type[nn.Module], frozen: bool) -> Any:
 
 
 def _load_adapters() -> None:
-    """Register the layers of a library only once that library is in use: importing it here would cost seconds."""
+    """Register the layers of timm only if timm has been imported, for importing it takes seconds."""
     if "timm" in sys.modules:
         importlib.import_module("daqconvert.layers.timm")

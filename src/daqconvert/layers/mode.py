@@ -1,7 +1,7 @@
-"""Training or evaluation for a while: every module gets its own mode back.
+"""Contexts that put a model in training or evaluation mode for a while; every module gets its own mode back.
 
-Looking at a weight that is computed from parameters needs this, too: a parametrization may have state of its own that
-moves whenever the weight is read in training mode - `spectral_norm` takes a step of its power iteration - and only the
+Reading a weight that is computed from parameters needs evaluation mode too. A parametrization may have state that
+moves whenever the weight is read in training mode (`spectral_norm` takes a step of its power iteration), and only the
 model's own forward may do that.
 """
 
@@ -14,10 +14,7 @@ from torch import nn
 
 
 def evaluating(model: nn.Module) -> AbstractContextManager[nn.Module]:
-    """Put every module in evaluation mode; give each its own mode back afterwards.
-
-    Args:
-        model: A model, or one layer whose weight is read.
+    """Put every module of a model, or one layer, in evaluation mode; give each its own mode back afterwards.
 
     Example:
         >>> layer = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))

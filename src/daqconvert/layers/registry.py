@@ -1,8 +1,9 @@
-"""Which class replaces which: one dict, one decorator, keyed by exact type.
+"""Which class replaces which: one dict each for quantized and frozen, one decorator, keyed by exact type.
 
-A subclass of `nn.Conv2d` that computes as `nn.Conv2d` does - it adds a constructor, a method, or its weight is
-parametrized - gets a quantized class derived from its own. One with a forward of its own is *not* a `Conv2d` here:
-swapping it would lose that forward. It gets an entry of its own, or its forward is rewritten (`daqconvert.graph`).
+A subclass of `nn.Conv2d` that computes as `nn.Conv2d` does (it adds a constructor or a method, or its weight is
+parametrized) gets a quantized class derived from its own (`lookup`). A subclass with a forward of its own is not a
+`Conv2d` here, for replacing it would lose that forward. It gets an entry of its own, or its forward is rewritten
+(`daqconvert.graph.rewrite`).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ SITE_BASES: tuple[type[nn.Module], ...] = (
 def register(original: type[nn.Module]) -> Callable[[C], C]:
     """Register a class as the quantized or frozen form of exactly `original`.
 
-    The class names an operation mixin, the state mixin, and the original class, in that order:
+    The bases of the class are an operation mixin, the state mixin, and the original class, in that order:
 
         class LinearOp:
             output_dims = 0                         # dimensions after the channel in the output

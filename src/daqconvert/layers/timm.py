@@ -1,4 +1,7 @@
-"""timm's subclasses that change nothing but the padding or the call: `Conv2dSame`, `timm.layers.Linear`."""
+"""timm's layers with a forward of their own, quantized and frozen: `Conv2dSame` and `timm.layers.linear.Linear`.
+
+This module is imported only where timm is in use (`lookup`).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ from daqconvert.layers.registry import register
 
 
 class Conv2dSameOp:
-    """TensorFlow's "same" padding, computed from the input's size; it pads operands, whose zero is exact."""
+    """A convolution with TensorFlow's "same" padding, which depends on the size of the input.
+
+    The integer-valued operand is padded, where 0 is exactly zero.
+    """
 
     original = Conv2dSame
     output_dims = 2
@@ -28,14 +34,14 @@ class Conv2dSameOp:
         return found
 
     def products(self: Any, *args: Any) -> PaddedProducts:
-        """Return the same with its gradients."""
+        """Return the padded convolution as an operation whose gradients are known."""
         kernel, stride, dilation = list(self.kernel_size), self.stride, self.dilation
         known = ConvolutionProducts(stride, (0, 0), dilation, self.groups)
         return PaddedProducts(lambda x: pad_same(x, kernel, stride, dilation), known)
 
 
 class TimmLinearOp(LinearOp):
-    """timm's `Linear` differs from torch's under TorchScript alone."""
+    """The bare product of timm's `Linear`, which differs from torch's under TorchScript only."""
 
     original = TimmLinear
 
