@@ -1,4 +1,7 @@
-"""Giving a model its sites, quantized or frozen: layers change class, calls get holders, forwards are rewritten."""
+"""Giving a model the sites of a plan, quantized or frozen: layers change class, call sites get holders.
+
+The forward of a module that calls a product function is rewritten so that the call goes through the holder.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from daqconvert.errors import ConversionError
-from daqconvert.graph.call_sites import FUSED, CallSite, attention_class, attention_sites, find_call_sites
+from daqconvert.graph.call_sites import FUSED, CallSite, attention_class, attention_sites, find_call_sites, layer_names
 from daqconvert.graph.calls import HELPER
+from daqconvert.graph.multiplying import Traced, module_calls, trace_modules
 from daqconvert.graph.rewrite import CODES, Rewriting, generate, rewritten_class, weight_function
-from daqconvert.graph.traced import Traced, module_calls, trace_modules
 from daqconvert.layers import call_holders as holders
 from daqconvert.layers.attention import PROJECTIONS, SCORES, VALUES, projection_weight, unfused_class
 from daqconvert.layers.frozen_site import FrozenSite, empty_values
@@ -22,7 +25,6 @@ from daqconvert.layers.functions import channel_layout, output_dims
 from daqconvert.layers.integer_layers import make_integer, settle_sums
 from daqconvert.layers.lookup import frozen_class, quantized_class
 from daqconvert.layers.output_quantizers import add_output_quantizer
-from daqconvert.layers.registry import is_site_type
 from daqconvert.layers.site import QuantizedSite
 from daqconvert.models import copy_model, evaluating
 from daqconvert.quantizers import ChannelLayout
@@ -68,9 +70,9 @@ def integer_sites(model: nn.Module, rows: Iterable[PlanRow], empty: bool = False
     """Give the frozen layers of integer deployment their numbers, in place.
 
     Args:
-        model: Frozen.
-        rows: Of its plan.
-        empty: Make places for values that are to be loaded.
+        model: A frozen model.
+        rows: Rows of its plan.
+        empty: Make empty buffers for values that are to be loaded.
     """
     rows = [row for row in rows if row.converted and row.site.output is not None]
     layers = [row for row in rows if not row.site.is_output and row.site.output and row.site.output.meets is not None]
@@ -84,13 +86,13 @@ def integer_sites(model: nn.Module, rows: Iterable[PlanRow], empty: bool = False
 
 
 class _Calls:
-    """The calls of a model that the chosen rows name, as they are in this model.
+    """The call sites that the chosen rows name, as they are found in this model.
 
     Attributes:
-        sites: By name.
-        traced: Modules that make them.
+        sites: Name -> call site.
+        traced: Modules that make the calls.
         names: Any dotted name of a layer -> the name it goes by.
-        written: Forwards by what they depend on: modules that are alike share them.
+        written: Forwards by what they depend on; modules that are alike share them.
     """
 
     def __init__(self, model: nn.Module, modules: dict[str, nn.Module], chosen: dict[str, PlanRow]) -> None:
@@ -103,11 +105,7 @@ class _Calls:
             return
         copy = copy_model(model, to_look_at=True)  # a module's code may keep what it sees while it is traced
         paths = dict(copy.named_modules(remove_duplicate=False))
-        aliases: dict[int, str] = {}
-        for name, module in paths.items():
-            if is_site_type(module):
-                aliases.setdefault(id(module), name)
-        self.names = {name: aliases[id(module)] for name, module in paths.items() if id(module) in aliases}
+        self.names = layer_names(paths)
         with evaluating(copy):
             self.traced, _ = trace_modules({path: module for path, module in paths.items() if path in needed})
             found = (*find_call_sites(self.traced, self.names), *attention_sites(paths))
@@ -169,7 +167,10 @@ def _rewrite(module: nn.Module, one: Traced, calls: _Calls, chosen: dict[str, Pl
 
 
 def _layout(site: CallSite, row: PlanRow) -> ChannelLayout | None:
-    """Where a call's output channels are: None for a weight that depends on data; any where there is one scale."""
+    """Where the output channels of a call's weight are; None for a weight that depends on data.
+
+    With one scale for all channels any layout will do.
+    """
     if site.call.dynamic:
         return None
     shape = site.weight_shape
@@ -177,7 +178,7 @@ def _layout(site: CallSite, row: PlanRow) -> ChannelLayout | None:
 
 
 def _add_holder(module: nn.Module, place: str, site: CallSite, row: PlanRow, weight_of: Any, frozen: bool) -> None:
-    """Add the module that keeps the quantizers of a call, beside its parameter."""
+    """Add the module that holds the quantizers of a call, beside its parameter."""
     owner, _, name = place.rpartition(".")
     parent = module.get_submodule(owner)
     if name in parent._modules:
@@ -224,7 +225,7 @@ def _add_projection(module: Any, site: CallSite, row: PlanRow, frozen: bool) -> 
 
 
 def drop_projection_weights(module: Any) -> None:
-    """Forget the weights of an attention block's projections that have codes."""
+    """Remove the weights of an attention block's projections that have codes."""
     coded = {p for p in PROJECTIONS if "weight_codes" in getattr(module._modules.get(f"{p}_site"), "_buffers", ())}
     if coded == {*PROJECTIONS} and module.in_proj_weight is not None:
         module.in_proj_weight = None
@@ -248,7 +249,7 @@ def _weight(module: nn.Module, weight_of: Any) -> Tensor:
 
 
 def _unfuse(module: nn.Module) -> None:
-    """Keep torch's attention blocks from a fused path that would pass over the sites inside."""
+    """Keep a module of torch from taking a fused path that would pass over the sites inside."""
     if not isinstance(module, (nn.MultiheadAttention, *FUSED)):
         return
     if not any(isinstance(m, (QuantizedSite, FrozenSite)) for m in module.modules()):

@@ -1,11 +1,10 @@
-"""Sites that are calls: what a forward multiplies by itself, beyond calling its layers, and what the site is named.
+"""Call sites: what a forward multiplies by itself, beyond calling its layers; what they are named, who holds them.
 
-F.linear(x, self.qkv.weight)            the layer `qkv` holds the quantizers, as if it had been called
+F.linear(x, self.qkv.weight)            the holder is the layer `qkv`, as if it had been called
 a convolution's subclass                the module itself, if its own weight is in what it multiplies by
 F.conv2d(x, self.kernel)                a new module beside the parameter: `kernel_site`
 q @ k.transpose(-2, -1)                 a new module in the one that multiplies: `matmul_site`
-
-Sites inside torch's own attention blocks, whose forward calls no layer.
+nn.MultiheadAttention                   new modules for its input projections and its two products, as `q_proj_site`
 """
 
 from __future__ import annotations
@@ -21,36 +20,42 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedParameter
 
 from daqconvert.graph.calls import HELPER, UNSUPPORTED, ProductCall, call_name
+from daqconvert.graph.multiplying import Traced, module_calls
 from daqconvert.graph.rewrite import weight_function
 from daqconvert.graph.scan import read_weights
-from daqconvert.graph.traced import Traced, module_calls
 from daqconvert.graph.variants import Variant
 from daqconvert.layers.attention import PROJECTIONS, SCORES, VALUES, QuantMultiheadAttention, projection_weight
+from daqconvert.layers.frozen_site import FrozenSite
 from daqconvert.layers.functions import LAYER_FUNCTIONS, NAMES, channel_layout
 from daqconvert.layers.lookup import quantized_class
 from daqconvert.layers.registry import is_site_type
+from daqconvert.layers.site import QuantizedSite
 from daqconvert.spec import Call
 
 FEWEST_PER_COLUMN = 16
+"""Weights per output channel from which a product of matrices gets a scale per channel."""
+FUSED = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
+"""Modules of torch with a fused path that passes over the sites inside."""
+_ATTENTION_CLASSES: dict[type[nn.MultiheadAttention], type[nn.MultiheadAttention]] = {}
 FIXED_FILTER = "a fixed filter: a buffer, which no training changes"
 
 
 @dataclass(frozen=True)
 class CallSite:
-    """One site that is a call.
+    """One site that is a function call.
 
     Attributes:
-        name: Of the site.
-        kind: Class of the layer that holds it, else the function.
-        call: What the plan says about it.
-        key: Of the call, in each module that makes it.
-        weight_shape: Empty where the weight depends on data.
-        groups: Of a convolution; 1 where that is not known.
-        weight_at: Which operand is the weight.
+        name: Name of the site.
+        kind: Class name of the layer that holds it, else the name of the function.
+        call: What the plan says about the call.
+        key: What the call is known by in each module that makes it, from `calls.keyed`.
+        weight_shape: Shape of the weight; empty where the weight depends on data.
+        groups: Groups of a convolution; 1 where they are not known.
+        weight_at: Which operand is the weight, 0 or 1.
         reason: Why it cannot be converted; empty if it can.
         one_scale: Why it cannot have a scale per channel; empty if it can.
-        direct: Whether what is multiplied is an argument of the forward as it stands, or padded.
-        nonnegative: Whether its input is known to be so: the probabilities of attention.
+        direct: Whether its input is an argument of the forward, as it is or padded.
+        nonnegative: Whether its input is known to be non-negative, as the probabilities of attention are.
     """
 
     name: str
@@ -70,13 +75,32 @@ class CallSite:
         """Whether both operands are activations."""
         return self.call.is_product
 
+    @property
+    def extent(self) -> tuple[int, int]:
+        """Number of output channels, and of products in one output element; zeros where not known."""
+        shape, function = self.weight_shape, self.call.function
+        if len(shape) < 2:
+            return 0, 0
+        if function.startswith("conv_transpose"):
+            return shape[1] * self.groups, shape[0] // self.groups * math.prod(shape[2:])
+        if function.startswith(("conv", "linear")):
+            return shape[0], math.prod(shape[1:])
+        return (shape[-1], shape[-2]) if self.weight_at == 1 else (shape[-2], shape[-1])
+
+
+def layer_names(paths: dict[str, nn.Module]) -> dict[str, str]:
+    """Return any dotted name of a layer -> the name that it goes by, the first one that it has."""
+    own: dict[int, str] = {}
+    for name, module in paths.items():
+        if is_site_type(module) or isinstance(module, (QuantizedSite, FrozenSite)):
+            own.setdefault(id(module), name)
+    return {name: own[id(module)] for name, module in paths.items() if id(module) in own}
+
 
 def find_call_sites(traced: list[Traced], aliases: dict[str, str]) -> list[CallSite]:
-    """Return the sites that are calls, each once, in order of the modules.
+    """Return the call sites of traced modules, each once, in order of the modules.
 
-    Args:
-        traced: From `trace_modules`.
-        aliases: Any dotted name of a layer -> the name it goes by.
+    `aliases` maps any dotted name of a layer to the name that it goes by.
     """
     found: dict[str, CallSite] = {}
     for one in traced:
@@ -93,13 +117,10 @@ def find_call_sites(traced: list[Traced], aliases: dict[str, str]) -> list[CallS
 def unseen_sites(
     path: str, module: nn.Module, why: str, aliases: dict[str, str]
 ) -> Iterator[tuple[str, CallSite | str]]:
-    """Yield what a forward that fx cannot follow reads by name: layers with the reason, and sites for bare parameters.
+    """Yield what a forward that fx cannot follow reads by name: sites of bare parameters, and layers with the reason.
 
-    Args:
-        path: Of the module.
-        module: Its forward may multiply.
-        why: What fx says.
-        aliases: Any dotted name of a layer -> the name it goes by.
+    `path` is the name of the module, `why` is what fx says, and `aliases` maps any dotted name of a layer to the name
+    that it goes by.
     """
     for tensor in sorted(read_weights(module)):
         name = _join(path, tensor)
@@ -133,7 +154,7 @@ def _is_direct(call: ProductCall) -> bool:
 
 
 def _name(one: Traced, call: ProductCall, aliases: dict[str, str], taken: set[str]) -> tuple[str, str, str]:
-    """Name of the site, its holder, its kind."""
+    """The name, the holder and the kind of a call site; `taken` are the holders that the module has already."""
     owner, _, tensor = call.raw.rpartition(".")
     child = one.module.get_submodule(owner) if owner else one.module
     layered = call.function in LAYER_FUNCTIONS or call.function == HELPER
@@ -155,7 +176,7 @@ def _suffix(number: int) -> str:
 
 
 def _described(site: CallSite, one: Traced, call: ProductCall, variant: Variant) -> CallSite:
-    """The site with shape, groups, and the reasons for what cannot be."""
+    """The site with its shape and groups, and with the reasons for what cannot be done with it."""
     if call.function in UNSUPPORTED:
         return replace(site, reason=f"no quantized form of {call.function}")
     if call.function == HELPER:
@@ -211,28 +232,20 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-_DERIVED: dict[type[nn.MultiheadAttention], type[nn.MultiheadAttention]] = {}
-FUSED = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
-
-
 def attention_class(original: type[nn.MultiheadAttention]) -> type[nn.MultiheadAttention] | None:
-    """Return the form of an attention block whose projections are sites; None where it has a forward of its own."""
+    """Return the class of an attention block whose projections are sites; None for a subclass with its own forward."""
     if original.forward is not nn.MultiheadAttention.forward:
         return None
     if original is nn.MultiheadAttention:
         return QuantMultiheadAttention
-    if original not in _DERIVED:
+    if original not in _ATTENTION_CLASSES:
         body = {"original": original, "__module__": original.__module__}
-        _DERIVED[original] = type(f"Quant{original.__name__}", (QuantMultiheadAttention, original), body)
-    return _DERIVED[original]
+        _ATTENTION_CLASSES[original] = type(f"Quant{original.__name__}", (QuantMultiheadAttention, original), body)
+    return _ATTENTION_CLASSES[original]
 
 
 def attention_sites(paths: dict[str, nn.Module]) -> list[CallSite]:
-    """Return the input projections of every `nn.MultiheadAttention`.
-
-    Args:
-        paths: Any dotted name -> module.
-    """
+    """Return the call sites in every `nn.MultiheadAttention`, whose forward calls no layer but `out_proj`."""
     found: dict[int, list[CallSite]] = {}
     for path, module in paths.items():
         if not isinstance(module, nn.MultiheadAttention) or id(module) in found:
@@ -244,18 +257,16 @@ def attention_sites(paths: dict[str, nn.Module]) -> list[CallSite]:
 
 
 def _product(path: str, name: str) -> CallSite:
-    prefix = f"{path}." if path else ""
-    call = Call(name, (path,), f"{prefix}{name}_site", (), True)
-    return CallSite(f"{prefix}{name}", name, call, (name,), nonnegative=name == VALUES)
+    call = Call(name, (path,), _join(path, f"{name}_site"), (), True)
+    return CallSite(_join(path, name), name, call, (name,), nonnegative=name == VALUES)
 
 
 def _projection(path: str, module: nn.MultiheadAttention, name: str) -> CallSite:
-    prefix = f"{path}." if path else ""
-    tensor = f"{prefix}{'in_proj_weight' if module.in_proj_weight is not None else f'{name}_weight'}"
+    tensor = _join(path, "in_proj_weight" if module.in_proj_weight is not None else f"{name}_weight")
     weight = projection_weight(module, name)
     lazy = isinstance(weight, UninitializedParameter)
     return CallSite(
-        f"{prefix}{name}", "linear", Call("linear", (path,), f"{prefix}{name}_site", (tensor,)), (name,),
+        _join(path, name), "linear", Call("linear", (path,), _join(path, f"{name}_site"), (tensor,)), (name,),
         () if lazy else tuple(weight.shape), direct=True,
         reason="lazy: its weight has no shape before a first forward" if lazy else "",
     )  # fmt: skip

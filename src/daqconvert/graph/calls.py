@@ -1,12 +1,11 @@
-"""Products in one module's own forward: which call multiplies what, and where its weight comes from.
+"""Products that a forward computes by itself: `F.linear(x, self.qkv.weight)`, `F.conv2d(x, self.kernel)`, `q @ k`.
 
-Read off the graph of that forward alone, children as single nodes. A value is *data* if it depends on the forward's
-arguments; a weight is free of data and computed from parameters.
+Swapping layers for quantized ones never reaches such a call, so it is looked for in an fx graph. A value is *data* if
+it depends on the forward's arguments; a weight is free of data and computed from parameters, whatever happens to them
+on the way (a mean that is subtracted, a transpose).
 
-Weights that a forward reads by itself: `F.linear(x, self.qkv.weight)`, `F.conv2d(x, self.kernel)`, `x @ self.proj`.
-
-A swap of layers never sees such a call. What is looked for is a call that joins a parameter with something that comes
-from the model's inputs, whatever happens to the parameter on its way there (a mean taken off, a transpose).
+`find_calls` reads the graph of one module's own forward, whose children are single nodes: it says what each call
+multiplies. `find_reads` reads the graph of a whole model: it says only which calls use a parameter together with data.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx, nn
 from torch.nn.parameter import UninitializedParameter
@@ -35,10 +34,10 @@ class ProductCall:
     Attributes:
         node: The call.
         function: A name of `daqconvert.layers.functions.FUNCTIONS`, or of `UNSUPPORTED`.
-        weight: The operand that is the weight, or the second one of a product of activations.
-        weight_at: Which of the two operands that is.
+        weight: The operand that is the weight; of a product of activations the second operand.
+        weight_at: Which of the two operands that is, 0 or 1.
         tensors: Parameters and buffers that the weight is computed from, by their names in the module.
-        dynamic: Whether the weight depends on the arguments, be it on their shapes alone.
+        dynamic: Whether the weight depends on the forward's arguments, even if only on their shapes.
     """
 
     node: fx.Node
@@ -50,21 +49,16 @@ class ProductCall:
 
     @property
     def raw(self) -> str:
-        """Name of the parameter or buffer that is the weight as it stands; empty where it is computed from some."""
+        """Name of the parameter or buffer that is the weight itself; empty where the weight is computed from some."""
         return str(self.weight.target) if self.weight.op == "get_attr" else ""
 
     def is_parameter(self, module: nn.Module) -> bool:
-        """Whether something that can be trained is in the weight."""
+        """Whether the weight is computed from a parameter, and not from buffers alone."""
         return any(isinstance(_tensor(module, name), nn.Parameter) for name in self.tensors)
 
 
 def find_calls(graph: fx.Graph, module: nn.Module) -> list[ProductCall]:
-    """Return the products of a module's own forward, in graph order; those of constants alone are left out.
-
-    Args:
-        graph: Of `module` alone.
-        module: Owner of the parameters.
-    """
+    """Return the products of a module's own forward, in graph order; products of constants are left out."""
     data, origins = _origins(graph, module)
     given = _given(graph)
     found = []
@@ -96,7 +90,7 @@ def find_calls(graph: fx.Graph, module: nn.Module) -> list[ProductCall]:
 
 
 def _given(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that depend on an argument, by value or by shape alone."""
+    """Nodes that depend on an argument, even if only on its shape."""
     given: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder" or not given.isdisjoint(node.all_input_nodes):
@@ -105,11 +99,7 @@ def _given(graph: fx.Graph) -> set[fx.Node]:
 
 
 def keyed(calls: list[ProductCall]) -> Iterator[tuple[tuple[Any, ...], ProductCall]]:
-    """Yield calls with a key that is the same in every trace of one forward, and the same for calls of one weight.
-
-    Args:
-        calls: From `find_calls`.
-    """
+    """Yield calls with a key that is the same in every trace of one forward, and the same for calls of one weight."""
     ordinals: dict[tuple[str, ...], dict[Any, int]] = {}
     for call in calls:
         known = ordinals.setdefault(call.tensors or (call.function,), {})
@@ -146,7 +136,7 @@ def _operands(node: fx.Node, function: str) -> list[fx.Node]:
 
 
 def _origins(graph: fx.Graph, module: nn.Module) -> tuple[set[fx.Node], dict[fx.Node, tuple[str, ...]]]:
-    """Nodes that depend on arguments; per node the parameters and buffers that it is computed from."""
+    """Nodes that are data, and for each node the parameters and buffers that it is computed from."""
     data: set[fx.Node] = set()
     origins: dict[fx.Node, tuple[str, ...]] = {}
     for node in graph.nodes:
@@ -174,37 +164,22 @@ def _tensor(module: nn.Module, name: str) -> Any:
 
 SHAPE_CALLS = {"size", "dim", "numel", "ndimension", "stride", "is_contiguous"}
 SHAPE_ATTRIBUTES = {"shape", "ndim", "device", "dtype", "requires_grad", "is_cuda"}
-FUNCTIONAL = {"linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
-FUNCTIONAL |= {"bilinear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "deform_conv2d"}
 
 
-@dataclass(frozen=True)
-class Read:
-    """One call that uses a parameter of two dimensions or more as data.
+class Read(NamedTuple):
+    """One call that uses a parameter of two dimensions or more together with data.
 
     Attributes:
         node: The call.
-        target: Dotted name of the parameter.
-        call: Name of the function called.
+        tensor: Dotted name of the parameter.
     """
 
     node: fx.Node
-    target: str
-    call: str
-
-    @property
-    def multiplies(self) -> bool:
-        """Whether the call is known to be a convolution or a product of matrices."""
-        return self.call in FUNCTIONAL
+    tensor: str
 
 
 def find_reads(graph: fx.Graph, root: nn.Module) -> list[Read]:
-    """Return every call of a graph that joins a parameter with data, in graph order.
-
-    Args:
-        graph: Of `root`.
-        root: Owner of the parameters.
-    """
+    """Return every call in the graph of `root` that joins one of its parameters with data, in graph order."""
     data = _data_nodes(graph)
     found = []
     for node in graph.nodes:
@@ -218,7 +193,7 @@ def find_reads(graph: fx.Graph, root: nn.Module) -> list[Read]:
                     continue
                 seen.add(user)
                 if user in data or user.op == "output":
-                    found.append(Read(user, str(node.target), call_name(user)))
+                    found.append(Read(user, str(node.target)))
                 else:
                     stack.append(user)
     place = {node: i for i, node in enumerate(graph.nodes)}
@@ -231,7 +206,7 @@ def call_name(node: fx.Node) -> str:
 
 
 def is_shape(node: fx.Node) -> bool:
-    """Whether a node asks a tensor for its size, type or place, so that no value passes through it."""
+    """Return whether a node asks a tensor for its size, dtype or device, so that no value passes through it."""
     if node.op == "call_method":
         return str(node.target) in SHAPE_CALLS
     return node.op == "call_function" and node.target is getattr and node.args[1] in SHAPE_ATTRIBUTES
@@ -246,7 +221,7 @@ def _data_nodes(graph: fx.Graph) -> set[fx.Node]:
     return data
 
 
-def _is_matrix(root: nn.Module, target: str) -> bool:
-    owner, _, name = target.rpartition(".")
+def _is_matrix(root: nn.Module, tensor: str) -> bool:
+    owner, _, name = tensor.rpartition(".")
     parameter = root.get_submodule(owner)._parameters.get(name)
     return parameter is not None and not isinstance(parameter, UninitializedParameter) and parameter.dim() > 1

@@ -1,4 +1,7 @@
-"""Who is first, who is last, who is proven non-negative, in what order: read off an fx graph."""
+"""What the dataflow of a model says about its sites: their order, which are first or last, whose input has a sign.
+
+It is read off an fx graph of the whole model in evaluation mode.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,12 @@ class Flow:
     """What the dataflow says about the sites, by dotted name.
 
     Attributes:
-        order: Sites in order of their first call, functional calls included.
+        order: Sites in order of their first call.
         first: Sites that a model input reaches without passing another site.
         last: Sites whose output reaches a model output without passing another site.
         nonnegative: Sites whose every input is proven non-negative.
-        inputs: Site -> the first site that reads the same tensor, where there is another.
-        outputs: What becomes of the outputs.
+        inputs: Site -> the first site that reads the same tensor, where several do.
+        outputs: What becomes of the sites' outputs.
     """
 
     order: tuple[str, ...] = ()
@@ -41,22 +44,19 @@ def read_flow(
     graph: fx.Graph, modules: dict[str, nn.Module], sites: dict[str, str], reads: Sequence[tuple[Read, str]] = (),
     indirect: frozenset[str] = frozenset(),
 ) -> Flow:  # fmt: skip
-    """Read a model's dataflow.
+    """Read a model's dataflow off its graph.
 
-    Args:
-        graph: Of the model in evaluation mode.
-        modules: `dict(model.named_modules(remove_duplicate=False))`.
-        sites: Any dotted name of a site -> the name it goes by (a module may have two).
-        reads: Functional calls that are sites, each with the site's name.
-        indirect: Sites whose forward may change the input before it multiplies.
+    `modules` are all named modules, aliases included; `sites` maps any dotted name of a site to the name that it goes
+    by (a module may have two); `reads` are calls that are sites, each with the site's name; `indirect` are sites whose
+    forward may change the input before it multiplies.
     """
-    functional: dict[fx.Node, list[str]] = {}
+    by_node: dict[fx.Node, list[str]] = {}
     for read, name in reads:
-        functional.setdefault(read.node, []).append(name)
+        by_node.setdefault(read.node, []).append(name)
     calls: dict[fx.Node, list[str]] = {}
     within = _within(sites)
     for node in graph.nodes:
-        inside = list(functional.get(node, ()))
+        inside = list(by_node.get(node, ()))
         if node.op == "call_module":
             inside += within.get(str(node.target), ())
         if inside:
@@ -79,7 +79,7 @@ def read_flow(
 
 
 def _within(sites: dict[str, str]) -> dict[str, list[str]]:
-    """Dotted name of a module -> the sites that it is or that are inside it, in order."""
+    """Dotted name of a module -> the site that it is, or the sites inside it, in order."""
     within: dict[str, list[str]] = {}
     for name, own in sites.items():
         for path in (name, *above(name)):
@@ -88,10 +88,7 @@ def _within(sites: dict[str, str]) -> dict[str, list[str]]:
 
 
 def above(name: str) -> Iterator[str]:
-    """Yield the dotted names of the modules that something is inside of, from the nearest to the root.
-
-    Args:
-        name: Dotted name; the root's own is inside itself.
+    """Yield the dotted names of the modules that a name is inside of, from the nearest to the root.
 
     Example:
         >>> list(above("layer4.0.conv1"))
@@ -105,11 +102,7 @@ def above(name: str) -> Iterator[str]:
 
 
 def entries(names: list[str]) -> list[str]:
-    """Return the sites that see the inputs of one node: the first, or the three projections of an attention block.
-
-    Args:
-        names: Sites in the node, in order of execution.
-    """
+    """Return which sites of one node see its inputs: the first, or the three projections of an attention block."""
     if not names:
         return []
     block = names[0].removesuffix(PROJECTIONS[0])
@@ -117,7 +110,7 @@ def entries(names: list[str]) -> list[str]:
 
 
 def _input_proven(node: fx.Node, proven: set[fx.Node], names: list[str], sites: dict[str, str]) -> bool:
-    """A site's own call with a proven input; sites hidden inside a leaf prove nothing."""
+    """Whether a node is a site's own call with a proven input; of sites inside a module nothing is proven."""
     return _own_call(node, names, sites) and _input(node) in proven
 
 
@@ -134,7 +127,7 @@ def _input(node: fx.Node) -> Any:
 def _same_inputs(
     calls: dict[fx.Node, list[str]], sites: dict[str, str], modules: dict[str, nn.Module]
 ) -> dict[str, str]:
-    """Sites that are called once, by the tensor that they read."""
+    """Sites that read the same tensor as another -> the first of them; only sites that are called once count."""
     times = Counter(name for names in calls.values() for name in names)
     first: dict[Any, str] = {}
     found: dict[str, str] = {}
@@ -150,7 +143,10 @@ def _same_inputs(
 
 
 def _reach(start: Iterable[fx.Node], calls: dict[fx.Node, list[str]], forward: bool) -> list[fx.Node]:
-    """Site calls met first on the way from `start`, in graph order; shapes carry no values and end a path."""
+    """Calls of sites that are met first on the way from `start`, in graph order.
+
+    A path ends where only the shape of a tensor is asked for, which carries no values.
+    """
     seen: set[fx.Node] = set()
     stack, met = list(start), set()
     while stack:

@@ -1,8 +1,8 @@
-"""What becomes of each output until somebody computes with it again: batch norm, activation, readers, sums.
+"""What becomes of the output of each site until another operation computes with it: batch norm, activation, sums.
 
 An integer-only runtime computes a convolution, its batch norm and an activation that clips in one step, and rounds the
-result once, to the grid of whoever reads it. So for each site, and for each sum of outputs, the way is followed
-while it has one user and that is a batch norm, an activation that only clips, or something that moves elements.
+result once, to the grid of the site that reads it. So the output of each site, and of each sum of outputs, is followed
+while it has one user and that is a batch norm, an activation that only clips, or an operation that moves elements.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ SUMS = {"add", "add_", "iadd"}
 
 @dataclass
 class OutputFlow:
-    """What is found.
+    """What becomes of the outputs of a model's sites.
 
     Attributes:
-        sites: By name of the site.
-        sums: In order; the name of a sum is its place.
+        sites: Name of a site -> what becomes of its output.
+        sums: What becomes of each sum of such outputs, in order of execution; the name of a sum is its place.
     """
 
     sites: dict[str, SiteOutput] = field(default_factory=dict)
@@ -50,11 +50,8 @@ def find_outputs(
 ) -> OutputFlow:
     """Follow the output of every site that is called once, and of every sum of such outputs.
 
-    Args:
-        graph: Of the whole model in evaluation mode, from `daqconvert.graph.trace`.
-        modules: Dotted name -> module.
-        own: Calls that compute one site and nothing else -> the site's name.
-        proven: Nodes whose value is proven non-negative.
+    `graph` is that of the whole model; `own` maps calls that compute one site and nothing else to the site's name;
+    `proven` are the nodes whose value is proven non-negative.
     """
     return _Search(graph, modules, own, proven).run()
 
@@ -64,11 +61,11 @@ class _Way:
     """The way of one output: its nodes, from where it is computed to where somebody else takes it.
 
     Attributes:
-        nodes: In order.
-        batch_norm: On the way.
-        lower: What the way clips to.
-        upper: Likewise.
-        inside: Whether it ends inside its last node, before an activation that does more than clip.
+        nodes: From the one that computes the output.
+        batch_norm: Dotted name of the batch norm on the way.
+        lower: Lower bound that the way clips to.
+        upper: Upper bound that the way clips to.
+        inside: Whether the way ends inside its last node, before an activation that does more than clip.
     """
 
     nodes: list[fx.Node]
@@ -79,6 +76,8 @@ class _Way:
 
 
 class _Search:
+    """Goes through a graph once and follows what each site and each sum returns."""
+
     def __init__(
         self, graph: fx.Graph, modules: dict[str, nn.Module], own: dict[fx.Node, str], proven: set[fx.Node]
     ) -> None:
@@ -142,7 +141,7 @@ class _Search:
         return way
 
     def _place(self, way: _Way) -> str | None:
-        """The last module on the way that a quantizer can stand behind; before a clip it rounds to the same codes."""
+        """The last module on the way that a quantizer can stand behind; one before a clip gives the same codes."""
         if way.inside:
             return f"{way.nodes[-1].target}.drop"
         for node in reversed(way.nodes):
@@ -156,11 +155,11 @@ class _Search:
                     return path
             module = self._module(node)
             if module is not None and folds(module):
-                return None  # what stands before a batch norm is not what is rounded
+                return None  # a runtime folds the batch norm, so what comes before it is never rounded
         return None
 
     def _readers(self, node: fx.Node) -> tuple[list[str], bool]:
-        """Sites that read a value, elements moved or not, and whether nothing else does."""
+        """Sites that read a value, its elements moved or not, and whether nothing else reads it."""
         readers, alone = [], True
         for user in node.users:
             if user in self.own and (user.args[:1] == (node,) or user.kwargs.get("input") is node):
@@ -173,7 +172,7 @@ class _Search:
         return list(dict.fromkeys(readers)), alone
 
     def _sources(self, node: fx.Node) -> tuple[str, ...]:
-        """What a sum adds, where all of that comes from sites and sums."""
+        """Names of the sites and sums that a sum adds; empty where an operand comes from anything else."""
         operands = [a for a in node.args if isinstance(a, fx.Node)]
         if len(operands) < 2 or len(operands) != len(node.args) or node.kwargs:
             return ()
@@ -203,7 +202,7 @@ class _Search:
         return self.modules.get(str(node.target)) if node.op == "call_module" else None
 
     def _bounds(self, module: nn.Module | None, node: fx.Node | None = None) -> tuple[float, float] | None:
-        """What an activation clips to; None where it does anything else, or is none."""
+        """The bounds that an activation clips to; None where it does more, or where this is no activation."""
         if isinstance(module, nn.Hardtanh) and library_type(module) == "Hardtanh":
             return float(module.min_val), float(module.max_val)
         if module is not None:
@@ -219,7 +218,7 @@ class _Search:
         return library_type(module) in SAME if module is not None else _name(node) in SAME_CALLS
 
     def _moves(self, node: fx.Node, module: nn.Module | None) -> bool:
-        """Whether a node hands on values of what it gets, in the same or another place."""
+        """Whether a node returns values of its input, in the same or another place."""
         if module is not None:
             return library_type(module) in SAME | MOVING and not getattr(module, "return_indices", False)
         return _name(node) in SAME_CALLS | MOVING_CALLS

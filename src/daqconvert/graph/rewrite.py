@@ -2,8 +2,6 @@
 
 The module's class becomes a subclass of itself, made here, whose forward is the code that torch.fx writes from the
 traced graphs; attributes, methods, signature and the `state_dict` of everything else stay.
-
-Functions written from fx graphs; their first argument is the module.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from daqconvert.errors import ConversionError
 from daqconvert.graph.calls import HELPER, ProductCall, find_calls, keyed
-from daqconvert.graph.traced import Traced, module_calls
+from daqconvert.graph.multiplying import Traced, module_calls
 from daqconvert.graph.variants import GIVEN, Signature
 from daqconvert.layers.attention import SCORES, VALUES, attention
 from daqconvert.layers.call_holders import call_site, handle
@@ -49,12 +47,7 @@ def ancestors(node: fx.Node) -> set[fx.Node]:
 
 
 def weight_function(graph: fx.Graph, weight: fx.Node) -> Callable[[nn.Module], Tensor]:
-    """Return a function that computes a call's weight from the module.
-
-    Args:
-        graph: Of the module's own forward.
-        weight: A node that depends on no argument.
-    """
+    """Return a function that computes a call's weight, a node that depends on no argument, from the module."""
     own, needed = fx.Graph(), ancestors(weight)
     copied: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
@@ -65,6 +58,7 @@ def weight_function(graph: fx.Graph, weight: fx.Node) -> Callable[[nn.Module], T
 
 
 Forwards = dict[tuple[Any, ...], tuple[tuple[str, ...], Forward]]
+"""What picks a forward (`Signature.state`) -> the arguments that it takes, and the function."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,11 +66,11 @@ class Rewriting:
     """The generated forwards of one module, shared by its copies.
 
     Attributes:
-        signature: Of the original's forward.
-        forwards: What picks one -> the arguments it takes, and the function.
-        coded: The same for the frozen form: weights that have codes are not computed any more.
+        signature: Signature of the original's forward.
+        forwards: The forwards.
+        coded: The forwards of the frozen form, which do not compute the weights that are stored as codes.
         unused: Parameters and buffers of the module that the coded forwards do not read.
-        layer_name: Of the module, for messages.
+        layer_name: Name of the module, for messages.
     """
 
     signature: Signature
@@ -93,11 +87,7 @@ class Rewriting:
         return dataclasses.replace(self, forwards=self.coded)
 
     def drop_unused(self, module: nn.Module) -> None:
-        """Forget the weights that have codes now.
-
-        Args:
-            module: Frozen.
-        """
+        """Remove the weights of a frozen module that have codes now."""
         for name in self.unused:
             table = module._parameters if name in module._parameters else module._buffers
             if name in table:
@@ -149,13 +139,7 @@ class Rewritten(nn.Module):
 
 
 def rewritten_class(original: type[nn.Module], mixins: tuple[type, ...], prefix: str) -> type[Any]:
-    """Return a subclass of `original` with a generated forward.
-
-    Args:
-        original: Class of the float module.
-        mixins: State of the site, where the module holds one.
-        prefix: Of the name.
-    """
+    """Return a subclass of `original` with a generated forward, and with the state of a site from `mixins`."""
     known = (original, mixins, prefix)
     if known not in _CLASSES:
         forward = functools.wraps(original.forward)(_forward())
@@ -174,13 +158,10 @@ def _forward() -> Forward:
 def generate(
     original: type[nn.Module], one: Traced, places: dict[tuple[Any, ...], str], coded: frozenset[str]
 ) -> Rewriting:
-    """Write the forwards of one module.
+    """Write the forwards of one traced module of the class `original`.
 
-    Args:
-        original: Class of the float module.
-        one: Its traces.
-        places: Key of a call (from `keyed`) -> name of its holder in the module; `"itself"` for the module.
-        coded: Holders that have codes once they are frozen.
+    `places` maps the key of a call (from `keyed`) to the name of its holder in the module, `"itself"` for the module;
+    `coded` are the holders that have codes once they are frozen.
     """
     forwards: Forwards = {}
     frozen: Forwards = {}
@@ -197,7 +178,7 @@ def generate(
 def _with_sites(
     original: fx.Graph, module: nn.Module, places: dict[tuple[Any, ...], str], coded: frozenset[str]
 ) -> fx.Graph:
-    """A graph whose calls go through their holders."""
+    """The graph with its calls going through their holders; what computed a weight that has codes now is left out."""
     graph, needless = fx.Graph(), set()
     calls = [(places[key], call) for key, call in keyed(find_calls(original, module)) if key in places]
     attentions = {(call.node, call.function): place for place, call in calls if call.function in (SCORES, VALUES)}
@@ -220,14 +201,14 @@ def _with_sites(
             given = {weight: _handle(graph, weight, handles[node, weight], copied) for weight in weights}
             needless |= given.keys()
             copied[node] = graph.node_copy(node, lambda n, given=given: given.get(n, copied[n]))  # type: ignore[misc]
-    # NOTE: nothing else goes, for a call whose result nobody reads may still do something
+    # NOTE: nothing else is removed: a call whose result is not read may still have an effect
     removable = {copied[node] for node in needless}
     graph.eliminate_dead_code(is_impure_node=lambda node: node not in removable)
     return graph
 
 
 def _handle(graph: fx.Graph, weight: fx.Node, place: str, copied: dict[fx.Node, fx.Node]) -> fx.Node:
-    """What stands for a weight; a layer has its own, beside a bare parameter the handle keeps it."""
+    """The handle that a helper function gets instead of a weight: a layer's own weight, or a bare parameter in it."""
     holder = graph.create_node("get_attr", place)
     bare = str(weight.target) != f"{place}.weight"
     return graph.call_function(handle, (holder, copied[weight]) if bare else (holder,))
@@ -236,6 +217,8 @@ def _handle(graph: fx.Graph, weight: fx.Node, place: str, copied: dict[fx.Node, 
 def _site_node(
     graph: fx.Graph, call: ProductCall, holder: fx.Node, copied: dict[fx.Node, fx.Node], coded: bool
 ) -> fx.Node:
+    """The node that computes a call by its holder; a weight that has codes is not passed."""
+
     def place(node: fx.Node) -> Any:
         return None if coded and node is call.weight and not call.dynamic else copied[node]
 

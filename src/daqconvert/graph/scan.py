@@ -1,6 +1,6 @@
 """Whether a module's code could multiply matrices by itself: read off its bytecode, so that few modules need a trace.
 
-Followed are the forward, the methods of the class that it names, and the functions that it names outside torch.
+The code of the forward is searched, of the methods that it names, and of the functions outside torch that it names.
 """
 
 from __future__ import annotations
@@ -26,9 +26,6 @@ _KNOWN: dict[type[nn.Module], bool] = {}
 def may_multiply(cls: type[nn.Module]) -> bool:
     """Return whether the forward of a class names a product of matrices anywhere.
 
-    Args:
-        cls: Class of a module.
-
     Example:
         >>> may_multiply(nn.Sequential), may_multiply(nn.Linear)
         (False, True)
@@ -45,7 +42,7 @@ def function_may_multiply(function: FunctionType) -> bool:
 
 
 def holds_product(module: nn.Module) -> bool:
-    """Whether a module keeps a function that may multiply in an attribute, as `self.function = F.linear`."""
+    """Return whether a module keeps a function that may multiply in an attribute, as `self.function = F.linear`."""
     for value in vars(module).values():
         value = value.func if isinstance(value, partial) else value
         if isinstance(value, (FunctionType, BuiltinFunctionType)) and value.__name__ in PRODUCT_NAMES:
@@ -56,10 +53,9 @@ def holds_product(module: nn.Module) -> bool:
 
 
 def read_weights(module: nn.Module) -> set[str]:
-    """Return the matrices that a module's forward reads by name and does not use by calling their layer alone.
+    """Return the matrices that a module's forward reads by name, but for those of layers that it calls.
 
-    Args:
-        module: Its code is read, not run.
+    The code of the module is read, not run.
 
     Example:
         >>> class Raw(nn.Module):
@@ -119,7 +115,7 @@ def _reachable(cls: type, waiting: list[FunctionType]) -> Iterator[CodeType]:
 
 
 def _functions_of(cls: type, name: str) -> Iterator[FunctionType]:
-    """What a method name may call, `super()` included; `nn.Module`'s own methods compute nothing."""
+    """The methods that a name may call, those of `super()` included; `nn.Module`'s own methods compute nothing."""
     for base in cls.__mro__:
         value = vars(base).get(name)
         value = value.fget if isinstance(value, property) else getattr(value, "__func__", value)

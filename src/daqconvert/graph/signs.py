@@ -1,4 +1,8 @@
-"""Which values of an fx graph are proven non-negative: ReLU and its like, and what keeps a sign."""
+"""Which values of an fx graph are proven non-negative: outputs of ReLU and its like, and what operations make of them.
+
+A proof holds for functions and modules of torch, timm and torchvision only: a user's class or function of the same
+name proves nothing.
+"""
 
 from __future__ import annotations
 
@@ -29,18 +33,13 @@ BOUNDED_BELOW = {"clamp", "clamp_", "clip", "hardtanh"}
 
 
 def nonnegative_nodes(graph: fx.Graph, modules: dict[str, nn.Module]) -> set[fx.Node]:
-    """Return the nodes whose value is proven non-negative.
-
-    Args:
-        graph: In evaluation mode.
-        modules: `dict(model.named_modules())`.
-    """
+    """Return the nodes of a graph, traced in evaluation mode, whose value is proven non-negative."""
     proven: set[fx.Node] = set()
     for node in graph.nodes:
         if _is_nonnegative(node, modules, proven):
             proven.add(node)
         elif _is_in_place(node):
-            # `x.sub_(1)` changes what later calls see under the name `x`, and whatever `x` is a view of
+            # `x.sub_(1)` changes what later calls see as `x`, and every tensor that `x` is a view of
             changed = node.args[0] if node.args else None
             while isinstance(changed, fx.Node) and changed in proven:
                 proven.discard(changed)
@@ -76,7 +75,7 @@ def _is_nonnegative(node: fx.Node, modules: dict[str, nn.Module], proven: set[fx
 
 
 def _call_name(node: fx.Node) -> str:
-    """Name of a method, or of a function of torch or Python; a user's function of the same name proves nothing."""
+    """Name of a method, or of a function of torch or Python; empty for a user's function."""
     if node.op == "call_method":
         return str(node.target)
     target: Any = node.target
@@ -96,16 +95,12 @@ def _is_in_place(node: fx.Node) -> bool:
 
 
 def library_type(module: nn.Module) -> str:
-    """Return the class name of a module of torch or timm; a user's class of the same name proves nothing.
-
-    Args:
-        module: Any.
-    """
+    """Return the class name of a module of torch, timm or torchvision; empty for a user's class."""
     return type(module).__name__ if type(module).__module__.split(".")[0] in ("torch", "timm", "torchvision") else ""
 
 
 def _activation_is_nonnegative(module: nn.Module) -> bool:
-    """timm's norm-and-activation modules, which fx sees as one node, end in their `act`."""
+    """Whether a module is one of timm's norms with an activation, which fx sees as one node, and ends in a ReLU."""
     act = getattr(module, "act", None)
     if "NormAct" not in library_type(module) or not isinstance(act, nn.Module):
         return False
@@ -113,7 +108,7 @@ def _activation_is_nonnegative(module: nn.Module) -> bool:
 
 
 def _all_proven(node: fx.Node, proven: set[fx.Node]) -> bool:
-    """Whether every tensor operand is proven and every number is non-negative; lists (of `cat`) are looked into."""
+    """Whether every tensor operand, in lists (of `cat`) too, is proven and every number is non-negative."""
     flat: list[Any] = []
     for arg in (*node.args, *node.kwargs.values()):  # keywords too: `torch.add(x, y, alpha=-1)` subtracts
         flat.extend(arg if isinstance(arg, (list, tuple)) else [arg])
@@ -133,12 +128,7 @@ def _keeps_sign(name: str, node: fx.Node) -> bool:
 
 
 def limit(node: fx.Node, end: str) -> float:
-    """Return the number given as a limit of a clamp; where there is none, minus or plus infinity.
-
-    Args:
-        node: A call of `clamp`, `clip` or `hardtanh`.
-        end: `"min"` or `"max"`.
-    """
+    """Return the limit, `"min"` or `"max"`, of a call of `clamp`, `clip` or `hardtanh`; infinity where it has none."""
     key = f"{end}_val" if _call_name(node) == "hardtanh" else end
     place = 1 if end == "min" else 2
     value = node.kwargs.get(key, node.args[place] if len(node.args) > place else None)

@@ -1,6 +1,8 @@
 """The list of sites of a model: everything that convolves or multiplies by a weight, with its reason if left alone.
 
-Why a layer is left alone, and what else there is to say about it.
+A site is a layer, found by a walk of the module tree, or a call site, found by tracing the modules that may multiply.
+What is said about it comes from there, from the dataflow of the whole model where torch.fx can follow it, and from a
+dry run that counts multiply-accumulates.
 """
 
 from __future__ import annotations
@@ -14,17 +16,21 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from daqconvert.graph.call_sites import CallSite
-from daqconvert.graph.calls import HELPER
-from daqconvert.graph.flow import above, entries
+from daqconvert.graph.call_sites import CallSite, attention_sites, find_call_sites, layer_names, unseen_sites
+from daqconvert.graph.calls import HELPER, Read, find_reads
+from daqconvert.graph.flow import Flow, above, entries, read_flow
+from daqconvert.graph.multiplying import trace_modules
 from daqconvert.graph.output_flow import OutputFlow
-from daqconvert.graph.view import View, look
+from daqconvert.graph.trace import trace
 from daqconvert.layers.attention import PROJECTIONS, SCORES, VALUES
 from daqconvert.layers.lookup import quantized_class
 from daqconvert.layers.registry import is_site_type
 from daqconvert.macs import Places, count_macs, example_arguments
-from daqconvert.models import copy_model
+from daqconvert.models import copy_model, evaluating
 from daqconvert.spec import Site, SiteOutput
+
+REPLACED = "its forward was replaced on the object itself, so a quantized class would never run"
+RECURRENT = "recurrent layer: its products run in one fused kernel"
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Found:
         order: `"fx"` or `"modules"`.
         other_params: Parameters and buffers outside the sites.
         input_size: Size of the example input behind the MACs, or None.
-        sums: Sums of outputs.
+        sums: What becomes of each sum of outputs of the sites.
     """
 
     sites: tuple[Site, ...]
@@ -47,7 +53,7 @@ class Found:
 
 
 def find_sites(model: nn.Module, example_inputs: Any = None) -> Found:
-    """Find every site of a model.
+    """Find every site of a model: what convolves or multiplies by a weight, with the reason where it is left alone.
 
     Args:
         model: Any module, on any device; not changed.
@@ -60,12 +66,12 @@ def find_sites(model: nn.Module, example_inputs: Any = None) -> Found:
     model = copy_model(model, to_look_at=True)  # its own code runs below and may keep what it sees
     args, kwargs, size = example_arguments(model, example_inputs)
     required = example_inputs is not None
-    view = look(model, (len(args), frozenset(kwargs)) if required else None)
+    view = _look(model, (len(args), frozenset(kwargs)) if required else None)
     macs = _macs(model, view, args, kwargs, required) if size is not None else None
-    (first, last), notes = _ends(view), site_notes(view)
+    (first, last), notes = _ends(view), _notes(view)
     order = [name for name in _ordered(view) if not _never_multiplied(name, view, macs)]
     inside = {id(p) for module in view.named.values() for p in module.parameters()}
-    sites = [_layer_site(name, view) if name in view.named else _functional_site(name, view, inside) for name in order]
+    sites = [_layer_site(name, view) if name in view.named else _call_site(name, view, inside) for name in order]
     outputs = view.flow.outputs if view.flow is not None else OutputFlow()
     known = [
         dataclasses.replace(
@@ -76,28 +82,130 @@ def find_sites(model: nn.Module, example_inputs: Any = None) -> Found:
         )
         for site in sites
     ]  # fmt: skip
-    inside |= {id(p) for site in view.functional.values() for p in _weights(view, site)}
+    inside |= {id(p) for site in view.calls.values() for p in _weights(view, site)}
     others = sum(t.numel() for t in _state(model) if id(t) not in inside)
     return Found(
         tuple(known), "fx" if view.flow else "modules", others, size if macs is not None else None, tuple(outputs.sums)
     )
 
 
-def _ends(view: View) -> tuple[frozenset[str], frozenset[str]]:
+@dataclass(frozen=True)
+class _View:
+    """What is seen of a model.
+
+    Attributes:
+        paths: Any dotted name -> module.
+        aliases: Any dotted name of a layer -> the name it goes by.
+        flow: What the trace of the whole model says, or None where fx cannot follow the model.
+        calls: Name -> call site.
+        failed: Name of a module that may multiply by itself and that fx cannot follow -> the reason.
+        bypassed: Name of a layer whose weight is used, without a call of the layer, by a forward that cannot be
+            rewritten -> the reason.
+    """
+
+    paths: dict[str, nn.Module]
+    aliases: dict[str, str]
+    flow: Flow | None
+    calls: dict[str, CallSite]
+    failed: dict[str, str]
+    bypassed: dict[str, str]
+
+    @property
+    def named(self) -> dict[str, nn.Module]:
+        """Layers, in order of registration."""
+        return {name: self.paths[name] for name in dict.fromkeys(self.aliases.values())}
+
+
+def _look(model: nn.Module, given: tuple[int, frozenset[str]] | None = None) -> _View:
+    """Look at a model: walk its modules, trace it, and trace alone every module that may multiply by itself.
+
+    The model should be a copy of the user's, because its code runs here with proxies and may keep them. `given` is the
+    number of positional arguments and the names of keyword arguments; None for the arguments without a default.
+    """
+    paths = dict(model.named_modules(remove_duplicate=False))
+    aliases = layer_names(paths)
+    with evaluating(model):
+        traced, failed = trace_modules(paths, every=False)
+        sites = {site.name: site for site in (*find_call_sites(traced, aliases), *attention_sites(paths))}
+        graph = trace(model, given) if "" not in aliases else None
+        reads = find_reads(graph, model) if graph is not None else []
+    owners = _owners(paths, aliases, sites)
+    calls: list[tuple[Read, str]] = []
+    bypassed: dict[str, str] = {}
+    places = {path: i for i, path in enumerate(failed)}
+    for read in reads:
+        names = owners.get(id(model.get_parameter(read.tensor)), [])
+        calls += [(read, name) for name in names[:1]]
+        for name in names:
+            maker = min((path for path in above(name) if path in failed), key=places.__getitem__, default=None)
+            if name not in sites and maker is not None:
+                bypassed[name] = f"{maker or 'the model'} uses its weight without calling it: {failed[maker]}"
+    for path, why in failed.items():
+        for name, site in unseen_sites(path, paths[path], why, aliases):
+            if name not in sites and isinstance(site, str):
+                bypassed.setdefault(name, site)
+            elif isinstance(site, CallSite):
+                sites.setdefault(name, site)
+    if "" in aliases:  # the root itself is a layer: fx would look inside it
+        flow: Flow | None = Flow((aliases[""],), frozenset({""}), frozenset({""}))
+    else:
+        known = _in_order(paths, aliases, sites)
+        flow = None if graph is None else read_flow(graph, paths, known, calls, _indirect(sites))
+    return _View(paths, aliases, flow, sites, failed, bypassed)
+
+
+def _in_order(paths: dict[str, nn.Module], aliases: dict[str, str], sites: dict[str, CallSite]) -> dict[str, str]:
+    """Any dotted name of a site -> the name it goes by; an attention block's calls stand before its `out_proj`."""
+    known: dict[str, str] = {}
+    made: dict[str, list[str]] = {}
+    for name, site in sites.items():
+        for path in dict.fromkeys(site.call.modules):
+            made.setdefault(path, []).append(name)
+    for alias, name in aliases.items():
+        block = alias.rpartition(".")[0]
+        if isinstance(paths.get(block), nn.MultiheadAttention):
+            known |= {inside: inside for inside in made.get(block, ())}
+        known[alias] = name
+    return known | {name: name for name in sites}
+
+
+def _owners(paths: dict[str, nn.Module], aliases: dict[str, str], sites: dict[str, CallSite]) -> dict[int, list[str]]:
+    """Identity of a parameter -> the sites that multiply by it, calls first."""
+    owners: dict[int, list[str]] = {}
+    for name, site in sites.items():
+        for tensor in site.call.tensors:
+            path, _, attribute = tensor.rpartition(".")
+            parameter = paths[path]._parameters.get(attribute) if path in paths else None
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    for name in dict.fromkeys(aliases.values()):
+        for parameter in paths[name]._parameters.values():
+            if parameter is not None and name not in owners.get(id(parameter), ()):
+                owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def _indirect(sites: dict[str, CallSite]) -> frozenset[str]:
+    """Sites whose forward may change the input before it multiplies: nothing is proven about that input."""
+    inside = (site for site in sites.values() if site.call.holder in site.call.modules)
+    return frozenset(site.name for site in inside if not site.direct)
+
+
+def _ends(view: _View) -> tuple[frozenset[str], frozenset[str]]:
     """First and last sites: from the dataflow, else the ends of the module order."""
     if view.flow is not None:
         return view.flow.first, view.flow.last
-    layers = {name for name, module in view.named.items() if not layer_reason(name, module, view)}
-    names = [n for n in _ordered(view) if n in layers or (n in view.functional and _is_projection(view.functional[n]))]
+    layers = {name for name, module in view.named.items() if not _layer_reason(name, module, view)}
+    names = [n for n in _ordered(view) if n in layers or (n in view.calls and _is_projection(view.calls[n]))]
     return frozenset(entries(names)), frozenset(names[-1:])
 
 
-def _ordered(view: View) -> list[str]:
-    """Names in order of execution, where fx can tell; what it does not see stands behind its module's others."""
+def _ordered(view: _View) -> list[str]:
+    """Names in order of execution, where fx can tell; what it does not see comes after the others of its module."""
     known = dict.fromkeys([*(view.flow.order if view.flow else ()), *view.named])
     before: dict[str, list[str]] = {}
     late: list[tuple[str, str]] = []
-    for name, site in view.functional.items():
+    for name, site in view.calls.items():
         out = f"{name.rpartition('.')[0]}.out_proj".lstrip(".")
         if name not in known and _in_attention(site, view) and out in known:
             before.setdefault(out, []).append(name)
@@ -107,11 +215,9 @@ def _ordered(view: View) -> list[str]:
 
 
 def _behind(order: list[str], late: list[tuple[str, str]]) -> list[str]:
-    """Put each late name behind the last one that is inside its module, or at the end where there is none.
+    """Put each late name, given with the module that it is inside of, behind the last name inside that module.
 
-    Args:
-        order: Names in order.
-        late: Name and module; a name is inside its module.
+    Where the module has no other name in `order`, the late name comes last.
     """
     following: dict[str | None, str | None] = dict(itertools.pairwise([None, *order, None]))
     last: dict[str, str] = {path: name for name in order for path in above(name)}
@@ -132,47 +238,47 @@ def _is_projection(site: CallSite) -> bool:
     return site.key[0] in PROJECTIONS
 
 
-def _in_attention(site: CallSite, view: View) -> bool:
+def _in_attention(site: CallSite, view: _View) -> bool:
     """Whether a call is one that torch's attention block makes before its `out_proj`."""
     return isinstance(view.paths[site.call.modules[0]], nn.MultiheadAttention)
 
 
 def _macs(
-    model: nn.Module, view: View, args: tuple[Any, ...], kwargs: dict[str, Any], required: bool
+    model: nn.Module, view: _View, args: tuple[Any, ...], kwargs: dict[str, Any], required: bool
 ) -> dict[str, int] | None:
     """Multiply-accumulates of every site, None where the forward cannot run on these inputs."""
     macs = count_macs(model, _places(view), args, kwargs, required=required)
     if not macs:
         return macs
-    for values, site in view.functional.items():
+    for values, site in view.calls.items():
         if site.is_product and site.call.function == VALUES:  # counted with its scores, by one fused function
             scores = values.replace(VALUES, SCORES)
             macs |= {scores: macs[scores] // 2, values: macs[scores] - macs[scores] // 2}
     parts: dict[str, list[str]] = {}
-    for name, site in view.functional.items():
+    for name, site in view.calls.items():
         for tensor in site.call.tensors if not site.call.dynamic else ():
             parts.setdefault(tensor, []).append(name)
     for whole, *others in parts.values():
         if others and not any(macs[name] for name in others):  # one product by all of the tensor
-            sizes = {name: math.prod(view.functional[name].weight_shape) for name in (whole, *others)}
+            sizes = {name: math.prod(view.calls[name].weight_shape) for name in (whole, *others)}
             total = max(sum(sizes.values()), 1)
             macs |= {name: macs[whole] * size // total for name, size in sizes.items()}
     return macs
 
 
-def _places(view: View) -> Places:
+def _places(view: _View) -> Places:
     """Where the sites of a model multiply; a tensor that several sites are parts of is the first one's."""
     tensors: dict[str, str] = {}
     modules: dict[str, str] = {}
     products: dict[str, list[str]] = {}
-    for name, site in view.functional.items():
+    for name, site in view.calls.items():
         if site.is_product and site.call.function != VALUES:
             products.setdefault(site.call.modules[0], []).append(name)
         elif site.call.dynamic and not site.is_product:
             modules[site.call.modules[0]] = name
         for tensor in site.call.tensors if not site.call.dynamic else ():
             tensors.setdefault(tensor, name)
-    return Places(dict.fromkeys([*view.named, *view.functional]), tensors, modules, products)
+    return Places(dict.fromkeys([*view.named, *view.calls]), tensors, modules, products)
 
 
 def _known(site: Site, macs: dict[str, int] | None) -> int | None:
@@ -180,32 +286,32 @@ def _known(site: Site, macs: dict[str, int] | None) -> int | None:
     return None if calls == 0 and site.reason else calls  # a fused call may do its work, unseen
 
 
-def _never_multiplied(name: str, view: View, macs: dict[str, int] | None) -> bool:
-    """Whether a bare parameter that a helper function gets is known to be in none of its products."""
-    site = view.functional.get(name)
+def _never_multiplied(name: str, view: _View, macs: dict[str, int] | None) -> bool:
+    """Whether a helper function gets a bare parameter and is known to multiply nothing by it."""
+    site = view.calls.get(name)
     helped = site is not None and site.call.function == HELPER and name not in view.named
-    # without inputs to run on, a vector is taken for none: a scale per head
+    # without inputs to run on, a vector is taken for a scale, as one per head, and not for a weight
     return helped and (macs.get(name) == 0 if macs is not None else sum(n > 1 for n in site.weight_shape) < 2)  # type: ignore[union-attr]
 
 
-def _layer_site(name: str, view: View) -> Site:
+def _layer_site(name: str, view: _View) -> Site:
     module = view.paths[name]
     weight = module._parameters.get("weight", getattr(module, "weight", None))
     shape = tuple(weight.shape) if isinstance(weight, Tensor) and not _is_lazy(weight) else ()
     channels, reduction = _extent(module, shape)
-    functional = view.functional.get(name)
+    call_site = view.calls.get(name)
     return Site(
         name=name, kind=type(module).__name__, weight_shape=shape, out_channels=channels, reduction=reduction,
-        params=_own_parameters(module), reason=layer_reason(name, module, view),
-        call=functional.call if functional is not None else None,
-        one_scale=functional.one_scale if functional is not None else "",
+        params=_own_parameters(module), reason=_layer_reason(name, module, view),
+        call=call_site.call if call_site is not None else None,
+        one_scale=call_site.one_scale if call_site is not None else "",
     )  # fmt: skip
 
 
-def _functional_site(name: str, view: View, inside: set[int]) -> Site:
-    """A site that is a call; parameters `inside` layers, by identity, are counted there."""
-    site = view.functional[name]
-    channels, reduction = functional_extent(site)
+def _call_site(name: str, view: _View, inside: set[int]) -> Site:
+    """The facts of a call site; parameters that are `inside` layers, by their `id`, are counted there."""
+    site = view.calls[name]
+    channels, reduction = site.extent
     params = sum(p.numel() for p in _weights(view, site) if id(p) not in inside)
     return Site(
         name=name, kind=site.kind, weight_shape=site.weight_shape, out_channels=channels, reduction=reduction,
@@ -215,19 +321,7 @@ def _functional_site(name: str, view: View, inside: set[int]) -> Site:
     )  # fmt: skip
 
 
-def functional_extent(site: CallSite) -> tuple[int, int]:
-    """Return output channels and products per output element of a site that is a call; zeros where not known."""
-    shape, function = site.weight_shape, site.call.function
-    if len(shape) < 2:
-        return 0, 0
-    if function.startswith("conv_transpose"):
-        return shape[1] * site.groups, shape[0] // site.groups * math.prod(shape[2:])
-    if function.startswith(("conv", "linear")):
-        return shape[0], math.prod(shape[1:])
-    return (shape[-1], shape[-2]) if site.weight_at == 1 else (shape[-2], shape[-1])
-
-
-def _weights(view: View, site: CallSite) -> list[Tensor]:
+def _weights(view: _View, site: CallSite) -> list[Tensor]:
     """Parameters and buffers that a call's weight is computed from."""
     found = []
     for name in site.call.tensors:
@@ -262,18 +356,8 @@ def _state(model: nn.Module) -> list[Tensor]:
     return [t for t in (*model.parameters(), *model.buffers()) if not _is_lazy(t)]
 
 
-REPLACED = "its forward was replaced on the object itself, so a quantized class would never run"
-RECURRENT = "recurrent layer: its products run in one fused kernel"
-
-
-def layer_reason(name: str, module: nn.Module, view: View) -> str:
-    """Return why a layer cannot be converted; empty if it can.
-
-    Args:
-        name: The name it goes by.
-        module: The layer.
-        view: What is seen of the model.
-    """
+def _layer_reason(name: str, module: nn.Module, view: _View) -> str:
+    """Why a layer cannot be converted; empty if it can."""
     parent = view.paths.get(name.rpartition(".")[0]) if name else None
     kind, weight = type(module).__name__, getattr(module, "weight", None)
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
@@ -288,21 +372,17 @@ def layer_reason(name: str, module: nn.Module, view: View) -> str:
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
     if isinstance(weight, Tensor) and weight.numel() == 0:
         return "its weight is empty"
-    if name in view.functional:
-        return view.functional[name].reason
+    if name in view.calls:
+        return view.calls[name].reason
     if quantized_class(type(module)) is None:
         if name in view.failed:
             return f"{kind} has a forward of its own that torch.fx cannot follow: {view.failed[name]}"
         return f"no quantized form is registered for exactly this class ({kind})"
-    return view.read.get(name, "")
+    return view.bypassed.get(name, "")
 
 
-def site_notes(view: View) -> dict[str, tuple[str, ...]]:
-    """Return remarks for the plan's rows: other names, shared weights, what is never called.
-
-    Args:
-        view: What is seen of the model.
-    """
+def _notes(view: _View) -> dict[str, tuple[str, ...]]:
+    """Remarks for the plan's rows: other names, shared weights, what is never called."""
     notes: dict[str, list[str]] = {}
     for alias, name in view.aliases.items():
         if alias != name:
@@ -316,9 +396,9 @@ def site_notes(view: View) -> dict[str, tuple[str, ...]]:
         weight = module._parameters.get("weight")
         if weight is not None and owners[id(weight)] != name:
             notes.setdefault(name, []).append(f"shares its weight with {owners[id(weight)] or '(root)'}")
-        if called is not None and name not in called and not layer_reason(name, module, view):
+        if called is not None and name not in called and not _layer_reason(name, module, view):
             notes.setdefault(name, []).append("not called in evaluation")
-    for name, site in view.functional.items():
+    for name, site in view.calls.items():
         if not site.reason and site.call.tensors:
             where = ", ".join(path or "the model" for path in site.call.modules)
             notes.setdefault(name, []).append(f"{site.call.function} called by {where}" if where != name else "")

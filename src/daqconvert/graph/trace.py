@@ -1,4 +1,4 @@
-"""Tracing a model with torch.fx for its dataflow: sites and untraceable library modules stay leaves."""
+"""Tracing a model with torch.fx; sites, and modules of libraries that fx cannot follow, stay single nodes."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ class SiteTracer(fx.Tracer):
         return out
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
-        """Return the graph of a module's forward; the module itself is let go of.
+        """Return the graph of a module's forward, and drop every reference to the module.
 
-        What `torch.fx.Tracer` leaves behind is in a cycle with the tracer, and would keep the model's buffers in
-        memory until the garbage collector happens to run.
+        What `torch.fx.Tracer` keeps is in a cycle with the tracer, and would hold the model's buffers in memory until
+        the garbage collector happens to run.
         """
         try:
             return super().trace(root, concrete_args)
@@ -87,7 +87,8 @@ class SiteTracer(fx.Tracer):
     def _name(self, tensor: Tensor, read: bool = False) -> str | None:
         """Name of a parameter or buffer; None for any other tensor.
 
-        `torch.fx.Tracer` goes through all of the model's for each one that it meets: the square of their number.
+        `torch.fx.Tracer` searches all of the model's tensors for each one that it meets, which takes time in the
+        square of their number; here they are looked up.
         """
         if self._named is None or (read and id(tensor) not in self._named):  # registered while this traces
             named = (*self.root.named_parameters(), *self.root.named_buffers())
@@ -108,7 +109,7 @@ class SiteTracer(fx.Tracer):
 
 
 def _default(proxy: fx.Proxy) -> Any:
-    """What a plain call passes for an argument that is not given; fx names `*args` and `**kwargs` with their stars."""
+    """The value of an argument that a call does not give; fx names `*args` and `**kwargs` with their stars."""
     name = str(proxy.node.target)
     if name.startswith("*"):
         return {} if name.startswith("**") else ()
@@ -120,10 +121,9 @@ def trace(
 ) -> fx.Graph | None:
     """Return the graph of a model's forward, or None where fx cannot follow it.
 
-    Args:
-        model: Should be in evaluation mode, and a copy: its own code runs here and may keep what it sees.
-        given: Number of positional arguments and names of the keyword ones; None: those without a default.
-        alone: Trace its own forward and nothing below it.
+    The model should be in evaluation mode, and a copy: its own code runs here and may keep what it sees. `given` is
+    the number of positional arguments and the names of keyword arguments, or None for the arguments without a default;
+    `alone` makes every child a single node.
     """
     try:
         return SiteTracer(*timm_notrace(), given=given, alone=alone).trace(model)

@@ -1,12 +1,11 @@
 """Every way a module's own forward can be called, each traced by torch.fx.
 
 An fx graph is one path through the code. What usually chooses the path is `self.training`, whether an optional
-argument is given, and flags; so there is a graph for each combination, and a call picks its own.
+argument is given, and flags; so there is a graph (a `Variant`) for each combination, and a call picks its own.
 
-Helper functions that torch.fx cannot look into: found by the error that they cause, and taken as one node.
-
-`pad_same(x, ...)` decides on sizes, so a trace of the forward that calls it fails. It computes no product, as a rule:
-the trace is made again with that function as a node. (One that multiplies by a weight it is given: `layers.handles`.)
+A helper function may stop the trace, as `pad_same(x, ...)`, which decides on sizes. As a rule it computes no product.
+So the function is found by the error that it causes, and the trace is made again with that function as a single node.
+(A helper that multiplies by a weight which it is given gets a handle instead: `layers.call_holders`.)
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ class Signature:
     """The arguments of a forward, sorted by what a trace does with them.
 
     Attributes:
-        names: All, in order, without `self`.
-        defaults: Of those that have one.
-        choices: Arguments that choose a path, None or flags, with the values that are tried: `GIVEN` for a tensor.
+        names: All arguments in order, without `self`.
+        defaults: Argument -> its default, where it has one.
+        choices: Argument that chooses a path, None or a flag -> the values that are tried: `GIVEN` for a tensor.
     """
 
     names: tuple[str, ...]
@@ -64,7 +63,7 @@ def read_signature(module: nn.Module) -> Signature | None:
 
 
 def _state(value: Any, default: Any) -> Any:
-    """None or a flag as it is, `"default"` for another default, `GIVEN` for any other value."""
+    """None or a flag as it is, `"default"` for any other value that is the default, `GIVEN` for all else."""
     if value is None or isinstance(value, bool):
         return value
     same = value is default or (type(value) in (int, float, str, tuple) and value == default)
@@ -76,9 +75,9 @@ class Variant:
     """One path through a forward.
 
     Attributes:
-        state: What picks it, as `Signature.state` returns it.
+        state: What picks this path, as `Signature.state` returns it.
         arguments: The arguments that the graph takes, in order.
-        graph: Of the forward alone, children as single nodes.
+        graph: The graph of the forward alone; children are single nodes.
     """
 
     state: tuple[Any, ...]
@@ -93,10 +92,8 @@ class Untraceable(Exception):
 def trace_variants(module: nn.Module, every: bool = True) -> tuple[Signature, list[Variant]]:
     """Trace a module's own forward in every way it can be called; the plain calls come first.
 
-    Args:
-        module: Its code runs here with proxies; a copy of the user's.
-        every: False: only the plain calls, and in evaluation those with every argument and one flag, to see what it
-            multiplies.
+    The module should be a copy of the user's, since its code runs here with proxies. Without `every`, only the plain
+    calls are traced, and in evaluation those with every argument and with one flag, which shows what it multiplies.
 
     Raises:
         Untraceable: If the plain call cannot be followed, in evaluation or in training.
@@ -146,12 +143,7 @@ def _trace(module: nn.Module, signature: Signature, training: bool, chosen: dict
 
 
 class OwnForward(SiteTracer):
-    """Traces one module's own forward: every child is a node, and every argument is either a placeholder or fixed.
-
-    Args:
-        given: Arguments that are placeholders.
-        fixed: Values of the others.
-    """
+    """Traces one module's own forward: children are nodes, the arguments `given` placeholders, all others `fixed`."""
 
     trace_asserts = True
     proxy_buffer_attributes = True
@@ -189,10 +181,7 @@ Place = tuple[dict[str, Any], str]
 
 
 def trace_around(trace: Callable[[], fx.Graph]) -> fx.Graph:
-    """Trace, and again with a function as one node for as long as one is in the way.
-
-    Args:
-        trace: Makes the graph.
+    """Return the graph that `trace` makes, with each function that stops the trace as a single node.
 
     Raises:
         Exception: Whatever tracing raises where no function of the module's library is to blame.
@@ -233,7 +222,7 @@ def _as_node(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _culprit(trace: TracebackType | None) -> Place | None:
-    """The innermost function outside torch that an error came through and that is called by a global name."""
+    """The innermost function outside torch that an error passed through and that is called by a global name."""
     frames = []
     while trace is not None:
         frames.append(trace.tb_frame)

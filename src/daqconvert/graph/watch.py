@@ -1,7 +1,7 @@
 """Watching a real forward for weights that it uses without calling their layer.
 
-A trace sees `F.linear(x, self.qkv.weight)` where it can follow the code; what really runs leaves no doubt. A quantizer
-beside such a weight would do nothing, and the frozen model would compute something else: better an error than that.
+A trace finds `F.linear(x, self.qkv.weight)` only where fx can follow the code. What really runs leaves no doubt: the
+quantizer of such a layer would do nothing, and the frozen model would compute something else, so it is an error.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ HARMLESS |= {Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_flo
 
 
 class _Watch(TorchFunctionMode):
+    """Looks for the weights of layers in the arguments of every function, but where their users run."""
+
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.names = {id(w): name for name, m in layers.items() if (w := m._parameters.get("weight")) is not None}
@@ -51,7 +53,7 @@ class _Watch(TorchFunctionMode):
 
 
 class _Inside(Watcher):
-    """Tells the watch that a site computes: what happens there is its own business."""
+    """Tells the watch that a site computes, and so may use its weight."""
 
     def __init__(self, watch: _Watch) -> None:
         self.watch = watch
@@ -68,12 +70,9 @@ class _Inside(Watcher):
 def watching_weights(
     model: nn.Module, sites: Mapping[str, QuantizedSite], shared: Collection[str] = ()
 ) -> Iterator[None]:
-    """Raise as soon as a forward uses the weight of a quantized layer without calling it or its site.
+    """Raise as soon as the forward of `model` uses the weight of a quantized layer without calling it or its site.
 
-    Args:
-        model: Whose forward runs inside the block.
-        sites: Of the model, by dotted name.
-        shared: Layers whose weight other sites are computed from: a decoder by the transposed weight of its encoder.
+    `shared` are layers from whose weight another site's is computed, as a decoder's from its encoder's.
 
     Raises:
         ConversionError: Inside the block; names the layer and the function that used its weight.
@@ -82,7 +81,7 @@ def watching_weights(
     with ExitStack() as stack:
         for site in sites.values():
             stack.enter_context(watching(site, _Inside(watch)))
-        for module in model.modules():  # an embedding may share the weight and use it by right
+        for module in model.modules():  # an embedding may share the weight, and may use it
             if any(id(p) in watch.names for p in module._parameters.values()):
                 stack.callback(module.register_forward_pre_hook(watch.enter, prepend=True).remove)
                 stack.callback(module.register_forward_hook(watch.leave).remove)

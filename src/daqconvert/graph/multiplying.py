@@ -18,7 +18,14 @@ from daqconvert.layers.lookup import quantized_class
 
 @dataclass(frozen=True)
 class Traced:
-    """A module whose own forward multiplies, and how."""
+    """A module whose own forward multiplies, with the graphs of that forward.
+
+    Attributes:
+        path: Dotted name, the first that the module has.
+        module: The module.
+        signature: The arguments of its forward.
+        variants: One graph for each way to call it.
+    """
 
     path: str
     module: nn.Module
@@ -27,7 +34,7 @@ class Traced:
 
 
 def multiplying_modules(paths: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Return the modules whose own forward may multiply and no swap of classes covers, each under its first name."""
+    """Return the modules, by first name, whose own forward may multiply and which no quantized class replaces."""
     found: dict[int, tuple[str, nn.Module]] = {}
     for path, module in paths.items():
         cls = type(module)
@@ -41,11 +48,8 @@ def multiplying_modules(paths: dict[str, nn.Module]) -> dict[str, nn.Module]:
 def trace_modules(paths: dict[str, nn.Module], every: bool = True) -> tuple[list[Traced], dict[str, str]]:
     """Trace the modules that may multiply; return also, by name, why fx could not follow the others.
 
-    Modules that are alike in everything that a trace can see, as the blocks of a transformer, are traced once.
-
-    Args:
-        paths: Any dotted name -> module.
-        every: Trace every way they can be called, not only the plain ones.
+    Modules that are alike in everything that a trace can see, as the blocks of a transformer, are traced once. `every`
+    asks for a trace of every way that a forward can be called, not only of the plain ones.
     """
     traced, failed = [], {}
     known: dict[Any, tuple[Signature, list[Variant]] | str] = {}
@@ -67,11 +71,7 @@ def trace_modules(paths: dict[str, nn.Module], every: bool = True) -> tuple[list
 
 
 def fingerprint(module: nn.Module) -> tuple[Any, ...]:
-    """Return what a trace of a module can depend on, as a value to compare: two equal ones have equal traces.
-
-    Args:
-        module: With everything in it.
-    """
+    """Return everything that a trace of a module can depend on: modules of equal fingerprints have equal traces."""
     parts: list[Any] = []
     for name, child in module.named_modules():
         tensors = (*child._parameters.items(), *child._buffers.items())
@@ -86,7 +86,7 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _plain(value: Any) -> Any:
-    """A value as itself where its text tells it, any other object by its identity."""
+    """A value that says all of itself, such as a number, as it is; any other object by its identity."""
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype, type)):
         return (type(value), value)
     if isinstance(value, (tuple, list)):
