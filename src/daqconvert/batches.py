@@ -1,4 +1,4 @@
-"""What a batch is: a tensor, a tuple or list whose first entry is the input, or a dict of keyword arguments."""
+"""Batches: a tensor, a tuple or list whose first entry is the input, or a dict of keyword arguments."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ TARGET_KEYS = ("target", "label", "labels")
 
 
 def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-    """Return positional arguments, keyword arguments and the target (None where there is none) of a batch.
+    """Return the positional arguments, the keyword arguments and the target of a batch; the target may be None.
 
     Raises:
-        DataError: If the batch is none of a tensor, a non-empty tuple or list, a dict.
+        DataError: If the batch is not a tensor, a non-empty tuple or list, or a dict.
 
     Example:
         >>> split_batch((torch.zeros(2, 3), torch.tensor([0, 1])))[2].tolist()
@@ -45,31 +45,31 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """Return the device of a model's first parameter or buffer; the CPU where it has none."""
+    """Return the device of a model's first parameter or buffer; the CPU if it has neither."""
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         return tensor.device
     return torch.device("cpu")
 
 
 def run_batch(model: nn.Module, batch: Any) -> Any:
-    """Call a model on a batch's inputs, moved to its device; the target is not used."""
+    """Call a model on the inputs of a batch, moved to the model's device; the target is not used."""
     args, kwargs, _ = split_batch(batch)
     device = model_device(model)
     return model(*to_device(args, device), **to_device(kwargs, device))
 
 
 class Enough(BaseException):
-    """What a forward was for has been seen; no model's `except Exception` catches it."""
+    """Ends a forward whose purpose is fulfilled. It is no `Exception`, so that no model catches it by accident."""
 
 
 def run_batch_until(model: nn.Module, batch: Any) -> None:
-    """Call a model on a batch's inputs, to the end or to where a hook raises `Enough`."""
+    """Call a model on the inputs of a batch until it returns or a hook raises `Enough`."""
     with suppress(Enough):
         run_batch(model, batch)
 
 
 def batch_size(batch: Any) -> int:
-    """Return the length of the first tensor of a batch's inputs."""
+    """Return the length of the first tensor among the inputs of a batch; 1 if there is none."""
     args, kwargs, _ = split_batch(batch)
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and value.dim():

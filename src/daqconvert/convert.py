@@ -1,4 +1,8 @@
-"""The verbs `plan` and `quantize`: a model and a policy in; a Plan, or a model with quantized layers, out."""
+"""The verbs `plan`, `quantize` and `load_float`, and the checks that a model is float, or quantized and not frozen.
+
+`plan` decides and changes nothing, `quantize` applies the plan to a copy of the model and keeps it with the copy, and
+`load_float` fills a quantized model with the weights of a float one.
+"""
 
 from __future__ import annotations
 
@@ -29,25 +33,27 @@ def plan(
     """Say what `quantize` would do with a model, without doing it.
 
     Args:
-        model: Any module, not changed; a quantized or frozen model gives the plan it was made with.
+        model: Any module; it is not changed. A quantized or frozen model gives the plan that it was made with.
         policy: A `Policy`, the path of a TOML file, or a dict of the same form.
-        preset: Name of a preset, as `"paper-w1a1"`; not together with `policy`.
-        first: Bits of the first sites: `(w, a)`, a dict of settings, or None for float; default 8/8.
-        last: Likewise for the last sites.
-        exclude: Names, globs or `re:` patterns of layers to leave alone.
-        include: Names, globs or `re:` patterns of the only layers to convert, instead of the policy's own.
-        bits: Name or pattern -> bits: a number for both, `(w, a)`, or None for float; rules after all others.
-        rules: `Rule` objects, after those of the policy.
-        example_inputs: Gives MACs: a tensor, a tuple of positional or a dict of keyword arguments.
+        preset: Name of a preset, such as `"paper-w1a1"`, instead of a policy.
+        first: Bits of the first sites: `(w, a)`, a dict of settings, or None for float. The default is 8/8.
+        last: Bits of the last sites, given as for `first`. The default is 8/8.
+        exclude: Names, globs or `re:` patterns of sites to leave in float.
+        include: Names, globs or `re:` patterns of the only sites to convert; replaces the policy's `include`.
+        bits: Maps names or patterns to bits: a number for weight and input, `(w, a)`, or None for float. These rules
+            come after all others, so they win.
+        rules: `Rule` objects that come after those of the policy.
+        example_inputs: Inputs to count multiply-accumulates with: a tensor, a tuple of positional arguments or a dict
+            of keyword arguments.
         **settings: Any field of `Settings`: `w_bits`, `a_bits`, `granularity`, `rounding`, ...
 
     Returns:
-        One row per convolution and linear, printable.
+        The plan. It has one row for each site and prints as a table.
 
     Raises:
-        PolicyError: If a setting, rule or width cannot be applied; names the nearest valid name.
-        ConversionError: If the model cannot be copied or fails on the example inputs, or is quantized already and
-            anything but its plan is asked for.
+        PolicyError: If a setting, rule or width cannot be applied. The message names the nearest valid name.
+        ConversionError: If the model cannot be copied or fails on the example inputs; or if it is quantized already
+            and a policy or setting is given.
 
     Example:
         >>> import daqconvert as dq
@@ -83,28 +89,30 @@ def quantize(
     first: Any = UNSET, last: Any = UNSET, exclude: Any = (), include: Any = None, bits: Any = None, rules: Any = (),
     example_inputs: Any = None, **settings: Any,
 ) -> Any:  # fmt: skip
-    """Return a copy of a model whose convolutions and linears are quantized; needs no data.
+    """Return a copy of a model whose convolutions and linears are quantized. No data is needed.
 
-    Each layer keeps its `weight` and `bias`; beside them come `weight_quantizer`, `input_quantizer` and
-    `output_scale`. Bounds of weights are set from the weights, bounds of inputs by `calibrate` (or `finetune`).
+    Each layer keeps its `weight` and `bias` and gets a `weight_quantizer`, an `input_quantizer` and an
+    `output_scale`. The bounds of weights are set from the weights now; `calibrate` (or `finetune`) sets those of
+    inputs.
 
     Args:
         model: Any module; it is not changed.
-        w_bits: Bits of the weights, 1 to 8, or None (32) for float; default 8.
-        a_bits: Bits of the inputs, likewise.
+        w_bits: Bits of the weights, 1 to 8, or None (32) for float. The default is 8.
+        a_bits: Bits of the inputs, 1 to 8, or None (32) for float. The default is 8.
         policy: A `Policy`, the path of a TOML file, or a dict of the same form.
-        preset: Name of a preset, as `"paper-w1a1"`; not together with `policy`.
-        first: Bits of the first sites: `(w, a)`, a dict of settings, or None for float; default 8/8.
-        last: Likewise for the last sites.
-        exclude: Names, globs or `re:` patterns of layers to leave alone.
-        include: Names, globs or `re:` patterns of the only layers to convert, instead of the policy's own.
-        bits: Name or pattern -> bits: a number for both, `(w, a)`, or None for float; rules after all others.
-        rules: `Rule` objects, after those of the policy.
-        example_inputs: Gives the plan's MACs; not needed.
+        preset: Name of a preset, such as `"paper-w1a1"`, instead of a policy.
+        first: Bits of the first sites: `(w, a)`, a dict of settings, or None for float. The default is 8/8.
+        last: Bits of the last sites, given as for `first`. The default is 8/8.
+        exclude: Names, globs or `re:` patterns of sites to leave in float.
+        include: Names, globs or `re:` patterns of the only sites to convert; replaces the policy's `include`.
+        bits: Maps names or patterns to bits: a number for weight and input, `(w, a)`, or None for float. These rules
+            come after all others, so they win.
+        rules: `Rule` objects that come after those of the policy.
+        example_inputs: Inputs to count the plan's multiply-accumulates with, as for `plan`; not needed.
         **settings: Any other field of `Settings`.
 
     Returns:
-        A model of the same class, device and dtype; `daqconvert.plan(qmodel)` prints what was done.
+        A model of the same class, device and dtype. `print(daqconvert.plan(qmodel))` shows what was done.
 
     Raises:
         PolicyError: If a setting, rule or width cannot be applied.
@@ -139,7 +147,7 @@ def quantize(
 
 
 def apply_plan(model: nn.Module, chosen: Plan) -> nn.Module:
-    """Convert the layers of a model in place as the plan says, and remember the plan."""
+    """Convert the sites of a model as a plan says, in place, and keep the plan with the model."""
     apply_sites(model, chosen.converted)
     sites = {site.layer_name: site for site in quantized_layers(model).values()}
     for name, leader in chosen.input_groups().items():
@@ -198,17 +206,20 @@ def require_quantized(model: nn.Module, verb: str) -> dict[str, QuantizedSite]:
 
 
 def load_float(qmodel: nn.Module, state_dict: dict[str, Tensor]) -> nn.Module:
-    """Load a float model's state dict into a quantized model, strictly, and mark its bounds uncalibrated.
+    """Load the state dict of the float model into a quantized model, in place, and mark its bounds uncalibrated.
+
+    Loading is strict: the state dict has to have every key of the float model and no other.
 
     Args:
-        qmodel: A quantized model, changed in place.
-        state_dict: Of the float model: every key, and no key of a quantizer.
+        qmodel: A quantized model; it is changed in place.
+        state_dict: The state dict of the float model that it was made from, or of one like it.
 
     Returns:
-        The same model; its bounds, and the signs that were read from data, wait for `calibrate` (or `finetune`).
+        The same model. Its bounds, and the signs that `calibrate` had found, have to be set by `calibrate` (or
+        `finetune`) again.
 
     Raises:
-        ConversionError: If a key is missing, unexpected, or of another shape; nothing is loaded then.
+        ConversionError: If a key is missing or unexpected, or a tensor has another shape. Nothing is loaded then.
 
     Example:
         >>> import daqconvert as dq
@@ -218,9 +229,9 @@ def load_float(qmodel: nn.Module, state_dict: dict[str, Tensor]) -> nn.Module:
     layers = require_quantized(qmodel, "load_float")
     everywhere = qmodel.named_modules(remove_duplicate=False)  # a layer under two names has its keys under both
     own = {f"{name}." if name else "" for name, module in everywhere if isinstance(module, QuantizedSite)}
-    quantizers = {p + key for p in own for key in ("weight_quantizer", "input_quantizer", "output_scale")}
+    quantizers = {start + key for start in own for key in ("weight_quantizer", "input_quantizer", "output_scale")}
     state = qmodel.state_dict()
-    current = {key: value for key, value in state.items() if not any(o in quantizers for o in _outer(key))}
+    current = {key: value for key, value in state.items() if not any(outer in quantizers for outer in _outer(key))}
     problems = [f"missing {key}" for key in current if key not in state_dict]
     problems += [f"unexpected {key}" for key in state_dict if key not in current]
     problems += [
@@ -231,7 +242,7 @@ def load_float(qmodel: nn.Module, state_dict: dict[str, Tensor]) -> nn.Module:
     problems += [
         f"{name} is on the meta device and in no state dict: build the model on the CPU, or fill it in first"
         for name, tensor in qmodel.named_buffers()
-        if tensor.is_meta and name not in state_dict and not any(o in quantizers for o in _outer(name))
+        if tensor.is_meta and name not in state_dict and not any(outer in quantizers for outer in _outer(name))
     ]
     if problems:
         raise ConversionError(
@@ -250,7 +261,7 @@ def load_float(qmodel: nn.Module, state_dict: dict[str, Tensor]) -> nn.Module:
 
 
 def _outer(key: str) -> Iterator[str]:
-    """Yield a state dict's key, and the dotted names of the modules that it is inside of."""
+    """Yield a key of a state dict, then the dotted names of the modules that it is inside of, innermost first."""
     while key:
         yield key
         key = key.rpartition(".")[0]

@@ -19,18 +19,18 @@ from daqconvert.spec import Plan, PlanRow
 
 @dataclass(frozen=True)
 class SiteCount:
-    """What ran at one place.
+    """What ran at one site, or at one place that is no site.
 
     Attributes:
-        name: Of the site, as in the plan; of the parameter or buffer where no site of the plan has it; empty where the
-            weight has no name.
+        name: Name of the site in the plan. Where the weight belongs to no site, name of its parameter or buffer, or
+            empty if it has no name.
         macs: Multiply-accumulates, for the whole batch.
-        weight: Part of `macs` whose weight was quantized (of an attention product: the second operand).
-        input: Part of `macs` whose input was quantized (of an attention product: the first operand).
-        both: Part of `macs` of which both were.
+        weight: How many of `macs` had a quantized weight (in an attention product: second operand).
+        input: How many of `macs` had a quantized input (in an attention product: first operand).
+        both: How many of `macs` had both quantized.
         module: Dotted name of the module that was running.
-        op: Name of torch's operator, as `"addmm"`; the first one where several ran.
-        reason: Why the plan leaves it alone.
+        op: Name of torch's operator, such as `"addmm"`; the first one where several ran.
+        reason: Why the plan leaves the site in float; empty if it does not.
     """
 
     name: str
@@ -55,14 +55,14 @@ class SiteCount:
 
 @dataclass(frozen=True)
 class Coverage:
-    """What `coverage` counted; prints as a table.
+    """What `coverage` counted. It prints as a table.
 
     Attributes:
         model: Class name of the model.
-        sites: One per site that ran, in order of execution.
-        unassigned: Products with a weight that belong to no site of the plan.
-        skipped: The plan's rows that are left alone, each with its reason, whether they ran or not.
-        attention: Products of activations, one per module; no part of `macs`.
+        sites: One count for each site that ran, in order of execution.
+        unassigned: Counts of products with a weight that belong to no site of the plan.
+        skipped: The rows of the plan that stay in float, each with its reason, whether they ran or not.
+        attention: Counts of products of two activations, one for each module. They are not part of `macs`.
 
     Example:
         >>> import daqconvert as dq
@@ -86,22 +86,22 @@ class Coverage:
 
     @property
     def share(self) -> float:
-        """Part of `macs`, 0 to 1, of which both operands were quantized."""
+        """Share of `macs`, 0 to 1, that had both operands quantized."""
         return _ratio(sum(row.both for row in self._weighted), self.macs)
 
     @property
     def share_weights(self) -> float:
-        """Part of `macs`, 0 to 1, whose weight was quantized."""
+        """Share of `macs`, 0 to 1, that had a quantized weight."""
         return _ratio(sum(row.weight for row in self._weighted), self.macs)
 
     @property
     def products(self) -> int:
-        """Multiply-accumulates of attention products: both operands are activations."""
+        """Multiply-accumulates of attention products, whose operands are both activations."""
         return sum(row.macs for row in self.attention)
 
     @property
     def share_products(self) -> float:
-        """Part of `products`, 0 to 1, of which both operands were quantized."""
+        """Share of `products`, 0 to 1, that had both operands quantized."""
         return _ratio(sum(row.both for row in self.attention), self.products)
 
     @property
@@ -138,23 +138,25 @@ class Coverage:
 
 
 def coverage(qmodel: nn.Module, *args: Any, **kwargs: Any) -> Coverage:
-    """Run a model and say which part of its multiply-accumulates had quantized operands.
+    """Run a model once and count how many of its multiply-accumulates had quantized operands.
 
-    It runs in the mode it is in, with gradients where the caller's context has them, and is afterwards what it was:
-    buffers (the statistics of batch norm), attributes that forward assigned, training flags, and the generators of
-    torch and Python. What forward appended to a list of its own stays. The user's hooks fire.
+    The model runs in the mode that it is in (training or evaluation), and the user's hooks fire. Afterwards these are
+    as they were before: buffers such as the statistics of batch norm, attributes that a forward assigned, training
+    flags, and the random generators of torch and Python. What a forward appended to a list of its own stays there.
 
-    An operand counts as quantized only if it is what a quantizer returned, moved about at most (reshaped, padded with
-    zeros, concatenated, ...). A fused kernel counts as what it computes. A convolution always counts; a matrix product
-    where one operand comes from a parameter; where both are activations, it counts as an attention product, apart.
+    An operand counts as quantized only if a quantizer returned its values; they may have been reshaped, padded with
+    zeros, concatenated and the like since. Every convolution counts, and every matrix product that has an operand
+    computed from a parameter. A matrix product of two activations counts apart, as an attention product. A fused
+    kernel counts as the products that it computes.
 
     Args:
         qmodel: A quantized, frozen or float model.
-        *args: Its inputs, on its device.
-        **kwargs: Its inputs.
+        *args: Positional arguments of its forward, on its device.
+        **kwargs: Keyword arguments of its forward.
 
     Returns:
-        Shares, sites and what was left alone. A float model has no plan: sites are named after their layers.
+        The counts of each site, their shares of the whole, and what the plan leaves in float. A float model has no
+        plan; its sites are named after its layers.
 
     Example:
         >>> import daqconvert as dq
@@ -167,7 +169,7 @@ def coverage(qmodel: nn.Module, *args: Any, **kwargs: Any) -> Coverage:
     """
     model = _unwrapped(qmodel)
     plan = current_plan(model) if isinstance(getattr(model, PLAN_ATTRIBUTE, None), Plan) else None
-    torch.clear_autocast_cache()  # a weight that was cast before would come from nowhere
+    torch.clear_autocast_cache()  # NOTE: the origin of a weight that was cast before this run would be unknown
     with unchanged(model), _eager(model), counting(model, (args, kwargs)) as counter:
         model(*args, **kwargs)
     weighted = assign([event for event in counter.events if not event.attention], plan)
@@ -204,7 +206,7 @@ def _grouped(
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Let a model run and give back its buffers, attributes and modes, and the state of the random generators."""
+    """Restore a model's buffers, attributes and modes, and the random generators, at the end of the context."""
     attributes = [(module, dict(vars(module))) for module in model.modules()]
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     values = {id(b): (b, b.detach().clone()) for _, held in buffers for b in held.values() if b is not None}
@@ -223,18 +225,19 @@ def unchanged(model: nn.Module) -> Iterator[None]:
             module._buffers.update(held)
         with torch.no_grad():
             for buffer, value in values.values():
-                if not (buffer.is_meta or torch.equal(buffer, value)):  # NOTE: no write without need: autograd counts
+                # NOTE: equal buffers are not written, for autograd counts writes
+                if not (buffer.is_meta or torch.equal(buffer, value)):
                     buffer.copy_(value)
 
 
 @contextmanager
 def _eager(model: nn.Module) -> Iterator[None]:
-    """Run compiled modules as they were written: inside a compiled graph there are no operators to see."""
+    """Run compiled modules uncompiled, because operators inside a compiled graph cannot be seen."""
     compiled = any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in model.modules())
     with ExitStack() as stack:
         if compiled:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(warnings.catch_warnings())  # hooks fire once more for the wrapper: harmless here
+            stack.enter_context(warnings.catch_warnings())  # that hooks fire for the wrapper too is harmless here
             warnings.filterwarnings("ignore", "Using `torch.compile\\(module\\)` when there are global hooks")
         yield
 

@@ -1,7 +1,7 @@
-"""Files and directories that are there whole or not at all: written beside their place, then renamed into it.
+"""Writing files and directories whole or not at all: they are written beside their place, then renamed into it.
 
-What is being written has the hidden name `.NAME.MACHINE-PID-RANDOM.tmp`. A process that is killed leaves it behind;
-the next one that writes to the same place on the same machine finds that its owner is gone, and removes it.
+What is being written has the hidden name `.NAME.MACHINE-PID-RANDOM.tmp`. A process that is killed leaves it behind.
+The next process that writes to the same place on the same machine finds that the owner is gone and removes it.
 """
 
 from __future__ import annotations
@@ -22,23 +22,17 @@ from safetensors import SafetensorError
 
 from daqconvert.errors import DaqError
 
-MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"  # process ids mean nothing on another one
+MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"  # a process id means nothing on another machine
 
 
 @contextmanager
 def replacing(path: Path, error: type[DaqError], hint: str = "") -> Iterator[Path]:
-    """Yield a temporary path beside `path`; put it in its place if the block succeeds, remove it if not.
+    """Yield a temporary path to write a file to; it replaces `path` if the block succeeds and is removed if not.
 
-    Args:
-        path: The file to write or replace; missing parent directories are made, and removed again on failure.
-        error: Class of the error raised if the file cannot be written.
-        hint: What to do about it, the last words of that error.
-
-    Yields:
-        Where to write.
+    Missing parent directories are made, and removed again on failure.
 
     Raises:
-        DaqError: Of class `error`, as on a full disk; what was there before is unchanged.
+        DaqError: Of class `error`, ending in `hint`, if the file cannot be written. What was there is unchanged.
     """
     with _writing(path, error, hint) as real:
         temporary = _beside(real, "tmp")
@@ -46,25 +40,17 @@ def replacing(path: Path, error: type[DaqError], hint: str = "") -> Iterator[Pat
             yield temporary
             flush(temporary)
             temporary.replace(real)
-            flush(real.parent)  # the new name is on the disk too
+            flush(real.parent)  # so that the new name is on the disk too
         finally:
             temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def replacing_directory(path: Path, error: type[DaqError], hint: str = "") -> Iterator[Path]:
-    """Yield a temporary directory beside `path`; put it in its place if the block succeeds, remove it if not.
-
-    Args:
-        path: The directory to write or replace; all that it holds is replaced.
-        error: Class of the error raised if it cannot be written.
-        hint: What to do about it, the last words of that error.
-
-    Yields:
-        An empty directory to write files into.
+    """Yield an empty temporary directory; it replaces `path`, contents and all, if the block succeeds.
 
     Raises:
-        DaqError: Of class `error`; what was there before is unchanged.
+        DaqError: Of class `error`, ending in `hint`, if it cannot be written. What was there is unchanged.
     """
     with _writing(path, error, hint) as real:
         temporary = _beside(real, "tmp")
@@ -83,25 +69,15 @@ def replacing_directory(path: Path, error: type[DaqError], hint: str = "") -> It
 
 
 def write_text(path: Path, text: str, error: type[DaqError], hint: str = "") -> None:
-    """Write a UTF-8 text file in one go.
-
-    Args:
-        path: The file to write or replace.
-        text: All of it.
-        error: Class of the error raised if it cannot be written.
-        hint: What to do about it.
-    """
+    """Write or replace a UTF-8 text file; if that fails, raise `error` with `hint` as its last words."""
     with replacing(path, error, hint) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="")
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what processes that were killed while they wrote to `path` left beside it.
+    """Remove the temporary files and directories that killed processes left when they wrote to `path`.
 
-    An old directory that one of them had moved aside, and not yet replaced, goes back to its place.
-
-    Args:
-        path: The file or directory that was to be written; need not exist.
+    A directory that one of them had moved aside and not yet replaced goes back to its place.
     """
     for leftover in _leftovers(path):
         if leftover.suffix == ".old" and not path.exists():
@@ -123,10 +99,10 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def _writing(path: Path, error: type[DaqError], hint: str) -> Iterator[Path]:
-    """Make the parents of `path`; on failure remove those made, and turn errors of files into `error`.
+    """Make the parents of `path`; on failure remove those that were made, and turn errors of files into `error`.
 
     Yields:
-        The path; where it is a link, what it points to, for that is written and the link stays.
+        The path to write to: `path` itself, or what it points to if it is a link, for links stay links.
     """
     made: list[Path] = []
     try:
@@ -139,7 +115,7 @@ def _writing(path: Path, error: type[DaqError], hint: str) -> Iterator[Path]:
             yield real
         except BaseException:
             for folder in reversed(made):
-                with suppress(OSError):  # somebody else has put something in it since
+                with suppress(OSError):  # another process may have put something in it since
                     folder.rmdir()
             raise
     except (OSError, SafetensorError) as cause:
@@ -152,7 +128,7 @@ def _beside(path: Path, suffix: str) -> Path:
 
 
 def _leftovers(path: Path) -> list[Path]:
-    """Temporary files and directories for `path` whose process is gone."""
+    """Return the temporary files and directories for `path` whose process is gone."""
     if not path.parent.is_dir():
         return []
     pattern = re.compile(rf"\.{re.escape(path.name)}\.{MACHINE}-(\d+)-[0-9a-f]{{8}}\.(tmp|old)")
@@ -162,7 +138,7 @@ def _leftovers(path: Path) -> list[Path]:
 
 def _is_running(pid: int) -> bool:
     if os.name != "posix":
-        return True  # elsewhere signal 0 is no question, it is sent
+        return True  # NOTE: only POSIX has a signal 0 that asks and does nothing
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -173,7 +149,7 @@ def _is_running(pid: int) -> bool:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step, so that there is no moment without either; False where the system cannot."""
+    """Swap two names in one step, so that both exist at every moment; return False if the system cannot."""
     if not sys.platform.startswith("linux"):
         return False
     try:
@@ -185,12 +161,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def exchange_in_steps(new: Path, path: Path) -> None:
-    """Put `new` in the place of `path` by two renames; what was there is removed, or is back on failure.
-
-    Args:
-        new: The directory to put there.
-        path: An existing directory beside it.
-    """
+    """Replace the directory `path` by `new`, which is beside it, with two renames; on failure the old one is back."""
     old = _beside(path, "old")
     path.rename(old)
     try:

@@ -1,8 +1,8 @@
-"""The verb `freeze`: hard rounding, integer codes instead of weights.
+"""The verb `freeze`: integer codes instead of weights, one scale and zero point instead of each quantizer.
 
-Freezing the sites of a model in place: codes instead of weights, whoever computes with them.
-
-Freezing without a second copy of the weights: what becomes codes is read where it lies, and never copied.
+`freeze` copies the model and freezes the sites of the copy in place. The copy shares the weights that become codes
+(`coded_weights`), so that there is no moment with two copies of them in memory. Whatever else it still shares at the
+end gets a copy of its own.
 """
 
 from __future__ import annotations
@@ -30,19 +30,21 @@ from daqconvert.quantizers import WeightQuantizer
 
 
 def freeze(qmodel: nn.Module) -> nn.Module:
-    """Return a copy of a quantized model that holds integer codes and computes exactly what it computes.
+    """Return a copy of a quantized model that holds integer codes instead of weights, and computes the same.
 
-    Weights become uint8 codes `0 .. 2**w_bits - 1`, quantizers become one scale (and zero point) each; batch norm is
-    not folded. In evaluation mode the output is identical, every element.
+    Each weight becomes uint8 codes `0 .. 2**w_bits - 1`, each quantizer a scale and, for inputs, a zero point. Every
+    element of the output is identical to that of the quantized model in evaluation mode, and batch norms stay as they
+    are. Only sites with `deploy="integer"` differ: their batch norms are folded in and their outputs rounded to codes.
 
     Args:
-        qmodel: Quantized and calibrated; not changed.
+        qmodel: A quantized and calibrated model; it is not changed.
 
     Returns:
-        A model of the same class in evaluation mode, without anything to train.
+        A model of the same class in evaluation mode. It has no trainable parameters.
 
     Raises:
-        CalibrationError: If bounds were never set; names the layers.
+        CalibrationError: If bounds were never set. The message names the layers.
+        ConversionError: If the model is not quantized.
         FrozenError: If the model is frozen already.
 
     Example:
@@ -66,12 +68,12 @@ def freeze(qmodel: nn.Module) -> nn.Module:
             "Run daqconvert.calibrate(model, batches) or finetune first."
         )
     plan = current_plan(qmodel)
-    weights = coded_weights(qmodel)  # read where they lie: a copy of all would double the memory
+    weights = coded_weights(qmodel)  # shared with the copy, for copies of all would double the memory
     frozen = copy_model(qmodel, sharing=weights)
     for layer, other in zip(layers.values(), quantized_layers(frozen).values(), strict=True):
         old, new = layer.weight_quantizer, other.weight_quantizer
         if isinstance(old, WeightQuantizer) and isinstance(new, WeightQuantizer):
-            new.take_memory(old)  # its codes, if it has been called
+            new.take_memory(old)  # the codes of the weight are there already if the model has been called
     freeze_sites(frozen)
     integer_sites(frozen, plan)
     own_parameters(frozen, weights)
@@ -88,13 +90,9 @@ def is_frozen(model: nn.Module) -> bool:
 
 
 def freeze_sites(model: nn.Module) -> None:
-    """Turn every quantized site of a model into its frozen form, in place.
-
-    Args:
-        model: Quantized, every bound set.
-    """
+    """Turn every site of a calibrated model into its frozen form, in place."""
     modules = list(model.modules())
-    # the weight of a call may be computed from what the layers below are about to lose
+    # the weight of a call site may be computed from parameters that the loop below removes
     values = {id(m): frozen_values(m) for m in modules if isinstance(m, (CallHolder, OwnCallHolder))}
     for module in modules:
         if isinstance(module, QuantizedLayer):
@@ -131,13 +129,10 @@ def _freeze_call(module: Any, values: dict[str, Tensor]) -> None:
 
 
 def coded_weights(model: nn.Module) -> list[Tensor]:
-    """Return the parameters that freezing reads and then drops, and that nothing else in the model refers to.
+    """Return the parameters of a quantized model that freezing reads and drops, and that nothing else refers to.
 
-    Those that a layer computes its weight from are not among them (pruning, weight norm, a parametrization): taking
-    these apart writes into them.
-
-    Args:
-        model: Quantized.
+    Parameters that a layer computes its weight from (pruning, weight norm, a parametrization) are not among them,
+    because `settle_weight` writes into them.
     """
     found = {id(p): p for module in model.modules() for p in _dropped(module) if p is not None}
     for module in model.modules():
@@ -157,11 +152,9 @@ def _dropped(module: nn.Module) -> Iterator[Tensor | None]:
 
 
 def own_parameters(model: nn.Module, shared: Iterable[Tensor]) -> None:
-    """Give a model copies of the parameters that it still shares with another; ties between its modules stay.
+    """Give a frozen model its own copies of the `shared` parameters that it still has; tied parameters stay tied.
 
-    Args:
-        model: Frozen; an embedding tied to a frozen layer still has its weight, for example.
-        shared: From `coded_weights`.
+    An embedding that is tied to a frozen layer still has its weight, for example.
     """
     others, copies = {id(p) for p in shared}, dict[int, Any]()
     for module in model.modules():

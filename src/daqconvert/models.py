@@ -23,14 +23,10 @@ from daqconvert.layers.site import QuantizedSite
 def copy_model(model: nn.Module, *, to_look_at: bool = False, sharing: Iterable[Tensor] = ()) -> nn.Module:
     """Return a deep copy of a model.
 
-    Tensors that a forward left in an attribute together with their graph (a cached activation, the weight that the old
-    `weight_norm` computes) are copied without it; `copy.deepcopy` alone refuses them.
-
-    Args:
-        model: Any module; not changed.
-        to_look_at: The copy shares the parameters and has no forward hooks: whatever its code and the user's hooks do
-            while it is traced, the user's model never sees it.
-        sharing: Tensors that the copy has in common with the model.
+    Tensors that a forward left in an attribute together with their autograd graph (a cached activation, the weight
+    that the old `weight_norm` computes) are copied without the graph; `copy.deepcopy` alone refuses them. The copy
+    shares the tensors of `sharing` with the model. With `to_look_at` it shares all parameters and has no forward
+    hooks: it is made to be traced, and nothing that happens in the trace reaches the user's model.
 
     Raises:
         ConversionError: If something in the model cannot be copied.
@@ -54,16 +50,16 @@ def copy_model(model: nn.Module, *, to_look_at: bool = False, sharing: Iterable[
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Compute what the original model computes, with the current weights, while the context lasts.
+    """Switch all quantizers of a model off while the context lasts: it computes in float with its current weights.
 
     Args:
         model: A quantized model.
 
     Yields:
-        The same model; quantizers are back afterwards, on exceptions too.
+        The same model. Its quantizers are switched on again at the end of the context, on exceptions too.
 
     Raises:
-        FrozenError: If the model is frozen: it has no float weights any more.
+        FrozenError: If the model is frozen, because it has no float weights any more.
 
     Example:
         >>> import daqconvert as dq
@@ -91,19 +87,19 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def cache_weights(frozen: nn.Module, enabled: bool = True) -> int:
-    """Trade memory for speed: keep what each frozen weight decodes to, instead of decoding it in every forward.
+    """Trade memory for speed: keep the decoded weights of a frozen model, instead of decoding them in every forward.
 
-    A frozen model holds one byte a weight and decodes a layer's codes whenever it computes. This keeps the operands
-    besides, 4 bytes a weight in a float32 model; values do not change. They stand in no state dict, artifact or
-    exported file, move with `.to()` and `.half()`, and follow what is loaded. A compiled model takes what is kept:
-    after a write into `weight_codes` by hand it needs this call again.
+    A frozen model holds one byte for each weight and decodes a layer's codes whenever the layer computes. This call
+    keeps the decoded weights in memory too: 4 bytes for each weight of a float32 model. No result changes. What is
+    kept is in no state dict, artifact or exported file; it moves with `.to()` and `.half()`, and is renewed when a
+    state dict is loaded. If you write into `weight_codes` by hand and the model is compiled, call this again.
 
     Args:
-        frozen: From `freeze` or `load`; changed in place.
+        frozen: A model from `freeze` or `load`; it is changed in place.
         enabled: False gives the memory back.
 
     Returns:
-        The bytes that are kept now, beside the model itself.
+        The number of bytes that are kept now, in addition to the model itself.
 
     Raises:
         FrozenError: If the model holds no frozen layer.
@@ -125,7 +121,7 @@ def cache_weights(frozen: nn.Module, enabled: bool = True) -> int:
 
 @contextmanager
 def unchanged_on_error(layers: Iterable[QuantizedSite]) -> Iterator[None]:
-    """Give bounds, flags, signs and output scales of these layers back as they were if the block raises."""
+    """Restore the bounds, flags, signs and output scales of these sites if the block raises."""
     layers = list(layers)
     quantizers = [q for layer in layers for q in (layer.weight_quantizer, layer.input_quantizer) if q is not None]
     states = [{key: value.clone() for key, value in q.state_dict().items()} for q in quantizers]
@@ -141,7 +137,7 @@ def unchanged_on_error(layers: Iterable[QuantizedSite]) -> Iterator[None]:
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedSite]:
-    """Return what holds quantizers in a model by dotted name, each once: layers, and sites that are calls."""
+    """Return the quantized sites of a model by dotted name, each once: layers and holders of call sites."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedSite)}
 
 

@@ -1,4 +1,4 @@
-"""Bounds, signs and output scales from data."""
+"""Calibration: the bounds, signs and output scales of a quantized model, found from data."""
 
 from daqconvert.calibration.calibrating import CalibratedInput, CalibrationReport, calibrate, is_calibrated
 

@@ -1,11 +1,11 @@
 """The verb `calibrate`: bounds of every quantizer from data in one pass, then output scales from the first batch.
 
-Where `output_scale` starts: what a layer computes in float over what it computes from codes.
-
-Where the grid carries real units it is 1. Elsewhere, as in the paper, `mean|conv(x, W)| / mean|conv(x_q, W_q)|` on one
-batch, both without bias, per channel where the scale is. A channel that computes nothing but zeros there (its input is
-dead on this batch, or the batch does not reach the layer) has no such ratio; it starts at an estimate from its weight
-alone, for at 0 the gradient of `|output_scale|` is 0 too and the channel would be lost for good.
+An output scale starts at 1 where the operands' scales carry real units. Where they do not (`site.unitless`), it starts
+as in the paper at `mean|conv(x, W)| / mean|conv(x_q, W_q)|` on the first batch: what the site computes in float over
+what it computes from operands, both without bias, for each channel if the scale has channels. A channel that computes
+only zeros there has no such ratio (its input is zero on this batch, or the batch does not reach the site). It starts
+at an estimate from its weight alone, because at 0 the gradient of `|output_scale|` is 0 too and the channel could
+never recover.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from daqconvert.report.progress import track
 
 @dataclasses.dataclass(frozen=True)
 class CalibratedInput:
-    """What `calibrate` found for the input of one layer.
+    """What `calibrate` found for one quantized input.
 
     Attributes:
-        name: Dotted name of the layer.
+        name: Dotted name of the site; `" (weight)"` follows it for a weight that depends on the data.
         signed: Whether the input is signed.
-        proven: Whether the sign was known from the dataflow already.
+        proven: Whether the dataflow had shown the sign before any data was seen.
         minimum: Smallest value seen.
         maximum: Largest value seen.
         lower: Chosen lower bound.
@@ -56,14 +56,14 @@ class CalibratedInput:
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationReport:
-    """What `calibrate` did: one row per quantized input.
+    """What `calibrate` did. It prints one line for each quantized input.
 
     Attributes:
-        inputs: In the order of the model.
+        inputs: What was found for each input, in the order of the model.
         batches: Number of batches read.
-        method: How bounds were chosen.
-        unseen: Layers that no batch reached; where they had no bounds yet these are a placeholder, `[-1, 1]`
-            (`[0, 1]` where unsigned or of 1 bit), and an open sign stays open.
+        method: The method that chose the bounds.
+        unseen: Names of the sites that no batch reached. Those without bounds get placeholders, `[-1, 1]` (`[0, 1]` if
+            unsigned or of 1 bit), and a sign that is not decided yet stays undecided.
     """
 
     inputs: tuple[CalibratedInput, ...]
@@ -89,26 +89,29 @@ def calibrate(
 ) -> CalibrationReport:  # fmt: skip
     """Set the bounds of every quantizer from data in one pass, then the output scales from the first batch.
 
-    Inputs are observed while the model computes in float; the model's mode, batch-norm statistics and weights stay as
-    they are. Where fx could not prove an input non-negative its sign is decided here, once. Output scales start at 1
-    where the grid carries real units, else at `mean|conv(x, W)| / mean|conv(x_q, W_q)|`.
+    The model computes in float and in evaluation mode while the inputs of its sites are observed. Its weights, modes
+    and batch-norm statistics do not change. The sign of an input that `quantize` could not prove to be non-negative is
+    decided here. Output scales start at 1 or, where weights are normalized as in the paper, at
+    `mean|conv(x, W)| / mean|conv(x_q, W_q)|`.
 
     Args:
-        qmodel: From `quantize`; changed in place.
-        batches: Any iterable of batches (a `DataLoader` too): a tensor, a tuple or list whose first entry is the
-            input, or a dict of keyword arguments.
-        method: `"mse"` (least squared error; 3 std at 1 bit), `"minmax"`, `"percentile"` (99.99) or `"std"` (the
-            paper's 3 std). A step of LSQ starts at its own `2 mean|v| / sqrt(Q_p)` whatever is asked for.
-        max_batches: Read no more than this many.
-        progress: Show a bar where standard error is a terminal.
+        qmodel: A model from `quantize`; it is changed in place.
+        batches: Any iterable of batches, such as a `DataLoader`. A batch is a tensor, a tuple or list whose first
+            entry is the input, or a dict of keyword arguments.
+        method: How bounds are chosen: `"mse"` (least squared error, but `"std"` at 1 bit), `"minmax"`, `"percentile"`
+            (99.99 per cent of the values) or `"std"` (3 standard deviations, as in the paper). With LSQ each step size
+            starts at `2 mean|v| / sqrt(Q_p)` whatever the method.
+        max_batches: Number of batches after which to stop; None reads all.
+        progress: Show a progress bar if standard error is a terminal.
 
     Returns:
-        What was found and chosen for each input.
+        What was seen and chosen for each input.
 
     Raises:
-        CalibrationError: If there is no batch, a value is NaN or infinite, the method is unknown, or a signed input
-            was given 1 bit. The model is unchanged then.
-        ConversionError: If a forward uses a layer's weight without calling the layer. The model is unchanged then.
+        CalibrationError: If there is no batch, a value is NaN or infinite, the method is unknown, or an input with
+            negative values has 1 bit. The model is unchanged then.
+        ConversionError: If the model is not quantized, or a forward uses the weight of a layer without calling the
+            layer. The model is unchanged then.
         FrozenError: If the model is frozen.
 
     Reference: "Distance-aware Quantization" (Kim, Lee, Ham, ICCV 2021), section 4.1 (initialization).
@@ -128,7 +131,7 @@ def calibrate(
     for layer in layers.values():
         if isinstance(layer.weight_quantizer, WeightQuantizer):
             weight = layer.float_weight()
-            assert weight is not None  # what depends on data has another quantizer
+            assert weight is not None  # a weight that depends on data has an input quantizer
             layer.weight_quantizer.check(weight)
     operands, first, count = _observe(qmodel, layers, batches, method, max_batches, progress)
     proven = {row.name for row in getattr(qmodel, PLAN_ATTRIBUTE, ()) if row.signed is not None}
@@ -141,7 +144,7 @@ def calibrate(
 
 
 def is_calibrated(qmodel: nn.Module) -> bool:
-    """Whether every quantizer of a model has bounds."""
+    """Whether every quantizer of a quantized model has bounds."""
     return all(q.ready for layer in require_quantized(qmodel, "is_calibrated").values() for q in _quantizers(layer))
 
 
@@ -151,7 +154,7 @@ def _quantizers(layer: QuantizedSite) -> list[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _Operand:
-    """One quantizer whose bounds come from data: of an input, or of a weight that depends on data."""
+    """A quantizer whose bounds come from data (of an input, or of a weight that depends on data) and its observer."""
 
     name: str
     role: str
@@ -160,7 +163,7 @@ class _Operand:
 
 
 class _Observing(Watcher):
-    """Shows a site's operands to their observers."""
+    """Shows the input and the weight of a site to their observers."""
 
     def __init__(self, of_input: InputObserver | None, of_weight: InputObserver | None) -> None:
         self.of_input, self.of_weight = of_input, of_weight
@@ -174,7 +177,7 @@ class _Observing(Watcher):
 
 
 def _operands(layers: dict[str, QuantizedSite], method: str) -> dict[int, _Operand]:
-    """Quantizers that need data, each once, by identity: layers that read one tensor may share one."""
+    """Return the quantizers that need data, by identity, because sites that read one tensor may share a quantizer."""
     found: dict[int, _Operand] = {}
     for layer in layers.values():
         for role, quantizer in (("input", layer.input_quantizer), ("weight", layer.weight_quantizer)):
@@ -185,7 +188,7 @@ def _operands(layers: dict[str, QuantizedSite], method: str) -> dict[int, _Opera
 
 
 def _sources(qmodel: nn.Module) -> set[str]:
-    """Layers whose weight other sites are computed from."""
+    """Return the names of layers whose weight another site is computed from."""
     rows = getattr(qmodel, PLAN_ATTRIBUTE, ())
     calls = [row.site.call for row in rows if row.converted and row.site.call is not None]
     layers = ((tensor.removesuffix(".weight"), call.holder) for call in calls for tensor in call.tensors)
@@ -279,11 +282,7 @@ def _set_output_scales(qmodel: nn.Module, layers: dict[str, QuantizedSite], firs
 
 
 class OutputScaleStart(Watcher):
-    """Sets the output scale of one site, as its watcher, from every call of one batch.
-
-    Args:
-        site: A quantized site with calibrated quantizers, whose grid carries no units (`site.unitless`).
-    """
+    """Watches a calibrated site that is `unitless` and sets its output scale from all its calls in one batch."""
 
     def __init__(self, site: QuantizedSite) -> None:
         with torch.no_grad():
@@ -293,13 +292,7 @@ class OutputScaleStart(Watcher):
 
     @torch.no_grad()
     def before(self, site: Any, x: Tensor, weight: Tensor | None, operation: Operation) -> Tensor:
-        """Add one call to the sums and set the scale from them, just before the site computes.
-
-        Args:
-            site: The site.
-            x: Its input.
-            weight: Its weight.
-            operation: Its bare products.
+        """Add one call of the site to the sums and set the scale from them, just before the site computes.
 
         Raises:
             CalibrationError: If the site's float output holds NaN or infinite values.
@@ -310,7 +303,7 @@ class OutputScaleStart(Watcher):
         w, top = site.weight_quantizer(weight), site.sum_scale()
         operand = x if site.input_quantizer is None else site.input_quantizer(x)
         acc, scale = safe_products(operation, operand, w, top, site.settings)
-        # NOTE: in float32, for the plain sums of a float16 layer may pass 65504
+        # NOTE: in float32, for the sums of a float16 layer may pass 65504
         exact = operation(_wide(x), _wide(weight))
         self.exact = self.exact + _channel_mean(exact, site)
         self.quantized = self.quantized + _channel_mean(acc, site) * scale
@@ -326,9 +319,9 @@ class OutputScaleStart(Watcher):
 
 
 def _estimate(layer: QuantizedSite) -> Tensor:
-    """`mean|W| / mean|W_q|`, per channel where the scale is, times what the full range of the input is worth."""
+    """Return `mean|W| / mean|W_q|`, per channel if the scale is, times the width of the input's range."""
     quantizer, weight = layer.weight_quantizer, layer.float_weight()
-    assert isinstance(quantizer, WeightQuantizer) and weight is not None  # only such a grid carries no units
+    assert isinstance(quantizer, WeightQuantizer) and weight is not None  # as for every unitless site
     weight, operand = _wide(weight), _wide(quantizer(weight)) / levels(quantizer.bits, quantizer.grid)
     layout, dim = quantizer.layout, layer.output_scale.dim()
     mean, mean_q = (layout.rows(t).abs().mean(dim=1) if dim else t.abs().mean() for t in (weight, operand))
@@ -339,7 +332,7 @@ def _estimate(layer: QuantizedSite) -> Tensor:
 
 
 def _channel_mean(y: Tensor, layer: QuantizedSite) -> Tensor:
-    """Mean absolute value, per output channel where the layer has a scale per channel."""
+    """Return the mean absolute value, per output channel if the site has a scale for each channel."""
     wide = _wide(y.detach()).abs()
     if layer.output_scale.dim() == 0:
         return wide.mean()

@@ -1,7 +1,7 @@
-"""What calibration sees of one input: range, moments, and a histogram that grows by doubling; and bounds from it.
+"""Observers of inputs (range, moments, histogram), and the methods that choose bounds from what was observed.
 
 The histogram has a power-of-two number of equal bins over `[-limit, limit]`. When a value passes the limit, the limit
-doubles and pairs of bins merge, which is exact: one pass over the data is enough.
+doubles and pairs of bins merge. That loses nothing, so one pass over the data is enough.
 """
 
 from __future__ import annotations
@@ -13,23 +13,21 @@ import torch
 from torch import Tensor
 
 BINS = 8192
-COARSE = 8  # bins merged into one for the first, coarse search of the least error
+COARSE = 8  # so many bins are merged into one for the first, coarse search of the least error
 LARGEST = torch.finfo(torch.float32).max
-SAMPLE = 1 << 18  # most elements of one batch that enter the histogram; range and moments see all of them
+SAMPLE = 1 << 18  # at most so many elements of a batch enter the histogram; range and moments see all elements
 
 
 class InputObserver:
-    """Observes the input of one layer over any number of batches.
+    """Observes the input of one site over any number of batches.
 
-    Args:
-        std: Take the standard deviation of the first batch: two more passes over it.
-        histogram: Count values in bins.
-        mean: Sum up the sizes of all values.
+    The arguments say what is taken beside the range: `std` the standard deviation of the first batch (two more passes
+    over it), `histogram` the histogram, `mean` the mean absolute value.
 
     Attributes:
         minimum: Smallest value seen.
         maximum: Largest value seen.
-        first_std: Standard deviation of the first batch (the paper's start of `upper` is 3 of them).
+        first_std: Standard deviation of the first batch; the paper starts `upper` at three times this.
         finite: Whether all values seen were finite in float32.
 
     Example:
@@ -55,12 +53,12 @@ class InputObserver:
 
     @property
     def mean(self) -> float:
-        """Mean size of all values."""
+        """Mean absolute value of all values seen."""
         return self._sum / max(self._count, 1)
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
-        """Take in one batch, any shape, any floating dtype."""
+        """Observe one batch, of any shape and floating dtype."""
         if x.numel() == 0:
             return
         low, high = torch.stack(torch.aminmax(x)).tolist()
@@ -80,11 +78,11 @@ class InputObserver:
             self.histogram += self._counts(sample.float()).double().cpu() * (flat.numel() / sample.numel())
 
     def _counts(self, sample: Tensor) -> Tensor:
-        """Number of values in each bin; the last one holds `limit` itself.
+        """Return the number of values in each bin; the last bin includes `limit` itself.
 
-        What `torch.histc` counts, and in the same bins, at a third of its time.
+        The counts are those of `torch.histc`, in a third of its time.
         """
-        place = sample.mul(1.0 / self.limit).add_(1.0).mul_(BINS / 2)  # exact but for the addition: powers of two
+        place = sample.mul(1.0 / self.limit).add_(1.0).mul_(BINS / 2)  # powers of two, so only the addition rounds
         return torch.bincount(place.int().clamp_(max=BINS - 1), minlength=BINS)
 
     def centers(self) -> Tensor:
@@ -96,7 +94,7 @@ class InputObserver:
         if top == 0.0:
             return
         if self.limit == 0.0:
-            self.limit = 2.0 ** max(math.ceil(math.log2(top)), -126)  # its inverse has to be a float32
+            self.limit = 2.0 ** max(math.ceil(math.log2(top)), -126)  # its reciprocal has to be a normal float32
         while top > self.limit:
             inner = self.histogram.reshape(-1, 2).sum(dim=1)
             self.histogram = torch.nn.functional.pad(inner, (BINS // 4, BINS // 4))
@@ -104,14 +102,14 @@ class InputObserver:
 
 
 def minmax_bounds(observer: InputObserver, bits: int, signed: bool) -> tuple[float, float]:
-    """Return the range seen, 0 included."""
+    """Return the range seen, extended to include 0."""
     return (min(observer.minimum, 0.0) if signed else 0.0), max(observer.maximum, 0.0)
 
 
 def percentile_bounds(
     observer: InputObserver, bits: int, signed: bool, percentile: float = 99.99
 ) -> tuple[float, float]:
-    """Return the bounds that leave `100 - percentile` per cent of the values outside, split over both ends."""
+    """Return the bounds that leave `100 - percentile` per cent of the values outside, half at each end if signed."""
     cumulative = observer.histogram.cumsum(0) / observer.histogram.sum()
     tail = (1.0 - percentile / 100.0) / (2.0 if signed else 1.0)
     centers = observer.centers()
@@ -122,9 +120,9 @@ def percentile_bounds(
 
 
 def std_bounds(observer: InputObserver, bits: int, signed: bool) -> tuple[float, float]:
-    """Return the paper's start: 3 standard deviations of the first batch (both ways where signed).
+    """Return the paper's start: 3 standard deviations of the first batch, in both directions if signed.
 
-    Where the first batch was constant that is no width at all; the range seen is taken then.
+    If the first batch was constant, that would be an empty range, so the range seen is returned.
     """
     width = 3.0 * (observer.first_std or 0.0)
     if width == 0.0:
@@ -133,9 +131,10 @@ def std_bounds(observer: InputObserver, bits: int, signed: bool) -> tuple[float,
 
 
 def minimum_error_bounds(observer: InputObserver, bits: int, signed: bool) -> tuple[float, float]:
-    """Return the bounds with the least squared error on the histogram.
+    """Return the bounds with the least squared rounding error on the histogram.
 
-    All pairs of a coarse grid first, on a coarser histogram; then each end by itself, in steps that get finer.
+    The search tries all pairs of a coarse grid on a coarser histogram first, then moves one bound at a time in steps
+    that get finer.
     """
     low, high = minmax_bounds(observer, bits, signed)
     merged = observer.histogram.reshape(-1, COARSE).sum(dim=1), observer.centers().reshape(-1, COARSE).mean(dim=1)
@@ -155,14 +154,14 @@ def minimum_error_bounds(observer: InputObserver, bits: int, signed: bool) -> tu
 
 
 def _used(histogram: Tensor, centers: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """Values and their weights, of the bins that are not empty."""
+    """Return the centers and counts of the bins that are not empty."""
     used = histogram > 0
     values = centers[used]
     return (values if signed else values.clamp(min=0.0)), histogram[used]
 
 
 def _least(values: Tensor, weights: Tensor, lows: Tensor, highs: Tensor, bits: int) -> tuple[float, float]:
-    """Return the pair of bounds with the least weighted squared error among candidates."""
+    """Return the candidate pair of bounds with the least weighted squared error."""
     n = 2**bits - 1
     scale = ((highs - lows) / n).clamp(min=1e-30)[:, None]
     zero_point = torch.round(-lows[:, None] / scale).clamp(0, n)
@@ -177,21 +176,18 @@ Bounds = Callable[[InputObserver, int, bool], tuple[float, float]]
 
 
 def error_bounds(observer: InputObserver, bits: int, signed: bool) -> tuple[float, float]:
-    """Return the bounds of least squared error; at 1 bit the paper's 3 std.
+    """Return the bounds of least squared error; at 1 bit, the paper's 3 standard deviations.
 
-    At 1 bit the least error has its upper level inside the bulk of the values, and what lies above it gets no
-    gradient: training started there ends several points lower.
+    At 1 bit the bounds of least error put the upper level inside the bulk of the values. Values above it get no
+    gradient, and training from there ends several points of accuracy lower.
     """
     return std_bounds(observer, bits, signed) if bits == 1 else minimum_error_bounds(observer, bits, signed)
 
 
 def observer_for(method: str, bits: int, by_mean: bool = False) -> InputObserver:
-    """Return an observer that takes no more than a method needs for its bounds.
+    """Return an observer that takes only what a method (a key of `METHODS`) needs at this width.
 
-    Args:
-        method: A key of `METHODS`.
-        bits: Of the quantizer.
-        by_mean: Whether it starts from the mean size of its inputs whatever the method, as LSQ's does.
+    A quantizer that starts `by_mean` takes the mean absolute value of its input whatever the method, as LSQ's does.
     """
     of_std = not by_mean and (method == "std" or (method == "mse" and bits == 1))
     return InputObserver(of_std, histogram=not (by_mean or of_std or method == "minmax"), mean=by_mean)
