@@ -8,7 +8,7 @@ import typer.main
 
 from daqconvert.cli import app
 from daqconvert.errors import PolicyError
-from daqconvert.policy.policy_files import from_toml
+from daqconvert.policy import from_toml
 from daqconvert.policy.presets import preset, preset_names
 from daqconvert.policy.resolve import SUM_NOTE
 from daqconvert.spec import SETTING_NAMES, Call, Policy, Settings, Site

@@ -6,7 +6,7 @@ from torch import nn
 
 import daqconvert as dq
 from daqconvert.layers.output_quantizers import OutputQuantizer
-from daqconvert.policy.policy_files import from_toml
+from daqconvert.policy import from_toml
 from helpers.cases import CASES, run
 from helpers.integer_networks import NETWORKS, trained
 

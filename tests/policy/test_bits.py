@@ -3,8 +3,8 @@
 import pytest
 
 from daqconvert.errors import PolicyError
+from daqconvert.policy import from_toml, to_toml
 from daqconvert.policy.arguments import build
-from daqconvert.policy.policy_files import from_toml, to_toml
 from daqconvert.spec import Policy, Rule, Settings
 
 

@@ -3,8 +3,8 @@
 import pytest
 
 from daqconvert.errors import PolicyError
+from daqconvert.policy import from_toml
 from daqconvert.policy.arguments import build
-from daqconvert.policy.policy_files import from_toml
 from daqconvert.policy.resolve import COMPUTED_NOTE, ONE_BIT_NOTE, SUM_NOTE, largest_sum
 from daqconvert.spec import Call, Policy, Rule, Settings, Site
 from daqconvert.spec.row import ONE_BIT_COMPUTED, ONE_BIT_PRODUCT, PRODUCT_OFF

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from daqconvert.errors import PolicyError
-from daqconvert.policy.policy_files import from_dict, from_toml, to_dict, to_toml
+from daqconvert.policy import from_dict, from_toml, to_dict, to_toml
 from daqconvert.spec import CHOICES, Policy, Rule, Settings
 
 EXAMPLE = """

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import daqconvert as dq
 from daqconvert.errors import PolicyError
-from daqconvert.policy.policy_files import from_toml
+from daqconvert.policy import from_toml
 from daqconvert.policy.resolve import resolve
 from daqconvert.spec import Call, Plan, PlanRow, Policy, Rule, Settings, Site
 from daqconvert.spec.reproduce import exact_pattern

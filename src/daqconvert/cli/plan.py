@@ -20,8 +20,8 @@ from daqconvert.convert import plan
 from daqconvert.data import input_config
 from daqconvert.errors import PolicyError
 from daqconvert.files import write_text
+from daqconvert.policy import from_toml
 from daqconvert.policy.plan_json import plan_to_dict
-from daqconvert.policy.policy_files import from_toml
 from daqconvert.report.tables import plan_table, render
 from daqconvert.sources import build_model
 from daqconvert.spec import Plan, PlanDiff

@@ -58,12 +58,13 @@ def build(
         policy: A `Policy`, the path of a `.toml` file, or a dict of the file's shape.
         preset: Name of a preset instead.
         first: Replaces the policy's `first`: None leaves first sites float, `(w_bits, a_bits)`, or a dict of settings.
-        last: The mirror of `first`.
-        exclude: Names or patterns of layers to leave alone, besides the policy's own; one may be a plain string.
-        rules: Rules after the policy's own, each a `Rule` or a dict like one `[[rule]]` table; one may stand alone.
+        last: Replaces the policy's `last`, in the same forms.
+        exclude: Names or patterns of layers to leave alone, besides the policy's own; a single one may be a string.
+        rules: Rules after the policy's own, each a `Rule` or a dict like one `[[rule]]` table; a single one needs no
+            list.
         include: Names or patterns of the only layers to convert, instead of the policy's own; None for the policy's.
-        bits: Name or pattern -> bits of weight and input (one number), `(w_bits, a_bits)`, or None for float; they are
-            rules after all others.
+        bits: Name or pattern -> bits of weight and input (one number), `(w_bits, a_bits)`, or None for float; these
+            become rules after all others.
         **settings: Fields of `Settings`, which override the policy's `[default]`; those that are `UNSET` do not.
 
     Raises:
@@ -78,7 +79,11 @@ def build(
     changes: dict[str, Any] = {}
     asked = {name: value for name, value in settings.items() if value is not UNSET}
     if preset is not None and asked.get("rounding") == "lsq":
-        asked = {"grid": "auto", "normalize": "auto", **asked}  # LSQ brings its own: the preset's are nobody's wish
+        asked = {
+            "grid": "auto",
+            "normalize": "auto",
+            **asked,
+        }  # LSQ has its own grid
     if asked:
         changes["default"] = base.default.replace(**checked_changes(asked, "arguments"))
     for key, value in (("first", first), ("last", last)):

@@ -16,14 +16,10 @@ PLACE = "bits"
 def bits_rules(bits: object, where: str) -> tuple[Rule, ...]:
     """Return a rule per entry of a mapping of bits, in its order.
 
-    A number sets `w_bits` and `a_bits` both, a pair sets `(w_bits, a_bits)`; None or 32 is floating point.
-
-    Args:
-        bits: Name, glob or `re:` pattern -> bits.
-        where: The place, for the error.
+    A number sets both `w_bits` and `a_bits`, a pair sets `(w_bits, a_bits)`; None or 32 is floating point.
 
     Raises:
-        PolicyError: If it is no mapping, or a key is no name or pattern, or a value no bits.
+        PolicyError: If it is no mapping, or a key is no name or pattern, or a value is no bits; names `where`.
 
     Example:
         >>> [rule.changes for rule in bits_rules({"layer4.*": 2, "fc": (8, None)}, "arguments bits")]

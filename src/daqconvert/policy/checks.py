@@ -1,6 +1,7 @@
-"""Policies that were written in Python or read from a file, checked by the same functions.
+"""Checks of the parts of a policy, the same for one that was written in Python and one that was read from a file.
 
-Each takes `where`, the place that a message names: `policy.toml rule 3`, `arguments [first]`.
+Each function returns the part as it is stored. `where` is the place that a message names: `policy.toml rule 3`,
+`arguments [first]`.
 """
 
 from __future__ import annotations
@@ -16,11 +17,7 @@ from daqconvert.spec import Policy, Rule, Settings, check_setting
 
 
 def checked_changes(changes: object, where: str) -> dict[str, Any]:
-    """Return settings to change, each as `Settings` stores it.
-
-    Args:
-        changes: Setting name -> value.
-        where: The place, for the error.
+    """Return settings to change (setting name -> value), each as `Settings` stores it.
 
     Raises:
         PolicyError: If it is no mapping, or a name is no setting, or a setting cannot take its value.
@@ -45,13 +42,9 @@ def checked_changes(changes: object, where: str) -> dict[str, Any]:
 def checked_rule(rule: object, where: str) -> Rule:
     """Return a rule whose parts fit together.
 
-    Args:
-        rule: What should be a `Rule`.
-        where: The place, for the error.
-
     Raises:
-        PolicyError: If it has both `match` and `type` or neither, a text that is none, a bad regular expression,
-            changes nothing, or changes something to an impossible value.
+        PolicyError: If it is no `Rule`, has both `match` and `type` or neither, has one of them that is no text or a
+            bad regular expression, changes nothing, or changes something to an impossible value.
     """
     if not isinstance(rule, Rule):
         raise PolicyError(f"{where}: expected a Rule; found {reprlib.repr(rule)}.")
@@ -72,11 +65,7 @@ def checked_rule(rule: object, where: str) -> Rule:
 
 
 def checked_position(value: object, where: str) -> dict[str, Any] | None:
-    """Return the changes for first or last sites, or None to leave them float.
-
-    Args:
-        value: Settings to change, or None.
-        where: The place, for the error.
+    """Return the settings to change for first or last sites, or None to leave them float.
 
     Raises:
         PolicyError: If it is neither, or holds an unknown or impossible setting.
@@ -85,11 +74,7 @@ def checked_position(value: object, where: str) -> dict[str, Any] | None:
 
 
 def checked_patterns(patterns: object, where: str) -> tuple[str, ...]:
-    """Return names and patterns of layers as a tuple.
-
-    Args:
-        patterns: A list or tuple of texts.
-        where: The place, for the error.
+    """Return a list of names and patterns of layers as a tuple.
 
     Raises:
         PolicyError: If it is not a list or tuple of texts, or one is a bad regular expression.
@@ -103,11 +88,7 @@ def checked_patterns(patterns: object, where: str) -> tuple[str, ...]:
 
 
 def checked_include(patterns: object, where: str) -> tuple[str, ...]:
-    """Return names and patterns of the only layers to convert as a tuple.
-
-    Args:
-        patterns: A list or tuple of texts, or one text.
-        where: The place, for the error.
+    """Return names and patterns of the only layers to convert, a list or a single text, as a tuple.
 
     Raises:
         PolicyError: If it is neither, is empty, or holds a bad regular expression.
@@ -125,10 +106,7 @@ def checked_include(patterns: object, where: str) -> tuple[str, ...]:
 
 
 def checked_policy(policy: Policy) -> Policy:
-    """Return the policy with every part checked and stored as `Settings` stores it.
-
-    Args:
-        policy: A policy from anywhere.
+    """Return the policy with every part checked, and its values as `Settings` stores them.
 
     Raises:
         PolicyError: If any part of it is malformed; names the part.

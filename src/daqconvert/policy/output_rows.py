@@ -1,8 +1,9 @@
-"""What `deploy="integer"` adds to a plan: on whose grid every output lies, and quantizers where nobody's is there.
+"""What `deploy="integer"` adds to a plan: to which grid each output is rounded, and output quantizers.
 
-A convolution whose output is read by one quantized input alone - batch norm, a clip or a pool between them or not -
-is rounded to that input's grid. Where several read it, or a sum, or anything else, it gets a quantizer of its own of
-8 bits. So does every sum of such outputs. A linear's output may stay in float: its integer kernel returns float.
+The output of a convolution that only one quantized input reads - with or without a batch norm, a clip or a pool
+between them - is rounded to that input's grid. Where several inputs read it, or a sum, or anything else, it gets an
+output quantizer of its own, of 8 bits. So does each sum of such outputs. The output of a linear layer may stay in
+float, because its integer kernel returns float.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from daqconvert.spec.auto import resolve_computed
 OUTPUT_BITS = 8
 INTEGER = "integer"
 LARGEST_WEIGHT = 127
-"""Of a weight's code in an integer kernel."""
+"""The largest code of a weight that an integer kernel takes."""
 
 STAYS = "its output stays in float"
 NO_PLACE = f"{STAYS}: no module of the model returns it, so no quantizer can stand there"
@@ -24,17 +25,14 @@ NOT_FOLLOWED = f"{STAYS}: torch.fx cannot tell what becomes of it"
 TRANSPOSED = f"{STAYS}: integer runtimes have no kernel for transposed convolutions"
 FLOAT_OPERAND = f"{STAYS}: weight or input is in float"
 TOO_WIDE = f"{STAYS}: codes of the mid-rise grid at 8 bits reach 255, an integer kernel takes {LARGEST_WEIGHT}"
-
 LSQ_TOO_WIDE = f"{STAYS}: codes of LSQ at 8 bits reach -128, an integer kernel takes {LARGEST_WEIGHT}"
 
 
 def with_outputs(policy: Policy, rows: Sequence[PlanRow], sums: Sequence[SiteOutput]) -> tuple[PlanRow, ...]:
-    """Return the rows with what `deploy="integer"` decides about outputs; the same rows where nothing asks for it.
+    """Return the rows of a plan with what `deploy="integer"` decides about outputs.
 
-    Args:
-        policy: Gives the gradient of the rounding of the quantizers that are added.
-        rows: Of the plan, with signs.
-        sums: Of outputs, in order.
+    The rows have their signs already, `sums` are in order of execution, and the policy's default gives the rounding of
+    the output quantizers that are added. Where no row asks for it, the rows are returned as they are.
     """
     if not any(row.settings is not None and row.settings.deploy == INTEGER for row in rows):
         return tuple(rows)
@@ -76,7 +74,7 @@ class _Outputs:
         )
 
     def _reader(self, output: SiteOutput) -> str | None:
-        """The one quantized input that reads an output, if that is all that does."""
+        """The site whose quantized input is all that reads an output; None where there is more, or none."""
         rows = [self.by_name[name] for name in output.readers]
         if not output.alone or not rows or any(r.settings is None or r.settings.a_bits is None for r in rows):
             return None
@@ -84,13 +82,12 @@ class _Outputs:
         return keepers.pop() if len(keepers) == 1 else None
 
     def _add(self, output: SiteOutput, after: str, of: str) -> str:
-        """Add the row of a quantizer; return its name."""
+        """Add the row of an output quantizer, behind the row called `after`, and return its name."""
         name = f"{output.place}.{OUTPUT_QUANTIZER}" if output.place else OUTPUT_QUANTIZER
         site = Site(name, OUTPUT_KIND, output=output, nonnegative=output.nonnegative)
         settings = resolve_computed(
-            self.default.replace(w_bits=None, a_bits=OUTPUT_BITS, deploy=INTEGER, attention=None)
+            self.default.replace(w_bits=None, a_bits=OUTPUT_BITS, deploy=INTEGER, attention=None, share_inputs=False)
         )
-        settings = settings.replace(share_inputs=False)
         note = f"output of {of or '(root)'}"
         row = PlanRow(
             site, settings, f'deploy = "{INTEGER}"', signed=False if output.nonnegative else None, notes=(note,)
@@ -100,7 +97,7 @@ class _Outputs:
 
 
 def _why_float(row: PlanRow, settings: Settings) -> str:
-    """Why a convolution's output is not rounded to integers; empty if it is, and for a linear."""
+    """Why the output of a site is not rounded to integers; empty if it is, or may stay in float as a linear's."""
     output = row.site.output
     if "transpose" in (row.site.kind if row.site.call is None else row.site.call.function).lower():
         return TRANSPOSED

@@ -17,7 +17,7 @@ from daqconvert.spec.plain_values import from_plain, to_plain
 
 ORDERS = ("fx", "modules")
 LATER = ("delta", "alpha")
-"""Settings that plans written before they existed do not have."""
+"""Settings that a plan does not have if it was written before they existed."""
 
 
 def plan_to_dict(plan: Plan) -> dict[str, Any]:

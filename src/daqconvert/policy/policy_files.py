@@ -1,8 +1,8 @@
-"""Policies as TOML and as plain dicts; the format is described in `docs/policies.md`.
+"""Reading policies from TOML and from plain dicts; the format is described in `docs/policies.md`.
 
 TOML has no None, so bits are written 32 for "left in floating point" and `first = false` leaves first sites float;
-a dict may use None for both. What is read is never trusted: unknown keys and wrong types are errors. The writing side
-is `daqconvert.spec.toml`. (Plans have their own form, JSON, in `plan_json`.)
+a dict may use None for both. What is read is never trusted: unknown keys and wrong types are errors. `spec.toml`
+writes policies; plans have a form of their own, JSON, in `plan_json`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,7 @@ from typing import Any
 from daqconvert.errors import PolicyError, nearest
 from daqconvert.policy.bits import bits_rules
 from daqconvert.policy.checks import checked_changes, checked_include, checked_patterns, checked_rule
-from daqconvert.policy.plan_json import plan_from_dict as plan_from_dict
-from daqconvert.policy.plan_json import plan_to_dict as plan_to_dict
 from daqconvert.spec import SETTING_NAMES, Policy, Rule, Settings
-from daqconvert.spec.toml import to_dict as to_dict
-from daqconvert.spec.toml import to_toml as to_toml
 
 POLICY_KEYS = ("default", "rule", "bits", "first", "last", "exclude", "include")
 RULE_KEYS = ("match", "type", "optional")
@@ -106,11 +102,7 @@ def from_dict(data: Mapping[str, Any], name: str = "dict") -> Policy:
 
 
 def rule_from_dict(data: object, where: str) -> Rule:
-    """Return the rule that one `[[rule]]` table describes.
-
-    Args:
-        data: `match` or `type`, `optional` if wanted, and the settings to change.
-        where: The place, for the error.
+    """Return the rule that one `[[rule]]` table describes; `where` is its place, for the error.
 
     Raises:
         PolicyError: For an unknown key, a wrong type, both or neither of match and type, or an impossible value.
@@ -143,7 +135,7 @@ def _changes(data: object, where: str) -> dict[str, Any]:
 
 
 def _table(data: object, valid: Iterable[str], where: str) -> Mapping[str, Any]:
-    """Return `data`, which must be a table with no other keys than `valid`."""
+    """Return `data`, which must be a table that has no keys but the `valid` ones."""
     if not isinstance(data, Mapping):
         raise PolicyError(f"{where}: expected a table; found {reprlib.repr(data)}.")
     for key in data:

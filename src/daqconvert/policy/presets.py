@@ -1,4 +1,4 @@
-"""Policies with a name: `paper-w1a1` ... `paper-w3a32` are the paper to the letter.
+"""Policies with a name: `paper-w1a1` ... `paper-w3a32` follow the paper exactly.
 
 Per tensor, mean subtracted, mid-rise grid, the slope of the published soft rounding with its published temperatures,
 first and last layer float. Bits as in the paper's table; `a32` leaves the input float.
@@ -61,10 +61,7 @@ def preset(name: str) -> Policy:
 
 
 def is_paper(policy_name: str) -> bool:
-    """Return whether a policy of this name is a paper preset, or one that arguments changed.
-
-    Args:
-        policy_name: `Policy.name`.
+    """Return whether a policy of this name is a paper preset, or a paper preset that arguments changed.
 
     Example:
         >>> is_paper("paper-w2a2 + arguments"), is_paper("paper-like.toml")

@@ -1,7 +1,7 @@
 """A `Policy` and the sites of a model become a `Plan`.
 
 Precedence: exact name > pattern > type > position (first, then last) > default; among equals the later wins; `exclude`
-beats all, then `include`. What speaks about a site is applied from the weakest to the strongest, field by field.
+beats all, then `include`. All that applies to a site is applied from the weakest to the strongest, setting by setting.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from daqconvert.spec.row import (
 )
 
 EXACT_SUM = 2**24
-"""From here on not every integer is a float32."""
+"""The first integer after which not every integer is a float32."""
 
 SUM_NOTE = "sums may pass 2**24: layouts and batch sizes may differ in the last bit"
 PAPER_NOTE = "departs from the paper: input may be negative, signed if calibrate sees negative values"
@@ -37,7 +37,7 @@ COMPUTED_NOTE = "its weight is computed from the input: quantized per tensor as 
 
 
 class _Step(NamedTuple):
-    """One thing that speaks about a site: its strength, its name in the plan, what it changes."""
+    """One thing that applies to a site: its strength, its name in the plan, what it changes."""
 
     level: Level
     label: str
@@ -88,7 +88,7 @@ def resolve(
 
 
 class _Matchers(NamedTuple):
-    """What a policy holds about layers by name or pattern, ready to be asked about each of them."""
+    """The rules, `include` and `exclude` of a policy, ready to be asked about each site."""
 
     rules: Matcher
     include: Matcher
@@ -100,7 +100,7 @@ class _Matchers(NamedTuple):
 
 
 def _row(policy: Policy, matchers: _Matchers, site: Site) -> PlanRow:
-    """Decide about one site; what depends on the others (sign, remarks) is not decided yet."""
+    """Decide about one site; what depends on other sites (sign, remarks) is decided later."""
     if site.reason:
         return PlanRow(site, None, "-", reason=site.reason, notes=site.notes)
     excluded = [rule for _, rule, _ in matchers.exclude.about(site)]
@@ -134,7 +134,7 @@ def _why_not(site: Site, merged: Settings) -> tuple[str, tuple[str, ...]]:
 
 
 def _settled(site: Site, merged: Settings, where: str) -> Settings:
-    """Return a site's settings with nothing left on `"auto"`."""
+    """A site's settings with nothing left on `"auto"`."""
     if site.is_product:
         bits = dict.fromkeys(BIT_FIELDS, merged.attention)
         merged = merged.replace(**bits, share_inputs=False, deploy="float")
@@ -149,7 +149,7 @@ def _settled(site: Site, merged: Settings, where: str) -> Settings:
 
 
 def _finished(policy: Policy, rows: Sequence[PlanRow]) -> tuple[PlanRow, ...]:
-    """Return the rows with signs and remarks: an input that sites share has one sign, proven for all or for none."""
+    """The rows with signs and remarks; an input that several sites share has one sign, proven for all or for none."""
     groups = input_groups(rows)
     unproven = {groups.get(row.name, row.name) for row in rows if row.converted and not row.site.nonnegative}
     done = []
@@ -165,7 +165,7 @@ def _finished(policy: Policy, rows: Sequence[PlanRow]) -> tuple[PlanRow, ...]:
 
 
 def _steps(policy: Policy, rules: Matcher, site: Site) -> list[_Step]:
-    """List what speaks about the site, weakest first; the default comes first and changes nothing."""
+    """All that applies to a site, the weakest first; the default comes first and changes nothing."""
     steps = [_Step(Level.DEFAULT, "default", {})]
     if site.first and not site.is_product:
         steps.append(_position("first", policy.first))
@@ -201,15 +201,11 @@ def _notes(policy: Policy, site: Site, settings: Settings, nonnegative: bool) ->
 
 
 def largest_sum(site: Site, settings: Settings) -> int:
-    """Return the largest absolute value that the layer's sum of integer products can reach, 0 if a side is float.
+    """Return the largest absolute value that a site's sum of integer products can reach, 0 if an operand is float.
 
-    `reduction * (2**a_bits - 1) * w`, with `w = 2**w_bits - 1` on the mid-rise grid, `2**(w_bits - 1) - 1` on the
-    integer one, `2**(w_bits - 1)` on that of LSQ, `2**w_bits - 1` again where the second operand is computed from the
-    model's input.
-
-    Args:
-        site: The layer.
-        settings: Its settings, nothing left on `"auto"`.
+    It is `reduction * (2**a_bits - 1) * w`, with `w = 2**w_bits - 1` on the mid-rise grid, `2**(w_bits - 1) - 1` on
+    the integer grid, `2**(w_bits - 1)` on that of LSQ, and `2**w_bits - 1` where the second operand is computed from
+    the model's input. The settings have nothing left on `"auto"`.
 
     Example:
         >>> largest_sum(Site("fc", "Linear", reduction=10), resolve_auto(Settings(w_bits=8, a_bits=8)))

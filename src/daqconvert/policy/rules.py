@@ -25,7 +25,7 @@ REGEX_PREFIX = "re:"
 
 
 class Level(IntEnum):
-    """How strongly something speaks about a layer; the higher wins, among equals the later."""
+    """How strongly something applies to a layer: the higher level wins, among equals the later."""
 
     DEFAULT = 0
     POSITION = 1
@@ -35,11 +35,7 @@ class Level(IntEnum):
 
 
 def check_pattern(pattern: str, where: str) -> str:
-    """Return `pattern` if it can be matched against names.
-
-    Args:
-        pattern: An exact name, a glob, or `re:` and a regular expression.
-        where: The place of the pattern, for the error.
+    """Return `pattern`, a name, a glob, or `re:` and a regular expression, if it can be matched against names.
 
     Raises:
         PolicyError: If the text after `re:` is no regular expression.
@@ -60,11 +56,7 @@ def check_pattern(pattern: str, where: str) -> str:
 
 
 def name_level(pattern: str, name: str) -> Level | None:
-    """Return how strongly `pattern` speaks about the layer called `name`, or None if it does not.
-
-    Args:
-        pattern: An exact name, a glob, or `re:` and a regular expression.
-        name: Dotted name of a layer.
+    """Return how strongly `pattern` applies to the layer called `name`, or None if it does not.
 
     Example:
         >>> name_level("layer4.*", "layer4.0.conv1").name, name_level("fc", "fc").name, name_level("fc", "fc2")
@@ -78,11 +70,7 @@ def name_level(pattern: str, name: str) -> Level | None:
 
 
 def rule_level(rule: Rule, site: Site) -> Level | None:
-    """Return how strongly `rule` speaks about `site`, or None if it does not.
-
-    Args:
-        rule: A rule with either `match` or `type`.
-        site: A layer.
+    """Return how strongly `rule`, which has either `match` or `type`, applies to a site, or None if it does not.
 
     Example:
         >>> rule_level(Rule({"w_bits": 2}, type="Linear"), Site("head", "Linear")).name
@@ -94,10 +82,7 @@ def rule_level(rule: Rule, site: Site) -> Level | None:
 
 
 def is_name(pattern: str) -> bool:
-    """Return whether nothing but the layer of exactly this name can match.
-
-    Args:
-        pattern: An exact name, a glob, or `re:` and a regular expression.
+    """Return whether a pattern is a plain name, which only the layer of exactly this name matches.
 
     Example:
         >>> is_name("layer4.0.conv1"), is_name("layer4.*"), is_name("re:fc")
@@ -107,12 +92,10 @@ def is_name(pattern: str) -> bool:
 
 
 class Matcher:
-    """Finds the rules that speak about a layer, without asking each rule that names another one.
+    """Finds those of a policy's rules that apply to a layer, without asking each rule that names another one.
 
-    A plan written as a policy has a rule per layer: asking all of them about every layer would take the square of it.
-
-    Args:
-        rules: The rules of a policy, in order.
+    A plan that was written as a policy has a rule per layer: to ask each rule about each layer would take time in the
+    square of their number.
 
     Example:
         >>> matcher = Matcher((Rule({"w_bits": 2}, match="layer4.*"), Rule({"w_bits": 3}, match="fc")))
@@ -132,11 +115,11 @@ class Matcher:
 
     @classmethod
     def of_patterns(cls, patterns: Iterable[str]) -> Matcher:
-        """Return the same for names and patterns that stand without settings."""
+        """Return a matcher for names and patterns that come without settings."""
         return cls(Rule({}, match=pattern) for pattern in patterns)
 
     def about(self, site: Site) -> Iterator[tuple[str, Rule, Level]]:
-        """Yield place, rule and strength of what speaks about a layer, in order."""
+        """Yield the rules that apply to a layer, in order, each with its place and its strength."""
         for number in sorted((*self._named.get(site.name, ()), *self._others)):
             place, rule = self._places[number]
             level = rule_level(rule, site)
@@ -145,7 +128,7 @@ class Matcher:
 
 
 def label(rule: Rule) -> str:
-    """Return what the rule looks for, as messages and plans show it.
+    """Return what a rule looks for, as messages and plans show it.
 
     Example:
         >>> label(Rule({}, match="layer4.*")), label(Rule({}, type="Linear"))
@@ -155,13 +138,7 @@ def label(rule: Rule) -> str:
 
 
 def places(rules: Iterable[Rule]) -> Iterator[tuple[str, Rule]]:
-    """Yield each rule with what messages and plans call its place: `rule 1`, `rule 2`, or `bits`.
-
-    Args:
-        rules: The rules of a policy, or of the part of it that was written as rules.
-
-    Yields:
-        The place, and the rule.
+    """Yield each rule after what messages and plans call its place: `rule 1`, `rule 2`, or `bits`.
 
     Example:
         >>> [place for place, _ in places((Rule({}, "a"), Rule({}, "b", place="bits"), Rule({}, "c")))]
@@ -174,15 +151,13 @@ def places(rules: Iterable[Rule]) -> Iterator[tuple[str, Rule]]:
 
 
 def _place(rule: object) -> str:
-    return rule.place if isinstance(rule, Rule) else ""  # what is no rule has its error elsewhere
+    return rule.place if isinstance(rule, Rule) else ""  # `checks` refuses what is no rule
 
 
 def check_matches(policy: Policy, sites: Sequence[Site]) -> None:
-    """Refuse rules, include and exclude entries that have nothing to act on.
+    """Refuse rules, and entries of `include` and `exclude`, that have nothing to act on.
 
-    Args:
-        policy: A checked policy.
-        sites: The layers of the model; where there are none nothing is refused, the caller has a better error.
+    Where the model has no sites nothing is refused, because the caller has a better error.
 
     Raises:
         PolicyError: If a rule that is not optional matches no layer or only layers that cannot be converted, if it

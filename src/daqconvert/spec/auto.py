@@ -1,6 +1,6 @@
-"""What `"auto"` means: the one place where the default turns bits into a grid.
+"""What `"auto"` means: the one place where bits decide a weight's grid, normalization and granularity.
 
-The constants below are choices, not laws: a measurement that says otherwise changes them here and nowhere else.
+The constants below are choices that rest on measurements; to change one, change it here.
 """
 
 from __future__ import annotations
@@ -18,20 +18,15 @@ MIDRISE_UP_TO_BITS = 1
 def resolve_auto(settings: Settings, where: str = "settings") -> Settings:
     """Return the settings with nothing left on `"auto"`, refusing what no quantizer can do.
 
-    `normalize`: True where the weight has at most `NORMALIZE_UP_TO_BITS` bits and the grid is not asked to be
-    `"integer"`, else False. `grid`: `"midrise"` where normalized or of at most `MIDRISE_UP_TO_BITS` bits, else
-    `"integer"`. A float weight gives False and `"integer"`, which nothing reads. `granularity`: `"tensor"` where
-    normalized, as in the paper - a mean per channel would take from each filter what it says of the non-negative
-    inputs' sum, and training at 1 bit ends several points lower -, else `"channel"`.
+    * `normalize`: True where the weight has at most `NORMALIZE_UP_TO_BITS` bits and the grid is not asked to be
+      `"integer"`, else False.
+    * `grid`: `"midrise"` where normalized or of at most `MIDRISE_UP_TO_BITS` bits, else `"integer"`.
+    * `granularity`: `"tensor"` where normalized, as in the paper, else `"channel"`. (With a mean per channel each
+      filter would lose its response to the sum of the inputs, which are not negative, and training at 1 bit ends
+      several points lower.)
 
-    LSQ brings its own: `"twos"`, not normalized, `"tensor"` unless asked otherwise.
-
-    Args:
-        settings: Settings of one layer.
-        where: The layer and the rule that decided, for the error.
-
-    Returns:
-        Settings with `normalize` a bool, `grid` one of the grids, `granularity` `"tensor"` or `"channel"`.
+    A float weight gets False and `"integer"`, which nothing reads. LSQ has a grid of its own, `"twos"`, is not
+    normalized, and is per `"tensor"` unless asked otherwise. `where` names the layer and the rule for the error.
 
     Raises:
         PolicyError: For `grid="integer"` at 1 bit, whose largest code `2**(w_bits - 1) - 1` is 0, and for
@@ -87,10 +82,6 @@ def _resolve_lsq(settings: Settings, where: str) -> Settings:
 def check_lsq_bits(settings: Settings, where: str) -> None:
     """Refuse LSQ at 1 bit.
 
-    Args:
-        settings: Settings of one site.
-        where: The layer and the rule that decided, for the error.
-
     Raises:
         PolicyError: If rounding is `"lsq"` and a width is 1.
     """
@@ -107,9 +98,6 @@ def resolve_computed(settings: Settings) -> Settings:
 
     Both operands are quantized as inputs are: per tensor, on the levels of an input's quantizer. There is no weight to
     take a mean from, and the mid-rise grid, which has no zero, is for weights.
-
-    Args:
-        settings: Settings of one site.
 
     Example:
         >>> resolve_computed(Settings(w_bits=1)).granularity

@@ -30,7 +30,7 @@ class RowChange:
 
     @property
     def what(self) -> dict[str, tuple[object, object]]:
-        """Setting or fact -> its values before and after; the rule that decided, and a reason, are none of these."""
+        """Setting or fact of the site -> its values before and after; rules and reasons are not compared."""
         pairs: dict[str, tuple[object, object]] = {
             fact: (getattr(self.before.site, fact), getattr(self.after.site, fact)) for fact in _SITE_FACTS
         }

@@ -18,9 +18,9 @@ class Plan:
 
     Attributes:
         rows: One per site, in order of execution where fx can tell, else of registration; `deploy="integer"` adds one
-            for each quantizer of an output.
+            for each output quantizer.
         model: Class name of the model.
-        order: `"fx"` or `"modules"`: what first, last and signs were read from.
+        order: `"fx"` or `"modules"`: what first and last sites and signs were read from.
         other_params: Parameters and buffers outside the sites.
         input_size: Size of the example input behind the MACs, or None.
         policy: Name of the policy.
@@ -100,10 +100,10 @@ class Plan:
         return PlanDiff.of(mine, others, (self.totals, other.totals))
 
     def to_toml(self) -> str:
-        """Return a policy file that gives this plan again for the same model, with comments that say whence it came.
+        """Return a policy file that gives this plan again for the same model, with comments that say what it is of.
 
         Example:
-            >>> from daqconvert.policy.policy_files import from_toml
+            >>> from daqconvert.policy import from_toml
             >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
             >>> chosen = dq.plan(model, w_bits=4, a_bits=4, bits={"2": 2})
             >>> again = dq.plan(model, policy=from_toml(chosen.to_toml()))

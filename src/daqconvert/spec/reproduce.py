@@ -1,8 +1,8 @@
 """A policy that gives the rows of a plan again, in the form that a person would like to edit.
 
-The most common settings become `[default]`; what the first and the last sites have in common `[first]` and `[last]`;
-every other difference a rule with the exact name of its layer, or a line of `[bits]` where only bits differ. What
-`"auto"` would settle in the same way is written as `"auto"`, so that bits can be changed without changing more.
+The most common settings become `[default]`, and what the first and the last sites have in common becomes `[first]` and
+`[last]`. Each other difference becomes a rule with the exact name of its site, or a line of `[bits]` where only bits
+differ. What `"auto"` would settle in the same way is written as `"auto"`, so that bits can be changed by themselves.
 """
 
 from __future__ import annotations
@@ -34,10 +34,7 @@ _DECIDED = (NO_BITS, PRODUCT_OFF, ONE_BIT_PRODUCT, ONE_BIT_COMPUTED, *FLOAT_POSI
 
 
 def reproduce(rows: Iterable[PlanRow]) -> Policy:
-    """Return a policy that, resolved on the same sites, gives these rows again.
-
-    Args:
-        rows: All rows of a plan.
+    """Return a policy that, resolved on the same sites, gives all these rows of a plan again.
 
     Example:
         >>> from daqconvert.spec import Site
@@ -69,12 +66,7 @@ def reproduce(rows: Iterable[PlanRow]) -> Policy:
 
 
 def plan_toml(rows: Sequence[PlanRow], heading: str) -> str:
-    """Return `reproduce(rows)` as TOML, with comments on top that say where it comes from.
-
-    Args:
-        rows: All rows of a plan.
-        heading: What the plan is of.
-    """
+    """Return `reproduce(rows)` as TOML, under comments: the heading, and how many sites each rule converts."""
     rows = [row for row in rows if not row.site.is_output]  # what `deploy` adds again
     policy = reproduce(rows)
     bits = {rule.match: rule for rule in policy.rules if rule.match and set(rule.changes) <= set(BIT_FIELDS)}
@@ -87,10 +79,7 @@ def plan_toml(rows: Sequence[PlanRow], heading: str) -> str:
 
 
 def exact_pattern(name: str) -> str:
-    """Return a pattern that matches the layer of this name and no other: nearly always the name itself.
-
-    Args:
-        name: Dotted name of a layer.
+    """Return a pattern that matches the site of this name and no other: nearly always the name itself.
 
     Example:
         >>> exact_pattern("layer4.0"), exact_pattern("a*"), exact_pattern("re:a")
@@ -142,7 +131,7 @@ def _attention(row: PlanRow) -> int | None:
 
 
 def _position(key: str, decided: Sequence[PlanRow], default: Settings) -> dict[str, Any] | None:
-    """What most first (last) sites have in common; nothing where one site is both."""
+    """What most first (or last) sites change of the default; nothing where one site is both, None for float."""
     rows = [row for row in decided if getattr(row.site, key) and not row.site.is_product]
     if any(row.reason == FLOAT_POSITION[key] for row in rows):
         return None
@@ -153,7 +142,7 @@ def _position(key: str, decided: Sequence[PlanRow], default: Settings) -> dict[s
 
 
 def _changes(row: PlanRow, default: Settings, ends: Mapping[str, dict[str, Any] | None]) -> dict[str, Any]:
-    """What a rule for this one layer has to change."""
+    """What a rule for this one site has to change."""
     base = default
     if not row.site.is_product:
         for key in ("first", "last"):

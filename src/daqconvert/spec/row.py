@@ -24,16 +24,13 @@ _LEVELS = ("granularity", "grid", "normalize")
 
 
 def settable(site: Site) -> tuple[str, ...]:
-    """Return the settings that a policy decides for a site; the others are what the site's kind makes them.
-
-    Args:
-        site: The site.
+    """Return the settings that a policy decides for a site; the others follow from what the site is.
 
     Example:
         >>> "attention" in settable(Site("fc", "Linear")), "w_bits" in settable(Site("fc", "Linear"))
         (False, True)
     """
-    if site.is_product:  # both operands as they come, at the bits that `attention` says; nobody shares with them
+    if site.is_product:  # both operands are quantized as inputs, at the bits of `attention`, and share no quantizer
         left = (*BIT_FIELDS, *_LEVELS, "share_inputs", "deploy")
         return tuple(name for name in SETTING_NAMES if name not in left)
     fixed = _LEVELS if site.is_computed else _LEVELS[:1] if site.one_scale else ()
@@ -50,7 +47,7 @@ class PlanRow:
         rule: The rule that decided, as `default`, `first`, `rule 2: "layer4.*"`, `exclude: "head"`.
         reason: Why it is left alone; empty if it is converted.
         signed: False: unsigned input, proven; True: signed; None: `calibrate` decides from data.
-        notes: Remarks, the site's and the resolver's.
+        notes: Remarks: those of the site, and those that were made when it was decided.
     """
 
     site: Site
@@ -72,7 +69,7 @@ class PlanRow:
 
     @property
     def weight_text(self) -> str:
-        """The weight's side in a word: `4 channel integer`, `8 tensor computed`, `float`."""
+        """How the weight is quantized, in words: `4 channel integer`, `8 tensor computed`, `float`."""
         s = self.settings
         if s is None or s.w_bits is None:
             return "float"
@@ -82,7 +79,7 @@ class PlanRow:
 
     @property
     def input_text(self) -> str:
-        """The input's side in a word: `4 unsigned`, `4 signed`, `4 (calibrate decides)`, `float`."""
+        """How the input is quantized, in words: `4 unsigned`, `4 signed`, `4 (calibrate decides)`, `float`."""
         s = self.settings
         if s is None or s.a_bits is None:
             return "float"
@@ -108,8 +105,8 @@ class PlanRow:
     def weight_bytes(self) -> int | None:
         """Bytes of its own parameters at the planned bits; None where their size is not known (a lazy layer).
 
-        Codes of `N` weights are packed into `w_bits * ceil(N / 8)` bytes; all else, a bias say, is counted as float32.
-        What is computed from the model's input is not stored.
+        The codes of `N` weights are packed into `w_bits * ceil(N / 8)` bytes; all else, such as a bias, is counted as
+        float32. A weight that is computed from the model's input is not stored.
         """
         site, s = self.site, self.settings
         weight = math.prod(site.weight_shape) if site.weight_shape else 0
@@ -125,7 +122,7 @@ class PlanRow:
 
     @property
     def scale_bytes(self) -> int:
-        """Bytes that its frozen form needs besides: scales in float32, the zero points of inputs in a byte each."""
+        """Bytes that its frozen form needs besides: scales in float32, and zero points of inputs of a byte each."""
         s = self.settings
         if s is None:
             return 0

@@ -124,13 +124,13 @@ class Settings:
         a_gamma: Temperature of the input's soft rounding.
         a_sigma: Kernel width of the input's soft rounding.
         delta: Scaling factor of EWGS, 0 or more.
-        alpha: Of DSQ, in (0, 1): the smaller, the nearer are soft levels to hard ones.
+        alpha: Parameter of DSQ, in (0, 1): the smaller it is, the nearer are soft levels to hard ones.
         attention: Bits of both operands of products of two activations, 1..8, or None (False) to leave them float.
         share_inputs: Whether layers that read the same tensor at the same bits share one input quantizer.
         deploy: `"float"` leaves what is between the layers in float, as the paper does; `"integer"` quantizes every
             output too, so that an integer-only runtime can compute it.
 
-    With `slope="unit"` the two gammas cancel out and change nothing.
+    With `slope="unit"` the two temperatures `w_gamma` and `a_gamma` cancel out and change nothing.
 
     Example:
         >>> Settings(w_bits=4, a_bits=32).a_bits is None
@@ -177,7 +177,7 @@ class Rule:
         match: A dotted name, a glob on dotted names, or `re:` and a regular expression; None for a type rule.
         type: A class name such as `"Linear"`; None for a name rule.
         optional: If True, matching no layer is no error.
-        place: What messages and plans call it; `""` for `rule N`. `"bits"`: it was one line of a mapping of bits.
+        place: What messages and plans call it: `""` for `rule N`, `"bits"` if it was one line of a mapping of bits.
 
     Example:
         >>> Rule({"w_bits": 2}, match="layer4.*").changes["w_bits"]
@@ -202,7 +202,7 @@ class Policy:
         default: Settings of every layer that no rule touches.
         rules: Rules by name, pattern or type.
         first: Changes for first sites (a model input reaches them without passing another); None leaves them float.
-        last: The mirror of `first`.
+        last: Changes for last sites (they reach a model output without passing another); None leaves them float.
         exclude: Names, globs or `re:` patterns of layers to leave alone.
         include: Names, globs or `re:` patterns of the only layers to convert; empty for all.
         name: Where the policy comes from, for messages: a file or preset name.

@@ -1,10 +1,11 @@
-"""What was found in a model before anything is decided: `Site`, its `Call` where it is no layer, its `SiteOutput`."""
+"""What was found in a model before anything is decided: a `Site`, the `Call` of a call site, its `SiteOutput`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 OUTPUT_KIND = "Output"
+"""The `kind` of a site that is an output quantizer."""
 OUTPUT_QUANTIZER = "output_quantizer"
 """Name of the child that quantizes a module's output."""
 
@@ -16,7 +17,7 @@ class Call:
     Attributes:
         function: Name of what is called: `"linear"`, `"conv2d"`, `"matmul"`, `"scaled_dot_product_attention"`, ...
         modules: Dotted names of the modules whose forwards make the call, and are rewritten.
-        holder: Dotted name of the module that keeps the quantizers.
+        holder: Dotted name of the module that holds the quantizers.
         tensors: Dotted names of the parameters and buffers that the weight is computed from; none for a product of
             activations.
         dynamic: Whether the second operand depends on the model's inputs: it has no codes to store.
@@ -36,19 +37,19 @@ class Call:
 
 @dataclass(frozen=True)
 class SiteOutput:
-    """What becomes of the output of a site, or of a sum, until somebody else computes with it.
+    """What becomes of the output of a site, or of a sum, until another operation computes with it.
 
     Attributes:
-        place: Dotted name of a module whose output it is, where a quantizer can stand; None where there is none.
+        place: Dotted name of a module that returns it and can have an output quantizer; None where there is none.
         batch_norm: Dotted name of the batch norm that it goes through first; None where it goes through none.
-        lower: Lower bound of the activation behind (0 for a ReLU), or None.
-        upper: Upper bound of the activation behind (6 for a ReLU6), or None.
-        readers: Sites that read it.
-        alone: Whether nothing else reads it.
+        lower: Lower bound of the activation that it goes through (0 for a ReLU); None where there is none.
+        upper: Upper bound of the activation that it goes through (6 for a ReLU6); None where there is none.
+        readers: Names of the sites that read it.
+        alone: Whether nothing but these sites reads it.
         nonnegative: Whether it is proven non-negative.
-        sources: Of a sum: the names of the sites and places whose outputs it adds.
-        after: Of a sum: the site that stands before it.
-        meets: Name of the site on whose input's grid it lies, which `deploy="integer"` decides; None: in float.
+        sources: Names of the sites and places whose outputs a sum adds; empty for the output of a site.
+        after: Name of the site before a sum; empty for the output of a site.
+        meets: Name of the site to whose input's grid it is rounded, which `deploy="integer"` decides; None for float.
     """
 
     place: str | None = None
@@ -73,16 +74,17 @@ class Site:
         weight_shape: Shape of the weight; empty where it has none.
         out_channels: Number of output channels.
         reduction: Number of products summed in one output element.
-        params: Number of parameters of this module (weight and bias).
+        params: Number of its parameters (weight and bias).
         reason: Why it cannot be converted; empty if it can.
         first: Whether it is a first site.
         last: Whether it is a last site.
         nonnegative: Whether the dataflow proves its input non-negative.
         macs: Multiply-accumulates of one forward at batch size 1, or None where no input size is known.
         notes: Remarks for the plan's row.
-        call: Where it computes, if not in its own layer's forward.
+        call: The call, if it is a call site; None for a layer.
         one_scale: Why its bounds and scale cannot be per channel; empty if they can.
-        reads: Name of the first site that reads the same input tensor; its own where it is the first or the only one.
+        reads: Name of the first site that reads the same input tensor, where several do (its own for the first);
+            else empty.
         output: What becomes of its output; None where that cannot be told.
     """
 
@@ -105,12 +107,12 @@ class Site:
 
     @property
     def is_output(self) -> bool:
-        """Whether it computes nothing: a quantizer on an output, which `deploy="integer"` adds."""
+        """Whether it is an output quantizer, which `deploy="integer"` adds, and multiplies nothing."""
         return self.kind == OUTPUT_KIND
 
     @property
     def is_convolution(self) -> bool:
-        """Whether it is a convolution, transposed ones apart."""
+        """Whether it is a convolution, but not a transposed one."""
         word = self.kind if self.call is None else self.call.function
         return "conv" in word.lower() and "transpose" not in word.lower() and len(self.weight_shape) > 2
 

@@ -1,6 +1,6 @@
-"""Policies as plain dicts and as TOML text: the writing side (`daqconvert.policy.policy_files` reads).
+"""Writing TOML, and policies as plain dicts and as TOML (`policy.policy_files` reads them).
 
-TOML has no None, so bits are written 32 for "left in floating point", and `first = false`, `attention = false`.
+TOML has no None, so it says 32 for bits that are left in floating point, and `first = false`, `attention = false`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from daqconvert.spec.row import FLOAT_BITS
 from daqconvert.spec.settings import BIT_FIELDS, Policy, Rule
 
 LONGEST_LIST = 100
-"""Characters of a list on one line; the items of a longer one get a line each."""
+"""Most characters of a list on one line; the items of a longer list get a line each."""
 
 
 def to_dict(policy: Policy) -> dict[str, Any]:
-    """Return the policy as a dict that TOML and JSON can hold; `from_dict` reads it back.
+    """Return the policy, without its name, as a dict that TOML and JSON can hold; `from_dict` reads it back.
 
     Args:
-        policy: The policy; its `name` is not part of the dict.
+        policy: Any policy.
 
     Example:
         >>> to_dict(Policy(first=None, rules=(Rule({"a_bits": None}, match="fc"),)))["rule"]

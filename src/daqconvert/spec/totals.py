@@ -16,9 +16,9 @@ class Totals:
         sites: Number of sites.
         converted: Number of quantized sites.
         params: Parameters of the sites, and parameters and buffers outside them.
-        macs: Multiply-accumulates at batch size 1, or None where all are unknown.
-        bops: Bit operations, `MACs * w_bits * a_bits`, likewise.
-        float_bops: The same with 32 bits everywhere.
+        macs: Multiply-accumulates at batch size 1; None where all are unknown.
+        bops: Bit operations, `MACs * w_bits * a_bits`; None where all are unknown.
+        float_bops: Bit operations with 32 bits everywhere; None where all are unknown.
         bytes: Bytes of all parameters at the planned bits, float32 outside the sites.
         float_bytes: Bytes of all parameters in float32.
         scale_bytes: Bytes of scales and zero points besides.
@@ -68,6 +68,6 @@ class Totals:
 
 
 def _known(values: Iterable[int | None]) -> int | None:
-    """Sum of what is known; None where nothing is."""
+    """The sum of the values that are known; None where none is."""
     known = [value for value in values if value is not None]
     return sum(known) if known else None
