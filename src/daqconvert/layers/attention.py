@@ -1,12 +1,12 @@
-"""`nn.MultiheadAttention` with its projections as sites: torch's own forward never calls a layer, nor even `out_proj`.
+"""Attention whose products are sites: the function, `nn.MultiheadAttention`, and the encoders that would skip it.
 
-Each of the three input projections is a site of its own, `q_proj`, `k_proj`, `v_proj`, for their inputs may differ;
-they are rows of one `in_proj_weight` where torch keeps them so. `out_proj` is an ordinary layer, and is called.
+    attention = softmax(q k^T * scale + mask) v        sites `attention_scores` (q k^T) and `attention_values`
 
-Attention with its two products as sites: `softmax(q k^T * scale + mask) v`.
+While no site inside computes or is watched, torch's own fused kernels run instead.
 
-The sites are named `scores` (of queries and keys) and `values` (of probabilities and values). As long as neither is to
-compute, torch's own fused function does.
+torch's `nn.MultiheadAttention` calls no layer, not even its `out_proj`. `QuantMultiheadAttention` makes each of the
+three input projections a site of its own (`q_proj`, `k_proj`, `v_proj`), for their inputs may differ; their weights
+may be rows of one `in_proj_weight`. It calls `out_proj` as the ordinary layer that it is.
 """
 
 from __future__ import annotations
@@ -23,28 +23,58 @@ from daqconvert.layers.call_holders import call_site
 from daqconvert.layers.frozen_site import FrozenSite
 from daqconvert.layers.site import QuantizedSite
 
-_UNFUSED: dict[type[nn.Module], type[Any]] = {}
+SCORES, VALUES = "attention_scores", "attention_values"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+_UNFUSED: dict[type[nn.Module], type[Any]] = {}
 
 
-def projection_weight(module: nn.MultiheadAttention, projection: str) -> Tensor:
-    """Return the weight of one input projection, `(E, E)`, `(E, kdim)` or `(E, vdim)`.
+def attention(
+    scores: Any, values: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """Compute what `F.scaled_dot_product_attention` computes from the same arguments, its products by their sites.
 
-    Args:
-        module: The attention block.
-        projection: One of `PROJECTIONS`.
+    `scores` and `values` are the holders of the two products, or None for a product that is no site.
     """
-    if module.in_proj_weight is None:
-        own: Tensor = getattr(module, f"{projection}_weight")
-        return own
-    rows = PROJECTIONS.index(projection) * module.embed_dim
-    return module.in_proj_weight[rows : rows + module.embed_dim]
+    if not (is_computing(scores) or is_computing(values)):
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    if enable_gqa:
+        key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], dim=-3) for t in (key, value))
+    mask = attn_mask
+    if is_causal:
+        mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    probabilities = attention_probabilities(scores, query, key, mask, dropout_p, scale)
+    return call_site(values, "matmul", 1, (probabilities, value), {})
+
+
+def attention_probabilities(
+    scores: Any, query: Tensor, key: Tensor, mask: Tensor | None, dropout_p: float, scale: float | None = None
+) -> Tensor:
+    """Return `dropout(softmax(q k^T * scale + mask))`, shape `(..., L, S)`, the product by its site.
+
+    A boolean mask is True where a key takes part; any other mask is added. `scale` is `1 / sqrt(E)` if None.
+    """
+    factor = math.sqrt(1.0 / query.shape[-1]) if scale is None else scale
+    logits = call_site(scores, "matmul", 1, (query * factor, key.transpose(-2, -1)), {})
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
+    probabilities = torch.softmax(logits, dim=-1)
+    return F.dropout(probabilities, dropout_p) if dropout_p > 0.0 else probabilities
+
+
+def is_computing(holder: Any) -> bool:
+    """Whether a holder is a site that computes quantized or is being watched."""
+    if isinstance(holder, QuantizedSite):
+        return holder.enabled or bool(holder.watchers)
+    return isinstance(holder, FrozenSite)
 
 
 class QuantMultiheadAttention(nn.MultiheadAttention):
-    """`nn.MultiheadAttention` whose projections and products are sites; masks and results as torch has them."""
+    """`nn.MultiheadAttention` whose projections and products are sites; masks and results are as in torch."""
 
-    def forward(  # noqa: D102 # torch's own, argument by argument
+    def forward(  # noqa: D102 # has torch's documentation
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
         need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True,
         is_causal: bool = False,
@@ -76,7 +106,7 @@ class QuantMultiheadAttention(nn.MultiheadAttention):
         return call_site(holder, "linear", 1, (x, None if coded else projection_weight(self, name), bias), {})
 
     def _extended(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Keys or values with the learned one and the zero one behind them, where the block has such."""
+        """Append the learned and the zero key or value, if the block has them."""
         if bias is not None:
             x = torch.cat([x, bias.reshape(-1).expand(*x.shape[:-2], 1, -1)], dim=-2)
         return F.pad(x, (0, 0, 0, 1)) if self.add_zero_attn else x
@@ -92,21 +122,26 @@ class QuantMultiheadAttention(nn.MultiheadAttention):
         return call_site(values, "matmul", 1, (weights, v), {}), weights
 
 
-# `inspect.signature` says what torch's says, annotations included
+# so that `inspect.signature` returns what it returns for torch's forward, annotations included
 functools.update_wrapper(QuantMultiheadAttention.forward, nn.MultiheadAttention.forward, assigned=())
+
+
+def projection_weight(module: nn.MultiheadAttention, projection: str) -> Tensor:
+    """Return the weight of one input projection (a name of `PROJECTIONS`): `(E, E)`, `(E, kdim)` or `(E, vdim)`."""
+    if module.in_proj_weight is None:
+        own: Tensor = getattr(module, f"{projection}_weight")
+        return own
+    rows = PROJECTIONS.index(projection) * module.embed_dim
+    return module.in_proj_weight[rows : rows + module.embed_dim]
 
 
 def merged_mask(
     module: nn.MultiheadAttention, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, keys: int
 ) -> Tensor | None:
-    """Return both masks as one that is added to the scores: `-inf` where a boolean one says True.
+    """Return one mask to add to the scores for both masks of a call; it is `-inf` where a boolean mask is True.
 
-    Args:
-        module: The attention block.
-        attn_mask: `(L, S)` or `(B * heads, L, S)`, boolean or floating, or None.
-        key_padding_mask: `(B, S)` or `(S,)`, likewise.
-        q: The queries, `(B, L, E)` or `(L, E)`.
-        keys: Number of keys, those that the block adds included.
+    `attn_mask` is `(L, S)` or `(B * heads, L, S)`, `key_padding_mask` `(B, S)` or `(S,)`; each is boolean, floating or
+    None. The queries `q` are `(B, L, E)` or `(L, E)`; `keys` is the number of keys, with those that the block adds.
     """
     masks = []
     if attn_mask is not None:
@@ -128,18 +163,16 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def is_active(module: nn.Module) -> bool:
-    """Whether a site inside a module is to compute, or is being watched: else torch's own, fused path is right."""
+    """Whether any site inside a module computes quantized or is being watched; if not, torch's fused path is right."""
     return any(is_computing(child) for child in module.modules())
 
 
 def unfused_class(original: type[nn.Module]) -> type[Any]:
-    """Return a subclass of an encoder (layer) that does not take torch's fused path while a site in it is active.
+    """Return a subclass of an encoder, or encoder layer, that avoids torch's fused path while a site in it is active.
 
-    The fused kernel of `nn.TransformerEncoderLayer` in evaluation reads the weights and calls no layer; what it asks
-    first is an attribute, which is a question here.
-
-    Args:
-        original: A class derived from `nn.TransformerEncoderLayer` or `nn.TransformerEncoder`.
+    In evaluation mode `nn.TransformerEncoderLayer` and `nn.TransformerEncoder` may run a fused kernel, which reads the
+    weights and calls no layer. They decide by an attribute first; here it is a property that is 0 while a site is
+    active.
     """
     name = "activation_relu_or_gelu" if issubclass(original, nn.TransformerEncoderLayer) else "use_nested_tensor"
 
@@ -162,65 +195,3 @@ def unfused_class(original: type[nn.Module]) -> type[Any]:
 def _remake(original: type[nn.Module]) -> Any:
     cls: Any = unfused_class(original)
     return cls.__new__(cls)
-
-
-SCORES, VALUES = "attention_scores", "attention_values"
-
-
-def attention(
-    scores: Any, values: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
-) -> Tensor:  # fmt: skip
-    """Compute what `F.scaled_dot_product_attention` computes, its products by their sites.
-
-    Args:
-        scores: Holder of the first product, or None.
-        values: Holder of the second product, or None.
-        query: `(..., heads, L, E)`.
-        key: `(..., heads, S, E)`.
-        value: `(..., heads, S, Ev)`.
-        attn_mask: Boolean (True takes part) or added to the scores, broadcast to `(..., heads, L, S)`.
-        dropout_p: Of the probabilities; applied whenever it is not 0, as torch does.
-        is_causal: Mask what comes later.
-        scale: Of the scores; None for `1 / sqrt(E)`.
-        enable_gqa: Keys and values have fewer heads than queries, each for several.
-    """
-    if not (is_computing(scores) or is_computing(values)):
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-    if enable_gqa:
-        key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], dim=-3) for t in (key, value))
-    mask = attn_mask
-    if is_causal:
-        mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-    probabilities = attention_probabilities(scores, query, key, mask, dropout_p, scale)
-    return call_site(values, "matmul", 1, (probabilities, value), {})
-
-
-def attention_probabilities(
-    scores: Any, query: Tensor, key: Tensor, mask: Tensor | None, dropout_p: float, scale: float | None = None
-) -> Tensor:
-    """Return `dropout(softmax(q k^T * scale + mask))`.
-
-    Args:
-        scores: Holder of the product, or None.
-        query: `(..., L, E)`.
-        key: `(..., S, E)`.
-        mask: Boolean (True takes part) or added, or None.
-        dropout_p: Of the probabilities.
-        scale: None for `1 / sqrt(E)`.
-    """
-    factor = math.sqrt(1.0 / query.shape[-1]) if scale is None else scale
-    found = call_site(scores, "matmul", 1, (query * factor, key.transpose(-2, -1)), {})
-    if mask is not None:
-        found = found.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else found + mask
-    probabilities = torch.softmax(found, dim=-1)
-    return F.dropout(probabilities, dropout_p) if dropout_p > 0.0 else probabilities
-
-
-def is_computing(holder: Any) -> bool:
-    """Whether a holder is to compute, or is being watched."""
-    if isinstance(holder, QuantizedSite):
-        return holder.enabled or bool(holder.watchers)
-    return isinstance(holder, FrozenSite)

@@ -1,13 +1,14 @@
-"""Sites that are calls: `F.linear(x, self.kernel)`, `x @ self.proj`, a subclass with a convolution in its forward.
+"""Call sites: sites that are function calls, such as `F.linear(x, self.kernel)` or `x @ self.proj`, and their holders.
 
 A rewritten forward (`daqconvert.graph.rewrite`) calls `call_site(holder, ...)` where the original calls the function.
-The holder is a layer whose weight the call uses, the rewritten module itself, or a module beside a bare parameter.
+The holder is the module that has the site's quantizers or codes: a layer whose weight the call uses, the rewritten
+module itself (`OwnCallHolder`), or a module beside a bare parameter (`CallHolder`).
 
-A weight that is handed to a function which torch.fx cannot look into: what multiplies by it goes through its site.
-
-torchvision's `shifted_window_attention(x, self.qkv.weight, self.proj.weight, ...)` decides on shapes, so it stays one
-node of the graph. It is given handles instead of the weights, and torch asks a handle before it multiplies by one.
-What moves the elements of a weight first - `rel_pos[index]`, a transpose - moves the operand's instead.
+Some functions are given a weight and multiply by it where torch.fx cannot look: torchvision's
+`shifted_window_attention(x, self.qkv.weight, self.proj.weight, ...)` decides on shapes, so it stays one node of the
+graph. The rewritten forward gives them a `SiteWeight` instead. torch asks that object before any function gets it, and
+a product by it goes through its site. Functions that only move the elements of the weight first, such as
+`rel_pos[index]` or a transpose, move the elements of the operand.
 """
 
 from __future__ import annotations
@@ -24,21 +25,42 @@ from daqconvert.layers.functions import ALIASES, FUNCTIONS, LAYER_FUNCTIONS, spl
 from daqconvert.layers.mode import evaluating
 from daqconvert.layers.site import QuantizedSite
 
+
+def call_site(holder: Any, function: str, weight_at: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return what the call `FUNCTIONS[function](*args, **kwargs)` returns, computed by the site of its holder.
+
+    Operand `weight_at` (0 or 1) is the weight; it is None where the holder has codes. With a holder that is neither a
+    `QuantizedSite` nor a `FrozenSite`, the function itself is called.
+    """
+    parts = split_call(function, weight_at, args, kwargs)
+    if isinstance(holder, FrozenSite):
+        return holder.run(parts.x, parts.weight, parts.bias, parts.operation)
+    if not isinstance(holder, QuantizedSite):
+        return FUNCTIONS[function](*args, **kwargs)
+
+    def plain(x: Tensor) -> Tensor:
+        # NOTE: this is the original call, because `operation` adds no bias and may sum in another order
+        return FUNCTIONS[function](*args, **kwargs) if x is parts.x else parts.operation(x, parts.weight)
+
+    return holder.run(parts.x, parts.weight, parts.bias, parts.operation, plain)
+
+
 WeightOf = Callable[[nn.Module], Tensor]
 """Computes a call's weight from the module whose forward makes the call."""
 
 
 class CallHolder(QuantizedSite):
-    """Holds the quantizers of a call whose weight is no layer's.
+    """Holds the quantizers of a call site whose weight belongs to no layer.
 
     Attributes:
-        source: The module that makes the call, and how it computes the weight; None where the weight depends on data.
+        source: The module that makes the call, and the function that computes the weight from it; None if the weight
+            depends on the data.
     """
 
     source: tuple[nn.Module, WeightOf] | None
 
     def float_weight(self) -> Tensor | None:
-        """Return the weight as the original computes it; None where it depends on the data."""
+        """Return the weight as the original computes it; None if it depends on the data."""
         if self.source is None:
             return None
         module, weight_of = self.source
@@ -59,10 +81,10 @@ class FrozenCallHolder(FrozenSite):
 
 
 class OwnCallHolder(QuantizedSite):
-    """Mixin of a rewritten layer that holds the quantizers of its own weight.
+    """Mixin of a rewritten module that holds the quantizers of its own weight.
 
     Attributes:
-        weight_of: Computes the weight from the layer.
+        weight_of: Computes the weight from the module.
     """
 
     weight_of: WeightOf
@@ -73,27 +95,14 @@ class OwnCallHolder(QuantizedSite):
             return self.weight_of(self)
 
 
-def call_site(holder: Any, function: str, weight_at: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Compute what a function computes, quantized by what the holder says.
+def handle(holder: Any, weight: Tensor | None = None) -> Any:
+    """Return a `SiteWeight` to call a function with, or the weight itself if the holder has no quantizers or codes.
 
-    Args:
-        holder: A `QuantizedSite`, a `FrozenSite`, or any other module: then the function itself is called.
-        function: A name of `daqconvert.layers.functions.FUNCTIONS`.
-        weight_at: Which of the two operands is the weight, 0 or 1.
-        args: Of the original call; the weight is None where the holder has codes.
-        kwargs: Of the original call.
+    `weight` is None where the holder is a layer that has it.
     """
-    parts = split_call(function, weight_at, args, kwargs)
-    if isinstance(holder, FrozenSite):
-        return holder.run(parts.x, parts.weight, parts.bias, parts.operation)
-    if not isinstance(holder, QuantizedSite):
-        return FUNCTIONS[function](*args, **kwargs)
-
-    def plain(x: Tensor) -> Tensor:
-        # NOTE: the call as it stands in the original, for `operation` adds no bias and may sum in another order
-        return FUNCTIONS[function](*args, **kwargs) if x is parts.x else parts.operation(x, parts.weight)
-
-    return holder.run(parts.x, parts.weight, parts.bias, parts.operation, plain)
+    if isinstance(holder, (QuantizedSite, FrozenSite)):
+        return SiteWeight(holder, weight)
+    return holder.weight if weight is None else weight
 
 
 Move = Callable[[Tensor], Tensor]
@@ -102,12 +111,12 @@ MOVES |= {torch.transpose, torch.t, torch.permute, torch.reshape, torch.flatten,
 
 
 class SiteWeight:
-    """Stands for the weight of a site: products with it are computed by the site, all else by the weight itself.
+    """Stands for the weight of a site: the site computes products by it; other functions get the weight itself.
 
-    Args:
+    Attributes:
         holder: A quantized or frozen site.
-        weight: The weight, where the holder is no layer that has it.
-        move: How the elements of the weight have been moved so far.
+        weight: The weight; None where the holder is a layer that has it.
+        move: Moves the elements of the weight as they have been moved so far.
     """
 
     def __init__(self, holder: Any, weight: Tensor | None = None, move: Move | None = None) -> None:
@@ -118,9 +127,8 @@ class SiteWeight:
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Compute a product by the site of its weight; any other function with the weight itself."""
-        named: dict[str, Any] = kwargs or {}
-        return cls._called(func, args, named)
+        """Compute a product by the site of its weight, and any other function from the weight itself."""
+        return cls._called(func, args, kwargs or {})
 
     @staticmethod
     def _called(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -133,16 +141,16 @@ class SiteWeight:
         return func(*args, **kwargs)
 
     def moved(self, move: Move) -> SiteWeight:
-        """Return a handle of the same weight with its elements moved once more."""
+        """Return a `SiteWeight` of the same weight with its elements moved once more."""
         before = self.move
         return SiteWeight(self.holder, self.weight, lambda weight: move(before(weight)))
 
     def value(self) -> Tensor:
-        """Return the weight in real units."""
+        """Return the weight in real units, its elements moved."""
         return self.move(self.value_before_moves())
 
     def value_before_moves(self) -> Tensor:
-        """Return the weight as the module has it."""
+        """Return the weight in real units as the module has it."""
         found: Tensor = self.holder.weight if self.weight is None else self.weight
         return found
 
@@ -154,10 +162,10 @@ class SiteWeight:
 
 
 def _product(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """A product by the site of its weight."""
+    """Compute a product by the site of its weight."""
     weight_at = 1 if name in LAYER_FUNCTIONS else _position(name, args, kwargs)
     parts = split_call(name, weight_at, args, kwargs)
-    if not isinstance(parts.weight, SiteWeight):  # the handle is the bias, or the input
+    if not isinstance(parts.weight, SiteWeight):  # the SiteWeight is the bias or the input
         return FUNCTIONS[name](*args, **kwargs)
     holder, move = parts.weight.holder, parts.weight.move
 
@@ -175,18 +183,6 @@ def _product(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor
 
 
 def _position(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Which operand of a product of matrices the handle is."""
+    """Return which operand of a product of matrices is the `SiteWeight`, 0 or 1."""
     operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, (Tensor, SiteWeight))][-2:]
     return int(isinstance(operands[1], SiteWeight))
-
-
-def handle(holder: Any, weight: Tensor | None = None) -> Any:
-    """Return what stands for a weight in a call.
-
-    Args:
-        holder: Of its quantizers; a layer that has none gives its weight.
-        weight: The weight, where the holder is no layer that has it.
-    """
-    if isinstance(holder, (QuantizedSite, FrozenSite)):
-        return SiteWeight(holder, weight)
-    return holder.weight if weight is None else weight
