@@ -1,13 +1,15 @@
 """Blocks learn their own outputs, from inputs that they will get; what cannot be trained that way says why."""
 
+import logging
+
 import pytest
 import torch
 from torch import nn
 
+import daqconvert as dq
 from daqconvert.models import float_copy
-from daqconvert.posttraining import block_names, reconstruct
-from daqconvert.posttraining.blocks import BlockFlow, stages
-from daqconvert.posttraining.reconstruction import trainable
+from daqconvert.posttraining import reconstruct
+from daqconvert.posttraining.reconstruction import Examples, fit, trainable
 from helpers.block_networks import Net, Odd, error, images, low, rebuilt, trained_norms
 
 
@@ -53,35 +55,6 @@ def test_batch_norms_of_a_block_describe_what_it_gets(monkeypatch):
     with torch.no_grad():
         qmodel(x)
     torch.testing.assert_close(norm.running_mean, seen[0].mean(dim=(0, 2, 3)), rtol=1e-4, atol=1e-5)
-
-
-def test_what_a_block_is_called_with():
-    x = images(8)
-    qmodel = low(Net().eval(), x)
-    names = block_names(qmodel)
-    found = stages(qmodel.eval(), x, [*names, "head"])
-    assert [(stage.names, stage.chained) for stage in found] == [
-        (["blocks.0"], False), (["blocks.1"], True), (["blocks.2"], True), (["head"], False)]  # fmt: skip
-    flow = BlockFlow(qmodel, list(x.split(4)))
-    flow.reach(found[1], None)
-    with torch.no_grad():
-        expected = qmodel.blocks[0](qmodel.stem(x[4:]))
-    assert torch.equal(flow.calls[1][0][0], expected)
-    assert torch.equal(flow.outputs()[1], qmodel.blocks[1](expected))
-
-
-def test_a_batch_norm_goes_with_the_layer_before_it():
-    torch.manual_seed(0)
-    norm = nn.BatchNorm1d(6)
-    model = nn.Sequential(
-        nn.Linear(6, 6), norm, nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 6), norm, nn.Linear(6, 2)
-    ).eval()
-    qmodel, x = low(model, torch.randn(64, 6)), torch.randn(64, 6)
-    found = stages(qmodel, x, ["2", "5"])
-    assert [(stage.names, stage.chained) for stage in found] == [(["2", "3"], False), (["5"], False)]
-    rows = reconstruct(qmodel, float_copy(qmodel), [x], ["2", "5"], 40, show=False)
-    assert [row.name for row in rows] == ["2", "5"] and rows[0].after < rows[0].before
-    assert not torch.equal(qmodel[3].weight, torch.ones(6)) and torch.equal(norm.weight, torch.ones(6))
 
 
 def test_weights_end_on_their_levels():
@@ -140,3 +113,77 @@ def test_what_stays_as_it_is_says_why():
     changed = {key for key, value in qmodel.state_dict().items() if not torch.equal(value, kept[key])}
     assert "tied.0.weight" in changed and "tied.2.bias" in changed
     assert all(key.startswith("tied.") for key in changed) and "tied.2.weight" not in changed
+
+
+@pytest.mark.parametrize("rate", [1e6, 1e30])
+def test_a_block_that_gets_worse_stays_as_it_was(rate, monkeypatch):
+    monkeypatch.setattr("daqconvert.posttraining.reconstruction.RATE", rate)
+    x = images()
+    qmodel = low(trained_norms(Net(), x), x)
+    qmodel.eval()
+    block, y = qmodel.blocks[1], torch.randn(8, 8, 6, 6)
+    examples = Examples([((y,), {})], [float_copy(qmodel).blocks[1](y)], whole=False)
+    kept = {key: value.clone() for key, value in block.state_dict().items()}
+    before, after = fit(block, examples, [block.two.weight], 5, torch.Generator(), lambda: None)
+    assert before == after == examples.error(block) > 0
+    assert all(torch.equal(value, kept[key]) for key, value in block.state_dict().items())
+
+
+def test_finetune_starts_from_rebuilt_blocks_and_says_which_are_not(caplog, monkeypatch):
+    estimated = []
+    monkeypatch.setattr("daqconvert.training.parts.batch_norm._estimate", lambda run, *_: estimated.append(run))
+    x = images()
+    model = trained_norms(Net(), x)
+    options = {"recipe": "fewshot", "epochs": 1, "lr": 0.0, "quantizer_lr": 0.0, "progress": False}
+    found = []
+    for steps in (0, 40, 40):
+        qmodel = low(model, x)
+        with caplog.at_level(logging.WARNING):
+            result = dq.finetune(qmodel, list(x.split(8)), **options, reconstruct=steps, reconstruct_batches=9)
+        names = [row.name for row in result.fitted.get("reconstruct", [])]
+        assert names == ["blocks.0", "blocks.1", "blocks.2"][: 3 * (steps > 0)]
+        assert ("reconstruct: 3 of 3, mean error 0." in str(result)) == (steps > 0)
+        found.append(qmodel)
+    plain, once, again = (error(qmodel, model, images(seed=1)) for qmodel in found)
+    assert once == again < 0.8 * plain
+    assert len(estimated) == 1  # blocks keep the statistics that they were trained with
+    assert not caplog.records
+    qmodel = low(Odd(), torch.randn(64, 6))
+    with caplog.at_level(logging.WARNING):
+        dq.finetune(qmodel, [torch.randn(8, 6)], **{**options, "features": (), "reestimate": 0}, reconstruct=2)
+    assert "reconstruct: 2 of 3 blocks stay as they are: twice (a forward calls it 2 times)" in caplog.text
+
+
+def test_a_resumed_run_and_its_report_know_what_was_fitted(tmp_path, monkeypatch):
+    x = images()
+    model = trained_norms(Net(), x)
+    options = {"recipe": "fewshot", "epochs": 1, "progress": False, "gptq": 2, "reconstruct": 3, "out_dir": tmp_path}
+
+    def run(**more):
+        qmodel = low(model, x, grid="integer", normalize=False)
+        return dq.finetune(qmodel, list(x.split(8)), **options, **more)
+
+    fitted = run().fitted
+    assert [row.name for row in fitted["reconstruct"]] == ["blocks.0", "blocks.1", "blocks.2"]
+    assert len(fitted["gptq"]) > 3 and all(row.after <= row.before for row in fitted["gptq"])
+    monkeypatch.setattr("daqconvert.training.parts.batch_norm._estimate", lambda *_: pytest.fail("estimated again"))
+    assert run(resume=True).fitted == fitted
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert "Blocks reconstructed" in page and "chosen by GPTQ" in page and "blocks.2" in page
+
+
+def test_the_float_weights_teach_after_gptq_too(monkeypatch):
+    x, seen = images(), []
+    model = trained_norms(Net(), x)
+    qmodel = low(model, x, grid="integer", normalize=False)
+
+    def noted(qmodel, teacher, batches, blocks, steps, **_):
+        seen.append((qmodel.blocks[0].one.weight.detach().clone(), teacher.blocks[0].one.weight, len(batches), steps))
+        return []
+
+    monkeypatch.setattr("daqconvert.training.preparing.reconstruct", noted)
+    options = {"recipe": "fewshot", "epochs": 1, "progress": False, "reconstruct": 7, "reconstruct_batches": 8}
+    dq.finetune(qmodel, list(x.split(8)), gptq=2, **options)
+    ((chosen, taught, batches, steps),) = seen
+    assert torch.equal(taught, model.blocks[0].one.weight) and not torch.equal(chosen, taught)
+    assert (batches, steps) == (8, 7)  # six batches an epoch
