@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "torchvision", "timm", "onnxruntime", "onnx", "numpy")
 
 
@@ -32,7 +33,8 @@ def facts() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    command = " ".join([Path(sys.executable).name, "benchmarks/" + Path(sys.argv[0]).name, *_shown(sys.argv[1:])])
+    script = str(Path(sys.argv[0]).resolve()).removeprefix(f"{ROOT}/")
+    command = " ".join([Path(sys.executable).name, script, *_shown(sys.argv[1:])])
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": command,
@@ -66,3 +68,11 @@ def read(name: str) -> dict[str, Any]:
 def _shown(arguments: list[str]) -> list[str]:
     """Paths shown by their last part: results say which file, not where it lay."""
     return [Path(a).name if "/" in a else a for a in arguments]
+
+
+def told(error: BaseException | str, most: int = 300) -> str:
+    """Return class and message of an error on one line, without paths of this machine and not longer than `most`."""
+    text = " ".join(f"{type(error).__name__}: {error}".split()) if isinstance(error, BaseException) else error
+    for folder in (ROOT, Path(torch.__file__).parents[1]):
+        text = text.replace(f"{folder}/", "")
+    return text[:most]

@@ -14,21 +14,24 @@ import importlib
 import os
 import random
 import signal
+import sys
 import tempfile
 import time
 import traceback
 from pathlib import Path
 from typing import Any
 
-import common
 import numpy as np
 import torch
-from networks.resnet20 import ResNet20
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `benchmarks` is a package there
+
 import daqconvert as dq
+from benchmarks import common
+from benchmarks.networks.resnet20 import ResNet20
 from daqconvert.errors import TrainingError
 from daqconvert.training.checkpoint import Checkpoint, read_checkpoint
 

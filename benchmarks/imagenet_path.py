@@ -22,11 +22,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import common
 import numpy as np
 import torch
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `benchmarks` is a package there
+
+from benchmarks import common
 from daqconvert.sources import build_model
 
 NETWORKS = {  # network: preset

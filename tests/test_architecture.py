@@ -112,6 +112,12 @@ def test_no_import_cycle(package):
     assert not cycle(package), "a cycle of imports: " + " -> ".join(cycle(package))
 
 
+@pytest.mark.parametrize("folder", ["tests/helpers", "benchmarks"])
+def test_helpers_and_benchmarks_import_in_no_circle(root, folder):
+    found = cycle(Package(root / folder))
+    assert not found, "a cycle of imports: " + " -> ".join(found)
+
+
 def test_imports_point_downward(package):
     assert not misplaced(package), "\n".join(misplaced(package))
 

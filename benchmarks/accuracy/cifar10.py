@@ -6,9 +6,10 @@ and with one part of it left out. Accuracy is the frozen model's on the file's l
 (the float network was trained on them too, so only comparisons count). Runs are resumable, and each result is written
 as it ends, with the table of all of them beside it:
 
-    python benchmarks/cifar10.py --data cifar10_train.parquet --weights resnet20_cifar10.safetensors --epochs 10
-    python benchmarks/cifar10.py ... --only w1a1-daq w1a1-ste --seeds 0 1
-    python benchmarks/cifar10.py ... --device cuda --jobs 16
+    python benchmarks/accuracy/cifar10.py --data cifar10_train.parquet \
+        --weights resnet20_cifar10.safetensors --epochs 10
+    python benchmarks/accuracy/cifar10.py ... --only w1a1-daq w1a1-ste --seeds 0 1
+    python benchmarks/accuracy/cifar10.py ... --device cuda --jobs 16
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ import argparse
 import logging
 import multiprocessing
 import statistics
+import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-import common
 import torch
-from cifar_data import cifar10
-from networks.resnet20 import resnet20
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `benchmarks` is a package there
 
 import daqconvert as dq
+from benchmarks import common
+from benchmarks.cifar_data import cifar10
+from benchmarks.networks.resnet20 import resnet20
 
 SHOWN = ("epoch", "train_loss", "val_top1", "seconds")
 WIDTHS = ("w1a1", "w1a32", "w2a2", "w4a4")

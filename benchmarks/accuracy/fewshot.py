@@ -4,24 +4,27 @@ tf_efficientnet_lite0, the recipe `fewshot`: one half of 500 ImageNet images, wi
 the other half, with labels, evaluates the frozen model; halves swapped and averaged. Each run is resumable, and its
 result is written as it ends:
 
-    python benchmarks/fewshot.py --data imagenet_sample500.parquet [--only W4A8 W4A4]
+    python benchmarks/accuracy/fewshot.py --data imagenet_sample500.parquet [--only W4A8 W4A4]
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import common
 import timm
 import torch
-from imagenet_lite0 import WIDTHS, compare, images, logits, mean, network
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `benchmarks` is a package there
+
 import daqconvert as dq
+from benchmarks import common
+from benchmarks.accuracy.imagenet_lite0 import WIDTHS, compare, images, logits, mean, network
 from daqconvert.data.parquet import ParquetImages
 
 

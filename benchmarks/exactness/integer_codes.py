@@ -5,26 +5,29 @@ calibrated on 64 of them, not trained. Compared are the codes of every layer's i
 each program on its own path from the image. Beside that: what each step changes in accuracy - quantizing, quantizing
 the outputs too, freezing, and ONNX Runtime's own static int8 (`--static`) of the same calibration images.
 
-    python benchmarks/integer_codes.py --imagenet imagenet_sample500.parquet --cifar cifar10_train.parquet \
+    python benchmarks/exactness/integer_codes.py --imagenet imagenet_sample500.parquet --cifar cifar10_train.parquet \
         --weights resnet20_cifar10.safetensors [--static]
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
-import common
 import torch
-from cifar_data import cifar10
-from imagenet_lite0 import images, network
-from networks.resnet20 import resnet20
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `benchmarks` is a package there
+
 import daqconvert as dq
+from benchmarks import common
+from benchmarks.accuracy.imagenet_lite0 import images, network
+from benchmarks.cifar_data import cifar10
+from benchmarks.networks.resnet20 import resnet20
 from daqconvert.deploy.comparing.probes import ModuleProbe, OnnxProbe
 from daqconvert.functional.integer import int32_reference
 

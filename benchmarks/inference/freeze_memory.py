@@ -5,7 +5,7 @@ quantized model - random weights, bounds from one image - and deletes the float 
 then `freeze` and `save`; the artifact is loaded again and compared. The quantized model itself, 1.0, is in the figure,
 what its quantizers keep of their weights too; the code is not:
 
-    python benchmarks/freeze_memory.py
+    python benchmarks/inference/freeze_memory.py
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import common
 import timm
 import torch
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `benchmarks` is a package there
+
 import daqconvert as dq
+from benchmarks import common
 
 NETWORK, TARGET = "vit_large_patch16_224", 1.3
 BITS = ((4, 4), (8, 8), (1, 8))

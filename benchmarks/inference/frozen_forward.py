@@ -5,7 +5,7 @@ with weights decoded in each forward and kept (`daqconvert.cache_weights`). Each
 what one leaves to the allocator decides what the other pays for memory; they take turns, and a turn's forward is the
 second of two. Batch 32, evaluation, `no_grad`, random weights:
 
-    python benchmarks/frozen_forward.py --threads 2 --rounds 9
+    python benchmarks/inference/frozen_forward.py --threads 2 --rounds 9
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import common
 import timm
 import torch
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `benchmarks` is a package there
+
 import daqconvert as dq
+from benchmarks import common
 
 CASES: dict[str, dict[str, Any]] = {
     "resnet18 64 px W4A4": {"network": "resnet18", "pixels": 64, "bits": 4},
@@ -146,5 +148,4 @@ def at_rest(*aside: Tensor) -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
     main()

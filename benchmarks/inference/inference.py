@@ -3,8 +3,8 @@
 ResNet-18, MobileNetV2, EfficientNet-Lite0, DeiT-tiny; random weights; batch 1, 224 px, 2 threads. Each contender in a
 process of its own, in turns; a ratio is one of medians (over rounds, of the medians within a round).
 
-    PYTHONPATH=src python benchmarks/inference.py [--networks resnet18 ...] [--rounds 15]
-    ... benchmarks/inference.py --table              # results/inference.md again, from the records
+    PYTHONPATH=src python benchmarks/inference/inference.py [--networks resnet18 ...] [--rounds 15]
+    ... benchmarks/inference/inference.py --table              # results/inference.md again, from the records
 
 Each network is written as it ends, and is not measured again unless asked by `--again`. Files and their checks:
 `inference_files.py`; integer kernels: `inference_graph.py`.
@@ -14,16 +14,19 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import common
-import inference_report
 import torch
-from inference_files import FLOAT, NETWORKS, STATIC, Made, image, make
-from inference_graph import count
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `benchmarks` is a package there
+
+from benchmarks import common
+from benchmarks.inference import inference_report
+from benchmarks.inference.inference_files import FLOAT, NETWORKS, STATIC, Made, image, make
+from benchmarks.inference.inference_graph import count
 from daqconvert.deploy.comparing.timing import Timing, onnx_opener, time_in_turns
 from daqconvert.report.progress import progress
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from inference_files import FLOAT, NETWORKS
-
+from benchmarks.inference.inference_files import FLOAT, NETWORKS
 from daqconvert.report.tables import render, simple_table
 
 COLUMNS = (
@@ -16,12 +15,12 @@ COLUMNS = (
 NAMED = 8  # layers named of those that run in float; the records hold all
 HEAD = """# Inference in ONNX Runtime, beside float and its own static int8
 
-Made by `benchmarks/inference.py`: random weights, batch 1, 224 px; each contender in a process of its own, in turns.
-Times are medians over rounds of the medians within a round, ratios are of those medians, quartiles those of the ratio
-within each round. `integer kernels` counts the convolutions and linears of ONNX Runtime's optimized graph that run as
-integer kernels, of all; `products` likewise those of two activations, as in attention. Each contender was checked
-before it was timed: it loads, its output is finite, and ours agrees with the frozen model (`report.agrees`).
-"""
+Made by `benchmarks/inference/inference.py`: random weights, batch 1, 224 px; contenders have processes of their own
+and take turns. Times are medians over rounds of the medians within a round, ratios are of those medians, quartiles
+those of the ratio within each round. `integer kernels` counts the convolutions and linears of ONNX Runtime's
+optimized graph that run as integer kernels, of all; `products` likewise those of two activations, as in attention.
+Each contender was checked before it was timed: it loads, its output is finite, and ours agrees with the frozen model
+(`report.agrees`)."""
 
 
 def targets(records: dict[str, Any]) -> list[tuple[str, str, str, str, str, bool | None]]:

@@ -5,7 +5,7 @@ norm, biases, counters). Scales, zero points, names, nodes, the plan: all of tha
 have 8 bits, as by default; random weights. Both files are read back first: the artifact must load to the same output,
 the ONNX file must agree in ONNX Runtime.
 
-    PYTHONPATH=src python benchmarks/size.py [--bits 1 2 3 4] [--deploy float] [--explain]
+    PYTHONPATH=src python benchmarks/inference/size.py [--bits 1 2 3 4] [--deploy float] [--explain]
 
 `--explain` also says what the bytes of each file are.
 """
@@ -13,18 +13,21 @@ the ONNX file must agree in ONNX Runtime.
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import common
 import torch
 from torch import nn
 from torchvision.models import resnet18
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `benchmarks` is a package there
+
 import daqconvert as dq
+from benchmarks import common
 from daqconvert.convert import current_plan
 from daqconvert.report.tables import render, simple_table
 
@@ -153,7 +156,8 @@ def main() -> None:
     common.write(RESULT, {"network": "resnet18", "deploy": args.deploy, "targets": targets, "results": results})
     text = table(results)
     head = (
-        "# Size of ResNet-18 beside its planned bits\n\nMade by `benchmarks/size.py`, which says what is counted; "
+        "# Size of ResNet-18 beside its planned bits\n\n"
+        "Made by `benchmarks/inference/size.py`, which says what is counted; "
         f"deployment: {args.deploy}; sizes in bytes.\n\n"
     )
     (common.RESULTS / f"{RESULT}.md").write_text(f"{head}{text}\n")

@@ -21,11 +21,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `benchmarks` is a package there
 
-import common
-from zoo_inputs import call, inputs, leaves
-from zoo_models import Network, find, networks
+from benchmarks import common
+from benchmarks.zoo.zoo_models import Network, call, find, inputs, leaves, networks
 
 RESULT = "peers"
 CALIBRATION = (1, 2, 3, 4)
@@ -37,9 +36,10 @@ def check(tool: str, network: Network, save: Any) -> None:
     import copy
 
     import torch
-    from counting import count
-    from tools import TOOLS
-    from zoo_prepare import prepared
+
+    from benchmarks.peers.counting import count
+    from benchmarks.peers.tools import TOOLS
+    from benchmarks.zoo.zoo_prepare import prepared
 
     convert, quantizers, disabled = TOOLS[tool]
     model = prepared(network)
@@ -52,7 +52,7 @@ def check(tool: str, network: Network, save: Any) -> None:
     try:
         quantized, how = convert(copy.deepcopy(model), [inputs(network, seed) for seed in CALIBRATION], call)
     except Exception as error:
-        save({**record, "converts": {"ok": False, "error": told(error)}})
+        save({**record, "converts": {"ok": False, "error": common.told(error)}})
         return
     record["converts"] = {"ok": True, "seconds": round(time.perf_counter() - started, 1), "how": how}
     save(record)
@@ -60,14 +60,14 @@ def check(tool: str, network: Network, save: Any) -> None:
         with torch.no_grad(), disabled(quantized):
             record["identical"] = compared(expected, leaves(call(quantized, batch)))
     except Exception as error:
-        record["identical"] = {"ok": False, "error": told(error)}
+        record["identical"] = {"ok": False, "error": common.told(error)}
     save(record)
     try:
         found = count(quantized, lambda: call(quantized, batch), batch, quantizers(quantized))
         share = found.both / total if total else 1.0
         record["coverage"] = {"ok": share >= 0.995, "share": round(share, 6), "macs": found.total}
     except Exception as error:
-        record["coverage"] = {"ok": False, "error": told(error)}
+        record["coverage"] = {"ok": False, "error": common.told(error)}
     save({**record, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024})
 
 
@@ -82,14 +82,6 @@ def compared(expected: list[Any], found: list[Any]) -> dict[str, Any]:
         return {"ok": True}
     pairs = [(a.double(), b.double()) for a, b in zip(expected, found, strict=True) if a.numel()]
     return {"ok": False, "relative": max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)}
-
-
-def told(error: BaseException) -> str:
-    """Return class and message of an error on one line, without paths of this machine."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    import torch
-
-    return text.replace(f"{Path(torch.__file__).parents[1]}/", "").replace(f"{Path(__file__).parents[2]}/", "")[:300]
 
 
 def worker(tool: str, key: str, path: Path, memory: int) -> None:

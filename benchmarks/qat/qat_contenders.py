@@ -9,14 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import qat_peers
 import torch
-from qat_layers import Lsq, Reference, replaced
-from qat_networks import BITS, Task, inputs_seen
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import daqconvert as dq
+from benchmarks import common
+from benchmarks.qat import qat_peers
+from benchmarks.qat.qat_layers import Lsq, Reference, replaced
+from benchmarks.qat.qat_networks import BITS, Task, inputs_seen
 
 MOMENTUM = 0.9
 QUANTIZER_LR = 0.01
@@ -156,11 +157,5 @@ def _compiled(model: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
 
 
 def told(error: BaseException) -> str:
-    """Return class and message of an error on one line, without paths of this machine."""
-    from pathlib import Path
-
-    text = " ".join(f"{type(error).__name__}: {error}".split()) if not isinstance(error, Refused) else str(error)
-    places = (Path(torch.__file__).parents[1], Path(__file__).parents[1])
-    for place in places:
-        text = text.replace(f"{place}/", "")
-    return text[:300]
+    """Return an error on one line; of a refusal the reason alone."""
+    return common.told(str(error) if isinstance(error, Refused) else error)

@@ -12,10 +12,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from qat_networks import BITS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.qat.qat_networks import BITS
 from daqconvert.functional.reference import dasr_reference
 
 N = 2**BITS - 1

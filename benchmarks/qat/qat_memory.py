@@ -115,8 +115,8 @@ def worker(network: str, mode: str, contender: str) -> dict[str, Any]:
     """Measure one contender in this process."""
     import warnings
 
-    import qat_networks
-    from qat_contenders import CONTENDERS, Trainee, told
+    from benchmarks.qat import qat_networks
+    from benchmarks.qat.qat_contenders import CONTENDERS, Trainee, told
 
     warnings.simplefilter("ignore")
     try:
@@ -176,4 +176,5 @@ def run(network: str, mode: str, contender: str, timeout: int) -> dict[str, Any]
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `benchmarks` is a package there
     Path(sys.argv[4]).write_text(json.dumps(worker(*sys.argv[1:4])))

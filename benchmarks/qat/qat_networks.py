@@ -41,7 +41,7 @@ class Network:
 
 
 def _resnet20() -> nn.Module:
-    from networks.resnet20 import ResNet20
+    from benchmarks.networks.resnet20 import ResNet20
 
     return ResNet20()
 

@@ -16,9 +16,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from qat_layers import operation, replaced
-from qat_networks import BITS, Task
 from torch import Tensor, nn
+
+from benchmarks.qat.qat_layers import operation, replaced
+from benchmarks.qat.qat_networks import BITS, Task
 
 SIGNED = (-(2 ** (BITS - 1)), 2 ** (BITS - 1) - 1)
 UNSIGNED = (0, 2**BITS - 1)

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 import torch._inductor.config
-from qat_contenders import CONTENDERS, Trainee
-from qat_networks import Task, task
 from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.qat.qat_contenders import CONTENDERS, Trainee
+from benchmarks.qat.qat_networks import Task, task
 
 WARM_UP, STEPS, ROWS = 4, 4, 16
 

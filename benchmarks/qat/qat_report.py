@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qat_contenders import CONTENDERS
-from qat_networks import NETWORKS
+from benchmarks.qat.qat_contenders import CONTENDERS
+from benchmarks.qat.qat_networks import NETWORKS
 
 MODES = ("eager", "compile")
 OURS = "daqconvert"
@@ -73,8 +73,8 @@ def write(path: Path, records: Records) -> None:
 
 def _explained() -> list[str]:
     return [
-        "Made by `benchmarks/qat_step.py`. Times: medians over rounds in which all contenders of a network and a mode",
-        "take turns in one process; the ratio is taken within each round. Memory: bytes in tensors at the worst",
+        "Made by `benchmarks/qat/qat_step.py`. Times: medians over rounds in which all contenders of a network and a",
+        "mode take turns in one process; the ratio is taken within each round. Memory: bytes in tensors at the worst",
         "moment of a step, and growth of the resident memory, each contender in a process of its own. Ratios are to",
         "float in the same mode. `loss` is the mean of the first three and of the last three of the steps that learn",
         "one fixed batch; `start` is the time until the first step is done, `breaks` the number of graph breaks of",

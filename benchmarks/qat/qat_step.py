@@ -4,9 +4,9 @@ ResNet-20 (32 px, batch 128), ResNet-18 (64 px, batch 32), MobileNetV2 (64 px, b
 random weights, one fixed batch, SGD with momentum; the same layers quantized by all: every convolution and linear but
 the first and the last. In the environment of `peers/README.md`:
 
-    PYTHONPATH=src venv-peers/bin/python benchmarks/qat_step.py [--networks resnet20 ...] [--contenders lsq ...]
-    ... benchmarks/qat_step.py --profile             # where the time of ours goes, operator by operator
-    ... benchmarks/qat_step.py --table               # results/qat_step.md again, from the records
+    PYTHONPATH=src venv-peers/bin/python benchmarks/qat/qat_step.py [--networks resnet20 ...] [--contenders lsq ...]
+    ... benchmarks/qat/qat_step.py --profile             # where the time of ours goes, operator by operator
+    ... benchmarks/qat/qat_step.py --table               # results/qat_step.md again, from the records
 
 Each piece (times of a network and a mode; memory of one contender) is written as it ends, and is not measured again
 unless asked by `--again`. Times: `qat_timing.py`; memory: `qat_memory.py`; contenders: `qat_contenders.py`.
@@ -16,19 +16,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-import common
-import qat_memory
-import qat_profile
-import qat_report
-import qat_timing
-from qat_contenders import CONTENDERS
-from qat_networks import NETWORKS
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `benchmarks` is a package there
 
+from benchmarks import common
+from benchmarks.qat import qat_memory, qat_profile, qat_report, qat_timing
+from benchmarks.qat.qat_contenders import CONTENDERS
+from benchmarks.qat.qat_networks import NETWORKS
 from daqconvert.report.progress import Bar, progress
 
 RESULT = "qat_step"

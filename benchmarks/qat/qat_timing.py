@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 import torch._dynamo.utils
-from qat_contenders import CONTENDERS, Refused, Trainee, told
-from qat_networks import Task, task
+
+from benchmarks.qat.qat_contenders import CONTENDERS, Refused, Trainee, told
+from benchmarks.qat.qat_networks import Task, task
 
 LEARNING_STEPS = 20
 FALL = 0.9

@@ -1,8 +1,8 @@
 """Do conversion, calibration and training grow with the model as they must: in a straight line, with one copy of it?
 
-    PYTHONPATH=src OMP_NUM_THREADS=2 python benchmarks/scaling.py [--parts quantize calibrate depth width batch]
-    ... benchmarks/scaling.py --parts depth --rounds 3        # a short trial
-    ... benchmarks/scaling.py --table                         # the plot and the summary again, from the record
+    PYTHONPATH=src OMP_NUM_THREADS=2 python benchmarks/scaling/scaling.py [--parts quantize calibrate depth ...]
+    ... benchmarks/scaling/scaling.py --parts depth --rounds 3        # a short trial
+    ... benchmarks/scaling/scaling.py --table                         # the plot and the summary again, from the record
 
 `quantize`: a ViT-L (300 million parameters, random weights) at W4A4, default policy, in fresh processes: seconds, how
 far the resident memory grows at its worst, and the most that torch's allocator gave out, both over the bytes of the
@@ -26,14 +26,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import common
-import qat_memory
-import scaling_plot
-import scaling_steps
 import torch
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `benchmarks` is a package there
+
 import daqconvert as dq
+from benchmarks import common
+from benchmarks.qat import qat_memory
+from benchmarks.scaling import scaling_plot, scaling_steps
 from daqconvert.report.progress import progress
 
 RESULT = "scaling"

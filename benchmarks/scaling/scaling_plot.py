@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scaling_steps import CONTENDERS, points
+
+from benchmarks.scaling.scaling_steps import CONTENDERS, points
 
 PARTS = ("depth", "width", "batch")
 ROWS = {"time": "ms a step", "memory": "MB in tensors, peak"}

@@ -21,12 +21,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import qat_memory
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import daqconvert as dq
+from benchmarks.qat import qat_memory
 
 PIXELS, CLASSES = 16, 10
 FACTORS = (1, 2, 4, 8)

@@ -3,7 +3,7 @@
 One process per block of names, so that the peak of memory is that block's; results are written as they come, so an
 interrupted run goes on where it stopped:
 
-    python benchmarks/plan_all.py [--only PATTERN ...] [--again] [--failed] [--block 10]
+    python benchmarks/zoo/plan_all.py [--only PATTERN ...] [--again] [--failed] [--block 10]
 
 Seconds are those of `dq.plan` alone, after the network has been built. Peak memory is that of the process (Python,
 torch and timm take the larger part: `base_mb`).
@@ -21,10 +21,12 @@ import sys
 import time
 import warnings
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
-import common
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `benchmarks` is a package there
 
+from benchmarks import common
 from daqconvert.report.progress import progress
 
 RESULT = "plan_all"

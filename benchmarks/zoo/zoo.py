@@ -3,9 +3,9 @@
 Each network runs in a process of its own with a time and a memory limit; its record is written as it ends, so an
 interrupted run goes on where it stopped, and `--again` runs what is done already once more:
 
-    python benchmarks/zoo.py [--group timm|torchvision] [--only PATTERN ...] [--again] [--failed]
-    python benchmarks/zoo.py --table                     # results/zoo.md again, from the records
-    python benchmarks/zoo.py --explain timm/NAME         # which site loses the SQNR; ONNX Runtime's figure beside
+    python benchmarks/zoo/zoo.py [--group timm|torchvision] [--only PATTERN ...] [--again] [--failed]
+    python benchmarks/zoo/zoo.py --table                     # results/zoo.md again, from the records
+    python benchmarks/zoo/zoo.py --explain timm/NAME         # which site loses the SQNR; ONNX Runtime's figure beside
 
 What is checked: `zoo_checks.py`; which networks: `zoo_models.py`.
 """
@@ -23,13 +23,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import common
-import zoo_report
-from zoo_models import Network, find, networks
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `benchmarks` is a package there
 
+from benchmarks import common
+from benchmarks.zoo import zoo_explain, zoo_report
+from benchmarks.zoo.zoo_models import Network, find, networks
+from benchmarks.zoo.zoo_records import RESULT, short_facts, write
 from daqconvert.report.progress import progress
-
-RESULT = "zoo"
 
 
 def selected(args: argparse.Namespace, done: dict[str, Any]) -> list[Network]:
@@ -63,7 +63,8 @@ def run_one(network: Network, args: argparse.Namespace) -> dict[str, Any]:
 def worker(key: str, path: Path, threads: int, memory: int) -> None:
     """Check one network and write its record after each check."""
     import torch
-    from zoo_checks import run_all
+
+    from benchmarks.zoo.zoo_checks import run_all
 
     torch.set_num_threads(threads)
     resource.setrlimit(resource.RLIMIT_DATA, (memory << 30, memory << 30))
@@ -74,23 +75,6 @@ def worker(key: str, path: Path, threads: int, memory: int) -> None:
         temporary.replace(path)
 
     run_all(find(key), save)
-
-
-def short_facts() -> dict[str, Any]:
-    """Return the facts of this run on the machine, without what every record would repeat in many lines."""
-    facts = common.facts()
-    machine = facts["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    return {"date": facts["date"], "commit": facts["commit"], "command": facts["command"], "versions": versions,
-            "machine": f"{machine['cpu']}, {machine['cores']} cores"}  # fmt: skip
-
-
-def write(records: dict[str, Any]) -> None:
-    """Write the records in the order of the list, and the table."""
-    order = {network.key: i for i, network in enumerate(networks())}
-    ordered = {key: records[key] for key in sorted(records, key=lambda k: order.get(k, len(order)))}
-    common.write(RESULT, {"networks": ordered})
-    zoo_report.write(common.RESULTS / "zoo.md", ordered, len(order))
 
 
 def main() -> None:
@@ -111,8 +95,6 @@ def main() -> None:
         worker(args.worker[0], Path(args.worker[1]), args.threads, args.memory)
         return
     if args.explain:
-        import zoo_explain
-
         zoo_explain.explain(find(args.explain), args.threads)
         return
     records = common.read(RESULT).get("networks", {})

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from zoo_gradients import compare_gradients
-from zoo_inputs import call, everything, floating, inputs, leaves
-from zoo_models import Network
-from zoo_prepare import prepared
 
 import daqconvert as dq
+from benchmarks import common
+from benchmarks.zoo.zoo_gradients import compare_gradients
+from benchmarks.zoo.zoo_models import Network, call, everything, floating, inputs, leaves
+from benchmarks.zoo.zoo_prepare import prepared
 
 CALIBRATION = (1, 2, 3, 4)
 EVALUATION = (11, 12)
@@ -44,19 +44,11 @@ def run_all(network: Network, save: Callable[[Record], None]) -> Record:
         try:
             record[name] = check(state)
         except Exception as error:
-            record[name] = {"error": told(error)}
+            record[name] = {"error": common.told(error, 400)}
         record.setdefault("took", {})[name] = round(time.perf_counter() - started, 2)
         record["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
         save(record)
     return record
-
-
-def told(error: BaseException) -> str:
-    """Return class and message of an error on one line, without paths of this machine."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    for folder in (Path(__file__).parents[1], Path(torch.__file__).parents[1]):
-        text = text.replace(f"{folder}/", "")
-    return text[:400]
 
 
 class State:
@@ -170,7 +162,7 @@ def check_identical_train(state: State) -> Record:
     try:
         expected = seeded(lambda: everything_in_training(model, batch))
     except Exception as error:
-        return {"ok": True, "why": f"the original cannot be run in training mode: {told(error)}"}
+        return {"ok": True, "why": f"the original cannot be run in training mode: {common.told(error, 400)}"}
     with dq.disabled(qmodel):
         return equal(expected, seeded(lambda: everything_in_training(qmodel, batch)))
 

@@ -13,16 +13,16 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import common
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from zoo_checks import CALIBRATION, EVALUATION, decibel, told
-from zoo_inputs import floating, inputs
-from zoo_models import Network
-from zoo_prepare import prepared
 
 import daqconvert as dq
+from benchmarks import common
+from benchmarks.zoo.zoo_checks import CALIBRATION, EVALUATION, decibel
+from benchmarks.zoo.zoo_models import Network, floating, inputs
+from benchmarks.zoo.zoo_prepare import prepared
+from benchmarks.zoo.zoo_records import RESULT, short_facts, write
 from daqconvert.models import quantized_layers
 from daqconvert.report.progress import track
 
@@ -40,8 +40,6 @@ def sqnr(reference: list[list[Tensor]], outputs: list[list[Tensor]]) -> float:
 @torch.no_grad()
 def explain(network: Network, threads: int) -> None:
     """Write what was found into the network's record of `zoo.json` under `explained`."""
-    from zoo import RESULT, short_facts, write
-
     torch.set_num_threads(threads)
     model = prepared(network)
     batches = [inputs(network, seed) for seed in EVALUATION]
@@ -56,7 +54,7 @@ def explain(network: Network, threads: int) -> None:
     try:
         found["onnxruntime"] = {"db": onnxruntime_sqnr(network, model, reference)}
     except Exception as error:
-        found["onnxruntime"] = {"error": told(error)}
+        found["onnxruntime"] = {"error": common.told(error, 400)}
     records = common.read(RESULT).get("networks", {})
     records.setdefault(network.key, {"group": network.group})["explained"] = found
     write(records)

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from zoo_inputs import call, is_detector, leaves
 
 import daqconvert as dq
+from benchmarks.zoo.zoo_models import call, is_detector, leaves
 from daqconvert.quantizers.base import Quantizer
 
 SHOWN = 6

@@ -6,14 +6,10 @@ before could be seen in the output. And running statistics of a new network are 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import nn
-from zoo_inputs import call, inputs
 
-if TYPE_CHECKING:
-    from zoo_models import Network
+from benchmarks.zoo.zoo_models import Network, call, inputs
 
 SPREAD = 0.25  # constant parameters are drawn within +-25 % of their value
 SMALL = 0.02  # standard deviation where that value is zero

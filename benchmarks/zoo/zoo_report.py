@@ -142,7 +142,7 @@ def write(path: Path, records: dict[str, Any], total: int) -> None:
     lines = [
         "# The zoo", "",
         f"{len(records)} of {total} networks, {dates[0]} to {dates[-1]}. " if dates else "",
-        "Made by `python benchmarks/zoo.py`; records with machine, versions, command and commit: `zoo.json`.", "",
+        "Made by `python benchmarks/zoo/zoo.py`; records with machine, versions, command and commit: `zoo.json`.", "",
         *totals(records), "", "## Below 20 dB", "", *explained(records), "", "## Networks", "", *table(records), "",
         "## What failed", "", *failed(records), "",
     ]  # fmt: skip

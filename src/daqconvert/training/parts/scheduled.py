@@ -16,9 +16,9 @@ Sharpening: DAQ's slope is flat when a run begins and peaked when it ends.
 
 A flat slope lets everything move; a peaked one, whose gradient is largest half way between two levels, acts on what is
 about to change its level. At one bit that lowered the training loss, at two it brought nothing
-(`benchmarks/cifar10.py`), so operands of more bits than `final_sigma_bits` keep their own. Roundings other than DAQ's
-have no such width, and nothing is done to them, so that a comparison changes the word `rounding` alone. A run whose
-length nobody knows has no end to move to: it keeps its own as well.
+(`cifar10.py` in `benchmarks`), so operands of more bits than `final_sigma_bits` keep their own. Roundings other than
+DAQ's have no such width, and nothing is done to them, so that a comparison changes the word `rounding` alone. A run
+whose length nobody knows has no end to move to: it keeps its own as well.
 
 Reference: "Distance-aware Quantization" (Kim, Lee, Ham, ICCV 2021), equations 6-11, for the slope; "Forward and
 Backward Information Retention for Accurate Binary Neural Networks" (Qin et al., CVPR 2020), section 3.3, for a slope
