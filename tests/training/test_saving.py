@@ -10,8 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from daqconvert.errors import TrainingError
-from daqconvert.training import finetune, load_weights
-from daqconvert.training import finetuning as loop_module
+from daqconvert.training import finetune, load_weights, saving
 from daqconvert.training.checkpoint import digest, read_checkpoint
 from daqconvert.training.parts.assembly import parts_for
 from daqconvert.training.run import Part
@@ -107,23 +106,24 @@ class Counting(Part):
 
     name = "counting"
 
-    def __init__(self) -> None:
+    def __init__(self, run) -> None:
+        self.run = run
         self.calls, self.seen = [], torch.zeros(())
 
-    def start(self, run):
+    def start(self):
         self.calls.append("start")
 
-    def after_step(self, run, step):
+    def after_step(self, step):
         self.seen = self.seen + step.number
 
-    def after_epoch(self, run, row):
+    def after_epoch(self, row):
         if row["epoch"] == 2:
-            run.stop = "enough"
+            self.run.stop = "enough"
 
-    def finish(self, run):
+    def finish(self):
         self.calls.append("finish")
         with torch.no_grad():
-            run.model[0].bias.fill_(7.0)
+            self.run.model[0].bias.fill_(7.0)
 
     def tensors(self):
         return {"seen": self.seen}
@@ -140,11 +140,11 @@ class Counting(Part):
 def counting(monkeypatch):
     made = []
 
-    def parts(recipe):
-        made.append(Counting())
-        return [*parts_for(recipe), made[-1]]
+    def parts(run):
+        made.append(Counting(run))
+        return [*parts_for(run), made[-1]]
 
-    monkeypatch.setattr(loop_module, "parts_for", parts)
+    monkeypatch.setattr(saving, "parts_for", parts)
     return made
 
 

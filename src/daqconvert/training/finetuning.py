@@ -21,7 +21,6 @@ from daqconvert.training.checkpoint import layer_settings
 from daqconvert.training.looping import train
 from daqconvert.training.losses import LossFn
 from daqconvert.training.objective import Objective, check_teacher, teacher_kind
-from daqconvert.training.parts.assembly import parts_for
 from daqconvert.training.preparing import start
 from daqconvert.training.processes import Processes, launched
 from daqconvert.training.recipes import Recipe
@@ -101,7 +100,7 @@ def finetune(
         raise TrainingError("finetune: pass either resume=True, to go on, or overwrite=True, to start again.")
     with ExitStack() as stack:
         processes = stack.enter_context(launched(qmodel, chosen, accelerator))
-        run = _prepare(qmodel, train_loader, val_loader, chosen, Objective(chosen, loss_fn, teacher), processes)
+        run = _run(qmodel, train_loader, val_loader, chosen, Objective(chosen, loss_fn, teacher), processes)
         run.show = progress and processes.is_main
         if out_dir is not None:
             run.directory = processes.from_main(lambda: RunDirectory(out_dir, resume=resume, overwrite=overwrite))
@@ -112,10 +111,9 @@ def finetune(
             stack.enter_context(evaluating(teacher))
             processes.place(teacher)
         stack.callback(run.objective.close)
-        for part in run.parts:
-            stack.callback(part.close, run)
+        stack.callback(_close_parts, run)
         start(run, resume=resume)
-        left = max(0, run.total_steps - run.steps_done) or None
+        left = max(0, run.total_steps - run.position.number) or None
         bar = stack.enter_context(progress_bar(left, "finetuning", enabled=run.show))
         run.signals = stack.enter_context(listening())
         train(run, bar, on_epoch, on_step)
@@ -144,7 +142,7 @@ def _check(
     check_length(train_loader, recipe)
 
 
-def _prepare(
+def _run(
     qmodel: nn.Module, train_loader: Any, val_loader: Any, recipe: Recipe, objective: Objective, processes: Processes
 ) -> Run:
     processes.place(qmodel)
@@ -155,9 +153,16 @@ def _prepare(
         val_epochs = Epochs(val_loader, recipe.seed, processes.index, processes.count, even=False)
     steps = -(-len(epochs) // accumulate)
     return Run(
-        qmodel, train_loader, val_loader, recipe, objective, processes, accumulate, epochs, val_epochs, steps,
-        layer_settings(qmodel), parts_for(recipe), teacher_kind=teacher_kind(objective.teacher, recipe),
+        qmodel, recipe, objective, processes, accumulate, steps, epochs, val_epochs, layer_settings(qmodel),
+        teacher_kind=teacher_kind(objective.teacher, recipe),
     )  # fmt: skip
+
+
+def _close_parts(run: Run) -> None:
+    """Let the parts take off the model what must not outlive this call, the last one first."""
+    with ExitStack() as stack:
+        for part in run.parts:
+            stack.callback(part.close)
 
 
 def _result(run: Run, seconds: float) -> FinetuneResult:

@@ -1,9 +1,8 @@
-"""The engine behind `finetune`: one run, its epochs and its stops.
+"""Training: the epochs of a run and its steps, and what ends it.
 
-Epochs and steps count from 1. What a step does is a function of the run's state - model, optimizers, parts, position,
-history -, of the loaders, and of (seed, epoch, step); `persistence` writes that state and brings it back.
-
-One optimizer step: the batches of a group forward and backward, what the processes agree on, the update.
+What a step does is a function of the run's state - model, optimizers, parts, position, history -, of the loaders, and
+of (seed, epoch, step); `saving` writes that state and brings it back. One optimizer step trains on a group of batches:
+each goes forward and backward, the processes agree on the gradient, and the optimizers update the parameters.
 
     gradient = mean over processes of the mean over the group's batches of the gradient of each batch's loss
 
@@ -33,17 +32,15 @@ from daqconvert.training.rundir import Row
 from daqconvert.training.saving import ended_by, model_copy, save
 from daqconvert.training.signals import Ended
 
+T = TypeVar("T")
+
 
 def train(
     run: Run, bar: Bar, on_epoch: Callable[[Row], None] | None = None, on_step: Callable[[Step], None] | None = None
 ) -> None:
-    """Train what is left; after each epoch evaluate, save, and tell `on_epoch`.
+    """Train what is left of a run that is prepared; evaluate and save after each epoch.
 
-    Args:
-        run: Prepared.
-        bar: Shows the progress.
-        on_epoch: Called with each epoch's row, on the main process.
-        on_step: Called after each optimizer step, on the main process.
+    On the main process `on_epoch` is called with each epoch's row, and `on_step` after each optimizer step.
     """
     with run.processes.wrapping(run.model) as wrapped:
         while not run.finished:
@@ -56,13 +53,13 @@ def train(
 def _train_epoch(run: Run, wrapped: Any, bar: Bar, on_step: Callable[[Step], None] | None) -> Row:
     """Train what is left of an epoch and return its row, without the evaluation."""
     position = run.position
-    set_training(run.model, freeze_batch_norm=run.recipe.batch_norm == "freeze")
+    _set_training(run.model, freeze_batch_norm=run.recipe.batch_norm == "freeze")
     for part in run.parts:
-        part.before_epoch(run, position.epoch)
+        part.before_epoch(position.epoch)
     before, started = position.seconds, time.perf_counter()
     batches = run.train_epochs.batches(position.epoch, position.batches)
     for group in groups_of(batches, run.accumulate):
-        step, came = take_step(run, wrapped, group)
+        step, came = _take_step(run, wrapped, group)
         position.seconds = before + time.perf_counter() - started
         _after_step(run, step, came, on_step)
         _show(run, bar)
@@ -71,10 +68,85 @@ def _train_epoch(run: Run, wrapped: Any, bar: Bar, on_step: Callable[[Step], Non
     return _row(run)
 
 
+def _set_training(model: nn.Module, *, freeze_batch_norm: bool) -> None:
+    """Put a model into training mode, its batch norms into evaluation mode where they are frozen."""
+    model.train()
+    if freeze_batch_norm:
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+
+
+def groups_of(batches: Iterable[T], count: int) -> Iterator[list[T]]:
+    """Yield the batches in groups of `count`; the last group may be smaller.
+
+    Yields:
+        Lists of batches.
+
+    Example:
+        >>> list(groups_of([1, 2, 3], 2))
+        [[1, 2], [3]]
+    """
+    group: list[T] = []
+    for batch in batches:
+        group.append(batch)
+        if len(group) == count:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _take_step(run: Run, wrapped: Any, group: list[Any]) -> tuple[Step, list[float]]:
+    """Train on the batches of one group, as the loader gives them, and move the run's position on by one step.
+
+    `wrapped` is called instead of the run's model. Returned are the step, and how often each signal came, summed over
+    all processes.
+
+    Raises:
+        TrainingError: If the loss is NaN or infinite; the parameters are as they were then.
+    """
+    position, processes = run.position, run.processes
+    number = position.number + 1
+    where = f"epoch {position.epoch}, step {position.steps + 1}{f' of {run.steps}' if run.steps else ''}"
+    needs, device = run.objective.needs_target, processes.device
+    read = [read_batch(b, device, where, needs_target=needs, hint=UNLABELLED) for b in group]
+    run.optimizers.set_step(number - 1)
+    for part in run.parts:
+        part.before_step(number)
+    rank = (processes.index,) if processes.count > 1 else ()
+    seed_generators(derived_seed(run.recipe.seed, number, "model", *rank), devices=device.type != "cpu")
+    run.optimizers.zero_grad()
+    losses = [
+        _forward_and_backward(run, wrapped, inputs, target, len(group), last=i == len(group))
+        for i, (inputs, target) in enumerate(read, 1)
+    ]
+    total, *came = processes.sum([sum(losses) / len(group), *map(float, run.signals.came)])
+    loss = total / processes.count
+    if not math.isfinite(loss):
+        _raise_diverged(run, f"{where}: the loss is {loss}")
+    norm = processes.update(run.optimizers, run.recipe.clip_grad)
+    position.number, position.steps, position.batches = number, position.steps + 1, position.batches + len(group)
+    return Step(number, run.total_steps, position.epoch, loss, norm), came
+
+
+def _forward_and_backward(run: Run, wrapped: Any, inputs: Inputs, target: Any, share: int, *, last: bool) -> float:
+    """Add one batch's part to the gradients, and to the meter."""
+    processes = run.processes
+    with processes.syncing(wrapped, last):
+        with processes.autocast():
+            loss, outputs = run.objective(wrapped, inputs, target)
+        processes.backward(loss / share if share > 1 else loss)
+    value = float(loss.detach())
+    outputs = outputs.detach() if isinstance(outputs, Tensor) else outputs
+    run.position.meter.add(value, inputs_count(inputs), outputs, target, strict=False)
+    return value
+
+
 def _after_step(run: Run, step: Step, came: list[float], on_step: Callable[[Step], None] | None) -> None:
     """Let the parts act, and write a checkpoint if it is time or somebody asked for one."""
     for part in run.parts:
-        part.after_step(run, step)
+        part.after_step(step)
     if on_step is not None and run.processes.is_main:
         on_step(step)
     asked, ending = run.signals.take(run.signals.came if run.processes.count == 1 else came)
@@ -83,6 +155,12 @@ def _after_step(run: Run, step: Step, came: list[float], on_step: Callable[[Step
         _save(run)
     if ending is not None:
         raise ended_by(run, ending)
+
+
+def _save(run: Run) -> None:
+    """Write a checkpoint in the middle of an epoch."""
+    _require_finite(run)
+    save(run)
 
 
 def _show(run: Run, bar: Bar) -> None:
@@ -114,7 +192,7 @@ def _row(run: Run) -> Row:
 
 def _end_epoch(run: Run, row: Row) -> None:
     """Evaluate and save a whole epoch; after the last one leave the model as it shall be."""
-    require_finite(run)
+    _require_finite(run)
     best = None
     if run.val_epochs is not None:
         try:
@@ -123,12 +201,12 @@ def _end_epoch(run: Run, row: Row) -> None:
             save(run)
             raise ended_by(run, ending.signal) from None
     for part in run.parts:
-        part.after_epoch(run, row)
+        part.after_epoch(row)
     run.history.append(row)
     run.position.next_epoch()
     if run.finished:
         for part in run.parts:
-            part.finish(run)
+            part.finish()
         run.processes.agree(run.model)
     save(run, best=best)
 
@@ -139,7 +217,7 @@ def _evaluate(run: Run, row: Row) -> dict[str, Tensor] | None:
     seed_generators(derived_seed(run.recipe.seed, run.position.epoch, "evaluate"), devices=True)
     with ExitStack() as stack:
         for part in run.parts:
-            stack.enter_context(part.evaluating(run))
+            stack.enter_context(part.evaluating())
         run.processes.agree(run.model)
         result = _measured(run, _interruptible(run, run.val_epochs.batches(run.position.epoch)))
         row["val_loss"], row["val_top1"] = result.loss, result.top1
@@ -164,13 +242,13 @@ def _interruptible(run: Run, batches: Iterator[Any]) -> Iterator[Any]:
         yield batch
 
 
-def _save(run: Run) -> None:
-    """Write a checkpoint in the middle of an epoch."""
-    require_finite(run)
-    save(run)
+def _merit(row: Row) -> tuple[float, float]:
+    """Top-1, then a small loss; where there is no top-1 the loss alone. NaN is worst."""
+    loss, top1 = row["val_loss"], row["val_top1"]
+    return (0.0 if top1 is None else top1, -math.inf if math.isnan(loss) else -loss)
 
 
-def require_finite(run: Run) -> None:
+def _require_finite(run: Run) -> None:
     """Raise if training left NaN or infinite values behind: they must not become the last checkpoint."""
     tensors: dict[str, Tensor] = dict(run.model.named_parameters())
     for name, module in run.model.named_modules():
@@ -178,10 +256,10 @@ def require_finite(run: Run) -> None:
             tensors.update((f"{name}.{key}", buffer) for key, buffer in module.named_buffers(recurse=False))
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
-            raise_diverged(run, f"epoch {run.position.epoch}: after it {name} holds NaN or infinite values")
+            _raise_diverged(run, f"epoch {run.position.epoch}: after it {name} holds NaN or infinite values")
 
 
-def raise_diverged(run: Run, what: str) -> NoReturn:
+def _raise_diverged(run: Run, what: str) -> NoReturn:
     """End a run whose values are not finite any more, with an error that says what is kept and what to try."""
     kept = "no out_dir was given, so there is no checkpoint"
     if run.directory is not None:
@@ -190,96 +268,3 @@ def raise_diverged(run: Run, what: str) -> NoReturn:
         f"{what}. Training stopped; {kept}. Try a smaller lr (now {run.recipe.lr:g}), quantizer_lr (now "
         f"{run.recipe.quantizer_lr:g}) or clip_grad=1.0."
     )
-
-
-def set_training(model: nn.Module, *, freeze_batch_norm: bool) -> None:
-    """Put a model into training mode, its batch norms into evaluation mode where they are frozen."""
-    model.train()
-    if freeze_batch_norm:
-        for module in model.modules():
-            if isinstance(module, _BatchNorm):
-                module.eval()
-
-
-def _merit(row: Row) -> tuple[float, float]:
-    """Top-1, then a small loss; where there is no top-1 the loss alone. NaN is worst."""
-    loss, top1 = row["val_loss"], row["val_top1"]
-    return (0.0 if top1 is None else top1, -math.inf if math.isnan(loss) else -loss)
-
-
-T = TypeVar("T")
-
-
-def groups_of(batches: Iterable[T], count: int) -> Iterator[list[T]]:
-    """Yield `count` batches at a time; the last group may be smaller.
-
-    Args:
-        batches: In order.
-        count: Size of a group.
-
-    Yields:
-        Groups.
-
-    Example:
-        >>> list(groups_of([1, 2, 3], 2))
-        [[1, 2], [3]]
-    """
-    group: list[T] = []
-    for batch in batches:
-        group.append(batch)
-        if len(group) == count:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
-def take_step(run: Run, wrapped: Any, group: list[Any]) -> tuple[Step, list[float]]:
-    """Train on the batches of one group.
-
-    Args:
-        run: The run; its position moves on by one step.
-        wrapped: What is called instead of its model.
-        group: Batches as the loader gives them.
-
-    Returns:
-        What was done, and the signals that came, over all processes.
-
-    Raises:
-        TrainingError: If the loss is NaN or infinite; the parameters are as they were then.
-    """
-    position, processes = run.position, run.processes
-    number = position.number + 1
-    where = f"epoch {position.epoch}, step {position.steps + 1}{f' of {run.steps}' if run.steps else ''}"
-    needs, device = run.objective.needs_target, processes.device
-    read = [read_batch(b, device, where, needs_target=needs, hint=UNLABELLED) for b in group]
-    run.optimizers.set_step(number - 1)
-    for part in run.parts:
-        part.before_step(run, number)
-    rank = (processes.index,) if processes.count > 1 else ()
-    seed_generators(derived_seed(run.recipe.seed, number, "model", *rank), devices=device.type != "cpu")
-    run.optimizers.zero_grad()
-    losses = [
-        _forward_and_backward(run, wrapped, inputs, target, len(group), last=i == len(group))
-        for i, (inputs, target) in enumerate(read, 1)
-    ]
-    total, *came = processes.sum([sum(losses) / len(group), *map(float, run.signals.came)])
-    loss = total / processes.count
-    if not math.isfinite(loss):
-        raise_diverged(run, f"{where}: the loss is {loss}")
-    norm = processes.update(run.optimizers, run.recipe.clip_grad)
-    position.number, position.steps, position.batches = number, position.steps + 1, position.batches + len(group)
-    return Step(number, run.total_steps, position.epoch, loss, norm), came
-
-
-def _forward_and_backward(run: Run, wrapped: Any, inputs: Inputs, target: Any, share: int, *, last: bool) -> float:
-    """Add one batch's part to the gradients, and to the meter."""
-    processes = run.processes
-    with processes.syncing(wrapped, last):
-        with processes.autocast():
-            loss, outputs = run.objective(wrapped, inputs, target)
-        processes.backward(loss / share if share > 1 else loss)
-    value = float(loss.detach())
-    outputs = outputs.detach() if isinstance(outputs, Tensor) else outputs
-    run.position.meter.add(value, inputs_count(inputs), outputs, target, strict=False)
-    return value

@@ -1,26 +1,20 @@
-"""What a part of a run is: something that acts beside the optimizers, and whose state a checkpoint keeps.
+"""One training run as plain data: what it is made of, where it stands, and what acts on it beside the optimizers.
 
-Parts are asked in one fixed order, on every process alike. Whatever a part decides is a function of the run's state,
-of the recipe and of its own `tensors` and `meta`, so that a resumed run goes on as if it had never stopped.
-
-Where a run stands between two checkpoints: the epoch in progress and what it has measured so far.
-
-What parts ask of a run: whether this process writes files, and for one another.
-
-When something of a run begins or ends: shares of its steps.
+What the functions of a run do stands beside it: `preparing` before the first step, `looping` takes steps and epochs,
+`saving` writes checkpoints and goes on from them. Epochs and steps count from 1; a step is one update by the
+optimizers.
 """
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from daqconvert.calibration import CalibrationReport
-from daqconvert.errors import TrainingError
 from daqconvert.report.fits import Fitted
 from daqconvert.training.batching.epochs import Epochs
 from daqconvert.training.evaluation import Meter
@@ -34,14 +28,14 @@ from daqconvert.training.signals import Signals
 
 @dataclass
 class Position:
-    """The epoch in progress.
+    """Where a run stands: the epoch in progress, and what was measured in it so far.
 
     Attributes:
         number: Optimizer steps of the run so far.
-        epoch: From 1.
+        epoch: Number of the epoch in progress.
         batches: Batches of this epoch that this process has trained on.
         steps: Optimizer steps of this epoch so far.
-        seconds: What they took.
+        seconds: Time that those steps took.
         meter: Loss and hits of this epoch, on this process.
     """
 
@@ -57,11 +51,11 @@ class Position:
         self.epoch, self.batches, self.steps, self.seconds, self.meter = self.epoch + 1, 0, 0, 0.0, Meter()
 
     def __str__(self) -> str:
-        """Return `epoch 2`, where one is whole, or `epoch 2, step 17`."""
+        """Return `epoch 2` after a whole epoch, `epoch 2, step 17` within one."""
         return f"epoch {self.epoch}, step {self.steps}" if self.batches else f"epoch {self.epoch - 1}"
 
     def to_meta(self, processes: Processes) -> dict[str, Any]:
-        """Return the position as JSON can hold it, its meter over all processes, which all have to ask."""
+        """Return the position as JSON can hold it, its meter over all processes, each of which has to call this."""
         return {
             "number": self.number, "epoch": self.epoch, "batches": self.batches, "steps": self.steps,
             "seconds": self.seconds, "meter": processes.sum(self.meter.sums()),
@@ -69,12 +63,7 @@ class Position:
 
     @staticmethod
     def from_meta(meta: dict[str, Any], processes: Processes) -> Position:
-        """Return the position that `to_meta` described; the main process goes on with everybody's meter.
-
-        Args:
-            meta: As returned there.
-            processes: Of the run.
-        """
+        """Return the position that `to_meta` described; the main process goes on with the meter of all of them."""
         found = Position(**{**meta, "meter": Meter()})
         if processes.is_main:
             found.meter.load(meta["meter"])
@@ -88,8 +77,8 @@ class Step:
     Attributes:
         number: Optimizer steps of the run so far, from 1.
         total: Optimizer steps of the whole run; 0 where unknown.
-        epoch: From 1.
-        loss: Of its batch, the mean over processes.
+        epoch: The epoch that it belongs to, from 1.
+        loss: Loss of its batch, the mean over processes.
         grad_norm: Norm of the gradient before clipping, or None where it was not needed.
     """
 
@@ -106,7 +95,12 @@ class Step:
 
 
 class Part:
-    """Base of the parts; every method does nothing here.
+    """Something that acts on a training run beside the optimizers; the methods of this base class do nothing.
+
+    A part is made with what it needs of the run, and its constructor's signature says what that is: the model, a
+    number, a folder, or the whole run where it reads or ends that. `parts.assembly` makes the parts. They are called
+    in one fixed order, on every process alike. What a part decides is a function of the run's state, of the recipe and
+    of its own `tensors` and `meta`, so that a resumed run goes on as if it had never stopped.
 
     Attributes:
         name: Prefix of its tensors in a checkpoint, and key of its `meta`.
@@ -114,33 +108,33 @@ class Part:
 
     name: ClassVar[str] = ""
 
-    def start(self, run: Run) -> None:
-        """Take notice of a run whose model, bounds and optimizers are ready; before `load` where it is resumed."""
+    def start(self) -> None:
+        """Act before the first step, when model, bounds and optimizers are ready; before `load` in a resumed run."""
 
-    def before_epoch(self, run: Run, epoch: int) -> None:
-        """Act before the first step that this call takes of an epoch; the model is in training mode."""
+    def before_epoch(self, epoch: int) -> None:
+        """Act before the first step that this call of `finetune` takes of an epoch; the model is in training mode."""
 
-    def before_step(self, run: Run, number: int) -> None:
-        """Act before optimizer step `number`, counted from 1."""
+    def before_step(self, number: int) -> None:
+        """Act before an optimizer step, with its number, counted from 1."""
 
-    def after_step(self, run: Run, step: Step) -> None:
+    def after_step(self, step: Step) -> None:
         """Act after an optimizer step, before a checkpoint of it.
 
         Raises:
             TrainingError: If training must stop here; the last checkpoint stays as it is.
         """
 
-    def evaluating(self, run: Run) -> AbstractContextManager[None]:
+    def evaluating(self) -> AbstractContextManager[None]:
         """Return a context in which the model is as it shall be evaluated and kept as `best`, back as it was after."""
         return nullcontext()
 
-    def after_epoch(self, run: Run, row: Row) -> None:
-        """Act after an epoch and its evaluation; may add columns to the row of the history, and set `run.stop`."""
+    def after_epoch(self, row: Row) -> None:
+        """Act after an epoch and its evaluation; may add columns to the epoch's row of the history."""
 
-    def finish(self, run: Run) -> None:
+    def finish(self) -> None:
         """Leave the model as it shall be after the last epoch."""
 
-    def close(self, run: Run) -> None:
+    def close(self) -> None:
         """Take off the model what must not outlive the call of `finetune`, also after an exception."""
 
     def tensors(self) -> dict[str, Tensor]:
@@ -155,77 +149,69 @@ class Part:
         """Take the state that `tensors` and `meta` returned in the run that is resumed; called after `start`."""
 
 
-P = TypeVar("P", bound=Part)
-
-
 @dataclass
 class Run:
-    """One training run and its state, as one of its processes has it.
+    """One training run, as one of its processes has it.
+
+    First what it is made of, then what was made before its first step, then where it stands.
 
     Attributes:
         model: The quantized model, trained in place.
-        train_loader: Batches to train on.
-        val_loader: Batches to evaluate on, or None.
         recipe: How to train.
         objective: The loss.
-        processes: Among which it runs.
+        processes: The processes among which it runs.
         accumulate: Batches of a step, on each process.
-        train_epochs: The epochs of `train_loader`, as this process reads them.
-        val_epochs: The same of `val_loader`, or None.
         steps: Optimizer steps of an epoch; 0 where unknown.
-        layers: Settings of the layers as they were passed; a part may change them while it trains.
-        parts: What acts on the run besides.
+        train_epochs: The batches to train on, as this process reads them.
+        val_epochs: The batches to evaluate on, as this process reads them, or None.
+        layers: Settings of the layers as they were passed; a part may change those of the model while it trains.
+        teacher_kind: What checkpoints say of the teacher.
         directory: Where checkpoints go, or None.
         show: Whether to show progress, on this process.
-        teacher_kind: What checkpoints note of the teacher.
-        history: One row per epoch done.
-        best: Row of the best epoch, or None.
+        signals: Signals that came from outside since training began.
+
         calibration: What calibration found, if it was needed.
-        fitted: What became of each layer or block before the first step: by field of the recipe, `gptq` and
+        fitted: What became of each layer or block before the first step, by field of the recipe: `gptq` and
             `reconstruct`.
+        optimizers: What updates the parameters.
+        parts: What acts on the run beside the optimizers.
+
         position: The epoch in progress.
+        history: One row for each epoch done.
+        best: Row of the best epoch, or None.
         stop: Why training ends before its last epoch, or None; a part may set it after an epoch.
-        saved: What the last checkpoint holds, as `epoch 3`; None before there is one.
-        saved_step: Optimizer steps of it.
-        signals: What came from outside.
-        optimizers: Made before the first step.
+        saved: Position that the last checkpoint holds; None before there is one.
     """
 
     model: nn.Module
-    train_loader: Any
-    val_loader: Any
     recipe: Recipe
     objective: Objective
     processes: Processes
     accumulate: int
+    steps: int
     train_epochs: Epochs
     val_epochs: Epochs | None
-    steps: int
     layers: dict[str, dict[str, Any]]
-    parts: list[Part]
+    teacher_kind: str = NO_TEACHER
     directory: RunDirectory | None = None
     show: bool = True
-    teacher_kind: str = NO_TEACHER
-    history: list[Row] = field(default_factory=list)
-    best: Row | None = None
+    signals: Signals = field(default_factory=Signals)
+
     calibration: CalibrationReport | None = None
     fitted: dict[str, list[Fitted]] = field(default_factory=dict)
-    position: Position = field(default_factory=Position)
-    stop: str | None = None
-    saved: str | None = None
-    saved_step: int | None = None
-    signals: Signals = field(default_factory=Signals)
     optimizers: Optimizers = field(init=False)
+    parts: list[Part] = field(default_factory=list)
+
+    position: Position = field(default_factory=Position)
+    history: list[Row] = field(default_factory=list)
+    best: Row | None = None
+    stop: str | None = None
+    saved: Position | None = None
 
     @property
     def epochs_done(self) -> int:
-        """Whole epochs behind the state."""
+        """Number of whole epochs so far."""
         return len(self.history)
-
-    @property
-    def steps_done(self) -> int:
-        """Optimizer steps behind the state."""
-        return self.position.number
 
     @property
     def total_steps(self) -> int:
@@ -237,37 +223,7 @@ class Run:
         """Whether there is no epoch left, or a part has ended the run."""
         return self.stop is not None or self.epochs_done >= self.recipe.epochs
 
-
-def writes(run: Run) -> bool:
-    """Whether this process writes the files of a run: the main one, where there is a directory."""
-    return run.directory is not None and run.processes.is_main
-
-
-def part_of(run: Run, kind: type[P]) -> P | None:
-    """Return the part of a class that a run has, or None.
-
-    Args:
-        run: The run.
-        kind: The class.
-    """
-    return next((part for part in run.parts if isinstance(part, kind)), None)
-
-
-def steps_until(run: Run, share: float, field: str) -> int:
-    """Return how many optimizer steps lie before a share of a run: `floor(share * total)`, all of them at share 1.
-
-    Args:
-        run: The run.
-        share: From 0 to 1.
-        field: Of the recipe, for the message.
-
-    Raises:
-        TrainingError: If the length of the run is unknown.
-    """
-    total = run.total_steps
-    if not total:
-        raise TrainingError(
-            f"{field}: is a share of the run, and train_loader has no length, so nobody knows when that is. Give the "
-            f"loader a __len__, or leave {field} out."
-        )
-    return math.floor(share * total + 1e-9)  # 0.3 * 10 is 3 steps, whatever 0.3 is in binary
+    @property
+    def folder(self) -> Path | None:
+        """Where this process writes the files of the run: the main one, where there is a directory; else None."""
+        return self.directory.path if self.directory is not None and self.processes.is_main else None

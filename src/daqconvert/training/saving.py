@@ -1,10 +1,9 @@
-"""How a run starts, goes on where it was interrupted, and saves itself.
+"""How a run is written to its directory, and goes on where it was interrupted.
 
-Its state is `last.safetensors`: tensors of model, optimizers and parts, and `meta(run)`. `best.safetensors` has the
-same form, and of tensors the model alone, as it was evaluated; `teacher.safetensors` holds the model as it was before
-the first step, because a model in memory may have been trained on since.
-
-What is checked before a run goes on: that its checkpoint is whole, and of this very run.
+The state of a run is `last.safetensors`: tensors of model, optimizers and parts, and `meta(run)`. `best.safetensors`
+has the same form, and holds of tensors the model alone, as it was evaluated. `teacher.safetensors` holds the model as
+it was before the first step, because a model in memory may have been trained on since. Before a run goes on it is
+checked that its checkpoint is whole, and of this very run (`check_run`).
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from daqconvert.training.checkpoint import (
 )
 from daqconvert.training.objective import NO_TEACHER, OWN_TEACHER
 from daqconvert.training.optim import Optimizers
+from daqconvert.training.parts.assembly import parts_for
 from daqconvert.training.recipes import completed
 from daqconvert.training.run import Position, Run
 from daqconvert.training.rundir import RunDirectory, write_log
@@ -39,18 +39,17 @@ from daqconvert.training.signals import Terminated
 
 
 def save(run: Run, *, best: dict[str, Tensor] | None = None) -> None:
-    """Write the checkpoints and the log; `last` comes after `best`, so that it never speaks of a best that is not.
+    """Write the checkpoints and the log after a step or an epoch; nothing without a directory.
 
-    Args:
-        run: The run, after a step or an epoch; all its processes have to call this, and the main one writes.
-        best: The model's tensors if this epoch is the best so far.
+    All processes have to call this, and the main one writes. `best` holds the model's tensors if this epoch is the
+    best so far; it is written before `last`, so that `last` never speaks of a best one that is not there.
     """
     if run.directory is None:
         return
     about = meta(run)
     run.processes.agree(run.model)
     run.processes.from_main(lambda: _write(run, about, best))
-    run.saved, run.saved_step = str(run.position), run.position.number
+    run.saved = dataclasses.replace(run.position)
 
 
 def _write(run: Run, about: dict[str, Any], best: dict[str, Tensor] | None) -> None:
@@ -62,8 +61,8 @@ def _write(run: Run, about: dict[str, Any], best: dict[str, Tensor] | None) -> N
     tensors |= {OPTIMIZER + key: value for key, value in run.optimizers.state_dict().items()}
     for part in run.parts:
         tensors |= {f"{PART}{part.name}/{key}": value for key, value in part.tensors().items()}
-    step = run.saved_step
-    keep = None if step is None or run.recipe.keep == 1 else lambda: directory.keep_last(step)
+    saved = run.saved
+    keep = None if saved is None or run.recipe.keep == 1 else lambda: directory.keep_last(saved.number)
     write_checkpoint(directory.last, tensors, about, keep)
     directory.prune(run.recipe.keep)
     write_log(directory.log, run.history)
@@ -77,15 +76,11 @@ def model_copy(run: Run) -> dict[str, Tensor]:
 
 
 def meta(run: Run) -> dict[str, Any]:
-    """Return what a checkpoint says besides tensors; all processes have to ask.
-
-    Args:
-        run: The run.
-    """
+    """Return what a checkpoint says besides tensors; all processes have to call this."""
     return {
         "recipe": run.recipe.to_dict(),
         "layers": run.layers,
-        "batches_per_epoch": length(run.train_loader) or 0,
+        "batches_per_epoch": length(run.train_epochs.loader) or 0,
         "processes": run.processes.count,
         "precision": run.processes.precision,
         "accumulate": run.accumulate,
@@ -97,26 +92,37 @@ def meta(run: Run) -> dict[str, Any]:
         "position": run.position.to_meta(run.processes),
         "scaler": run.processes.scaler_state(),
         "parts": {part.name: part.meta() for part in run.parts},
-        "fitted": fits_to_meta(run.fitted),
+        "fitted": _fits_to_meta(run.fitted),
     }
 
 
+def _fits_to_meta(fitted: dict[str, list[Fitted]]) -> dict[str, list[dict[str, Any]]]:
+    """Return `run.fitted` as JSON can hold it."""
+    return {field: [dataclasses.asdict(row) for row in rows] for field, rows in fitted.items()}
+
+
+def _fits_from_meta(about: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[Fitted]]:
+    """Return what `_fits_to_meta` was given."""
+    return {field: [Fitted(**row) for row in rows] for field, rows in about.items()}
+
+
 def make_optimizers_and_parts(run: Run) -> None:
-    """Make the optimizers for the model as it is now, and let every part begin."""
+    """Make optimizers and parts for the model as it is now, and let every part begin."""
     run.optimizers = Optimizers(run.model, run.recipe, run.total_steps)
+    run.parts = parts_for(run)
     for part in run.parts:
-        part.start(run)
+        part.start()
 
 
 def restore(run: Run, checkpoint: Checkpoint) -> None:
     """Take the state of a checkpoint that was checked."""
     about, model = checkpoint.meta, checkpoint.part(MODEL)
     if run.teacher_kind == OWN_TEACHER:
-        saved = run.processes.from_main(lambda: teacher_of(run))
+        saved = run.processes.from_main(lambda: _teacher_of(run))
         run.objective.teacher = float_copy(run.model)
         run.objective.teacher.load_state_dict(saved.part(MODEL))
     run.model.load_state_dict(model)  # which bounds are trained is known now
-    run.fitted = fits_from_meta(about.get("fitted", {}))  # runs of earlier versions noted none
+    run.fitted = _fits_from_meta(about.get("fitted", {}))  # runs of earlier versions noted none
     make_optimizers_and_parts(run)
     for part in run.parts:
         part.load(checkpoint.part(f"{PART}{part.name}/"), about["parts"].get(part.name))
@@ -125,19 +131,14 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     run.processes.load_scaler(about["scaler"])
     run.history, run.best, run.stop = list(about["history"]), about["best"], about["stop"]
     run.position = Position.from_meta(about["position"], run.processes)
-    run.saved, run.saved_step = str(run.position), run.position.number
+    run.saved = dataclasses.replace(run.position)
     directory = run.directory
     assert directory is not None  # there is a checkpoint
     run.processes.from_main(lambda: write_log(directory.log, run.history))
 
 
 def ended_by(run: Run, signal: str) -> BaseException:
-    """Return what ends a run after a signal: `KeyboardInterrupt` for SIGINT, else an error that says how to go on.
-
-    Args:
-        run: The run.
-        signal: Its name.
-    """
+    """Return what ends a run after a signal: `KeyboardInterrupt` for SIGINT, else an error that says how to go on."""
     where = "no out_dir was given, so nothing is kept."
     if run.directory is not None:
         where = f"{run.directory.last} holds the state after {run.saved}. Go on with resume=True."
@@ -147,9 +148,6 @@ def ended_by(run: Run, signal: str) -> BaseException:
 
 def last_of(directory: RunDirectory | None) -> Checkpoint | None:
     """Return the last checkpoint of a run directory, or None where there is none.
-
-    Args:
-        directory: Of the run.
 
     Raises:
         TrainingError: If it is damaged or gone; names the newest earlier one that is good, and what to type.
@@ -177,11 +175,8 @@ def _newest_good(directory: RunDirectory) -> str | None:
     return None
 
 
-def teacher_of(run: Run) -> Checkpoint:
+def _teacher_of(run: Run) -> Checkpoint:
     """Return the checkpoint that holds the run's own teacher.
-
-    Args:
-        run: The run.
 
     Raises:
         TrainingError: If it is damaged or does not fit.
@@ -193,14 +188,10 @@ def teacher_of(run: Run) -> Checkpoint:
 
 
 def check_run(run: Run, checkpoint: Checkpoint) -> None:
-    """Raise unless a checkpoint is of this very run.
-
-    Args:
-        run: The run, before anything of it is changed.
-        checkpoint: Its last one.
+    """Raise unless a checkpoint is of this very run, which has not been changed yet.
 
     Raises:
-        TrainingError: Naming what differs.
+        TrainingError: If the checkpoint is of another run, or of an earlier version; names what differs.
     """
     assert run.directory is not None
     about, where = checkpoint.meta, str(run.directory.last)
@@ -216,8 +207,8 @@ def check_run(run: Run, checkpoint: Checkpoint) -> None:
         if key != "name" and now.get(key) != then.get(key)
     ]
     batches, teacher = about["batches_per_epoch"], about["teacher"]
-    if batches != (length(run.train_loader) or 0):
-        problems.append(f"train_loader: {batches} batches in the run, {length(run.train_loader) or 0} now")
+    if batches != (length(run.train_epochs.loader) or 0):
+        problems.append(f"train_loader: {batches} batches in the run, {length(run.train_epochs.loader) or 0} now")
     processes = run.processes
     launch = {"processes": processes.count, "precision": processes.precision, "accumulate": run.accumulate}
     problems += [
@@ -238,16 +229,3 @@ def check_run(run: Run, checkpoint: Checkpoint) -> None:
 def _teacher(kind: str) -> str:
     words = {NO_TEACHER: "none", OWN_TEACHER: "the model's own float copy"}
     return words.get(kind, f"one passed (weights {kind[:8]})")
-
-
-Fits = dict[str, list[Fitted]]
-
-
-def fits_to_meta(fitted: Fits) -> dict[str, list[dict[str, Any]]]:
-    """Return it as a checkpoint holds it."""
-    return {field: [dataclasses.asdict(row) for row in rows] for field, rows in fitted.items()}
-
-
-def fits_from_meta(about: Mapping[str, list[dict[str, Any]]]) -> Fits:
-    """Return what `fits_to_meta` was given."""
-    return {field: [Fitted(**row) for row in rows] for field, rows in about.items()}

@@ -11,7 +11,6 @@ from torch import nn
 import daqconvert as dq
 from daqconvert.errors import TrainingError
 from daqconvert.posttraining import reestimate
-from daqconvert.training import Recipe
 from daqconvert.training.batching.epochs import Epochs
 from daqconvert.training.parts.batch_norm import Reestimation
 
@@ -25,19 +24,16 @@ def test_a_context_gives_everything_back():
     loader = [(torch.randn(8, 4), torch.zeros(8).long()) for _ in range(4)]
     model = net().train()
     processes = types.SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext)
-    run = types.SimpleNamespace(
-        model=model, train_loader=loader, train_epochs=Epochs(loader, 0), processes=processes,
-        position=types.SimpleNamespace(epoch=1), epochs_done=1,
-    )  # fmt: skip
-    part = Reestimation(Recipe(reestimate=2))
-    part.start(run)
+    part = Reestimation(model, Epochs(loader, 0), processes, 2)
+    part.start()
+    part.before_epoch(1)
     before, random = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
-    with part.evaluating(run):
+    with part.evaluating():
         torch.testing.assert_close(model[1].running_mean, torch.stack([x.mean(0) for x, _ in loader[:2]]).mean(0))
         assert torch.equal(torch.get_rng_state(), random)
         inside = {k: v.clone() for k, v in model.state_dict().items()}
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    part.finish(run)
+    part.finish()
     assert all(torch.equal(v, inside[k]) for k, v in model.state_dict().items())
 
 

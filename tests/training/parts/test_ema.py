@@ -1,5 +1,3 @@
-import types
-
 import pytest
 import torch
 from torch import nn
@@ -65,19 +63,20 @@ class Tied(nn.Module):
 
 
 def alone(model, **options):
-    part, run = Average(Recipe(**options)), types.SimpleNamespace(model=model)
-    part.start(run)
-    return part, run
+    recipe = Recipe(**options)
+    part = Average(model, recipe.ema, warmup=recipe.ema_warmup)
+    part.start()
+    return part
 
 
 def test_a_tensor_with_two_names_is_averaged_once():
     model = Tied()
-    part, run = alone(model, ema=0.5, ema_warmup=False)
-    part.after_step(run, Step(1, 9, 1, 0.0))
+    part = alone(model, ema=0.5, ema_warmup=False)
+    part.after_step(Step(1, 9, 1, 0.0))
     before = model.a.weight.detach().clone()
     with torch.no_grad():
         model.a.weight.add_(1.0)
-    part.after_step(run, Step(2, 9, 1, 0.0))
+    part.after_step(Step(2, 9, 1, 0.0))
     torch.testing.assert_close(part.module.a.weight.detach(), before + 0.5)
     assert part.module.a.weight is part.module.b.weight
     assert len(_pairs(part.module, model)) == 3
@@ -85,15 +84,15 @@ def test_a_tensor_with_two_names_is_averaged_once():
 
 def test_halves_are_averaged_in_float32():
     model = nn.Linear(4, 4).bfloat16()
-    part, run = alone(model, ema=0.999, ema_warmup=False)
-    part.after_step(run, Step(1, 9, 1, 0.0))
+    part = alone(model, ema=0.999, ema_warmup=False)
+    part.after_step(Step(1, 9, 1, 0.0))
     with torch.no_grad():
         model.weight.add_(1.0)
     before = part.module.weight.detach().clone()
-    part.after_step(run, Step(2, 9, 1, 0.0))
+    part.after_step(Step(2, 9, 1, 0.0))
     assert part.module.weight.dtype == torch.float32
     assert not torch.equal(part.module.weight, before)  # 0.001 is lost in bfloat16
-    with part.evaluating(run):
+    with part.evaluating():
         assert torch.equal(model.weight, part.module.weight.bfloat16())
     assert not torch.equal(model.weight, part.module.weight.bfloat16())
 
@@ -119,30 +118,30 @@ class Replaced(nn.Module):
 @pytest.mark.parametrize("computed", [False, True])
 def test_a_buffer_that_is_replaced_is_followed(computed):
     model = Replaced(computed)
-    part, run = alone(model, ema=0.5, ema_warmup=False)
+    part = alone(model, ema=0.5, ema_warmup=False)
     for number in range(1, 4):
         model()
-        part.after_step(run, Step(number, 9, 1, 0.0))
+        part.after_step(Step(number, 9, 1, 0.0))
     assert part.module.seen.tolist() == [2.25, 2.25]  # 1, then halfway to 2, then halfway to 3
 
 
 def test_a_step_makes_no_state_dict(make, monkeypatch):
     qmodel = make()
     dq.calibrate(qmodel, [torch.randn(16, 8)])
-    part, run = alone(qmodel, ema=0.9)
-    part.after_step(run, Step(1, 9, 1, 0.0))
+    part = alone(qmodel, ema=0.9)
+    part.after_step(Step(1, 9, 1, 0.0))
     monkeypatch.setattr(nn.Module, "state_dict", None)
-    part.after_step(run, Step(2, 9, 1, 0.0))
+    part.after_step(Step(2, 9, 1, 0.0))
 
 
 def test_values_come_back_after_an_error(make):
     qmodel = make()
     dq.calibrate(qmodel, [torch.randn(16, 8)])
-    part, run = alone(qmodel, ema=0.9)
+    part = alone(qmodel, ema=0.9)
     with torch.no_grad():
         qmodel[0].weight.add_(1.0)
     before = state(qmodel)
-    with pytest.raises(ValueError, match="in between"), part.evaluating(run):
+    with pytest.raises(ValueError, match="in between"), part.evaluating():
         assert not torch.equal(qmodel[0].weight, before["0.weight"])
         raise ValueError("in between")
     assert all(torch.equal(value, before[key]) for key, value in qmodel.state_dict().items())
@@ -151,11 +150,11 @@ def test_values_come_back_after_an_error(make):
 def test_an_average_changes_its_bits_with_the_model(make):
     qmodel = make(2, normalize=False, grid="integer")
     dq.calibrate(qmodel, [torch.randn(16, 8)])
-    part, run = alone(qmodel, ema=0.999, ema_warmup=False)
-    part.after_step(run, Step(1, 9, 1, 0.0))
+    part = alone(qmodel, ema=0.999, ema_warmup=False)
+    part.after_step(Step(1, 9, 1, 0.0))
     site, twin = qmodel[4], part.module[4]
     set_site_bits(site, site.settings.replace(w_bits=4, a_bits=6))
-    part.after_step(run, Step(2, 9, 1, 0.0))
+    part.after_step(Step(2, 9, 1, 0.0))
     assert (twin.settings, twin.weight_quantizer.bits, twin.input_quantizer.bits) == (site.settings, 4, 6)
     for ours, theirs in zip(twin.parameters(), site.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)  # with the bounds of 2 bits they would be far away

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,16 +13,6 @@ from daqconvert.training.parts.guards import FIRST, LOGGER, Guards
 from daqconvert.training.run import Step
 
 
-class Run:
-    """As much of a run as this part looks at."""
-
-    directory = None
-    processes = SimpleNamespace(is_main=True)
-
-    def __init__(self, model):
-        self.model = model
-
-
 def calibrated(make, loader, bits=4):
     model = make(bits, first=(bits, 8), last=(bits, 8), granularity="channel", normalize=bits < 3)
     dq.calibrate(model, loader())
@@ -31,9 +20,9 @@ def calibrated(make, loader, bits=4):
 
 
 def guarded(model, **recipe):
-    run, guards = Run(model), Guards(Recipe(**recipe))
-    guards.start(run)
-    return run, guards
+    guards = Guards(model, Recipe(**recipe), None, tell=True)
+    guards.start()
+    return guards
 
 
 def backward(model, loader):
@@ -78,15 +67,15 @@ CASES = [
 @pytest.mark.parametrize(("harm", "kind", "told"), CASES)
 def test_what_has_collapsed_is_told_once(make, loader, caplog, harm, kind, told):
     model = calibrated(make, loader)
-    run, guards = guarded(model, quantizer_weight_decay=0.1)
+    guards = guarded(model, quantizer_weight_decay=0.1)
     row = {"epoch": 1}
-    guards.after_epoch(run, row)
+    guards.after_epoch(row)
     assert row["warnings"] == 0
     harm(model[4])
     row = {"epoch": 2}
     with caplog.at_level(logging.WARNING, LOGGER.name):
-        guards.after_epoch(run, row)
-        guards.after_epoch(run, {"epoch": 3})
+        guards.after_epoch(row)
+        guards.after_epoch({"epoch": 3})
     assert row["warnings"] == len(guards.warnings) == len(caplog.records) == 1
     found = guards.warnings[0]
     assert (found["epoch"], found["layer"], found["kind"]) == (2, "4", kind)
@@ -98,12 +87,12 @@ def test_what_has_collapsed_is_told_once(make, loader, caplog, harm, kind, told)
 
 def test_a_layer_that_no_gradient_reaches(make, loader):
     model = calibrated(make, loader)
-    run, guards = guarded(model)
+    guards = guarded(model)
     model[1].bias.data.fill_(-100.0)  # behind it the ReLU lets nothing through
     for epoch, number in ((1, 1), (2, 16)):
         backward(model, loader)
-        guards.after_step(run, Step(number, 100, epoch, 1.0))
-        guards.after_epoch(run, {"epoch": epoch})
+        guards.after_step(Step(number, 100, epoch, 1.0))
+        guards.after_epoch({"epoch": epoch})
     assert [(w["epoch"], w["layer"], w["kind"]) for w in guards.warnings] == [
         (1, "0", "no gradient"),
         (1, "4", "no gradient"),
@@ -113,24 +102,24 @@ def test_a_layer_that_no_gradient_reaches(make, loader):
 def test_a_healthy_run_is_left_in_peace(make, loader):
     for bits in (1, 2, 4):
         model = calibrated(make, loader, bits)
-        run, guards = guarded(model)
+        guards = guarded(model)
         backward(model, loader)
-        guards.after_step(run, Step(1, 100, 1, 1.0))
-        guards.after_epoch(run, {"epoch": 1})
+        guards.after_step(Step(1, 100, 1, 1.0))
+        guards.after_epoch({"epoch": 1})
         assert guards.warnings == []
 
 
-def steps(guards, run, losses, first=1):
+def steps(guards, losses, first=1):
     for number, loss in enumerate(losses, first):
-        guards.after_step(run, Step(number, 1000, 1, loss))
+        guards.after_step(Step(number, 1000, 1, loss))
 
 
 def test_a_loss_that_explodes_stops_the_training(make):
-    run, guards = guarded(make(), explode=5.0, lr=0.2)
-    steps(guards, run, [2.0] * 20)
-    steps(guards, run, [9.9], 21)  # high, but not five times the mean
+    guards = guarded(make(), explode=5.0, lr=0.2)
+    steps(guards, [2.0] * 20)
+    steps(guards, [9.9], 21)  # high, but not five times the mean
     with pytest.raises(TrainingError) as error:
-        steps(guards, run, [13.0], 22)
+        steps(guards, [13.0], 22)
     for part in ("epoch 1, step 22", "the loss is 13", "explodes", "lr=0.02", "clip_grad=1.0", "explode=0", "out_dir"):
         assert part in str(error.value)
 
@@ -146,26 +135,26 @@ def test_a_loss_that_explodes_stops_the_training(make):
     ],
 )
 def test_what_is_no_explosion(make, losses, explode):
-    run, guards = guarded(make(), explode=explode)
-    steps(guards, run, losses)
+    guards = guarded(make(), explode=explode)
+    steps(guards, losses)
 
 
 def test_a_resumed_run_knows_where_it_began_and_what_was_told(make, loader, caplog):
     model = calibrated(make, loader)
-    run, guards = guarded(model)
-    steps(guards, run, [2.0, 3.0])
+    guards = guarded(model)
+    steps(guards, [2.0, 3.0])
     shrink_input(model[4])
-    guards.after_epoch(run, {"epoch": 1})
+    guards.after_epoch({"epoch": 1})
     kept = {key: value.clone() for key, value in guards.tensors().items()}, json.loads(json.dumps(guards.meta()))
 
-    run, resumed = guarded(model)
+    resumed = guarded(model)
     resumed.load(*kept)
     assert resumed.meta() == guards.meta()
     caplog.clear()
     shrink_input(model[0])
     for each in (guards, resumed):
-        steps(each, run, [1.7])
-        each.after_epoch(run, {"epoch": 2})
+        steps(each, [1.7])
+        each.after_epoch({"epoch": 2})
     assert [w["layer"] for w in resumed.warnings] == ["4", "0"]
     assert resumed.meta() == guards.meta()
     assert len(caplog.records) == 2  # one from each of the two, none of epoch 1 again

@@ -11,13 +11,6 @@ from daqconvert.training.parts.oscillation import MOMENTUM, Oscillation, Tracker
 from daqconvert.training.run import Step
 
 
-class Run:
-    """As much of a run as this part looks at."""
-
-    def __init__(self, model):
-        self.model = model
-
-
 def one_layer(weight):
     """A linear layer with a 4-bit weight of one row, levels at the integers -7 .. 7."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
@@ -104,24 +97,23 @@ def test_the_codes_are_the_quantizers(settings, transposed):
 
 def shaken(part, model, steps, generator, size):
     """Steps of noise on all weights and bounds, as a bad optimizer makes them."""
-    run = Run(model)
     for number in range(1, steps + 1):
-        part.before_step(run, number)
+        part.before_step(number)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 scale = 0.002 if "quantizer" in name else size
                 parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
-        part.after_step(run, Step(number, steps, 1, 1.0))
+        part.after_step(Step(number, steps, 1, 1.0))
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_frozen_weights_keep_their_level(make, bits):
     model, generator = make(bits, first=(bits, 8), last=(bits, 8)), torch.Generator().manual_seed(0)
-    part = Oscillation(freeze=True, threshold=0.02)
-    part.start(Run(model))
+    part = Oscillation(model, freeze=True, threshold=0.02)
+    part.start()
     shaken(part, model, 40, generator, 0.05)
     row = {}
-    part.after_epoch(Run(model), row)
+    part.after_epoch(row)
     assert 0.02 < row["frozen"] < 0.98
     before = {name: (state["frozen"].clone(), state["code"].clone()) for name, _, state in followed(part)}
     for _ in range(5):
@@ -137,18 +129,18 @@ def test_frozen_weights_keep_their_level(make, bits):
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_what_a_step_does_to_frozen_weights_is_undone(make, bits):
     model, generator = make(bits, first=(bits, 8), last=(bits, 8)), torch.Generator().manual_seed(0)
-    part = Oscillation(freeze=True, threshold=0.02)
-    part.start(Run(model))
+    part = Oscillation(model, freeze=True, threshold=0.02)
+    part.start()
     shaken(part, model, 40, generator, 0.05)
     for number in range(10):  # until mean and std are at rest, too
-        part.before_step(Run(model), number)
-        part.after_step(Run(model), Step(42, 42, 1, 1.0))
+        part.before_step(number)
+        part.after_step(Step(42, 42, 1, 1.0))
     before = {name: site.weight.clone() for name, site, _ in followed(part)}
-    part.before_step(Run(model), 42)
+    part.before_step(42)
     with torch.no_grad():
         for _, site, state in followed(part):  # the others stay, so that mean and std do
             site.weight.add_(0.01 * state["frozen"].reshape(site.weight.shape))
-    part.after_step(Run(model), Step(42, 42, 1, 1.0))
+    part.after_step(Step(42, 42, 1, 1.0))
     for name, site, _ in followed(part):
         torch.testing.assert_close(site.weight, before[name], rtol=0, atol=1e-4)  # undone, 0.01 was added
 
@@ -156,8 +148,8 @@ def test_what_a_step_does_to_frozen_weights_is_undone(make, bits):
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_with_all_weights_frozen_nothing_grows(make, bits):
     model, generator = make(bits, first=(bits, 8), last=(bits, 8)), torch.Generator().manual_seed(0)
-    part = Oscillation(freeze=True, threshold=0.02)
-    part.start(Run(model))
+    part = Oscillation(model, freeze=True, threshold=0.02)
+    part.start()
     before = {name: float(site.weight.detach().std()) for name, site, _ in followed(part)}
     for _, _, state in followed(part):
         state["frozen"].fill_(True)
@@ -170,14 +162,14 @@ def test_with_all_weights_frozen_nothing_grows(make, bits):
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_an_average_of_weights_is_evaluated_with_frozen_weights_at_their_level(make, bits):
     model, generator = make(bits, first=(bits, 8), last=(bits, 8)), torch.Generator().manual_seed(0)
-    part = Oscillation(freeze=True, threshold=0.02)
-    part.start(Run(model))
+    part = Oscillation(model, freeze=True, threshold=0.02)
+    part.start()
     shaken(part, model, 40, generator, 0.05)
     with torch.no_grad():  # what stands in the place of the weights while an average is evaluated
         for _, site, _ in followed(part):
             site.weight.add_(0.05 * torch.randn(site.weight.shape, generator=generator))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with part.evaluating(Run(model)):
+    with part.evaluating():
         for _, site, state in followed(part):
             codes = site.weight_quantizer.codes(site.weight).reshape(-1)
             assert torch.equal(codes[state["frozen"]], state["code"][state["frozen"]])
@@ -186,8 +178,8 @@ def test_an_average_of_weights_is_evaluated_with_frozen_weights_at_their_level(m
 
 def test_in_real_units_a_frozen_weight_is_the_middle_of_its_level(make):
     model, generator = make(4, first=(4, 8), last=(4, 8)), torch.Generator().manual_seed(0)
-    part = Oscillation(freeze=True, threshold=0.015)
-    part.start(Run(model))
+    part = Oscillation(model, freeze=True, threshold=0.015)
+    part.start()
     shaken(part, model, 30, generator, 0.05)
     for _, site, state in followed(part):
         frozen = state["frozen"].reshape(site.weight.shape)
@@ -198,12 +190,12 @@ def test_in_real_units_a_frozen_weight_is_the_middle_of_its_level(make):
 
 def test_logging_changes_nothing(make):
     model, generator = make(2), torch.Generator().manual_seed(0)
-    part, other = Oscillation(freeze=False, threshold=0.02), make(2)
-    part.start(Run(model))
+    part, other = Oscillation(model, freeze=False, threshold=0.02), make(2)
+    part.start()
     shaken(part, model, 20, generator, 0.05)
-    shaken(Oscillation(freeze=False, threshold=0.02), other, 20, torch.Generator().manual_seed(0), 0.05)
+    shaken(Oscillation(other, freeze=False, threshold=0.02), other, 20, torch.Generator().manual_seed(0), 0.05)
     row = {}
-    part.after_epoch(Run(model), row)
+    part.after_epoch(row)
     assert 0 < row["oscillating"] < 1
     assert "frozen" not in row
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
@@ -213,15 +205,16 @@ def test_logging_changes_nothing(make):
 def test_what_a_checkpoint_keeps_goes_on_as_if_nothing_had_been(make, freeze):
     def halves(interrupt):
         model, generator = make(2, first=(2, 8), last=(2, 8)), torch.Generator().manual_seed(0)
-        part = Oscillation(freeze=freeze, threshold=0.015)
-        part.start(Run(model))
+        part = Oscillation(model, freeze=freeze, threshold=0.015)
+        part.start()
         shaken(part, model, 15, generator, 0.05)
         if interrupt:
             tensors, meta = {k: v.clone() for k, v in part.tensors().items()}, part.meta()
             weights = {k: v.clone() for k, v in model.state_dict().items()}
-            model, part = make(2, first=(2, 8), last=(2, 8)), Oscillation(freeze=freeze, threshold=0.015)
+            model = make(2, first=(2, 8), last=(2, 8))
+            part = Oscillation(model, freeze=freeze, threshold=0.015)
             model.load_state_dict(weights)
-            part.start(Run(model))
+            part.start()
             part.load(tensors, meta)
         shaken(part, model, 15, generator, 0.05)
         return model.state_dict(), part.tensors()
@@ -233,8 +226,8 @@ def test_what_a_checkpoint_keeps_goes_on_as_if_nothing_had_been(make, freeze):
 
 def test_other_bits_start_anew(make):
     model, generator = make(4, first=(4, 8), last=(4, 8)), torch.Generator().manual_seed(0)
-    part = Oscillation(freeze=True, threshold=0.01)
-    part.start(Run(model))
+    part = Oscillation(model, freeze=True, threshold=0.01)
+    part.start()
     shaken(part, model, 30, generator, 0.05)
     assert any(state["frozen"].any() for _, _, state in followed(part))
     for _, site, _ in followed(part):
@@ -265,8 +258,8 @@ def test_all_sites_at_once_are_one_after_another(dtype, monkeypatch):
         for layer in (nn.Conv2d(4, 6, 3), nn.ConvTranspose2d(4, 6, 3, groups=2), nn.Linear(4, 3)):
             settings = {key: value for key, value in kind.items() if key != "w_bits"}
             whole.append(dq.quantize(nn.Sequential(layer), bits={"0": (kind["w_bits"], 8)}, **settings)[0].to(dtype))
-    part = Oscillation(freeze=False, threshold=0.02)
-    part.start(Run(whole))
+    part = Oscillation(whole, freeze=False, threshold=0.02)
+    part.start()
     sites = [site for _, site, _ in followed(part)]
     single = {name: Tracker({name: site}, 50) for name, site, _ in followed(part)}
     generator = torch.Generator().manual_seed(0)
@@ -280,7 +273,7 @@ def test_all_sites_at_once_are_one_after_another(dtype, monkeypatch):
             for name, parameter in whole.named_parameters():
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.add_((0.002 if "quantizer" in name else 0.05) * noise)
-        part.after_step(Run(whole), Step(number, 20, 1, 1.0))
+        part.after_step(Step(number, 20, 1, 1.0))
         for tracker in single.values():
             tracker.update(0.02)
     assert sum(float(tracker.state["frequency"].sum()) for tracker in single.values()) > 0
@@ -294,6 +287,6 @@ def test_all_sites_at_once_are_one_after_another(dtype, monkeypatch):
 def test_a_weight_of_two_layers_is_followed_once():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     model[2].weight = model[0].weight
-    part = Oscillation(freeze=True, threshold=0.02)
-    part.start(Run(dq.quantize(model, w_bits=4, a_bits=4)))
+    part = Oscillation(dq.quantize(model, w_bits=4, a_bits=4), freeze=True, threshold=0.02)
+    part.start()
     assert list(part.trackers) == ["0"]

@@ -4,7 +4,6 @@ from torch import nn
 
 import daqconvert as dq
 from daqconvert.models import quantized_layers
-from daqconvert.training import Recipe
 from daqconvert.training.parts.scheduled import ProgressiveBits
 
 STAGES = [[0.4, 4, 6], [0.7, 3, 2]]  # of 9 steps: 3, then 3 more
@@ -88,6 +87,6 @@ def test_the_plan_is_back_after_an_error(make, loader):
 
 
 def test_the_stage_of_a_step():
-    part = ProgressiveBits(Recipe(progressive=STAGES))
+    part = ProgressiveBits(None, STAGES)
     part._ends = [3, 6]
     assert [part.stage_of(number) for number in range(1, 9)] == [0, 0, 0, 1, 1, 1, 2, 2]

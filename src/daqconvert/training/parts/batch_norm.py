@@ -14,143 +14,134 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import ClassVar
 
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import nn
 
 from daqconvert.errors import TrainingError
 from daqconvert.posttraining import batch_norms, reestimate
+from daqconvert.training.batching.epochs import Epochs
 from daqconvert.training.batching.loaders import read_batch
 from daqconvert.training.batching.seeding import preserved_random_state
-from daqconvert.training.recipes import Recipe
-from daqconvert.training.run import Part, Run, steps_until
-
-
-def _required(run: Run, field: str) -> list[_BatchNorm]:
-    found = batch_norms(run.model)
-    if not found:
-        raise TrainingError(
-            f"{field}: has no effect, for {type(run.model).__name__} has no batch norm with running statistics. "
-            f"Leave {field} out."
-        )
-    return found
+from daqconvert.training.parts.scheduled import steps_until
+from daqconvert.training.processes import Processes
+from daqconvert.training.run import Part
 
 
 class FrozenBatchNorm(Part):
-    """Keeps running statistics, and uses them, after the first `floor(batch_norm_freeze_at * total)` steps.
-
-    Args:
-        recipe: Gives `batch_norm_freeze_at`.
-    """
+    """Keeps running statistics, and uses them, after a share of the run's steps."""
 
     name: ClassVar[str] = "batch_norm"
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.share = recipe.batch_norm_freeze_at
+    def __init__(self, model: nn.Module, total: int, share: float) -> None:
+        self.model, self.total, self.share = model, total, share
         self._frozen = False
 
-    def start(self, run: Run) -> None:
+    def start(self) -> None:
         """Find out when that is.
 
         Raises:
             TrainingError: If the model has no batch norm, or the length of the run is unknown.
         """
-        _required(run, "batch_norm_freeze_at")
-        self._last = steps_until(run, self.share, "batch_norm_freeze_at")
+        _require_batch_norms(self.model, "batch_norm_freeze_at")
+        self._last = steps_until(self.share, self.total, "batch_norm_freeze_at")
 
-    def before_epoch(self, run: Run, epoch: int) -> None:
+    def before_epoch(self, epoch: int) -> None:
         """Take notice that all modules are in training mode again."""
         self._frozen = False
 
-    def before_step(self, run: Run, number: int) -> None:
+    def before_step(self, number: int) -> None:
         """Put batch norms in evaluation mode when it is time."""
         if number > self._last and not self._frozen:
-            for module in batch_norms(run.model):
+            for module in batch_norms(self.model):
                 module.eval()
             self._frozen = True
 
 
 class FreshStatistics(Part):
-    """Estimates running statistics once, from the first `reestimate` training batches, before the first step.
+    """Estimates running statistics once, from the first training batches, before the first step.
 
     For `batch_norm="freeze"`: what training uses from there on are statistics of the quantized model. At few bits
     those of the float model describe it badly; a teacher that is the float model has taken its own before.
 
     Args:
-        recipe: Gives `reestimate`.
+        model: The model in training.
+        epochs: The batches to train on.
+        processes: The processes of the run.
+        count: Number of batches to estimate from.
+        wanted: Whether to estimate; False where blocks were reconstructed, for their statistics were estimated then,
+            and they were trained with them.
     """
 
     name: ClassVar[str] = "statistics"
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.count = recipe.reestimate
+    def __init__(self, model: nn.Module, epochs: Epochs, processes: Processes, count: int, *, wanted: bool) -> None:
+        self.model, self.epochs, self.processes, self.count, self.wanted = model, epochs, processes, count, wanted
 
-    def start(self, run: Run) -> None:
-        """Estimate, where there are batch norms; a run that is resumed takes those of its checkpoint after this.
-
-        Not where blocks were reconstructed: their statistics were estimated then, and they were trained with them.
-        """
-        reconstructed = any(not row.left_alone for row in run.fitted.get("reconstruct", ()))
-        if batch_norms(run.model) and not reconstructed:  # `fewshot` is for networks without them, too
-            _estimate(run, 0, self.count)
+    def start(self) -> None:
+        """Estimate, where there are batch norms; a run that is resumed takes those of its checkpoint after this."""
+        if self.wanted and batch_norms(self.model):  # `fewshot` is for networks without them, too
+            _estimate(self.model, self.epochs, self.processes, 0, self.count)
 
 
 class Reestimation(Part):
-    """Estimates running statistics anew from the first `reestimate` training batches of the epoch.
+    """Estimates running statistics anew, from the first training batches of the epoch, before its evaluation.
 
     Training does not see it: afterwards the statistics are as they were, bit for bit. After the last epoch they stay.
 
     Args:
-        recipe: Gives `reestimate`.
+        model: The model in training.
+        epochs: The batches to train on.
+        processes: The processes of the run.
+        count: Number of batches to estimate from.
     """
 
     name: ClassVar[str] = "reestimation"
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.count = recipe.reestimate
+    def __init__(self, model: nn.Module, epochs: Epochs, processes: Processes, count: int) -> None:
+        self.model, self.epochs, self.processes, self.count = model, epochs, processes, count
+        self._epoch = 0
 
-    def start(self, run: Run) -> None:
+    def start(self) -> None:
         """Check that there is something to estimate.
 
         Raises:
             TrainingError: If the model has no batch norm.
         """
-        _required(run, "reestimate")
+        _require_batch_norms(self.model, "reestimate")
+
+    def before_epoch(self, epoch: int) -> None:
+        """Note whose batches are taken."""
+        self._epoch = epoch
 
     @contextmanager
-    def evaluating(self, run: Run) -> Iterator[None]:
+    def evaluating(self) -> Iterator[None]:
         """Estimate, and give the statistics back afterwards."""
-        buffers = [b for module in batch_norms(run.model) for b in module.buffers(recurse=False)]
+        buffers = [b for module in batch_norms(self.model) for b in module.buffers(recurse=False)]
         before = [buffer.clone() for buffer in buffers]
         try:
-            _estimate(run, run.position.epoch, self.count)
+            self.finish()
             yield
         finally:
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
 
-    def finish(self, run: Run) -> None:
-        """Estimate for the weights that the run ends with, from the batches of its last evaluation."""
-        _estimate(run, run.epochs_done, self.count)
+    def finish(self) -> None:
+        """Estimate for the weights as they are, from the batches of the epoch."""
+        _estimate(self.model, self.epochs, self.processes, self._epoch, self.count)
 
 
-def _estimate(run: Run, epoch: int, count: int) -> None:
+def _estimate(model: nn.Module, epochs: Epochs, processes: Processes, epoch: int, count: int) -> None:
     """Estimate from the first batches of an epoch, the same on every process; random state is given back."""
-    with preserved_random_state(run.train_loader):
-        batches = itertools.islice(run.train_epochs.batches(epoch, whole=True), count)
-        where, device = "train_loader (reestimate)", run.processes.device
+    with preserved_random_state(epochs.loader):
+        batches = itertools.islice(epochs.batches(epoch, whole=True), count)
+        where, device = "train_loader (reestimate)", processes.device
         inputs = (read_batch(batch, device, where, needs_target=False)[0] for batch in batches)
-        reestimate(run.model, inputs, autocast=run.processes.autocast)
+        reestimate(model, inputs, autocast=processes.autocast)
 
 
-def make_frozen_batch_norm(recipe: Recipe) -> Part | None:
-    """Return the part for a recipe with `batch_norm_freeze_at` below 1, else None."""
-    return FrozenBatchNorm(recipe) if recipe.batch_norm_freeze_at < 1.0 else None
-
-
-def make_fresh_statistics(recipe: Recipe) -> Part | None:
-    """Return the part for a recipe with `reestimate` and statistics that stay, else None."""
-    return FreshStatistics(recipe) if recipe.reestimate and recipe.batch_norm == "freeze" else None
-
-
-def make_reestimation(recipe: Recipe) -> Part | None:
-    """Return the part for a recipe with `reestimate` and statistics that move, else None."""
-    return Reestimation(recipe) if recipe.reestimate and recipe.batch_norm == "train" else None
+def _require_batch_norms(model: nn.Module, field: str) -> None:
+    """Raise where a field of the recipe has no effect, for the model has no batch norm."""
+    if not batch_norms(model):
+        raise TrainingError(
+            f"{field}: has no effect, for {type(model).__name__} has no batch norm with running statistics. "
+            f"Leave {field} out."
+        )

@@ -3,10 +3,9 @@
 `tensorboard --logdir runs` shows all runs. A resumed run goes on in the same curves: what was written after the
 checkpoint is not shown.
 
-TensorBoard's event files, one written without a thread.
-
-torch's `SummaryWriter` writes from a thread of its own, in which a full disk is an error that nobody can catch. The
-records are its own all the same: torch makes the summaries, tensorboard frames them.
+The files are written here, and not by torch's `SummaryWriter`: that one writes from a thread of its own, in which a
+full disk is an error that nobody can catch. The records are the same: torch makes the summaries, tensorboard frames
+them.
 """
 
 from __future__ import annotations
@@ -20,47 +19,53 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from daqconvert.training.parts.measures import measure, sites_of
 from daqconvert.training.parts.oscillation import Oscillation
 from daqconvert.training.parts.snapshots import StepLog
-from daqconvert.training.run import Part, Run, Step, part_of, writes
+from daqconvert.training.run import Part, Step
 from daqconvert.training.rundir import Appended, Row, telling
 
 
 class Board(Part):
-    """Writes scalars: `step/...` every ten steps, `epoch/...` the columns of the history, `SITE/...` of each layer."""
+    """Writes scalars: `step/...` every ten steps, `epoch/...` the columns of the history, `SITE/...` of each layer.
+
+    Args:
+        model: The model in training.
+        folder: Where this process writes files, or None.
+        steps: Comes before this part, and makes the scalars of the steps.
+        oscillation: Knows the shares of oscillating weights; None where nobody does.
+    """
 
     name: ClassVar[str] = "board"
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module, folder: Path | None, steps: StepLog, oscillation: Oscillation | None) -> None:
+        self.model, self.folder, self.steps, self.oscillation = model, folder, steps, oscillation
         self._step = 0
         self._resumed = False
         self._file: EventFile | None = None
 
-    def before_epoch(self, run: Run, epoch: int) -> None:
+    def before_epoch(self, epoch: int) -> None:
         """Open the log, if there is something to write it with."""
-        if self._file is not None or not writes(run):
+        if self._file is not None or self.folder is None:
             return
-        assert run.directory is not None
-        folder = run.directory.path / "tensorboard"
+        folder = self.folder / "tensorboard"
         if not self._resumed:
             for old in folder.glob("events.out.tfevents.*"):
                 Appended(old).clear()
         with suppress(ImportError):
             self._file = EventFile(folder, self._step + 1 if self._resumed else None)
 
-    def after_step(self, run: Run, step: Step) -> None:
+    def after_step(self, step: Step) -> None:
         """Write what `steps.csv` has just got."""
         self._step = step.number
-        log = part_of(run, StepLog)
-        if self._file is None or log is None or log.last is None:
+        if self._file is None or self.steps.last is None:
             return
-        values = {key: value for key, value in log.last.items() if key not in ("step", "epoch")}
+        values = {key: value for key, value in self.steps.last.items() if key not in ("step", "epoch")}
         self._file.add(step.number, {f"step/{key}": value for key, value in values.items() if value is not None})
 
-    def after_epoch(self, run: Run, row: Row) -> None:
+    def after_epoch(self, row: Row) -> None:
         """Write the row of the history, and where bounds and scales are."""
         if self._file is None:
             return
@@ -69,9 +74,8 @@ class Board(Part):
             for key, value in row.items()
             if key not in ("step", "epoch") and isinstance(value, (int, float))
         }
-        oscillation = part_of(run, Oscillation)
-        shares = {} if oscillation is None else oscillation.shares
-        for name, site in sites_of(run.model).items():
+        shares = {} if self.oscillation is None else self.oscillation.shares
+        for name, site in sites_of(self.model).items():
             found = measure(site, levels=False).plain()
             scalars |= {f"{name}/{key}": value for key, value in _scalars(found)}
             if name in shares:

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from daqconvert.layers.site import QuantizedSite
 from daqconvert.models import copy_model, quantized_layers
 from daqconvert.training.parts.scheduled import set_site_bits
-from daqconvert.training.recipes import Recipe
-from daqconvert.training.run import Part, Run, Step
+from daqconvert.training.run import Part, Step
 
 HALVES = (torch.float16, torch.bfloat16)  # too coarse for what one step adds: averaged in float32
 
@@ -32,13 +31,15 @@ class Average(Part):
     """The average, and its place in a run.
 
     Args:
-        recipe: Gives `ema` and `ema_warmup`.
+        model: The model in training.
+        decay: Of the average, below 1.
+        warmup: Whether the decay starts small.
     """
 
     name: ClassVar[str] = "ema"
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.decay, self.warmup = recipe.ema, recipe.ema_warmup
+    def __init__(self, model: nn.Module, decay: float, *, warmup: bool) -> None:
+        self.model, self.decay, self.warmup = model, decay, warmup
         self._average: Any = None
         self._sites: list[tuple[QuantizedSite, QuantizedSite]] = []
         self._kept: Pairs | None = None
@@ -49,25 +50,25 @@ class Average(Part):
         found: nn.Module = self._average.module
         return found
 
-    def start(self, run: Run) -> None:
+    def start(self) -> None:
         """Begin with the weights as they are."""
         from timm.utils import ModelEmaV3
 
-        halves = any(tensor.dtype in HALVES for tensor in run.model.parameters())
-        self._average = ModelEmaV3(copy_model(run.model), decay=self.decay, use_warmup=self.warmup)
+        halves = any(tensor.dtype in HALVES for tensor in self.model.parameters())
+        self._average = ModelEmaV3(copy_model(self.model), decay=self.decay, use_warmup=self.warmup)
         if halves:
             self.module.float()
         averaged = quantized_layers(self.module)
-        self._sites = [(averaged[name], site) for name, site in quantized_layers(run.model).items()]
+        self._sites = [(averaged[name], site) for name, site in quantized_layers(self.model).items()]
         self._kept = None
 
     @torch.no_grad()
-    def after_step(self, run: Run, step: Step) -> None:
+    def after_step(self, step: Step) -> None:
         """Take the weights of this step in."""
         self._follow()
         weight = 1.0 - self._average.get_decay(step.number)
         if self._kept is None or not self._kept.valid():
-            self._kept = Pairs(self.module, run.model)
+            self._kept = Pairs(self.module, self.model)
         for copied, values in self._kept.copied:
             torch._foreach_copy_(copied, values)
         averaged, new = self._kept.averaged
@@ -75,13 +76,13 @@ class Average(Part):
         torch._foreach_lerp_(averaged, new, weight=weight)
 
     @contextmanager
-    def evaluating(self, run: Run) -> Iterator[None]:
+    def evaluating(self) -> Iterator[None]:
         """Put the averaged values in the model's place, and its own back afterwards, bit for bit."""
         self._follow()
-        pairs = _pairs(self.module, run.model)
+        pairs = _pairs(self.module, self.model)
         before = [theirs.detach().clone() for _, theirs in pairs]
         try:
-            self.finish(run)
+            self.finish()
             yield
         finally:
             with torch.no_grad():
@@ -89,10 +90,10 @@ class Average(Part):
                     theirs.copy_(value)
 
     @torch.no_grad()
-    def finish(self, run: Run) -> None:
+    def finish(self) -> None:
         """Leave the averaged values in the model."""
         self._follow()
-        for ours, theirs in _pairs(self.module, run.model):
+        for ours, theirs in _pairs(self.module, self.model):
             theirs.copy_(ours)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -148,8 +149,3 @@ def _pairs(average: nn.Module, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     ours, theirs = average.state_dict(keep_vars=True), model.state_dict(keep_vars=True)
     unique = {id(value): (ours[key], value) for key, value in theirs.items() if isinstance(value, Tensor)}
     return list(unique.values())
-
-
-def make_average(recipe: Recipe) -> Part | None:
-    """Return the part for a recipe with `ema`, else None."""
-    return Average(recipe) if recipe.ema else None

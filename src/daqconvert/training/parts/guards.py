@@ -1,8 +1,9 @@
-"""Guard rails: what goes wrong at low bits is found, and said with a number and with what to try.
+"""What watches a run, warns, and may end it: guard rails, and early stopping.
 
-Looked at after every epoch: ranges that have collapsed, weights that all lie on one level, scales that are dead,
-layers that no gradient reaches. Each is told once per layer and kind, and training goes on. Looked at after every
-step: a loss that explodes, which stops the training.
+Guard rails find what goes wrong at low bits, and say it with a number and with what to try. After every epoch they
+look for ranges that have collapsed, weights that all lie on one level, scales that are dead, and layers that no
+gradient reaches. Of each there is one warning per layer and kind, and training goes on. After every step they look at
+the loss: where it explodes, training stops.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from daqconvert.errors import TrainingError
 from daqconvert.layers.site import QuantizedSite
 from daqconvert.training.parts.measures import input_quantizers, input_range, level_counts, sites_of, weight_ranges
 from daqconvert.training.recipes import Recipe
 from daqconvert.training.run import Part, Run, Step
-from daqconvert.training.rundir import Row
+from daqconvert.training.rundir import Row, RunDirectory
 
 LOGGER = logging.getLogger("daqconvert.training")
 
@@ -43,13 +44,16 @@ class Guards(Part):
         levels: Weights on each level after the last epoch, by layer.
 
     Args:
+        model: The model in training.
         recipe: Gives `explode`, and the values that the advice starts from.
+        directory: Where checkpoints go, or None.
+        tell: Whether to log the warnings, on this process.
     """
 
     name: ClassVar[str] = "guards"
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+    def __init__(self, model: nn.Module, recipe: Recipe, directory: RunDirectory | None, *, tell: bool) -> None:
+        self.model, self.recipe, self.directory, self.tell = model, recipe, directory, tell
         self.warnings: list[dict[str, Any]] = []
         self.levels: dict[str, tuple[int, ...]] = {}
         self._sites: dict[str, QuantizedSite] = {}
@@ -57,9 +61,9 @@ class Guards(Part):
         self._reached: dict[str, Tensor] = {}  # whether a gradient was seen in this epoch
         self._loss = [0.0, 0.0, 0.0]  # weighted sum of losses, sum of their weights, mean of the first ones
 
-    def start(self, run: Run) -> None:
+    def start(self) -> None:
         """Note the ranges and scales that training starts from."""
-        self._sites = sites_of(run.model)
+        self._sites = sites_of(self.model)
         for name, site in self._sites.items():
             for what, quantizer in input_quantizers(site):
                 low, high = input_range(quantizer)
@@ -69,7 +73,7 @@ class Guards(Part):
                 self._start[f"weight/{name}"] = ranges.cpu().clone()
             self._start[f"scale/{name}"] = site.output_scale.detach().float().abs().reshape(-1).cpu()
 
-    def after_step(self, run: Run, step: Step) -> None:
+    def after_step(self, step: Step) -> None:
         """Stop where the loss explodes, and look for gradients.
 
         Raises:
@@ -78,9 +82,9 @@ class Guards(Part):
         if step.number % LOOK == 0 or step.number == 1:
             self._look_for_gradients()
         if self.recipe.explode and math.isfinite(step.loss):
-            self._watch_loss(run, step)
+            self._watch_loss(step)
 
-    def after_epoch(self, run: Run, row: Row) -> None:
+    def after_epoch(self, row: Row) -> None:
         """Look at every site, tell what is new, and count it in the row."""
         told = {(warning["layer"], warning["kind"]) for warning in self.warnings}
         new = []
@@ -93,7 +97,7 @@ class Guards(Part):
         self.warnings += new
         self._reached = {}
         row["warnings"] = len(new)
-        if run.processes.is_main:
+        if self.tell:
             for warning in new:
                 LOGGER.warning("epoch %d: %s", warning["epoch"], warning["text"])
 
@@ -121,17 +125,18 @@ class Guards(Part):
             now = weight.grad.detach().any()
             self._reached[name] = now if seen is None else seen.to(now.device) | now
 
-    def _watch_loss(self, run: Run, step: Step) -> None:
+    def _watch_loss(self, step: Step) -> None:
         total, weight, first = self._loss
         mean = total / weight if weight else step.loss
         # a loss that has become small may jump by a large factor: only one above where the run began has exploded
         if step.number > FIRST and mean > 0 and step.loss > max(self.recipe.explode * mean, first):
+            recipe = self.recipe
             raise TrainingError(
                 f"epoch {step.epoch}, step {step.number}: the loss is {step.loss:.4g}, {step.loss / mean:.3g} times "
-                f"its running mean {mean:.4g}: it explodes. Training stopped; {_kept(run)}. Start again with "
-                f"lr={self.recipe.lr / 10:g} (now {self.recipe.lr:g}), quantizer_lr={self.recipe.quantizer_lr / 10:g} "
-                f"(now {self.recipe.quantizer_lr:g}), clip_grad=1.0 or warmup_steps={max(100, step.total // 20)}; "
-                "explode=0 never looks."
+                f"its running mean {mean:.4g}: it explodes. Training stopped; {_kept(self.directory)}. Start again "
+                f"with lr={recipe.lr / 10:g} (now {recipe.lr:g}), quantizer_lr={recipe.quantizer_lr / 10:g} (now "
+                f"{recipe.quantizer_lr:g}), clip_grad=1.0 or warmup_steps={max(100, step.total // 20)}; explode=0 "
+                "never looks."
             )
         total, weight = (1 - MOMENTUM) * total + MOMENTUM * step.loss, (1 - MOMENTUM) * weight + MOMENTUM
         if step.number <= FIRST:
@@ -212,6 +217,30 @@ def _channels(which: Tensor) -> str:
     return "" if which.numel() == 1 else f" in {int(which.sum())} of {which.numel()} channels"
 
 
-def _kept(run: Run) -> str:
-    directory = run.directory
+def _kept(directory: RunDirectory | None) -> str:
     return "no out_dir was given, so there is no checkpoint" if directory is None else f"{directory.last} is as it was"
+
+
+class Stopping(Part):
+    """Stops a run after `patience` epochs that were not better than the best one on the validation loader."""
+
+    name: ClassVar[str] = "stopping"
+
+    def __init__(self, run: Run, patience: int) -> None:
+        self.run, self.patience = run, patience
+
+    def start(self) -> None:
+        """Check that epochs are evaluated.
+
+        Raises:
+            TrainingError: If there is no validation loader.
+        """
+        if self.run.val_epochs is None:
+            raise TrainingError("patience: needs a val_loader to tell which epoch is better. Pass one, or patience=0.")
+
+    def after_epoch(self, row: Row) -> None:
+        """End the run when its patience is over."""
+        best = self.run.best
+        since = 0 if best is None else row["epoch"] - best["epoch"]
+        if since >= self.patience:
+            self.run.stop = f"no epoch was better than epoch {row['epoch'] - since} for {since} epochs (patience)"

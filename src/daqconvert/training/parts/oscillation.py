@@ -29,8 +29,7 @@ from daqconvert.layers.site import QuantizedSite
 from daqconvert.models import quantized_layers
 from daqconvert.quantizers import WeightQuantizer
 from daqconvert.training.parts.measures import lowest_level
-from daqconvert.training.recipes import Recipe
-from daqconvert.training.run import Part, Run, Step
+from daqconvert.training.run import Part, Step
 from daqconvert.training.rundir import Row
 
 MOMENTUM = 0.01
@@ -47,43 +46,33 @@ class Oscillation(Part):
         shares: Shares of the weights that oscillate and that are frozen, by site, at the end of the last epoch.
 
     Args:
+        model: The model in training.
         freeze: Whether to freeze them; then there is a column `frozen`, too.
         threshold: Frequency from which a weight oscillates.
     """
 
     name: ClassVar[str] = "oscillation"
 
-    def __init__(self, *, freeze: bool, threshold: float) -> None:
-        self.freeze, self.threshold = freeze, threshold
+    def __init__(self, model: nn.Module, *, freeze: bool, threshold: float) -> None:
+        self.model, self.freeze, self.threshold = model, freeze, threshold
         self.trackers: dict[str, Tracker] = {}
         self.shares: dict[str, tuple[float, float]] = {}
 
-    @staticmethod
-    def wanted(recipe: Recipe) -> Oscillation | None:
-        """Return the part that a recipe wants, or None.
-
-        Args:
-            recipe: How to train.
-        """
-        if recipe.oscillation == "off":
-            return None
-        return Oscillation(freeze=recipe.oscillation == "freeze", threshold=recipe.oscillation_threshold)
-
-    def start(self, run: Run) -> None:
+    def start(self) -> None:
         """Take the codes before the first step."""
-        self.trackers = trackers_of(run.model, freeze=self.freeze)
+        self.trackers = trackers_of(self.model, freeze=self.freeze)
 
-    def before_step(self, run: Run, number: int) -> None:
+    def before_step(self, number: int) -> None:
         """Note the weights, so that frozen ones can be given back."""
         for tracker in self._each(freezing=True):
             tracker.hold()
 
-    def after_step(self, run: Run, step: Step) -> None:
+    def after_step(self, step: Step) -> None:
         """Take notice of the codes after a step."""
         for tracker in self._each():
             tracker.update(self.threshold)
 
-    def after_epoch(self, run: Run, row: Row) -> None:
+    def after_epoch(self, row: Row) -> None:
         """Add the share of oscillating weights to the row, and that of frozen ones where there may be some."""
         self.shares = {name: tracker.shares(name, self.threshold) for name, tracker in self.trackers.items()}
         sizes = {name: tracker.numel[name] for name, tracker in self.trackers.items()}
@@ -94,21 +83,21 @@ class Oscillation(Part):
             row["frozen"] = frozen / count
 
     @contextmanager
-    def evaluating(self, run: Run) -> Iterator[None]:
+    def evaluating(self) -> Iterator[None]:
         """Put frozen weights at their level in what is evaluated, too: an average of weights has others there.
 
         Yields:
             Nothing.
         """
         before = [(w, w.clone()) for tracker in self._each(freezing=True) for w in tracker.weights()]
-        self.finish(run)
+        self.finish()
         try:
             yield
         finally:
             for weight, value in before:
                 weight.copy_(value)
 
-    def finish(self, run: Run) -> None:
+    def finish(self) -> None:
         """Put frozen weights at their level in what training leaves behind."""
         for tracker in self._each(freezing=True):
             tracker.put()

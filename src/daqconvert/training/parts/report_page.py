@@ -11,7 +11,7 @@ import platform
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import timm
 import torch
@@ -29,7 +29,7 @@ from daqconvert.training.parts.measures import sites_of
 from daqconvert.training.parts.oscillation import Oscillation
 from daqconvert.training.parts.snapshots import Snapshots, StepLog
 from daqconvert.training.recipes import Recipe
-from daqconvert.training.run import Part, Run, part_of, writes
+from daqconvert.training.run import Part, Run
 from daqconvert.training.rundir import Appended, Row, telling
 from daqconvert.version import __version__
 
@@ -38,94 +38,103 @@ FIRST_GUESS = 0.5  # seconds
 
 
 class ReportPage(Part):
-    """Writes the page of the run, and the warnings as a file."""
-
-    name: ClassVar[str] = "report"
-
-    def __init__(self) -> None:
-        self._written, self._took = time.perf_counter(), FIRST_GUESS
-        self._told: set[Path] = set()
-
-    def after_epoch(self, run: Run, row: Row) -> None:
-        """Write the page, unless that would take too much of the time."""
-        if writes(run):
-            _write_warnings(run, self._told)
-            if time.perf_counter() - self._written > self._took / SHARE:
-                self._write(run, [*run.history, row], finished=False)
-
-    def finish(self, run: Run) -> None:
-        """Write the page of the whole run."""
-        if writes(run):
-            self._write(run, run.history, finished=True)
-
-    def _write(self, run: Run, rows: list[Row], *, finished: bool) -> None:
-        started = time.perf_counter()
-        assert run.directory is not None
-        path = run.directory.path / "report.html"
-        with telling(path, self._told):
-            write_text(path, training_page(report_data(run, rows, finished=finished)), TrainingError)
-        self._written = time.perf_counter()
-        self._took = self._written - started
-
-
-def report_data(run: Run, rows: list[Row], *, finished: bool) -> TrainingReport:
-    """Return what the page of a run shows.
+    """Writes the page of the run, and the warnings as a file.
 
     Args:
         run: The run.
-        rows: Its history, with the epoch that has just ended.
-        finished: Whether that was the last.
+        guards: Has its warnings, and the weights on each level.
+        steps: Has the loss by step.
+        snapshots: Has the bounds by epoch.
+        oscillation: Has the shares of oscillating and frozen weights; None where nobody has.
     """
-    plan, guards, log = current_plan(run.model), part_of(run, Guards), part_of(run, StepLog)
-    steps = [(step / run.steps, loss) for step, loss in log.rows] if log is not None and run.steps else []
-    assert run.directory is not None
-    return TrainingReport(
-        title=f"{plan.model}, {_widths(plan)}",
-        subtitle=f"{run.directory.path.resolve().name} · recipe {run.recipe.name} · policy {plan.policy}",
-        finished=finished,
-        epochs=run.recipe.epochs,
-        rows=rows,
-        best_epoch=None if run.best is None else run.best["epoch"],
-        layers=_layers(run, plan),
-        fitted=run.fitted,
-        steps=steps,
-        warnings=guards.warnings if guards is not None else (),
-        tables={
-            "Result": _result(run, rows),
-            "Recipe (changed from the default)": _changed(run.recipe),
-            "Sizes": _sizes(plan),
-            "Environment": _environment(run),
-        },
-        commands=_commands(run.directory.path),
-    )
 
+    name: ClassVar[str] = "report"
 
-def _layers(run: Run, plan: Plan) -> list[LayerReport]:
-    snapshots, oscillation, guards = part_of(run, Snapshots), part_of(run, Oscillation), part_of(run, Guards)
-    shares = oscillation.shares if oscillation is not None else {}
-    moments = snapshots.moments if snapshots is not None else []
-    start = snapshots.start_levels if snapshots is not None else {}
-    levels = guards.levels if guards is not None else {}
-    rows = {row.name or "(root)": row for row in plan}
-    found = []
-    for name, site in sites_of(run.model).items():
-        row, share = rows.get(name), shares.get(name)
-        found.append(
-            LayerReport(
-                name=name,
-                kind=row.site.kind if row is not None else type(site).__name__,
-                params=row.site.params if row is not None else None,
-                bits=_bits(site),
-                moments=[(epoch, sites[name]) for epoch, sites in moments if name in sites],
-                levels=levels.get(name),
-                start=start.get(name),
-                unit="std" if isinstance(site.weight_quantizer, WeightQuantizer) and site.unitless else "",
-                oscillating=share[0] if share else None,
-                frozen=share[1] if share else None,
-                rule=row.rule if row is not None else "",
-            )
+    def __init__(
+        self, run: Run, guards: Guards, steps: StepLog, snapshots: Snapshots, oscillation: Oscillation | None
+    ) -> None:
+        self.run, self.guards, self.steps, self.snapshots, self.oscillation = (
+            run,
+            guards,
+            steps,
+            snapshots,
+            oscillation,
         )
-    return found
+        self._written, self._took = time.perf_counter(), FIRST_GUESS
+        self._told: set[Path] = set()
+
+    def after_epoch(self, row: Row) -> None:
+        """Write the page, unless that would take too much of the time."""
+        folder = self.run.folder
+        if folder is not None:
+            self._write_warnings(folder / "warnings.jsonl")
+            if time.perf_counter() - self._written > self._took / SHARE:
+                self._write(folder, [*self.run.history, row], finished=False)
+
+    def finish(self) -> None:
+        """Write the page of the whole run."""
+        if self.run.folder is not None:
+            self._write(self.run.folder, self.run.history, finished=True)
+
+    def _write(self, folder: Path, rows: list[Row], *, finished: bool) -> None:
+        started, path = time.perf_counter(), folder / "report.html"
+        with telling(path, self._told):
+            write_text(path, training_page(self._report(folder, rows, finished=finished)), TrainingError)
+        self._written = time.perf_counter()
+        self._took = self._written - started
+
+    def _write_warnings(self, path: Path) -> None:
+        if not self.guards.warnings:
+            Appended(path).clear()
+            return
+        with telling(path, self._told):
+            write_text(path, "".join(json.dumps(warning) + "\n" for warning in self.guards.warnings), TrainingError)
+
+    def _report(self, folder: Path, rows: list[Row], *, finished: bool) -> TrainingReport:
+        """Return what the page shows: the history with the epoch that has just ended, the last one if finished."""
+        run, plan = self.run, current_plan(self.run.model)
+        return TrainingReport(
+            title=f"{plan.model}, {_widths(plan)}",
+            subtitle=f"{folder.resolve().name} · recipe {run.recipe.name} · policy {plan.policy}",
+            finished=finished,
+            epochs=run.recipe.epochs,
+            rows=rows,
+            best_epoch=None if run.best is None else run.best["epoch"],
+            layers=self._layers(plan),
+            fitted=run.fitted,
+            steps=[(step / run.steps, loss) for step, loss in self.steps.rows] if run.steps else [],
+            warnings=self.guards.warnings,
+            tables={
+                "Result": _result(run, rows),
+                "Recipe (changed from the default)": _changed(run.recipe),
+                "Sizes": _sizes(plan),
+                "Environment": _environment(run),
+            },
+            commands=_commands(folder),
+        )
+
+    def _layers(self, plan: Plan) -> list[LayerReport]:
+        shares = self.oscillation.shares if self.oscillation is not None else {}
+        rows = {row.name or "(root)": row for row in plan}
+        found = []
+        for name, site in sites_of(self.run.model).items():
+            row, share = rows.get(name), shares.get(name)
+            found.append(
+                LayerReport(
+                    name=name,
+                    kind=row.site.kind if row is not None else type(site).__name__,
+                    params=row.site.params if row is not None else None,
+                    bits=_bits(site),
+                    moments=[(epoch, sites[name]) for epoch, sites in self.snapshots.moments if name in sites],
+                    levels=self.guards.levels.get(name),
+                    start=self.snapshots.start_levels.get(name),
+                    unit="std" if isinstance(site.weight_quantizer, WeightQuantizer) and site.unitless else "",
+                    oscillating=share[0] if share else None,
+                    frozen=share[1] if share else None,
+                    rule=row.rule if row is not None else "",
+                )
+            )
+        return found
 
 
 def _bits(site: QuantizedSite) -> tuple[int | None, int | None]:
@@ -201,15 +210,3 @@ def _commands(path: Path) -> Mapping[str, str]:
         "Go on, if it was interrupted": f"{call}{str(path)!r}, resume=True)",
         "Repeat it": f"{call}{f'{path}-again'!r})",
     }
-
-
-def _write_warnings(run: Run, told: set[Path]) -> None:
-    guards = part_of(run, Guards)
-    assert run.directory is not None
-    path = run.directory.path / "warnings.jsonl"
-    warnings: list[dict[str, Any]] = guards.warnings if guards is not None else []
-    if not warnings:
-        Appended(path).clear()
-        return
-    with telling(path, told):
-        write_text(path, "".join(json.dumps(warning) + "\n" for warning in warnings), TrainingError)

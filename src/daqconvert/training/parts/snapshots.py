@@ -1,29 +1,37 @@
-"""Where bounds, scales and weights were after every epoch: `snapshots.jsonl`, an object a line, epoch 0 first.
+"""Two files of the run directory that grow line by line while a run goes on.
+
+`snapshots.jsonl` says where bounds, scales and weights were after every epoch, an object a line, epoch 0 first:
 
     {"epoch": 3, "sites": {"layer1.0.conv1": {"bits": [2, 2], "weight": [-2.9, 3.1], ...}}}
 
 `levels`, the number of weights on each level, stands in the first line and in one that is written at the end.
-
-The loss by step: `steps.csv` in the run directory, a line for every ten optimizer steps.
+`steps.csv` holds the loss by step, a line for every ten optimizer steps.
 """
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from daqconvert.training.optim import QUANTIZERS, WEIGHTS
 from daqconvert.training.parts.measures import level_counts, measure, sites_of
-from daqconvert.training.run import Part, Run, Step, writes
+from daqconvert.training.run import Part, Run, Step
 from daqconvert.training.rundir import Appended, Row
 
 Sites = dict[str, dict[str, Any]]
+EVERY = 10  # steps of a line of `steps.csv`
+COLUMNS = ("step", "epoch", "loss", "lr", "quantizer_lr", "grad_norm", "images_per_second")
 
 
 class Snapshots(Part):
     """Writes `snapshots.jsonl`, and keeps its contents for the report.
+
+    Args:
+        model: The model in training.
+        folder: Where this process writes files, or None.
 
     Attributes:
         moments: `(epoch, measures by site)`, as far as known.
@@ -32,36 +40,36 @@ class Snapshots(Part):
 
     name: ClassVar[str] = "snapshots"
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module, folder: Path | None) -> None:
+        self.model, self.folder = model, folder
         self.moments: list[tuple[int, Sites]] = []
         self.start_levels: dict[str, list[int]] = {}
         self._epoch = 0
         self._resumed = False
         self._file: Appended | None = None
 
-    def before_epoch(self, run: Run, epoch: int) -> None:
+    def before_epoch(self, epoch: int) -> None:
         """Open the file: a new one, or what the checkpoint knows of it."""
-        if self._file is not None or not writes(run):
+        if self._file is not None or self.folder is None:
             return
-        assert run.directory is not None
-        self._file = Appended(run.directory.path / "snapshots.jsonl")
+        self._file = Appended(self.folder / "snapshots.jsonl")
         if not self._resumed:
             self._file.clear()
         for line in self._file.keep(lambda line: json.loads(line)["epoch"] <= self._epoch):
             self._take(json.loads(line))
         if not self._resumed:
-            self._add({"epoch": 0, "sites": _sites(run), "levels": _levels(run)})
+            self._add({"epoch": 0, "sites": _sites(self.model), "levels": _levels(self.model)})
 
-    def after_epoch(self, run: Run, row: Row) -> None:
+    def after_epoch(self, row: Row) -> None:
         """Add a line."""
         self._epoch = row["epoch"]
         if self._file is not None:
-            self._add({"epoch": self._epoch, "sites": _sites(run)})
+            self._add({"epoch": self._epoch, "sites": _sites(self.model)})
 
-    def finish(self, run: Run) -> None:
+    def finish(self) -> None:
         """Add where the weights lie at the end."""
         if self._file is not None:
-            self._add({"epoch": self._epoch, "levels": _levels(run)})
+            self._add({"epoch": self._epoch, "levels": _levels(self.model)})
 
     def meta(self) -> Any:
         """Return the last epoch that has a line."""
@@ -83,17 +91,13 @@ class Snapshots(Part):
             self.start_levels = found.get("levels", {})
 
 
-def _sites(run: Run) -> Sites:
-    return {name: measure(site, levels=False).plain() for name, site in sites_of(run.model).items()}
+def _sites(model: nn.Module) -> Sites:
+    return {name: measure(site, levels=False).plain() for name, site in sites_of(model).items()}
 
 
-def _levels(run: Run) -> dict[str, list[int]]:
-    found = {name: level_counts(site) for name, site in sites_of(run.model).items()}
+def _levels(model: nn.Module) -> dict[str, list[int]]:
+    found = {name: level_counts(site) for name, site in sites_of(model).items()}
     return {name: list(counts) for name, counts in found.items() if counts}
-
-
-EVERY = 10
-COLUMNS = ("step", "epoch", "loss", "lr", "quantizer_lr", "grad_norm", "images_per_second")
 
 
 class StepLog(Part):
@@ -106,7 +110,8 @@ class StepLog(Part):
 
     name: ClassVar[str] = "steps"
 
-    def __init__(self) -> None:
+    def __init__(self, run: Run) -> None:
+        self.run = run
         self.rows: list[tuple[int, float]] = []
         self.last: dict[str, Any] | None = None
         self._sum, self._count, self._step = 0.0, 0, 0
@@ -114,13 +119,13 @@ class StepLog(Part):
         self._file: Appended | None = None
         self._seen = (0, 0.0)  # inputs and seconds of the epoch when the last line was written
 
-    def before_epoch(self, run: Run, epoch: int) -> None:
+    def before_epoch(self, epoch: int) -> None:
         """Open the file: a new one, or what the checkpoint knows of it."""
+        run = self.run
         self._seen = (run.position.meter.inputs, run.position.seconds)
-        if self._file is not None or not writes(run):
+        if self._file is not None or run.folder is None:
             return
-        assert run.directory is not None
-        self._file = Appended(run.directory.path / "steps.csv")
+        self._file = Appended(run.folder / "steps.csv")
         if not self._resumed:
             self._file.clear()
         kept = self._file.keep(lambda line: line == ",".join(COLUMNS) or int(line.split(",")[0]) <= self._step)
@@ -128,8 +133,9 @@ class StepLog(Part):
         if not kept:
             self._file.add(",".join(COLUMNS))
 
-    def after_step(self, run: Run, step: Step) -> None:
+    def after_step(self, step: Step) -> None:
         """Count a step; write a line when it is the tenth."""
+        run = self.run
         self._sum, self._count, self._step = self._sum + step.loss, self._count + 1, step.number
         self.last = None
         if step.number % EVERY:
