@@ -45,7 +45,7 @@ def test_rows_are_drawn_where_a_block_treats_them_alone():
     layer = timm.create_model("test_vit").blocks[0].eval()
     x = torch.randn(6, 16, 64)
     assert treats_rows_alone(layer, ((x,), {}), layer(x))
-    first = nn.MultiheadAttention(64, 4).eval()  # its first dimension are tokens
+    first = nn.MultiheadAttention(64, 4).eval()  # its first dimension is that of tokens
 
     class Tokens(nn.Module):
         def forward(self, x):

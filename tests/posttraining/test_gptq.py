@@ -52,7 +52,7 @@ def test_outputs_are_nearer_and_weights_on_their_grid(w_bits, granularity, grid)
 
 
 def test_a_block_is_chosen_for_with_what_the_blocks_before_it_give():
-    """With one layer a stage, inputs are what the 2-bit layers before it give, their inputs quantized too."""
+    """The inputs of a layer are what the 2-bit layers before it give, quantized as this layer quantizes them."""
     model, x = network(), images(32)
     qmodel = dq.quantize(model, w_bits=2, a_bits=2, grid="integer", normalize=False)
     dq.calibrate(qmodel, x.split(8), progress=False)
@@ -186,7 +186,7 @@ def test_large_images_are_thinned_out_evenly():
     found = columns(conv, x, (1, 1, 3, 3))
     assert MOST_POSITIONS / 4 < found.shape[2] / 2 <= MOST_POSITIONS
     centres = found[0, 4, : found.shape[2] // 2]
-    assert torch.equal(centres.diff().unique()[:1], torch.tensor([4.0]))  # every fourth of a row
+    assert torch.equal(centres.diff().unique()[:1], torch.tensor([4.0]))  # every fourth pixel of a row
     tokens = columns(dq.functional.products.LinearProducts(), torch.randn(2, 2048, 3), (4, 3))
     assert tokens.shape == (1, 3, 2 * MOST_POSITIONS)
 

@@ -76,7 +76,7 @@ def test_what_is_trained():
     shared = {id(qmodel.blocks[0].two.bias)}
     trained = {id(p) for p in trainable(qmodel.blocks[0], shared)}
     left = {name for name, p in qmodel.blocks[0].named_parameters() if id(p) not in trained}
-    fixed = {"two.input_quantizer.lower"}  # of inputs that are never negative
+    fixed = {"two.input_quantizer.lower"}  # not trained, because these inputs are never negative
     assert left == {"table", "one.bias", "two.bias"} | fixed
 
 
@@ -186,4 +186,4 @@ def test_the_float_weights_teach_after_gptq_too(monkeypatch):
     dq.finetune(qmodel, list(x.split(8)), gptq=2, **options)
     ((chosen, taught, batches, steps),) = seen
     assert torch.equal(taught, model.blocks[0].one.weight) and not torch.equal(chosen, taught)
-    assert (batches, steps) == (8, 7)  # six batches an epoch
+    assert (batches, steps) == (8, 7)  # more batches than the six of an epoch

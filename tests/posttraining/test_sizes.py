@@ -1,4 +1,4 @@
-"""What a parameter's own size is, and steps in it."""
+"""The size of a parameter, and steps in units of it."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from daqconvert.posttraining.sizes import parameter_sizes, step_in_sizes
 
 
 def middle(layer, x, **settings):
-    """The quantized layer between two others: the first and the last have 8 bits."""
+    """Put a layer between two others, because the first and the last have 8 bits, and quantize all."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Identity(), nn.Linear(512, 512), layer, nn.Linear(512, 2)).eval()
     qmodel = dq.quantize(model, **{"w_bits": 4, "a_bits": 4, **settings})

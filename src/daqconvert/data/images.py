@@ -228,11 +228,7 @@ class Digits:
 def load_digits(size: int = 32, channels: int = 1, held_out: int = HELD_OUT, seed: int = 0) -> Digits:
     """Return the digits, split by a seeded choice that keeps the share of every class.
 
-    Args:
-        size: Side of the images, a multiple of 8.
-        channels: 1, or more for a network that takes colour; all are equal then.
-        held_out: Number of images kept away from training.
-        seed: Seed of the split.
+    The side of the images, `size`, is a multiple of 8. A network that takes colour gets several equal `channels`.
 
     Raises:
         DataError: If scikit-learn is missing or the size is no multiple of 8.

@@ -43,12 +43,8 @@ def image_transform(
 ) -> Callable[[Any], Any]:
     """Return the transform from a `PIL.Image` to a normalized tensor of `config.input_size`.
 
-    Args:
-        config: Size, normalization and interpolation.
-        train: Whether to augment.
-        small: Whether the images are small ones.
-        flip: Whether augmentation may mirror an image.
-        more: What else augmentation does.
+    With `train` it augments: it crops, mirrors if `flip` allows it, and does `more`. `small` says of which kind the
+    images are.
 
     Raises:
         DataError: If timm does not know the automatic augmentation.

@@ -21,7 +21,7 @@ def preserved():
 
 
 def read(loader, epoch=1, skip=0, seed=0, **options):
-    torch.rand(3)  # whatever happened before
+    torch.rand(3)  # random numbers drawn before must not matter
     return [x for x, _ in Epochs(loader, seed, **options).batches(epoch, skip)]
 
 
@@ -38,7 +38,7 @@ OWN = {"generator": torch.Generator()}
 @pytest.mark.parametrize("options", [{"num_workers": 2}, PERSISTENT, OWN], ids=["two", "kept", "own"])
 def test_workers_do_not_matter(loader, options):
     alone, others = read(loader(noise=1.0)), read(loader(noise=1.0, **options))
-    if "generator" not in options:  # with one the order is another, but it is the seed's
+    if "generator" not in options:  # a generator of its own gives another order, which the seed decides too
         assert same(alone, others)
     assert same(others, read(loader(noise=1.0, **options)))
 
@@ -54,14 +54,14 @@ def test_epoch_and_seed_matter(loader):
 
 def test_persistent_workers_follow_the_epochs(loader):
     persistent, fresh = Epochs(loader(noise=1.0, **PERSISTENT), 0), Epochs(loader(noise=1.0), 0)
-    list(zip(range(1), persistent.batches(0), strict=False))  # as calibration does: left in the middle
+    list(zip(range(1), persistent.batches(0), strict=False))  # left in the middle, as calibration does
     for epoch in (1, 2):
         found, expected = ([x for x, _ in epochs.batches(epoch)] for epochs in (persistent, fresh))
         assert same(found, expected)
 
 
 class Told(Clusters):
-    """Says which epoch it was told."""
+    """A data set that gives the epoch that it was told."""
 
     epoch = -1
 
@@ -117,7 +117,7 @@ def test_the_rest_of_an_epoch_is_the_rest(make_one):
 def test_processes_share_an_epoch(make_one, count):
     whole = read(make_one())
     shares = [read(make_one(), index=i, count=count) for i in range(count)]
-    assert len({len(share) for share in shares}) == 1  # all take as many steps
+    assert len({len(share) for share in shares}) == 1  # all processes take the same number of steps
     found = [shares[i % count][i // count] for i in range(len(whole))]
     assert same(found, whole)
     once = [read(make_one(), index=i, count=count, even=False) for i in range(count)]

@@ -126,7 +126,7 @@ def test_hooks_are_gone_after_close_and_copies_have_inert_ones(taught):
     assert [hook.collector for hook in twin[4]._forward_hooks.values()] == [None]
     twin(torch.randn(4, 8))
     qmodel(torch.randn(4, 8))
-    assert objective._collectors[0].found == {}  # recorded in training steps alone
+    assert objective._collectors[0].found == {}  # only training steps are recorded
     pickle.loads(pickle.dumps(list(qmodel[4]._forward_hooks.values())))
     objective.close()
     assert not any(module._forward_hooks for net in (qmodel, teacher) for module in net.modules())
@@ -174,5 +174,5 @@ def test_features_of_a_compiled_model(taught):
     collector = Collector(qmodel, ["2"])
     collector.start()
     qmodel(torch.randn(16, 8))
-    assert collector.take() == {}  # compiled before: hooks that come later are not seen, so this is an error
+    assert collector.take() == {}  # the model was compiled before this hook came: hence the error in training
     collector.close()

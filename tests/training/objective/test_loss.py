@@ -31,7 +31,7 @@ def test_an_even_batch_is_timms(options):
         expected, target = timms(x.clone(), y)
         assert torch.equal(mixture.inputs[0][0], expected)
         torch.testing.assert_close(mixture.target(torch.zeros(6, 4), y), target)
-    assert torch.equal(x, images())  # the caller's is not written to
+    assert torch.equal(x, images())  # the caller's tensor is not changed
 
 
 @pytest.mark.parametrize("count", [1, 5])

@@ -15,7 +15,7 @@ FIRST = """
     cutmix augment color_jitter random_erasing crop_scale distill temperature features feature_weight ema ema_warmup
     batch_norm batch_norm_freeze_at reestimate freeze_bounds_at progressive patience oscillation oscillation_threshold
     explode checkpoint_steps keep calibration_batches calibration_method seed
-""".split()  # what the recipes of the first runs said
+""".split()  # the fields of the first runs' recipes
 
 
 def test_the_published_recipes_are_as_published():

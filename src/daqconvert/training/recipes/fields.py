@@ -145,11 +145,7 @@ class Text(Kind):
 
 
 class Choice(Text):
-    """One of some words.
-
-    Args:
-        *words: The words.
-    """
+    """One of some words."""
 
     def __init__(self, *words: str) -> None:
         self.words = words

@@ -246,12 +246,7 @@ FIELDS: dict[str, dataclasses.Field[Any]] = {field.name: field for field in data
 
 
 def check_field(name: str, value: Any, where: str) -> Any:
-    """Return the value of one field as a recipe stores it.
-
-    Args:
-        name: Name of the field.
-        value: Value as the user wrote it.
-        where: The recipe, for the message.
+    """Return a value that the user wrote as the field of this name stores it; `where` is for the message.
 
     Raises:
         TrainingError: If the field cannot take the value.
