@@ -1,4 +1,4 @@
-"""`coverage` counts what ran: quantized operands, float ones, and operands that somebody changed on the way."""
+"""`coverage` counts what ran: quantized operands, float ones, and operands that were changed on the way."""
 
 from types import MethodType
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import daqconvert as dq
-from daqconvert.freezing import coded_weights
+from daqconvert.freezing import dropped_weights
 from daqconvert.functional import native
 from daqconvert.layers import FrozenSite
 from daqconvert.models import quantized_layers
@@ -129,7 +129,7 @@ def test_weights_that_are_computed_are_not_shared(way):
     layer = nn.Linear(512, 512)
     way(layer, "weight", **({"amount": 0.5} if way is prune.random_unstructured else {}))
     qmodel = calibrated(chain(layer, nn.ReLU(), nn.Linear(512, 4)))
-    assert [tuple(p.shape) for p in coded_weights(qmodel)] == [(4, 512)]
+    assert [tuple(p.shape) for p in dropped_weights(qmodel)] == [(4, 512)]
     before, expected = copy.deepcopy(qmodel.state_dict()), qmodel(ROWS)
     assert torch.equal(dq.freeze(qmodel)(ROWS), expected)
     assert all(torch.equal(value, before[key]) for key, value in qmodel.state_dict().items())

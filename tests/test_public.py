@@ -68,7 +68,7 @@ def test_every_public_name_is_there():
 
 
 def test_every_error_class_is_public():
-    """Whoever catches an error names it by the package: `except daqconvert.ConversionError`."""
+    """Users name the error that they catch by the package: `except daqconvert.ConversionError`."""
     values = vars(daqconvert.errors).values()
     classes = {value.__name__ for value in values if inspect.isclass(value) and issubclass(value, Exception)}
     assert "ConversionError" in classes and sorted(classes - set(PUBLIC)) == []

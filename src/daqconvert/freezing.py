@@ -1,7 +1,7 @@
 """The verb `freeze`: integer codes instead of weights, one scale and zero point instead of each quantizer.
 
 `freeze` copies the model and freezes the sites of the copy in place. The copy shares the weights that become codes
-(`coded_weights`), so that there is no moment with two copies of them in memory. Whatever else it still shares at the
+(`dropped_weights`), so that there is no moment with two copies of them in memory. Whatever else it still shares at the
 end gets a copy of its own.
 """
 
@@ -68,7 +68,7 @@ def freeze(qmodel: nn.Module) -> nn.Module:
             "Run daqconvert.calibrate(model, batches) or finetune first."
         )
     plan = current_plan(qmodel)
-    weights = coded_weights(qmodel)  # shared with the copy, for copies of all would double the memory
+    weights = dropped_weights(qmodel)  # shared with the copy, for copies of all would double the memory
     frozen = copy_model(qmodel, sharing=weights)
     for layer, other in zip(layers.values(), quantized_layers(frozen).values(), strict=True):
         old, new = layer.weight_quantizer, other.weight_quantizer
@@ -128,7 +128,7 @@ def _freeze_call(module: Any, values: dict[str, Tensor]) -> None:
     holder.hold(settings, name, dtype, values)
 
 
-def coded_weights(model: nn.Module) -> list[Tensor]:
+def dropped_weights(model: nn.Module) -> list[Tensor]:
     """Return the parameters of a quantized model that freezing reads and drops, and that nothing else refers to.
 
     Parameters that a layer computes its weight from (pruning, weight norm, a parametrization) are not among them,

@@ -1,4 +1,4 @@
-"""A frozen site computes in one pass each, and says what plain torch says; kept operands never outlive their codes."""
+"""A frozen site computes each operand in one pass, equal to plain torch; kept operands never outlive their codes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MIXED = ["beit", "bare", "conv"]
 
 
 class Counting:
-    """Stands for the compiled kernels, and counts the calls of each."""
+    """Stands for the compiled kernels and counts the calls of each."""
 
     def __init__(self):
         self.calls, self.kernels = Counter(), native.library()
@@ -47,7 +47,7 @@ def calls(monkeypatch):
 
 @pytest.fixture
 def plain(monkeypatch):
-    """Switch the compiled kernels off while it is called."""
+    """Return a function that calls another with the compiled kernels switched off."""
 
     def without(function, *args):
         with monkeypatch.context() as patch:
@@ -178,8 +178,8 @@ def test_cached_weights_change_no_value(name):
     with torch.no_grad():
         expected = frozen(x)
         kept = dq.cache_weights(frozen)
-        coded = {id(site): site.weight_codes for site in sites(frozen) if "weight_codes" in site._buffers}
-        assert kept == 4 * sum(codes.numel() for codes in coded.values()) > 0
+        stored = {id(site): site.weight_codes for site in sites(frozen) if "weight_codes" in site._buffers}
+        assert kept == 4 * sum(codes.numel() for codes in stored.values()) > 0
         assert torch.equal(frozen(x), expected)
         assert list(frozen.state_dict()) == list(state) and [key for key, _ in frozen.named_buffers()] == buffers
         assert dq.cache_weights(frozen, enabled=False) == 0 and torch.equal(frozen(x), expected)

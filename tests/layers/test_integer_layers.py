@@ -1,4 +1,4 @@
-"""Frozen for integer deployment: what it holds, how exact it is, what it refuses."""
+"""Models frozen for integer deployment: what their layers hold, how exact they are, what they refuse."""
 
 import copy
 import pickle
@@ -34,7 +34,7 @@ def test_float_arithmetic_is_the_int32_reference(name, w_bits, a_bits):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_it_is_near_what_was_trained(name):
-    """At 8 bits freezing rounds biases to units of 1/127 of a step and folds batch norm: a code here and there."""
+    """At 8 bits, rounding biases to 1/127 of a unit and folding batch norms changes a code here and there."""
     qmodel, x = quantized(name, 8, 8)
     trained_y, y = qmodel(x), dq.freeze(qmodel)(x)
     assert (trained_y - y).abs().max() <= 0.06 * trained_y.abs().max()

@@ -73,8 +73,8 @@ class InputObserver:
             self._sum, self._count = self._sum + float(flat.float().abs().double().sum()), self._count + flat.numel()
         self._grow(max(abs(low), abs(high)))
         if self._histogram and self.limit > 0:
-            step = -(-flat.numel() // SAMPLE) | 1  # odd, so that a stride does not walk one channel or one column
-            sample = flat[::step]
+            stride = -(-flat.numel() // SAMPLE) | 1  # odd, so that it does not stay in one channel or one column
+            sample = flat[::stride]
             self.histogram += self._counts(sample.float()).double().cpu() * (flat.numel() / sample.numel())
 
     def _counts(self, sample: Tensor) -> Tensor:

@@ -100,10 +100,10 @@ class QuantMultiheadAttention(nn.MultiheadAttention):
 
     def _project(self, name: str, x: Tensor) -> Tensor:
         holder = self._modules.get(f"{name}_site")
-        coded = isinstance(holder, FrozenSite) and "weight_codes" in holder._buffers
+        has_codes = isinstance(holder, FrozenSite) and "weight_codes" in holder._buffers
         start = PROJECTIONS.index(name) * self.embed_dim
         bias = None if self.in_proj_bias is None else self.in_proj_bias[start : start + self.embed_dim]
-        return call_site(holder, "linear", 1, (x, None if coded else projection_weight(self, name), bias), {})
+        return call_site(holder, "linear", 1, (x, None if has_codes else projection_weight(self, name), bias), {})
 
     def _extended(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Append the learned and the zero key or value, if the block has them."""

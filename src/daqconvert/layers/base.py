@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from daqconvert.errors import ConversionError
 from daqconvert.layers.mode import evaluating
-from daqconvert.layers.site import Operation, QuantizedSite
+from daqconvert.layers.site import Operation, QuantizedSite, bits_text
 from daqconvert.quantizers import ChannelLayout
 from daqconvert.spec import Settings
 
@@ -91,5 +91,4 @@ class QuantizedLayer(BareOperation, QuantizedSite):
 
     def extra_repr(self) -> str:
         """Return the original's text and the bits."""
-        w, a = self.settings.w_bits or "float", self.settings.a_bits or "float"
-        return f"{super().extra_repr()}, w_bits={w}, a_bits={a}"
+        return f"{super().extra_repr()}, {bits_text(self.settings)}"

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from daqconvert.layers.frozen_site import FrozenSite
 from daqconvert.layers.functions import ALIASES, FUNCTIONS, LAYER_FUNCTIONS, split_call
 from daqconvert.layers.mode import evaluating
-from daqconvert.layers.site import QuantizedSite
+from daqconvert.layers.site import QuantizedSite, bits_text
 
 
 def call_site(holder: Any, function: str, weight_at: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -69,7 +69,7 @@ class CallHolder(QuantizedSite):
 
     def extra_repr(self) -> str:
         """Return the bits."""
-        return f"w_bits={self.settings.w_bits or 'float'}, a_bits={self.settings.a_bits or 'float'}"
+        return bits_text(self.settings)
 
 
 class FrozenCallHolder(FrozenSite):
@@ -77,7 +77,7 @@ class FrozenCallHolder(FrozenSite):
 
     def extra_repr(self) -> str:
         """Return the bits."""
-        return f"w_bits={self.settings.w_bits or 'float'}, a_bits={self.settings.a_bits or 'float'}, frozen"
+        return f"{bits_text(self.settings)}, frozen"
 
 
 class OwnCallHolder(QuantizedSite):

@@ -10,6 +10,7 @@ from daqconvert.functional.weight_operator import weight_operand
 from daqconvert.layers.base import BareOperation, QuantizedLayer
 from daqconvert.layers.computed import settle_weight
 from daqconvert.layers.frozen_site import FrozenSite, drop_quantizers, empty_values, frozen_values
+from daqconvert.layers.site import bits_text
 from daqconvert.quantizers import ChannelLayout
 from daqconvert.spec import Settings
 
@@ -61,18 +62,15 @@ class FrozenLayer(BareOperation, FrozenSite):
         stored = self._parameters.get("weight")
         if stored is not None:
             return stored
+        if self.is_integer:  # then a folded batch norm is part of the scale
+            scale = self.integer_layer().weight_scale * self.integer_layer().factor
+        else:
+            scale = self.scale if self.settings.a_bits is None else self.scale / self.input_scale
         layout = self.channel_layout(tuple(self.weight_codes.shape))
-        step = self.weight_step()
-        step = step.reshape(layout.bound_view) if step.dim() else step
+        scale = scale.reshape(layout.bound_view) if scale.dim() else scale
         codes = self.weight_codes.reshape(layout.view)
-        values = weight_operand(codes, self.settings.w_bits or 0, self.settings.grid, step.dtype) * step
+        values = weight_operand(codes, self.settings.w_bits or 0, self.settings.grid, scale.dtype) * scale
         return values.reshape(self.weight_codes.shape).to(self.dtype)
-
-    def weight_step(self) -> Tensor:
-        """Return the real units per unit of the weight operand, `()` or `(C_out,)`, a folded batch norm included."""
-        if self.is_integer:
-            return self.integer_layer().weight_scale * self.integer_layer().factor
-        return self.scale if self.settings.a_bits is None else self.scale / self.input_scale
 
     # NOTE: torch's classes declare `weight` as an attribute, so mypy is told that this property is one
     weight: Tensor = property(real_weight)  # type: ignore[assignment]
@@ -92,5 +90,4 @@ class FrozenLayer(BareOperation, FrozenSite):
 
     def extra_repr(self) -> str:
         """Return the original's text and the bits."""
-        w, a = self.settings.w_bits or "float", self.settings.a_bits or "float"
-        return f"{super().extra_repr()}, w_bits={w}, a_bits={a}, frozen"
+        return f"{super().extra_repr()}, {bits_text(self.settings)}, frozen"

@@ -1,11 +1,11 @@
 """The state that every frozen site shares: uint8 codes instead of a weight, scales instead of bounds.
 
     operand_x = clip(round(x / input_scale), -input_zero_point, n - input_zero_point)
-    operand_w = codes * step + offset                  `step` and `offset` of the weight's grid
+    operand_w = codes * spacing + lowest                 both of the weight's grid (`functional.grid.coding`)
     y         = operation(operand_x, operand_w) * scale + bias
 
 Where `deploy="integer"` rounds the site's output (`FrozenSite.is_integer`), the last line is that of
-`functional.integer` instead: exact integer sums, the bias among them, and from those the codes of the output.
+`functional.integer` instead: exact integer sums, bias included, and from those the codes of the output.
 
 Operands of weights are decoded in every forward, unless `daqconvert.cache_weights` has given the site an
 `OperandCache`: then they take 4 bytes a weight in memory beside the 1 of the code.
@@ -52,7 +52,7 @@ class FrozenSite(nn.Module):
         weight_zero_point: uint8 scalar buffer; only for a weight that depends on the data.
         settings: What the plan's row said.
         dtype: Dtype of the operands.
-        qdq: True computes operands and rescaling by one named operator each (`deploy.frozen_operators`), which
+        qdq: True computes operands and rescaling by one named operator each (`deploy.onnx.frozen_operators`), which
             exporting needs; the values are the same.
         watchers: The watchers that `watching` has attached.
         cache: Keeps the operand of the codes after `keep_operand()`; None where every forward decodes them.

@@ -224,3 +224,8 @@ def safe_products(
             top = levels(settings.w_bits, settings.grid)
             w, scale = w / top, scale * top
     return operation(x, w), scale
+
+
+def bits_text(settings: Settings) -> str:
+    """Return the bits of a site as `print(model)` shows them."""
+    return f"w_bits={settings.w_bits or 'float'}, a_bits={settings.a_bits or 'float'}"
