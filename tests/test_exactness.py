@@ -1,4 +1,4 @@
-"""The promises of identity, row by row: `torch.equal` everywhere, no tolerance in this file."""
+"""The promises of bit-exactness, one test each: `torch.equal` everywhere, no tolerance in this file."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def same(a, b):
 
 @torch.no_grad()
 def shake(qmodel):
-    """Move every learned number, as training would: bounds by a third, some output scales below zero."""
+    """Change every learned number as training would: bounds by a third, some output scales to below zero."""
     for layer in quantized_layers(qmodel).values():
         for quantizer in filter(None, (layer.weight_quantizer, layer.input_quantizer)):
             for bound in (quantizer.lower, quantizer.upper):
@@ -100,7 +100,7 @@ def test_networks(name, settings):
 @pytest.mark.parametrize("signed", [False, True], ids=["unsigned", "signed"])
 @pytest.mark.parametrize("w_bits", range(1, 9))
 def test_all_widths(w_bits, signed, granularity):
-    """Every weight width with every input width that it can meet, each grid that exists there."""
+    """Frozen is quantized for every weight width and every input width, on each grid that has this width."""
     x = torch.randn(4, 3, 8, 8)
     for a_bits in range(2 if signed else 1, 9):
         for grid in ("midrise", "integer") if w_bits > 1 else ("midrise",):
@@ -122,7 +122,7 @@ def test_all_widths(w_bits, signed, granularity):
 
 @pytest.mark.parametrize("rounding", ["daq", "ste"])
 def test_exact_ties_go_the_same_way_quantized_and_frozen(rounding):
-    """Every value lies half way between two levels; a step of 1/4 makes that exact."""
+    """Every value lies exactly half way between two levels, which are 1/4 apart."""
     layer = nn.Linear(1, 32, bias=False)
     halves = (torch.arange(32) - 15.5) / 4
     layer.weight.data = halves[:, None].clone()

@@ -1,4 +1,4 @@
-"""`freeze` and `save` beside the model they start from: codes, and little besides; and nothing shared afterwards."""
+"""`freeze` and `save` take memory for codes and little else beside the model, and share nothing with it afterwards."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_frozen_model_shares_no_memory_with_the_one_it_was_made_from(name):
 
 
 class Tied(nn.Module):
-    """Its embedding has the weight of its linear, which has a reference in a list as well if `noted`."""
+    """A model whose embedding and linear share a weight; if `noted`, a list refers to the weight too."""
 
     def __init__(self, noted):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Bounds from data: one pass, four methods, signs decided once, output scales from the first batch."""
+"""`calibrate`: bounds from data in one pass, four methods, signs decided once, output scales from the first batch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def chain(**settings):
 
 
 def snapshot(model):
-    """Everything that a refusal must not change."""
+    """Return everything that a refused call must not change."""
     modules = list(model.modules())
     return (
         {key: value.clone() for key, value in model.state_dict().items()},
@@ -179,7 +179,7 @@ def test_a_channel_that_is_dead_on_the_first_batch_is_not_lost():
 
 
 class Routed(nn.Module):
-    """An auxiliary head that only training calls, as Inception's; it sees values of both signs."""
+    """A model with an auxiliary head that only training calls, as Inception's; its input has both signs."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What calibration observes of one input, and the bounds that each method reads off it."""
+"""What an observer records of one input, and the bounds that each method chooses from it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def observed(*batches):
 
 
 def test_the_histogram_of_many_batches_is_the_histogram_of_all_data():
-    """Values in the middle of the finest bins, so that merging pairs of bins is the only thing that happens."""
+    """The values are centers of the finest bins, so merging pairs of bins is all that can change them."""
     fine = torch.randint(0, 2 * BINS, (40, 50)).float() + 0.5
     batches = [
         (row / BINS - 1.0) * 2.0**power for row, power in zip(fine, [-3, -1, 0, 0, 2, -2, 5, 1] * 5, strict=True)
@@ -131,7 +131,7 @@ NONNEGATIVE = {"relu", "uniform", "outlier"}  # the only ones that 1 bit can tak
     ("kind", "bits"), [(k, b) for k in DATA for b in (1, 2, 3, 4, 6, 8) if b > 1 or k in NONNEGATIVE]
 )
 def test_minimum_error_bounds_are_near_the_best(kind, bits):
-    """Within 5 % of the least error among 60 x 60 pairs; both sides are coarse, so it may even be below."""
+    """The error is within 5 % of the least among 60 x 60 pairs; that grid is coarse too, so it may even be lower."""
     data = DATA[kind]()
     observer = observed(*data.split(3000))
     signed = observer.minimum < 0

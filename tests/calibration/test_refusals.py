@@ -1,4 +1,4 @@
-"""Nothing is changed where a model cannot be calibrated, and the error says why."""
+"""A model that cannot be calibrated is not changed, and the error says why."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def chain(**settings):
 
 
 def snapshot(model):
-    """Everything that a refusal must not change."""
+    """Return everything that a refused call must not change."""
     modules = list(model.modules())
     return (
         {key: value.clone() for key, value in model.state_dict().items()},
@@ -121,7 +121,7 @@ def test_a_weight_that_went_wrong_is_named():
 
 
 def test_a_weight_that_a_forward_uses_unseen_is_refused():
-    """Control flow stops every trace here, and no name says whose weight it is; what really runs does not lie."""
+    """Control flow stops every trace here, and no name says whose weight is used: the forward is watched."""
 
     class Unseen(nn.Module):
         def __init__(self):

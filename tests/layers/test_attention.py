@@ -1,4 +1,4 @@
-"""`nn.MultiheadAttention` by its sites: the same results as torch's own, argument by argument; the fused paths."""
+"""Attention by its sites: torch's results for every argument of `nn.MultiheadAttention`; no fused path skips it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PADDING = {
 
 
 def inputs(block, batched=True):
-    """Query, key and value as the block wants them."""
+    """Return query, key and value in the layout that the block takes."""
     widths = (WIDTH, block.kdim, block.vdim)
     lengths = (LENGTH, KEYS, KEYS)
     found = [torch.randn(BATCH, n, width) for n, width in zip(lengths, widths, strict=True)]
@@ -58,7 +58,7 @@ def made(name, **settings):
 
 
 def watched(qblock, run):
-    """What the quantized class computes by itself, with quantizers off: a watcher switches torch's own path off."""
+    """Let the quantized class compute with its quantizers off: a watcher keeps it from torch's fused path."""
     sites = list(quantized_layers(qblock).values())
     seen = []
     watcher = Watcher()

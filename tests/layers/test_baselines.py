@@ -1,4 +1,4 @@
-"""The baselines against their formulas written out, in float64: EWGS, DSQ and LSQ as their papers have them."""
+"""The baselines EWGS, DSQ and LSQ against the formulas of their papers, written out in float64."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ each_width = pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 
 
 def values(low, high):
-    """Level units from outside of the clip to outside of it, none on a level or half way between two."""
+    """Values in level units, from below the clip to above it, none on a level or half way between two."""
     x = torch.rand(4000, dtype=torch.float64) * (high - low + 4) + low - 2
     return x[((2 * x - torch.round(2 * x)).abs() > 1e-6)]
 

@@ -59,7 +59,7 @@ def test_an_empty_batch(name):
 
 @pytest.mark.parametrize("name", [n for n in GEOMETRIES if n.startswith("transposed")])
 def test_output_channels_of_a_transposed_convolution(name):
-    """Bounds belong to what ends in one output channel: scale that channel's weights, and only its bound moves."""
+    """Bounds belong to one output channel: when the weights of a channel are scaled, only its bound moves."""
     layer, qlayer, _ = make(name, w_bits=4, a_bits=4)
     columns, groups = layer.weight.shape[1], layer.groups
     for channel in range(layer.out_channels):
@@ -122,7 +122,7 @@ def test_timm_layers_keep_their_padding():
 
 
 def test_float16_does_not_overflow():
-    """1024 products of 255 and 255 pass 65504 a thousand times over; the layer divides first."""
+    """1024 products of 255 and 255 add up to a thousand times 65504, so the layer has to divide before it adds."""
     layer = nn.Linear(1024, 4, dtype=torch.float16)
     bits = {"w_bits": 8, "a_bits": 8, "grid": "midrise", "normalize": False}
     qlayer = dq.quantize(layer, first=bits, last=bits)

@@ -1,4 +1,4 @@
-"""Gradients of whole layers against autograd of the formulas as METHOD writes them, in float64."""
+"""Gradients of whole layers against autograd of the paper's formulas, written out in float64."""
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ def test_the_gradient_of_upper_by_hand():
 
 
 def test_the_gradient_at_the_ends_of_the_clip():
-    """A weight on its bound learns; an input on its bound does not, for so the authors' layer was recorded."""
+    """A weight on its bound gets a gradient; an input on its bound gets none, as recorded from the authors' layer."""
     layer = nn.Linear(4, 1, bias=False)
     layer.weight.data = torch.tensor([[-1.5, 1.5, 1.6, 0.5]])
     bits = {"w_bits": 3, "a_bits": 2, "rounding": "ste", "granularity": "tensor"}

@@ -105,8 +105,7 @@ class FrozenSite(nn.Module):
     def weight_operand(self, weight: Tensor | None = None) -> Tensor:
         """Return the weight's operand in the model's dtype, or the weight itself where it stays float.
 
-        Args:
-            weight: The float weight; not used where there are codes.
+        The float `weight` is not needed where there are codes.
         """
         bits = self.settings.w_bits
         if bits is None or "weight_codes" not in self._buffers:

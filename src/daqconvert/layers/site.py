@@ -193,8 +193,7 @@ class QuantizedSite(nn.Module):
     def sum_scale(self, operand: Tensor | None = None) -> Tensor:
         """Return the real units per integer sum, shape of `output_scale`, float32 at least.
 
-        Args:
-            operand: What the input quantizer has just returned, if it has: the scale is known then.
+        The input's scale is taken from `operand`, what the input quantizer has just returned, if it is given.
         """
         of_weight = None if self.weight_quantizer is None else self.weight_quantizer.scale()
         of_input: Tensor | float | None = None
