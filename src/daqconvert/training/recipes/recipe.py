@@ -51,25 +51,27 @@ class Recipe:
     accumulate: int = setting(1, "Batches whose gradients are averaged before one optimizer step.", Integer(1))
     precision: str = setting(
         "launcher",
-        "Autocast of the forward: `no`, `bf16` or `fp16`; `launcher` is what `accelerate launch` was told, else `no`.",
+        'Autocast of the forward: `"no"`, `"bf16"` or `"fp16"`; `"launcher"` is what `accelerate launch` was told, or '
+        '`"no"` without it.',
         Choice("launcher", "no", "bf16", "fp16"),
     )
 
     # two optimizers and their learning rates
     optimizer: str = setting(
-        "sgd", "Optimizer of weights, biases and norms: a name of timm's factory, such as `sgd` or `adamw`.", Text()
+        "sgd", 'Optimizer of weights, biases and norms: a name of timm\'s factory, as `"sgd"` or `"adamw"`.', Text()
     )
-    lr: float = setting(0.02, "Learning rate of that optimizer.", Number(least=0))
+    lr: float = setting(0.02, "Learning rate of `optimizer`.", Number(least=0))
     lr_unit: str = setting(
         "absolute",
-        "Unit of both learning rates: `absolute`, or `size`, a share of each parameter's own size: the distance of "
-        "two levels of a weight, a tenth of anything else. For optimizers whose steps do not grow with the gradient.",
+        'Unit of both learning rates: `"absolute"`, or `"size"`, a share of each parameter\'s own size: the distance '
+        "of two levels of a weight, a tenth of anything else. For optimizers whose steps do not grow with the "
+        "gradient.",
         Choice("absolute", "size"), before="absolute",
     )  # fmt: skip
     momentum: float = setting(0.9, "Momentum of optimizers that have one.", Number(least=0, below=1))
     weight_decay: float = setting(1e-4, "Weight decay of `optimizer`.", Number(least=0))
     decay: str = setting(
-        "all", "Which of its parameters decay: `all` as published, or `weights`, which spares biases and norms.",
+        "all", 'Which parameters of `optimizer` decay: `"all"` as published, or `"weights"`, not biases and norms.',
         Choice("all", "weights"),
     )  # fmt: skip
     no_decay: tuple[str, ...] = setting(
@@ -78,15 +80,16 @@ class Recipe:
     quantizer_optimizer: str = setting(
         "adam", "Optimizer of bounds, LSQ's steps and `output_scale`: a name of timm's factory.", Text()
     )
-    quantizer_lr: float = setting(1e-3, "Learning rate of that optimizer.", Number(least=0))
-    quantizer_weight_decay: float = setting(0.0, "Weight decay of that optimizer.", Number(least=0))
+    quantizer_lr: float = setting(1e-3, "Learning rate of `quantizer_optimizer`.", Number(least=0))
+    quantizer_weight_decay: float = setting(0.0, "Weight decay of `quantizer_optimizer`.", Number(least=0))
     clip_grad: float | None = setting(None, "Largest norm of the gradient, or None (0) for no limit.", Limit())
     schedule: str = setting(
-        "cosine", "Course of both learning rates, step by step: `cosine` or `linear` to 0, `step`, or `constant`.",
+        "cosine",
+        'Course of both learning rates, step by step: `"cosine"` or `"linear"` to 0, `"step"`, or `"constant"`.',
         Choice("cosine", "linear", "step", "constant"),
     )  # fmt: skip
     warmup_steps: int = setting(0, "Steps at the start over which both learning rates rise linearly.", Integer(0))
-    step_epochs: int = setting(30, "Epochs between two falls of the `step` schedule.", Integer(1))
+    step_epochs: int = setting(30, 'Epochs between two falls of the `"step"` schedule.', Integer(1))
     step_factor: float = setting(
         0.1, "What the learning rates are multiplied with at each of these falls.", Number(least=0, most=1)
     )
@@ -97,8 +100,8 @@ class Recipe:
     cutmix: float = setting(0.0, "Alpha of timm's cutmix; 0 for none.", Number(least=0))
     augment: str = setting(
         "",
-        "timm's automatic augmentation, such as `rand-m9-mstd0.5`; empty for none. Like the next three fields, it "
-        "acts on the loaders that the command line makes.",
+        'timm\'s automatic augmentation, as `"rand-m9-mstd0.5"`; `""` for none. Like the next three fields, it acts '
+        "on the loaders that the command line makes.",
         Text(),
     )
     color_jitter: float = setting(0.0, "Strength of timm's color jitter.", Number(least=0))
@@ -112,7 +115,7 @@ class Recipe:
     temperature: float = setting(2.0, "Temperature of the softmax in the distillation loss.", Number(above=0))
     features: tuple[str, ...] = setting(
         (),
-        "Names, globs or `re:` patterns of modules whose outputs are drawn towards the teacher's; `auto` is every "
+        'Names, globs or `re:` patterns of modules whose outputs are drawn towards the teacher\'s; `"auto"` is every '
         "block.",
         Names(),
     )
@@ -126,11 +129,11 @@ class Recipe:
     ema_warmup: bool = setting(True, "Whether that decay rises to its value over the first steps.", Flag())
     batch_norm: str = setting(
         "train",
-        "Batch norms: `train` as usual, or `freeze`, which keeps the running statistics and normalizes with them.",
+        'What batch norms do: `"train"` as usual, or `"freeze"` to keep the running statistics and use them.',
         Choice("train", "freeze"),
     )
     batch_norm_freeze_at: float = setting(
-        1.0, "Share of the run after which `train` becomes `freeze`; 1 is never.", Number(least=0, most=1)
+        1.0, 'Share of the run after which `"train"` becomes `"freeze"`; 1 is never.', Number(least=0, most=1)
     )
     gptq: int = setting(
         0,
@@ -150,7 +153,7 @@ class Recipe:
     reestimate: int = setting(
         0,
         "Training batches from which batch norms take their statistics anew before each evaluation, or once before "
-        "the first step where `batch_norm` is `freeze`; 0 for none.",
+        'the first step if `batch_norm` is `"freeze"`; 0 for none.',
         Integer(0),
     )
 
@@ -171,7 +174,10 @@ class Recipe:
         Number(least=0), before=0.0,
     )  # fmt: skip
     final_a_sigma: float = setting(
-        2.0, "The same for inputs of at most `final_sigma_bits` bits.", Number(least=0), before=0.0
+        2.0,
+        "That kernel width for inputs of at most `final_sigma_bits` bits; 0 leaves it.",
+        Number(least=0),
+        before=0.0,
     )
     final_sigma_bits: int = setting(
         1, "Most bits of the weights and inputs whose kernel width moves.", Integer(1), before=2
@@ -183,7 +189,8 @@ class Recipe:
     )
     oscillation: str = setting(
         "log",
-        "Weights that jump back and forth between two levels: `log` their share, `freeze` them, or `off`.",
+        'What to do about weights that jump back and forth between two levels: `"log"` their share, `"freeze"` them, '
+        'or `"off"`.',
         Choice("log", "freeze", "off"),
     )
     oscillation_threshold: float = setting(
