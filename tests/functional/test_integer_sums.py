@@ -7,7 +7,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from daqconvert.functional.integer import STEP, TRIES, CodeGrid, agreeing_scale, sums_agree
+from daqconvert.functional.integer import APART, TRIES, CodeGrid, agreeing_scale, sums_agree
 
 CASES = range(24)
 
@@ -55,7 +55,7 @@ def test_an_agreeing_scale_is_near_and_holds_in_onnx_runtime(seed, tmp_path):
     a, b, y = grids(seed)
     found = CodeGrid(agreeing_scale(a, b, y), y.zero_point)
     assert sums_agree(a, b, found)
-    assert 1.0 <= found.scale / y.scale <= 1.0 + TRIES * STEP
+    assert 1.0 <= found.scale / y.scale <= 1.0 + TRIES * APART
     assert np.array_equal(by_onnxruntime(a, b, found, tmp_path), as_frozen(a, b, found))
 
 

@@ -1,24 +1,21 @@
-"""The arithmetic of integer deployment: what a frozen model, the reference and an integer runtime compute alike.
+"""The arithmetic of integer deployment: what a frozen model, its reference and an integer runtime compute alike.
 
-One layer, with codes `x` of zero point `zx` and step `sx`, integer weights `w` (`|w| <= 127`) of step `sw` per output
-channel, and an output of step `sy` and zero point `zy`:
+One layer has input codes `x` of scale `sx` and zero point `zx`, integer weights `w` (`|w| <= 127`) of scale `sw` per
+output channel, and an output of scale `sy` and zero point `zy`:
 
     acc = sum((x - zx) * w) + bias                      int32;  bias = round(b / (sx * sw)), b the float bias
     y   = clip(round(float32(acc) * m) + zy, low, high)         m = float32(float32(sx * sw) / sy)
 
 `round` is half to even; each product, quotient and conversion is rounded to float32 by itself. `low` and `high` hold
-an activation that clips. Stored weights are the layer's codes times `factor`: `127 // n`, which refines the unit of
-the bias at no cost, negative where the channel's scale is (a batch norm with negative gamma), 0 where the scale is 0
-or so small that the bias would not fit: such a channel's output is its bias.
+an activation that clips. Stored weights are the layer's operands times `factor`. It is `127 // n`, which refines the
+unit of the bias at no cost; negative where the channel's scale is (a batch norm with negative gamma); 0 where the
+scale is 0 or so small that the bias would not fit: the output of such a channel is its bias.
 
-Sums of two values on grids, and whatever else stands between layers, are float32 arithmetic on `(code - zero) * step`.
-
-Sums of two values on grids, rounded to a third: which scales every runtime agrees on.
-
-The frozen model computes `round((a * sa + b * sb) / sy)` in float32, operation by operation. ONNX Runtime's integer
-kernel for sums multiplies by `sa / sy` and `sb / sy` instead, with or without fused multiply-adds, whichever the
-processor has. For most scales all three give equal codes for all 65,536 pairs of codes; where they do not, a scale
-next to the one asked for is found for which they do.
+What stands between layers is float32 arithmetic on `(code - zero point) * scale`. A sum of two such values that is
+rounded to a third grid needs care. The frozen model computes `round((a * sa + b * sb) / sy)` in float32, operation by
+operation. ONNX Runtime's integer kernel for sums multiplies by `sa / sy` and `sb / sy` instead, with or without fused
+multiply-adds, whichever the processor has. For most scales all three give equal codes for all 65,536 pairs of codes;
+where they do not, `agreeing_scale` finds a scale next to the one asked for, for which they do.
 """
 
 from __future__ import annotations
@@ -35,18 +32,18 @@ from daqconvert.functional.products import memory_sizes
 
 LARGEST_WEIGHT = 127
 LARGEST_BIAS = 2**30
-"""So that sums of products and bias stay in int32."""
+"""Largest size of a bias: sums of products and bias stay in int32."""
 
 
 class IntegerLayer(NamedTuple):
     """The numbers of one layer.
 
     Attributes:
-        weight_scale: float32, `(C_out,)`, positive: the step of the stored weight.
+        weight_scale: float32, `(C_out,)`, positive: real units per unit of the stored weight.
         factor: int8, `(C_out,)`: stored weight / operand.
         bias: int32, `(C_out,)`.
-        scale: float32 scalar: step of the output.
-        zero_point: uint8 scalar: of the output.
+        scale: float32 scalar: scale of the output.
+        zero_point: uint8 scalar: zero point of the output.
         range: uint8, `(2,)`: smallest and largest code of the output.
     """
 
@@ -62,22 +59,15 @@ def integer_layer(
     scale: Tensor, bias: Tensor, top: int, x_scale: Tensor, y_scale: Tensor, y_zero_point: Tensor, bits: int,
     lower: float | None, upper: float | None,
 ) -> IntegerLayer:  # fmt: skip
-    """Return the numbers of a layer.
+    """Return the numbers of a layer whose input has the scale `x_scale` and whose output is quantized to `bits`.
 
-    Args:
-        scale: float64, `(C_out,)`: what one unit of the layer's sum of operands is worth, batch norm folded in.
-        bias: float64, `(C_out,)`: likewise.
-        top: Largest size of a weight operand.
-        x_scale: float32 scalar: step of the input.
-        y_scale: float32 scalar: step of the output.
-        y_zero_point: uint8 scalar: of the output.
-        bits: Of the output.
-        lower: Lower bound of the activation behind, in real units; None for none.
-        upper: Upper bound, likewise.
+    `scale` and `bias`, float64 of `(C_out,)`, are the layer's sum scale and bias with a batch norm folded in; `top` is
+    the largest size of an operand of the weight. The scales of input and output are float32 scalars, the output's zero
+    point is uint8. `lower` and `upper` are the bounds, in real units, of the activation that follows; None for none.
 
     Example:
-        >>> one, step = torch.ones(2, dtype=torch.float64), torch.tensor(0.5)
-        >>> numbers = integer_layer(one * 0.25, one, 7, step, step, torch.tensor(0, dtype=torch.uint8), 8, 0.0, None)
+        >>> one, half = torch.ones(2, dtype=torch.float64), torch.tensor(0.5)
+        >>> numbers = integer_layer(one * 0.25, one, 7, half, half, torch.tensor(0, dtype=torch.uint8), 8, 0.0, None)
         >>> numbers.factor.tolist(), numbers.bias.tolist(), numbers.range.tolist()
         ([18, 18], [72, 72], [0, 255])
     """
@@ -101,28 +91,20 @@ def integer_layer(
 def requantize(acc: Tensor, layer: IntegerLayer, x_scale: Tensor, output_dims: int) -> Tensor:
     """Return the codes of a layer's output less their zero point, integer-valued, in float32.
 
-    Args:
-        acc: Sums of products of operands, exact integers in any dtype, channel at dimension `-1 - output_dims`.
-        layer: Its numbers.
-        x_scale: float32 scalar: step of the input.
-        output_dims: Number of dimensions after the channel.
+    `acc` are its sums of products, exact integers in any dtype; `output_dims` dimensions follow the channel.
     """
     shape = (-1, *(1,) * output_dims)
     m = (x_scale * layer.weight_scale) / layer.scale
-    total = acc.to(torch.int32) * layer.factor.to(torch.int32).reshape(shape) + layer.bias.reshape(shape)
+    sums = acc.to(torch.int32) * layer.factor.to(torch.int32).reshape(shape) + layer.bias.reshape(shape)
     zero = layer.zero_point.float()
     low, high = layer.range.float().unbind()
-    return torch.clamp(torch.round(total.float() * m.reshape(shape)), low - zero, high - zero)
+    return torch.clamp(torch.round(sums.float() * m.reshape(shape)), low - zero, high - zero)
 
 
-def requantized(acc: Tensor, layer: IntegerLayer, x_scale: Tensor, output_dims: int) -> Tensor:
-    """Return `requantize` times the scale of the output: in one pass, in the memory of `acc`, where that can be.
+def output_values(acc: Tensor, layer: IntegerLayer, x_scale: Tensor, output_dims: int) -> Tensor:
+    """Return a layer's output in real units, `requantize` times the scale of the output.
 
-    Args:
-        acc: Sums that nobody else holds.
-        layer: Its numbers.
-        x_scale: float32 scalar: step of the input.
-        output_dims: Number of dimensions after the channel.
+    Nobody else holds the sums `acc`: where the kernels can, they compute it in one pass in that memory.
     """
     library = kernels(acc, layer.weight_scale, x_scale) if only_values(acc) and acc.dtype == torch.float32 else None
     sizes = None if library is None else memory_sizes(acc, output_dims)
@@ -161,12 +143,12 @@ def exact_sums(products: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tenso
     if channels < parts or x.shape[channel_of_x] != channels:
         return products(x.double(), w.double())
     pieces = zip(x.chunk(parts + 1, channel_of_x), w.chunk(parts + 1, 1), strict=True)
-    total: Tensor | None = None
+    sums: Tensor | None = None
     for piece_x, piece_w in pieces:
         part = products(piece_x, piece_w).to(torch.int32)
-        total = part if total is None else total + part
-    assert total is not None
-    return total
+        sums = part if sums is None else sums + part
+    assert sums is not None
+    return sums
 
 
 @contextmanager
@@ -188,8 +170,8 @@ def _int32_sums(products: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tens
         return products(x.to(torch.int64), w.to(torch.int64))
 
 
-TRIES, STEP = 200, 2.0**-21
-"""Scales that are tried, and their relative distance: 1e-4 in all, a fortieth of a code at 8 bits."""
+TRIES, APART = 200, 2.0**-21
+"""How many scales `agreeing_scale` tries, and their relative distance: 1e-4 in all, a fortieth of a code at 8 bits."""
 
 
 class CodeGrid(NamedTuple):
@@ -200,12 +182,7 @@ class CodeGrid(NamedTuple):
 
 
 def sums_agree(a: CodeGrid, b: CodeGrid, y: CodeGrid) -> bool:
-    """Return whether every way to compute `a + b` on the grid `y` gives the same codes, for all pairs of codes.
-
-    Args:
-        a: Grid of the first value.
-        b: Grid of the second.
-        y: Grid of the sum.
+    """Whether every way to compute the sum of values on the grids `a` and `b`, rounded to `y`, gives the same codes.
 
     Example:
         >>> sums_agree(CodeGrid(0.5, 0), CodeGrid(0.25, 128), CodeGrid(0.5, 0))
@@ -224,20 +201,14 @@ def sums_agree(a: CodeGrid, b: CodeGrid, y: CodeGrid) -> bool:
 
 
 def _fma(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-    """`x * y + z`, rounded once: the product of two float32 is exact in float64."""
+    """Return `x * y + z`, rounded once: the product of two float32 is exact in float64."""
     return (x.double() * y.double() + z.double()).float()
 
 
 def agreeing_scale(a: CodeGrid, b: CodeGrid, y: CodeGrid) -> float:
-    """Return the scale of `y`, or one next to it for which `sums_agree`; the scale itself where none is found.
-
-    Args:
-        a: Grid of the first value.
-        b: Grid of the second.
-        y: Grid of the sum.
-    """
+    """Return the scale of `y` if `sums_agree`, else the next larger one that agrees, or that of `y` if none does."""
     for k in range(TRIES):
-        scale = float(torch.tensor(y.scale * (1.0 + k * STEP), dtype=torch.float32))
+        scale = float(torch.tensor(y.scale * (1.0 + k * APART), dtype=torch.float32))
         if sums_agree(a, b, CodeGrid(scale, y.zero_point)):
             return scale
     return y.scale

@@ -1,7 +1,7 @@
 """Builds `quantizer.cpp` once per source, compiler and processor, and keeps the result in the user's cache.
 
-The build goes to a file of its own and is renamed, so any number of processes may build at once: the last one wins,
-and all of them hold the same code.
+The build goes to a file of its own, which is then renamed. So any number of processes may build at once: the last one
+wins, and all of them hold the same code.
 """
 
 from __future__ import annotations
@@ -50,11 +50,7 @@ def library_path(cxx: str) -> Path:
 
 
 def build(cxx: str, path: Path) -> None:
-    """Compile the source to `path`.
-
-    Args:
-        cxx: Compiler.
-        path: Where to; its directory is made.
+    """Compile the source to `path` with the compiler `cxx`, making the directory.
 
     Raises:
         BuildError: If no variant of the flags compiles, or the directory cannot be written.
@@ -77,7 +73,7 @@ def build(cxx: str, path: Path) -> None:
 
 
 def _processor() -> str:
-    """What a build for this machine's processor depends on: a cache may be shared by several machines."""
+    """Return what a build for this machine's processor depends on, for several machines may share a cache."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     wanted = ("model name", "flags", "Features")

@@ -1,7 +1,7 @@
-"""Loads the compiled kernels, once per process: found in the cache, built there, or done without.
+"""Loads the compiled kernels, once per process, from the cache, where they are built at first use.
 
-`DAQCONVERT_KERNELS=0` switches them off. Without a compiler everything runs in plain torch, with the same values; the
-log says so once.
+`DAQCONVERT_KERNELS=0` switches them off. Then, and without a compiler, everything runs in plain torch, with the same
+values; the log says so once.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ class Status:
     """How the elementwise arithmetic runs on the CPU.
 
     Attributes:
-        compiled: Whether by the compiled kernels.
-        reason: Why not, or the file they were loaded from.
-        seconds: What building them took; 0 where the cache had them.
+        compiled: Whether the compiled kernels do it.
+        reason: Why they do not, or the file they were loaded from.
+        seconds: How long building them took; 0 where the cache had them.
     """
 
     compiled: bool

@@ -1,12 +1,13 @@
-// The quantizers' arithmetic on float32, one pass over memory each; called through a C interface, no torch header.
+// The quantizers' arithmetic on float32: each function is one pass over memory. It is called through a C interface and
+// needs no header of torch. functional/grid.py has the same formulas in plain torch.
 //
-// Built without -ffast-math and with -ffp-contract=off: every division is a division and every product is rounded
-// before it is added, so that codes and outputs are those of torch, bit for bit. Sums are taken block by block, blocks of
-// a fixed size in a fixed order, so that they do not depend on the number of threads.
+// It is built without -ffast-math and with -ffp-contract=off: every division is a division and every product is rounded
+// before it is added, so that codes and outputs are those of torch, bit for bit. Sums are taken block by block, in
+// blocks of a fixed size and in a fixed order, so that they do not depend on the number of threads.
 //
-// A weight is seen as (A, B, C, D), in this order in memory; its parameter index (its output channel) is a * C + c.
-// (1, 1, C_out, K) is a linear's or convolution's, (groups, C_in / groups, C_out / groups, kernel) a transposed one's,
-// (1, 1, 1, N) one that has a single bound for all.
+// A weight is seen as (A, B, C, D), in this order in memory. The index of its parameters, its output channel, is
+// a * C + c. The weight of a linear layer or convolution is (1, 1, C_out, K), that of a transposed convolution
+// (groups, C_in / groups, C_out / groups, kernel), and one with a single bound for all elements (1, 1, 1, N).
 
 #include <cmath>
 #include <cstdint>
@@ -18,17 +19,19 @@ namespace {
 constexpr int64_t BLOCK = 1 << 13;  // elements handled at once by one thread
 constexpr float TINY = 1e-12f;      // functional.grid.TINY
 
-// How the slope of the rounding is computed from u = |1 - 2t| in [0, 1] (functional/slopes.py chooses):
-// STE: 1. RATIONAL: c * (1 + 2 / (exp(a) * expm1(u) + expm1(a))), numbers c, exp(a), expm1(a); all terms positive.
-// SCALED: 1 + c * sign(g) * (x - round(x)), number c. SECH: c * sech(k * u / 2)^2, numbers 4 * c, k.
-// Else a polynomial of that degree, highest power first.
+// How the slope of the rounding is computed from u = |1 - 2t| in [0, 1] (slope_numbers of functional/native.py chooses):
+//   STE       1
+//   RATIONAL  c * (1 + 2 / (exp(a) * expm1(u) + expm1(a))); numbers c, exp(a), expm1(a); all terms are positive
+//   SCALED    1 + c * sign(g) * (x - round(x)); number c
+//   SECH      c * sech(k * u / 2)^2; numbers 4 * c, k
+//   degree    a polynomial of that degree; numbers are its coefficients, the highest power first
 constexpr int STE = 0, RATIONAL = -1, SCALED = -2, SECH = -3;
 
 struct Slope {
   float numbers[9];
 };
 
-// exp(-y) for y >= 0, relative error 1e-7; 0 is not reached: exp(-80) is near the smallest float32.
+// exp(-y) for y >= 0, relative error 1e-7. It never reaches 0: y ends at 80, and exp(-80) is near the smallest float32.
 inline float exp_of_minus(float y) {
   y = y > 80.0f ? 80.0f : y;
   const float n = std::rint(y * -1.44269504f);
@@ -73,14 +76,14 @@ inline float slope_at(float x, const Slope& s) {
   return p;
 }
 
-// The gradient behind a rounding, from the one that arrives at it.
+// The gradient to the input of a rounding, from the gradient to its output.
 template <int KIND>
 inline float passed_at(float g, float x, const Slope& s) {
   if (KIND == SCALED) return g + std::fabs(g) * ((x - std::rint(x)) * s.numbers[0]);
   return g * slope_at<KIND>(x, s);
 }
 
-// Calls a block function compiled for each kind of slope.
+// Calls the block function that is compiled for this kind of slope.
 template <template <int> class Block, class... Arguments>
 inline auto with_slope(int kind, Arguments... arguments) {
   switch (kind) {
@@ -177,8 +180,8 @@ struct InputBackward {
 };
 
 struct WeightGrid {
-  const float *lower, *upper, *mean, *std;  // one per channel; mean and std may be null
-  float low, top;           // lowest and highest rounded level unit: 0 and n where midrise, else the operands
+  const float *lower, *upper, *mean, *std;  // one per channel; mean and std are null where it is not normalized
+  float low, top;           // lowest and highest rounded level unit: 0 and n where midrise, else operands
   bool midrise;
 };
 
@@ -249,7 +252,7 @@ void daq_input_parameters(const float* lower, const float* upper, float top, flo
   *zero_point = clip(std::rint(-(*lower > 0.0f ? 0.0f : *lower) / *scale), 0.0f, top);
 }
 
-// operand = clip(round(x / scale), -zero_point, top - zero_point); codes = operand + zero_point, or null.
+// operand = clip(round(x / scale), -zero_point, top - zero_point); codes = operand + zero_point, unless null.
 void daq_quantize_input(
     const float* x, float* out, uint8_t* codes, int64_t n, const float* scale, const float* zero_point, float top,
     int threads) {
@@ -265,7 +268,7 @@ void daq_quantize_input(
   }
 }
 
-// Gradients to x and to the bounds. grad_scale is what arrives at the scale besides, or null.
+// Gradients to x and to both bounds. grad_scale is the gradient to the scale from elsewhere, or null for none.
 void daq_quantize_input_backward(
     const float* g, const float* grad_scale, const float* x, float* out, int64_t n, const float* lower,
     const float* upper, const float* scale, const float* zero_point, float* grad_lower, float* grad_upper, float top,
@@ -312,7 +315,8 @@ uint64_t daq_fingerprint(
   return mix(out, fingerprint_block(upper, bounds));
 }
 
-// Operand (out may be null) and codes of a weight. mean is null where the weight is not normalized; lower is read only where it is.
+// Operand (unless out is null) and codes of a weight. mean is null where the weight is not normalized; lower is read
+// only where it is.
 void daq_quantize_weight(
     const float* w, float* out, uint8_t* codes, const int64_t* view, const float* lower, const float* upper,
     const float* mean, const float* std, float low, float top, int midrise, int threads) {
@@ -375,7 +379,7 @@ void daq_quantize_weight_backward(
   }
 }
 
-// out = (codes * step + offset) * scale of the channel; scale may be null.
+// out = (codes * step + offset) * scale of the channel, without the scale where it is null.
 void daq_expand_weight(
     const uint8_t* codes, float* out, const int64_t* view, float step, float offset, const float* scale,
     int per_channel, int threads) {
@@ -390,7 +394,7 @@ void daq_expand_weight(
   }
 }
 
-// grad_scale = sum(g * operand) per channel (or in all); g *= scale, in place.
+// grad_scale = sum(g * operand) per channel, or over all elements; g *= scale, in place.
 void daq_scale_weight_gradient(
     float* g, const uint8_t* codes, const int64_t* view, float step, float offset, const float* scale,
     float* grad_scale, int per_channel, int threads) {
@@ -415,7 +419,8 @@ void daq_scale_weight_gradient(
   for (size_t i = 0; i < total.size(); i++) grad_scale[i] = static_cast<float>(total[i]);
 }
 
-// total = |output_scale| * (max(upper, 0) / top, or weight_step where upper is null) * (*step, or input_step where null)
+// The sum scale: total = |output_scale| * weight scale * input scale. The weight scale is max(upper, 0) / top, or
+// weight_step where upper is null; the input scale is *step, or input_step where step is null.
 void daq_combine_scale(
     const float* output_scale, const float* upper, const float* step, float* total, int64_t n, float top,
     float weight_step, float input_step) {
@@ -426,7 +431,7 @@ void daq_combine_scale(
   }
 }
 
-// Gradients of daq_combine_scale: to output_scale, added to that of upper, and to step.
+// Gradients of daq_combine_scale: to output_scale and to step; that to upper is added to grad_upper.
 void daq_combine_scale_backward(
     const float* grad, const float* output_scale, const float* upper, const float* step, float* grad_scale,
     float* grad_upper, float* grad_step, int64_t n, float top, float weight_step, float input_step) {
@@ -442,7 +447,7 @@ void daq_combine_scale_backward(
   *grad_step = static_cast<float>(sum);
 }
 
-// out = acc * scale + bias over (outer, channels, inner); bias may be null, scale has one element or one per channel.
+// out = acc * scale + bias over (outer, channels, inner). bias may be null; scale has one element, or one per channel.
 void daq_rescale(
     const float* acc, float* out, int64_t outer, int64_t channels, int64_t inner, const float* scale, int per_channel,
     const float* bias, int threads) {
@@ -477,7 +482,7 @@ void daq_rescale(
   }
 }
 
-// Sums of products of integers to the values of the output's codes: see functional/integer.py.
+// From sums of products of integers to the output, the values that its codes stand for: see functional/integer.py.
 void daq_requantize(
     const float* acc, float* out, int64_t outer, int64_t channels, int64_t inner, const int32_t* factor,
     const int32_t* bias, const float* m, float low, float high, float scale, int threads) {

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from daqconvert.errors import FrozenError
 from daqconvert.functional.input_operator import input_operand
-from daqconvert.functional.integer import IntegerLayer, exact_sums, requantized
+from daqconvert.functional.integer import IntegerLayer, exact_sums, output_values
 from daqconvert.functional.native import only_values
 from daqconvert.functional.product_operator import can_fuse
 from daqconvert.functional.products import KNOWN, PaddedProducts, rescale, rescale_
@@ -189,7 +189,7 @@ class FrozenSite(nn.Module):
         # a graph that is being compiled cannot depend on values, so it adds up in float32 as every runtime does
         plain = torch.compiler.is_compiling() or torch.compiler.is_exporting()
         sums = exact_sums(operation, x, w, None if plain else self._sum_bound(w))
-        return requantized(sums, layer, self.input_scale, self.output_dims).to(x.dtype)
+        return output_values(sums, layer, self.input_scale, self.output_dims).to(x.dtype)
 
     def _sum_bound(self, w: Tensor) -> int:
         """Return the largest sum that these weights can make of any input; remembered until the codes change."""

@@ -17,7 +17,7 @@ _GLOBAL_HOOKS = tuple(
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether a call of a module does more than its `forward`: hooks of its own or of all modules."""
+    """Whether a call of a module does more than its `forward`: it has hooks, or all modules have."""
     own = module.__dict__
     hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
     return bool(hooks) or any(getattr(torch_module, name) for name in _GLOBAL_HOOKS)
@@ -29,7 +29,7 @@ class Quantizer(nn.Module):
     Attributes:
         layer_name: Dotted name of the layer, for error messages.
         calibrated: Bool buffer, saved with the bounds.
-        ready: The same as a Python bool: what forward reads.
+        ready: `calibrated` as a Python bool, which forward reads without waiting for a device.
         slope: `c` and `a` of the rounding as a tensor, for compiled models: a number that changes from step to step
             would be compiled anew each time.
     """
@@ -39,7 +39,8 @@ class Quantizer(nn.Module):
     lower: Tensor
     upper: Tensor
     slope: Tensor
-    own_forward: ClassVar[Any] = None  # the `forward` that `is_plain` knows
+    own_forward: ClassVar[Any] = None  # the class's `forward`: `is_plain` asks whether it is still the one that runs
+    _role = ""  # "input" or "weight", for error messages
 
     def __init__(self, layer_name: str) -> None:
         super().__init__()
@@ -49,7 +50,7 @@ class Quantizer(nn.Module):
 
     @property
     def rounding(self) -> Rounding:
-        """The gradient of its rounding; it may change between two steps."""
+        """The gradient of the rounding, which may change between two training steps."""
         return self._rounding
 
     @rounding.setter
@@ -62,13 +63,13 @@ class Quantizer(nn.Module):
         self._rounding = rounding
 
     def plain_rounding(self) -> Rounding:
-        """The same for plain operations: a compiler gets tensors for its numbers, an exporter the numbers."""
+        """Return the rounding for plain operations: a compiler gets its numbers as tensors, an exporter as numbers."""
         if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
             return self._rounding
         return Rounding(self._rounding.kind, self.slope[0], self.slope[1])  # type: ignore[arg-type]
 
     def is_plain(self) -> bool:
-        """Whether a call does what the class says and nobody watches: a layer may quantize without calling it then."""
+        """Whether a call is the class's own `forward` and nothing watches it: a layer may then quantize by itself."""
         own = type(self).forward is type(self).own_forward and "forward" not in self.__dict__
         return own and not is_watched(self)
 
@@ -84,8 +85,6 @@ class Quantizer(nn.Module):
                 f"{self.layer_name or '(root)'}: the bounds of its {self._role} quantizer were never set. "
                 "Run daqconvert.calibrate(model, batches) first (finetune does so by itself)."
             )
-
-    _role = ""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)

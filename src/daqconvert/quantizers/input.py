@@ -18,7 +18,7 @@ from daqconvert.spec import Settings
 
 
 class InputQuantizer(Quantizer):
-    """Quantizes a layer's input to the integer-valued operand `q - zero_point`.
+    """Quantizes a layer's input to the integer-valued operand `code - zero_point`.
 
     `scale = (upper - lower) / n`, `zero_point = clip(round(-lower / scale), 0, n)`,
     `operand = clip(round(x / scale), -zero_point, n - zero_point)`. Unsigned: `lower = 0`, so `zero_point = 0`.
@@ -65,11 +65,11 @@ class InputQuantizer(Quantizer):
 
     @property
     def sign(self) -> bool | None:
-        """True: signed; False: unsigned; None: not decided yet."""
+        """Whether the input is signed; None while `calibrate` has not decided."""
         return self._sign
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the integer-valued operand `q - zero_point`, shape and dtype of `x`."""
+        """Return the integer-valued operand `code - zero_point`, shape and dtype of `x`."""
         self.require_ready()
         self._see(x)
         if torch.compiler.is_compiling():  # the compiler fuses plain operations, and cannot look into an operator
@@ -133,15 +133,15 @@ class InputQuantizer(Quantizer):
     def set_bits(self, bits: int) -> None:
         """Change the width in place; the bounds move to where they are sensible for it.
 
-        They are multiplied by the ratio of the bounds of least squared error at the two widths, for a normal
-        distribution (signed) or its positive half; at 1 bit by that of 3 standard deviations, as `calibrate` has it.
-        The caller changes the site's settings.
+        They are multiplied by the ratio of the best bounds at the two widths. The best bound has the least squared
+        error for a normal distribution (signed) or its positive half; at 1 bit it is 3 standard deviations, where
+        `calibrate` starts. The caller changes the site's settings.
 
         Args:
             bits: 1 to 8 (2 to 8 for a signed input).
 
         Raises:
-            PolicyError: If it is no such width.
+            PolicyError: If `bits` is another number.
 
         Example:
             >>> quantizer = InputQuantizer(Settings(a_bits=8), signed=False)
@@ -165,7 +165,7 @@ class InputQuantizer(Quantizer):
     def set_placeholder(self) -> None:
         """Set bounds for an input that no batch showed: `[-1, 1]`, `[0, 1]` where unsigned or of 1 bit.
 
-        A sign that is not decided yet stays so: the next calibration that sees the input decides it.
+        A sign that is not decided stays undecided: the next calibration that sees the input decides it.
         """
         self._write_bounds(0.0 if self._sign is False or self.bits == 1 else -1.0, 1.0)
         self.mark(True)

@@ -41,7 +41,7 @@ class ChannelLayout:
 
     @property
     def memory_view(self) -> View:
-        """The weight as `(A, B, C, D)`, the channel being `a * C + c`: what the fused operator takes."""
+        """The weight's shape as `(A, B, C, D)`, the channel being `a * C + c`, which the fused operator takes."""
         if len(self.bound_view) == 2 and self.bound_view[0] == 1 and self.view[1] == self.channels:
             return 1, self.view[0], self.view[1], 1
         if self.bound_view[0] == self.channels:

@@ -1,11 +1,11 @@
-"""Learned step size quantization (LSQ): quantizers whose one parameter is their step.
+"""Learned step size quantization (LSQ): quantizers whose one parameter is their step size `s`, the paper's word.
 
     v_q = clip(round(v / s), -Q_n, Q_p) * s
 
-With `b` bits: weights and signed inputs `Q_n = 2**(b - 1)`, `Q_p = Q_n - 1`; unsigned inputs `Q_n = 0`,
-`Q_p = 2**b - 1`. The bounds are `lower = -Q_n * s`, `upper = Q_p * s`: what the operators take, whose gradients come
-together to `round(v / s) - v / s` inside, `-Q_n` or `Q_p` outside. That of `s` is `1 / sqrt(N * Q_p)` of it, `N` the
-number of weights of the step, or of the features of the input: its elements per sample.
+With `b` bits, weights and signed inputs have `Q_n = 2**(b - 1)` and `Q_p = Q_n - 1`, unsigned inputs `Q_n = 0` and
+`Q_p = 2**b - 1`. The operators take the bounds `lower = -Q_n * s` and `upper = Q_p * s`. The gradients to both add up
+to `round(v / s) - v / s` inside the bounds and to `-Q_n` or `Q_p` outside; the gradient to `s` is `1 / sqrt(N * Q_p)`
+of that, where `N` is the number of weights that share the step size, or of the input's elements per sample.
 
 Reference: "Learned Step Size Quantization" (Esser et al., ICLR 2020), equations 1-3 and section 2.2.
 """
@@ -26,11 +26,7 @@ from daqconvert.quantizers.weight import WeightQuantizer
 
 
 def lsq_start(mean: Tensor | float, top: int) -> Tensor | float:
-    """Return where a step starts: `2 mean|v| / sqrt(Q_p)`.
-
-    Args:
-        mean: Of the sizes of the values.
-        top: `Q_p`.
+    """Return where a step size starts: `2 mean / sqrt(Q_p)`, `mean` being that of `|v|` and `top` being `Q_p`.
 
     Example:
         >>> lsq_start(1.0, 1)
@@ -40,7 +36,7 @@ def lsq_start(mean: Tensor | float, top: int) -> Tensor | float:
 
 
 def _multiple(step: Tensor, times: int, factor: float) -> Tensor:
-    """`step * times`, exactly, its gradient multiplied by `factor`."""
+    """Return `step * times`, exactly, with the gradient to `step` multiplied by `factor`."""
     value = step.detach() * times
     if not (torch.is_grad_enabled() and step.requires_grad):
         return value
@@ -48,10 +44,10 @@ def _multiple(step: Tensor, times: int, factor: float) -> Tensor:
 
 
 class StepWeightQuantizer(WeightQuantizer):
-    """The weight quantizer of LSQ: all `2**b` levels of two's complement, `upper` and `lower` follow the step.
+    """The weight quantizer of LSQ: all `2**b` levels of two's complement, `upper` and `lower` follow the step size.
 
     Attributes:
-        step: Parameter of shape `()` or `(C_out,)`.
+        step: Step size, parameter of shape `()` or `(C_out,)`.
 
     Reference: "Learned Step Size Quantization" (Esser et al., ICLR 2020), equations 1-3.
 
@@ -72,7 +68,7 @@ class StepWeightQuantizer(WeightQuantizer):
 
     @property
     def upper(self) -> Tensor:  # type: ignore[override]
-        """`Q_p * step`; carries the step's gradient."""
+        """`Q_p * step`, which carries the gradient of the step size."""
         count = math.prod(self.layout.view) / self.step.numel()
         return _multiple(self.step, self.top, 1.0 / math.sqrt(max(count, 1.0) * self.top))
 
@@ -88,7 +84,7 @@ class StepWeightQuantizer(WeightQuantizer):
         self.step.copy_(torch.as_tensor(lsq_start(mean, self.top)).reshape(self.step.shape))
 
     def _rescale_bounds(self, bits: int) -> None:
-        self.step.mul_(math.sqrt(self.top / levels(bits, self.grid)))  # as its starts at the two widths are
+        self.step.mul_(math.sqrt(self.top / levels(bits, self.grid)))  # the ratio of where it starts at the two widths
 
     def extra_repr(self) -> str:
         """Return bits, grid and granularity for `print(model)`."""
@@ -99,11 +95,11 @@ class StepWeightQuantizer(WeightQuantizer):
 
 
 class StepInputQuantizer(InputQuantizer):
-    """The input quantizer of LSQ: `upper` and `lower` follow the step; `zero_point` is `Q_n`.
+    """The input quantizer of LSQ: `upper` and `lower` follow the step size; `zero_point` is `Q_n`.
 
     Attributes:
-        step: Parameter of shape `()`.
-        features: `N`: elements per sample of the last input.
+        step: Step size, parameter of shape `()`.
+        features: `N`, the elements per sample of the last input.
 
     Reference: "Learned Step Size Quantization" (Esser et al., ICLR 2020), equations 1-3.
 
@@ -128,24 +124,19 @@ class StepInputQuantizer(InputQuantizer):
         return (half, half - 1) if signed else (0, 2 * half - 1)
 
     def start(self, mean: float, signed: bool) -> tuple[float, float]:
-        """Return the bounds that a step starts with.
-
-        Args:
-            mean: Of the sizes of the inputs.
-            signed: Whether there are negative ones.
-        """
+        """Return the bounds to start with, for inputs whose mean size is `mean`, some negative where `signed`."""
         low, high = self.ends(signed)
         step = float(lsq_start(mean, high))
         return -low * step, high * step
 
     @property
     def upper(self) -> Tensor:  # type: ignore[override]
-        """`Q_p * step`; carries the step's gradient."""
+        """`Q_p * step`, which carries the gradient of the step size."""
         return _multiple(self.step, self.ends(self.sign is True)[1], self._factor())
 
     @property
     def lower(self) -> Tensor:  # type: ignore[override]
-        """`-Q_n * step`; carries the step's gradient where the input is signed."""
+        """`-Q_n * step`, which carries the gradient of the step size where the input is signed."""
         if self.sign is not True:
             return torch.zeros_like(self.step.detach())
         return _multiple(self.step, -self.ends(True)[0], self._factor())
@@ -167,7 +158,7 @@ class StepInputQuantizer(InputQuantizer):
         check_width(self.layer_name, "a_bits", bits, 2)
         before = self.ends(self.sign is True)[1]
         after = 2 ** (bits - (self.sign is True)) - 1
-        self.step.mul_(math.sqrt(before / after))  # as its starts at the two widths are
+        self.step.mul_(math.sqrt(before / after))  # the ratio of where it starts at the two widths
 
     def extra_repr(self) -> str:
         """Return bits and sign for `print(model)`."""

@@ -12,28 +12,16 @@ from daqconvert.spec import Settings
 
 
 def make_weight_quantizer(settings: Settings, layout: ChannelLayout, name: str, like: Tensor) -> WeightQuantizer:
-    """Return the quantizer of a weight, by its setting `rounding`.
-
-    Args:
-        settings: Of the site.
-        layout: Where the output channels are.
-        name: Of the site.
-        like: A tensor of the model's dtype and device.
-    """
+    """Return the quantizer of a site's weight; `name` is the site's, `like` has the model's dtype and device."""
     return (StepWeightQuantizer if settings.rounding == "lsq" else WeightQuantizer)(settings, layout, name, like)
 
 
 def make_input_quantizer(
     settings: Settings, signed: bool | None, name: str, like: Tensor, role: str = "input"
 ) -> InputQuantizer:
-    """Return the quantizer of an input, by its setting `rounding`.
+    """Return the quantizer of a site's input, or with `role="weight"` of a weight that depends on the data.
 
-    Args:
-        settings: Of the site.
-        signed: Sign of the input, None for undecided.
-        name: Of the site.
-        like: A tensor of the model's dtype and device.
-        role: `"weight"` for a weight that depends on the data.
+    `signed` is None while the sign is undecided; `name` is the site's, `like` has the model's dtype and device.
     """
     cls = StepInputQuantizer if settings.rounding == "lsq" else InputQuantizer
     return cls(settings, signed, name, like, role)
