@@ -22,10 +22,10 @@ def test_requantize_is_the_formula_in_exact_integers():
         torch.tensor(9, dtype=torch.uint8), torch.tensor([3, 200], dtype=torch.uint8),
     )  # fmt: skip
     x_scale = torch.tensor(0.0173)
-    total = acc.numpy() * layer.factor.numpy().astype(np.int64).reshape(5, 1) + layer.bias.numpy().reshape(5, 1)
-    assert np.abs(total).max() < 2**31
+    sums = acc.numpy() * layer.factor.numpy().astype(np.int64).reshape(5, 1) + layer.bias.numpy().reshape(5, 1)
+    assert np.abs(sums).max() < 2**31
     m = (np.float32(0.0173) * layer.weight_scale.numpy()) / np.float32(0.031)
-    wanted = np.clip(np.rint(total.astype(np.float32) * m.reshape(5, 1)) + np.float32(9), 3, 200)
+    wanted = np.clip(np.rint(sums.astype(np.float32) * m.reshape(5, 1)) + np.float32(9), 3, 200)
     found = requantize(acc.float(), layer, x_scale, output_dims=1) + 9
     assert np.array_equal(found.numpy(), wanted)
 

@@ -1,4 +1,4 @@
-"""A layer as one step of autograd: the same as its parts, whoever computes them, and little kept for the backward."""
+"""A layer as one autograd function: it computes what its parts do, with and without kernels, and keeps little."""
 
 from __future__ import annotations
 

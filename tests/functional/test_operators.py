@@ -56,10 +56,10 @@ def leaf(values: Tensor | float) -> Tensor:
     return torch.as_tensor(values).clone().requires_grad_()
 
 
-def on_the_levels(shape: tuple[int, ...], step: float) -> Tensor:
+def on_the_levels(shape: tuple[int, ...], scale: float) -> Tensor:
     """Random values, some exactly on levels, half way between them, on the bounds, at zero of both signs."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 2
-    x.view(-1)[:40] = torch.arange(-20, 20) * 0.5 * step
+    x.view(-1)[:40] = torch.arange(-20, 20) * 0.5 * scale
     x.view(-1)[40:42] = torch.tensor([0.0, -0.0])
     return x
 

@@ -116,13 +116,13 @@ def quantize_weight(
 
 
 def weight_levels(v: Tensor, lower: Tensor, upper: Tensor, bits: int, grid: str) -> tuple[Tensor, Tensor]:
-    """Return a weight in level units, whose integers are the levels, and its scale: what one level unit is worth."""
+    """Return a weight in level units, in which levels are integers, and `scale`, the distance of two levels."""
     scale = weight_width(lower, upper, grid).clamp(min=TINY) / levels(bits, grid)
     return (v - lower if grid == "midrise" else v) / scale, scale
 
 
 def weight_width(lower: Tensor, upper: Tensor, grid: str) -> Tensor:
-    """Return the range of a weight that has as many level units as its largest operand says."""
+    """Return the width that is divided into levels: all of the range on the midrise grid, its upper half elsewhere."""
     return upper - lower if grid == "midrise" else upper
 
 
@@ -135,7 +135,7 @@ def _clip_round(
 
 
 def weight_scale(upper: Tensor | None, top: int) -> Tensor | float:
-    """Return the real units per operand unit of a weight: `max(upper, 0) / top`; a level of midrise is two units wide.
+    """Return the real units per operand unit of a weight, `max(upper, 0) / top`; midrise levels are two units apart.
 
     `upper` is None for a unitless weight, whose operands count in parts of full range: `1 / top`.
     """

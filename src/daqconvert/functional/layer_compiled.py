@@ -20,7 +20,7 @@ from daqconvert.functional.codes import View, WeightCodes
 from daqconvert.functional.dasr import KINDS, refuse
 from daqconvert.functional.grid import Rounding, quantize_input
 from daqconvert.functional.input_operator import InputGrid
-from daqconvert.functional.layer_operator import LayerState, layer_gradients, sum_scale
+from daqconvert.functional.layer_operator import LayerState, layer_gradients, layer_sum_scale
 from daqconvert.functional.native import in_memory_order, register
 from daqconvert.functional.products import ConvolutionProducts, KnownProducts, LinearProducts, rescale
 from daqconvert.functional.weight_operator import WeightGrid
@@ -52,10 +52,10 @@ class _CompiledLayer(torch.autograd.Function):
         w_slope: Tensor, geometry: list[int], constants: tuple[Any, ...],
     ) -> Tensor:  # fmt: skip
         tensors = weight, output_scale, lower, upper, w_lower, w_upper, mean, std
-        operand_w, total, scale, zero_point = torch.ops.daqconvert.layer_forward.default(*tensors, *constants[:4])
+        operand_w, sum_scale, scale, zero_point = torch.ops.daqconvert.layer_forward.default(*tensors, *constants[:4])
         operation = decode(geometry)
         sums = operation(quantize_input(x, scale, zero_point, constants[1]), operand_w)
-        y = rescale(sums, total, bias, operation.output_dims)
+        y = rescale(sums, sum_scale, bias, operation.output_dims)
         ctx.save_for_backward(x, *tensors, slope, w_slope)
         ctx.geometry, ctx.constants, ctx.biased = geometry, constants, bias is not None
         return y
@@ -105,7 +105,7 @@ def _forward(
     of_weight = WeightGrid(w_lower, w_upper, mean, std, view, w_bits, grid, Rounding())
     operand_w, _ = weight_operator.forward(weight, of_weight)
     scale, zero_point = input_operator.parameters(lower, upper, bits)
-    return operand_w, sum_scale(output_scale, scale, bits, of_weight), scale, zero_point
+    return operand_w, layer_sum_scale(output_scale, scale, bits, of_weight), scale, zero_point
 
 
 def _backward(
@@ -118,9 +118,9 @@ def _backward(
     of_weight = WeightGrid(w_lower, w_upper, mean, std, view, w_bits, grid, Rounding.of(w_kind, *w_slope.tolist()))
     codes = WeightCodes(weight_operator.forward(weight, of_weight)[1], w_bits, grid)
     operand, _, scale, zero_point = input_operator.forward(x, lower, upper, bits, False, scratch_like)
-    total = sum_scale(output_scale, scale, bits, of_weight)
+    sum_scale = layer_sum_scale(output_scale, scale, bits, of_weight)
     needs = to_input, True, biased, True, True, True, w_lower is not None, True
-    state = LayerState(x, weight, output_scale, operand, scale, zero_point, total)
+    state = LayerState(x, weight, output_scale, operand, scale, zero_point, sum_scale)
     found = layer_gradients(decode(geometry), of_input, of_weight, codes, needs, grad, state)
     likes = x, weight, w_upper, output_scale, lower, upper, w_upper, w_upper
     made = [like.new_zeros(()) if f is None else f for f, like in zip(found, likes, strict=True)]

@@ -1,4 +1,4 @@
-"""A whole quantized layer as one step forward and one backward: both quantizers, products, scale and bias.
+"""A whole quantized layer as one autograd function: both quantizers, products, scale and bias.
 
     y = products(operand_x, operand_w) * sum_scale + bias,    sum_scale = |output_scale| * weight scale * input scale
 
@@ -77,12 +77,12 @@ class _QuantizedLayer(torch.autograd.Function):
         training = any(ctx.needs_input_grad)
         grid, operand_w, codes_w = of_weight
         operand, codes, scale, zero_point = input_operator.forward(x, lower, upper, of_input.bits, training)
-        total = sum_scale(output_scale, scale, of_input.bits, grid)
-        y = rescale_(operation(operand, operand_w), total, bias, operation.output_dims)
+        sum_scale = layer_sum_scale(output_scale, scale, of_input.bits, grid)
+        y = rescale_(operation(operand, operand_w), sum_scale, bias, operation.output_dims)
         if training:
             ctx.save_for_backward(
                 lower, upper, w_lower, w_upper, grid.mean, grid.std, codes_w.codes,
-                *LayerState(x, weight, output_scale, codes, scale, zero_point, total),
+                *LayerState(x, weight, output_scale, codes, scale, zero_point, sum_scale),
             )  # fmt: skip
             constants = grid.view, grid.bits, grid.grid, grid.rounding
             ctx.known = operation, of_input.bits, of_input.rounding, constants
@@ -113,18 +113,18 @@ def layer_gradients(
 
     `needs` says which of the eight are asked for, `grad` is that to the output, `codes` are those of the weight.
     """
-    x, weight, output_scale, operand, scale, zero_point, total = state
+    x, weight, output_scale, operand, scale, zero_point, sum_scale = state
     to_bounds = needs[4] or needs[5]
     # the input's scale is part of the sum scale, whose gradient comes with that of the weight
     wanted = needs[0] or to_bounds, needs[1] or needs[3] or needs[6] or needs[7] or to_bounds, needs[2]
     offset = zero_point if operand.dtype == torch.uint8 else None
-    grad_x, grad_w, grad_bias = product_gradients(operation, grad, operand, offset, codes, total, x.shape, wanted)
+    grad_x, grad_w, grad_bias = product_gradients(operation, grad, operand, offset, codes, sum_scale, x.shape, wanted)
     to_output_scale = grad_scale = to_weight = to_w_lower = to_w_upper = None
     if grad_w is not None:
-        grad_w, grad_total = split_gradient(grad_w, codes, operation, total)
+        grad_w, grad_sum_scale = split_gradient(grad_w, codes, operation, sum_scale)
         to_weight, to_w_lower, to_w_upper = weight_operator.backward(grad_w, weight, of_weight, in_place=True)
         to_output_scale, grad_scale = add_scale_gradients(
-            grad_total, output_scale, scale, of_input.bits, of_weight, to_w_upper
+            grad_sum_scale, output_scale, scale, of_input.bits, of_weight, to_w_upper
         )
     to_w_lower = None if of_weight.lower is None else to_w_lower
     if grad_x is None:
@@ -136,12 +136,12 @@ def layer_gradients(
     return to_x, to_weight, grad_bias, to_output_scale, to_lower, to_upper, to_w_lower, to_w_upper
 
 
-def sum_scale(output_scale: Tensor, scale: Tensor, bits: int, of_weight: WeightGrid) -> Tensor:
+def layer_sum_scale(output_scale: Tensor, scale: Tensor, bits: int, of_weight: WeightGrid) -> Tensor:
     """Return the sum scale, in the shape of `output_scale`, for an input of this scale and width.
 
     Example:
         >>> grid = WeightGrid(None, torch.tensor([7.0]), None, None, (1, 1, 1, 1), 4, "integer", plain.Rounding())
-        >>> sum_scale(torch.tensor([-2.0]), torch.tensor(0.5), 8, grid).tolist()
+        >>> layer_sum_scale(torch.tensor([-2.0]), torch.tensor(0.5), 8, grid).tolist()
         [1.0]
     """
     upper, in_scale, top, n = _scale_parts(scale, bits, of_weight)
@@ -149,12 +149,12 @@ def sum_scale(output_scale: Tensor, scale: Tensor, bits: int, of_weight: WeightG
     if library is None:
         input_scale = 1.0 / n if in_scale is None else in_scale
         return plain.sum_scale(output_scale, plain.weight_scale(upper, top), input_scale)
-    total = torch.empty_like(output_scale)
+    sum_scale = torch.empty_like(output_scale)
     library.daq_combine_scale(
-        output_scale.data_ptr(), address(upper), address(in_scale), total.data_ptr(), total.numel(), top, 1.0 / top,
-        1.0 / n,
+        output_scale.data_ptr(), address(upper), address(in_scale), sum_scale.data_ptr(), sum_scale.numel(), top,
+        1.0 / top, 1.0 / n,
     )  # fmt: skip
-    return total
+    return sum_scale
 
 
 def add_scale_gradients(

@@ -1,4 +1,4 @@
-"""Products of two operands, their scale and the bias as one step that keeps bytes for its backward.
+"""Products of two operands, their scale and the bias as one autograd function that keeps bytes for its backward.
 
     y = products(operand_x, operand_w) * S + bias
 
@@ -9,7 +9,7 @@ are
     to operand_w         S * G
     to operand_x         products_backward(grad, S * operand_w)
 
-so that nothing of the output's size is kept, or scaled in the backward.
+so that nothing of the output's size is kept, or multiplied by a scale in the backward.
 """
 
 from __future__ import annotations

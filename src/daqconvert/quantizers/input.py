@@ -84,7 +84,7 @@ class InputQuantizer(Quantizer):
         return input_scale(self._lower(), self.upper, self.bits)
 
     def grid(self, x: Tensor) -> InputGrid:
-        """Return how an input `x` is quantized, for a layer that does it in one step with its products."""
+        """Return how an input `x` is quantized, for a layer that does it together with its products."""
         self.require_ready()
         self._see(x)
         return InputGrid(self._lower(), self.upper, self.bits, self.rounding)

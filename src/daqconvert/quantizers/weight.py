@@ -33,11 +33,12 @@ WEIGHT_STDS = 3.0  # the paper's start of the bounds of a normalized weight
 class WeightQuantizer(Quantizer):
     """Quantizes a weight to an integer-valued operand; its scale turns operands back into weights.
 
-    With `normalize`: `v = (W - mean(W)) / std(W)` (unbiased std, both constant for the gradient), midrise grid, bounds
-    `lower` and `upper` learned, value `(2q - n) / n`: the paper's. Without: `v = W`, `lower = -upper`, real units.
+    With `normalize`, as in the paper, it quantizes `(W - mean(W)) / std(W)` (unbiased std, both constant for the
+    gradient) on the midrise grid, with learned bounds `lower` and `upper`; its operands count in parts of full range.
+    Without, it quantizes `W` itself, `lower` is `-upper`, and its operands have a scale in real units.
 
     Attributes:
-        lower: Parameter (normalized) or buffer `-upper`; shape `()` or `(C_out,)`.
+        lower: Parameter of a normalized weight, else the buffer `-upper`; shape `()` or `(C_out,)`.
         upper: Parameter of the same shape.
 
     Reference: "Distance-aware Quantization" (Kim, Lee, Ham, ICCV 2021), equations 1-3.
@@ -101,7 +102,7 @@ class WeightQuantizer(Quantizer):
         return operand.reshape(weight.shape).to(weight.dtype)
 
     def quantized(self, weight: Tensor) -> QuantizedWeight:
-        """Return what a layer needs to quantize its weight in one step with its products; values without gradient."""
+        """Return what a layer needs to quantize its weight together with its products; values without gradient."""
         self.require_ready()
         known, key = self._remembered(weight)
         grid, stored = self.weight_grid(weight, known), None if known is None else known.codes
@@ -111,7 +112,7 @@ class WeightQuantizer(Quantizer):
         return QuantizedWeight(grid, operand, WeightCodes(codes, self.bits, self.grid))
 
     def weight_grid(self, weight: Tensor, known: KnownWeight | None = None) -> WeightGrid:
-        """Return how a weight is quantized, its moments taken from what is known of it."""
+        """Return how a weight is quantized; its moments are computed unless they are known."""
         mean, std = self.moments(weight) if known is None else (known.mean, known.std)
         return WeightGrid(self.own_lower, self.upper, mean, std, self.view, self.bits, self.grid, self.rounding)
 
@@ -181,7 +182,7 @@ class WeightQuantizer(Quantizer):
 
         Args:
             weight: The float weight.
-            method: `"mse"`, or `"minmax"` for bounds at `max|W|`; no matter for a normalized weight.
+            method: `"mse"`, or `"minmax"` for bounds at `max|W|`. A normalized weight starts the same with both.
 
         Raises:
             ConversionError: If the weight is empty, not finite, or constant where it must be normalized.
@@ -214,7 +215,7 @@ class WeightQuantizer(Quantizer):
             bits: 1 to 8 (2 to 8 but for the midrise grid).
 
         Raises:
-            PolicyError: If it is no such width.
+            PolicyError: If `bits` is another number.
 
         Example:
             >>> s = Settings(w_bits=4, grid="integer", normalize=False, granularity="tensor")
