@@ -25,6 +25,8 @@ from daqconvert.layers.functions import ALIASES, METHODS, NAMES
 HELPER = "helper function"
 ATTENTION = "scaled_dot_product_attention"
 UNSUPPORTED = {"bilinear", "deform_conv2d", "multi_head_attention_forward"}
+SHAPE_CALLS = {"size", "dim", "numel", "ndimension", "stride", "is_contiguous"}
+SHAPE_ATTRIBUTES = {"shape", "ndim", "device", "dtype", "requires_grad", "is_cuda"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class ProductCall:
 
 def find_calls(graph: fx.Graph, module: nn.Module) -> list[ProductCall]:
     """Return the products of a module's own forward, in graph order; products of constants are left out."""
-    data, origins = _origins(graph, module)
+    data = _data_nodes(graph)
+    origins = _origins(graph, module, data)
     given = _given(graph)
     found = []
     for node in graph.nodes:
@@ -87,15 +90,6 @@ def find_calls(graph: fx.Graph, module: nn.Module) -> list[ProductCall]:
         tensors = origins[weight] if is_layer or weight not in data else ()
         found.append(ProductCall(node, function, weight, weight_at, tensors, weight in given))
     return found
-
-
-def _given(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that depend on an argument, even if only on its shape."""
-    given: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op == "placeholder" or not given.isdisjoint(node.all_input_nodes):
-            given.add(node)
-    return given
 
 
 def keyed(calls: list[ProductCall]) -> Iterator[tuple[tuple[Any, ...], ProductCall]]:
@@ -135,23 +129,19 @@ def _operands(node: fx.Node, function: str) -> list[fx.Node]:
     return [operand for operand in operands if isinstance(operand, fx.Node)]
 
 
-def _origins(graph: fx.Graph, module: nn.Module) -> tuple[set[fx.Node], dict[fx.Node, tuple[str, ...]]]:
-    """Nodes that are data, and for each node the parameters and buffers that it is computed from."""
-    data: set[fx.Node] = set()
+def _origins(graph: fx.Graph, module: nn.Module, data: set[fx.Node]) -> dict[fx.Node, tuple[str, ...]]:
+    """For each node the parameters and buffers that it is computed from."""
     origins: dict[fx.Node, tuple[str, ...]] = {}
     for node in graph.nodes:
-        inputs = [] if is_shape(node) else node.all_input_nodes
-        if node.op == "placeholder" or any(n in data for n in inputs):
-            data.add(node)
         own: tuple[str, ...] = ()
         if node.op == "get_attr" and getattr(_tensor(module, str(node.target)), "ndim", 0) > 1:
             own = (str(node.target),)
         elif node.op == "call_module" and node not in data:
             child = module.get_submodule(str(node.target))
             own = tuple(f"{node.target}.{name}" for name, p in child.named_parameters() if p.dim() > 1)
-        carried = () if node.op == "call_module" and node in data else (t for n in inputs for t in origins[n])
-        origins[node] = tuple(dict.fromkeys((*own, *carried)))
-    return data, origins
+        inputs = [] if is_shape(node) or (node.op == "call_module" and node in data) else node.all_input_nodes
+        origins[node] = tuple(dict.fromkeys((*own, *(name for n in inputs for name in origins[n]))))
+    return origins
 
 
 def _tensor(module: nn.Module, name: str) -> Any:
@@ -160,10 +150,6 @@ def _tensor(module: nn.Module, name: str) -> Any:
         return getattr(module.get_submodule(owner), attribute, None)
     except AttributeError:
         return None
-
-
-SHAPE_CALLS = {"size", "dim", "numel", "ndimension", "stride", "is_contiguous"}
-SHAPE_ATTRIBUTES = {"shape", "ndim", "device", "dtype", "requires_grad", "is_cuda"}
 
 
 class Read(NamedTuple):
@@ -200,6 +186,30 @@ def find_reads(graph: fx.Graph, root: nn.Module) -> list[Read]:
     return sorted(found, key=lambda read: place[read.node])
 
 
+def _is_matrix(root: nn.Module, tensor: str) -> bool:
+    owner, _, name = tensor.rpartition(".")
+    parameter = root.get_submodule(owner)._parameters.get(name)
+    return parameter is not None and not isinstance(parameter, UninitializedParameter) and parameter.dim() > 1
+
+
+def _data_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that are data: their values depend on an argument of the forward."""
+    data: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or (not is_shape(node) and any(n in data for n in node.all_input_nodes)):
+            data.add(node)
+    return data
+
+
+def _given(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that depend on an argument, even if only on its shape."""
+    given: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or not given.isdisjoint(node.all_input_nodes):
+            given.add(node)
+    return given
+
+
 def call_name(node: fx.Node) -> str:
     """Return the name of the function or method that a node calls."""
     return str(node.target) if node.op == "call_method" else str(getattr(node.target, "__name__", node.target))
@@ -210,18 +220,3 @@ def is_shape(node: fx.Node) -> bool:
     if node.op == "call_method":
         return str(node.target) in SHAPE_CALLS
     return node.op == "call_function" and node.target is getattr and node.args[1] in SHAPE_ATTRIBUTES
-
-
-def _data_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes whose values depend on a model input."""
-    data: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op == "placeholder" or (not is_shape(node) and any(n in data for n in node.all_input_nodes)):
-            data.add(node)
-    return data
-
-
-def _is_matrix(root: nn.Module, tensor: str) -> bool:
-    owner, _, name = tensor.rpartition(".")
-    parameter = root.get_submodule(owner)._parameters.get(name)
-    return parameter is not None and not isinstance(parameter, UninitializedParameter) and parameter.dim() > 1

@@ -58,7 +58,7 @@ def find_outputs(
 
 @dataclass
 class _Way:
-    """The way of one output: its nodes, from where it is computed to where somebody else takes it.
+    """The way of one output: its nodes, from where it is computed to where another operation takes it.
 
     Attributes:
         nodes: From the one that computes the output.

@@ -23,42 +23,12 @@ from daqconvert.layers.attention import SCORES, VALUES, attention
 from daqconvert.layers.call_holders import call_site, handle
 
 Forward = Callable[..., Any]
-
-
-def write(graph: fx.Graph, name: str) -> Forward:
-    """Return the function that a graph describes; its first argument is the module."""
-    code = graph.python_code("self")
-    scope = dict(code.globals)
-    exec(compile(code.src, f"<{name}, rewritten by daqconvert>", "exec"), scope)  # source: written by torch.fx itself
-    function: Forward = scope["forward"]
-    return function
-
-
-def ancestors(node: fx.Node) -> set[fx.Node]:
-    """Return a node and everything that it is computed from."""
-    found: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
-
-
-def weight_function(graph: fx.Graph, weight: fx.Node) -> Callable[[nn.Module], Tensor]:
-    """Return a function that computes a call's weight, a node that depends on no argument, from the module."""
-    own, needed = fx.Graph(), ancestors(weight)
-    copied: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        if node in needed:
-            copied[node] = own.node_copy(node, copied.__getitem__)
-    own.output(copied[weight])
-    return write(own, "weight")
-
-
 Forwards = dict[tuple[Any, ...], tuple[tuple[str, ...], Forward]]
 """What picks a forward (`Signature.state`) -> the arguments that it takes, and the function."""
+
+_CLASSES: dict[Any, type[Any]] = {}
+CODES = "codes"
+"""Child that holds the codes of a frozen module's own weight: any name in the module itself may be taken."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,11 +62,6 @@ class Rewriting:
             table = module._parameters if name in module._parameters else module._buffers
             if name in table:
                 table[name] = None
-
-
-_CLASSES: dict[Any, type[Any]] = {}
-CODES = "codes"
-"""Child that holds the codes of a frozen module's own weight: any name in the module itself may be taken."""
 
 
 class Rewritten(nn.Module):
@@ -240,3 +205,35 @@ def _no_path(rewriting: Rewriting, state: tuple[Any, ...], args: tuple[Any, ...]
         f"{rewriting.layer_name or '(root)'}: torch.fx could not follow its forward in {mode} with {', '.join(said)}, "
         f'so its products were not found there. Leave its layers alone: exclude=["{rewriting.layer_name}*"].'
     )
+
+
+def weight_function(graph: fx.Graph, weight: fx.Node) -> Callable[[nn.Module], Tensor]:
+    """Return a function that computes a call's weight, a node that depends on no argument, from the module."""
+    own, needed = fx.Graph(), ancestors(weight)
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node in needed:
+            copied[node] = own.node_copy(node, copied.__getitem__)
+    own.output(copied[weight])
+    return write(own, "weight")
+
+
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    """Return a node and everything that it is computed from."""
+    found: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def write(graph: fx.Graph, name: str) -> Forward:
+    """Return the function that a graph describes; its first argument is the module."""
+    code = graph.python_code("self")
+    scope = dict(code.globals)
+    exec(compile(code.src, f"<{name}, rewritten by daqconvert>", "exec"), scope)  # source: written by torch.fx itself
+    function: Forward = scope["forward"]
+    return function

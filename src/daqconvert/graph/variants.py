@@ -25,7 +25,15 @@ from torch.utils._pytree import tree_leaves
 from daqconvert.graph.trace import SiteTracer, timm_notrace
 from daqconvert.models import in_mode
 
-MOST_CHOICES = 4  # arguments that are varied; with training that makes at most 32 graphs
+MOST_CHOICES = 4
+"""Most arguments that are varied; with training that makes at most 32 graphs."""
+MOST_HELPERS = 8
+"""Most functions of one forward that are taken as single nodes."""
+GIVEN = "given"
+"""The state of an argument that is given, and is no flag."""
+
+Place = tuple[dict[str, Any], str]
+"""Where a function is called by name: the globals of the caller, and the name."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +53,6 @@ class Signature:
     def state(self, training: bool, values: dict[str, Any]) -> tuple[Any, ...]:
         """Return what picks the graph for a call with these arguments."""
         return (training, *(_state(values.get(n, d), d) for n, d in self.defaults.items()))
-
-
-GIVEN = "given"
 
 
 def read_signature(module: nn.Module) -> Signature | None:
@@ -174,12 +179,6 @@ class OwnForward(SiteTracer):
         return root_fn, args
 
 
-MOST = 8  # functions that one forward may need
-
-Place = tuple[dict[str, Any], str]
-"""Where a function is called by name: the globals of the caller, and the name."""
-
-
 def trace_around(trace: Callable[[], fx.Graph]) -> fx.Graph:
     """Return the graph that `trace` makes, with each function that stops the trace as a single node.
 
@@ -193,7 +192,7 @@ def trace_around(trace: Callable[[], fx.Graph]) -> fx.Graph:
                 return trace()
         except Exception as error:
             place = _culprit(error.__traceback__)
-            if place is None or len(places) == MOST:
+            if place is None or len(places) == MOST_HELPERS:
                 raise
             places.append(place)
 
