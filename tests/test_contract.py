@@ -12,7 +12,7 @@ from torch import nn
 
 import daqconvert as dq
 from daqconvert.errors import ConversionError
-from daqconvert.models import quantized_layers
+from daqconvert.models import quantized_sites
 from helpers.cases import BY_ID, CASES, NETWORKS, run, timm_network
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -89,7 +89,7 @@ def test_strict_loading_of_a_quantized_state_dict(case):
     other.load_state_dict(copy.deepcopy(qmodel.state_dict()))
 
     assert torch.equal(run(other.eval(), case.batch()), run(qmodel.eval(), case.batch()))
-    for name, layer in quantized_layers(other).items():
+    for name, layer in quantized_sites(other).items():
         theirs = qmodel.get_submodule(name)
         assert layer.input_quantizer.sign is theirs.input_quantizer.sign is not None
         assert layer.input_quantizer.lower.requires_grad is theirs.input_quantizer.sign
@@ -123,7 +123,7 @@ def test_load_float(case):
 
     assert dq.load_float(qmodel, donor.state_dict()) is qmodel
 
-    for layer in quantized_layers(qmodel).values():
+    for layer in quantized_sites(qmodel).values():
         assert not layer.input_quantizer.calibrated and not layer.weight_quantizer.calibrated
     with pytest.raises(dq.DaqError, match="never set"):
         run(qmodel, case.batch())

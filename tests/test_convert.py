@@ -13,7 +13,7 @@ from torch import nn
 import daqconvert as dq
 from daqconvert.errors import ConversionError, PolicyError
 from daqconvert.layers.site import QuantizedSite
-from daqconvert.models import copy_model, quantized_layers
+from daqconvert.models import copy_model, quantized_sites
 from helpers import awkward_models as awkward
 from helpers.cases import BY_ID, CASES, SETTINGS
 
@@ -29,7 +29,7 @@ def test_what_is_done_is_what_was_planned(case, settings):
 
     assert {row.name for row in plan.converted} == set(case.converted)
     assert {row.name for row in plan.skipped} == {*case.skipped, *case.products}
-    assert set(quantized_layers(qmodel)) == case.modules
+    assert set(quantized_sites(qmodel)) == case.modules
     assert str(dq.plan(qmodel)) == str(plan)
     for row in plan.converted:
         layer = qmodel.get_submodule(case.holders.get(row.name, row.name))

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 import daqconvert as dq
 from daqconvert.layers.frozen_site import FrozenSite
 from daqconvert.layers.site import QuantizedSite
-from daqconvert.models import quantized_layers
+from daqconvert.models import quantized_sites
 from helpers import awkward_models as awkward
 from helpers.cases import CASES, GEOMETRIES, NETWORKS, SETTINGS, run
 
@@ -34,7 +34,7 @@ def same(a, b):
 @torch.no_grad()
 def shake(qmodel):
     """Change every learned number as training would: bounds by a third, some output scales to below zero."""
-    for layer in quantized_layers(qmodel).values():
+    for layer in quantized_sites(qmodel).values():
         for quantizer in filter(None, (layer.weight_quantizer, layer.input_quantizer)):
             for bound in (quantizer.lower, quantizer.upper):
                 bound.mul_(1 + 0.3 * (torch.rand_like(bound) - 0.5))
@@ -69,7 +69,7 @@ def test_quantized_and_frozen_are_identical(case, settings):
 def test_training_and_evaluation_forward_are_identical(case, settings):
     qmodel = shake(calibrated(case.make(), case.batch(), **settings)).eval()
     expected = run(qmodel, case.batch())
-    for layer in quantized_layers(qmodel).values():
+    for layer in quantized_sites(qmodel).values():
         layer.train()  # batch norm and dropout stay as they are
     assert same(run(qmodel, case.batch()), expected)
 

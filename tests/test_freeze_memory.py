@@ -13,7 +13,7 @@ import daqconvert as dq
 from daqconvert.freezing import dropped_weights
 from daqconvert.functional import native
 from daqconvert.layers import FrozenSite
-from daqconvert.models import quantized_layers
+from daqconvert.models import quantized_sites
 from helpers.converted_networks import NETWORKS, batch, quantized
 from helpers.memory import in_tensors, size
 
@@ -39,7 +39,7 @@ def test_freeze_makes_codes_and_little_besides(bits):
     qmodel = calibrated(chain(), w_bits=bits)
     weights = 20 * 512 * 512
     assert size(qmodel.parameters()) > 4 * weights
-    for layer in quantized_layers(qmodel).values():
+    for layer in quantized_sites(qmodel).values():
         layer.weight_quantizer._memory = None
     most, left = in_tensors(lambda: dq.freeze(qmodel))
     assert weights < left < 1.03 * weights
@@ -49,7 +49,7 @@ def test_freeze_makes_codes_and_little_besides(bits):
 def test_freeze_takes_over_the_codes_that_quantizers_keep():
     qmodel = calibrated(chain())
     expected = qmodel(ROWS)
-    quantizers = [layer.weight_quantizer for layer in quantized_layers(qmodel).values()]
+    quantizers = [layer.weight_quantizer for layer in quantized_sites(qmodel).values()]
     if native.library() is None:
         pytest.skip("without kernels nothing is kept")
     kept = [quantizer._memory.codes for quantizer in quantizers]
@@ -67,7 +67,7 @@ def test_freeze_takes_over_the_codes_that_quantizers_keep():
 def test_codes_of_other_weights_are_not_taken_over():
     qmodel = calibrated(chain(nn.Linear(512, 8), nn.ReLU(), nn.Linear(8, 4)))
     qmodel(ROWS)
-    for layer in quantized_layers(qmodel).values():
+    for layer in quantized_sites(qmodel).values():
         layer.weight.data.mul_(-0.5)
     assert torch.equal(dq.freeze(qmodel)(ROWS), qmodel(ROWS))
 
@@ -137,6 +137,6 @@ def test_weights_that_are_computed_are_not_shared(way):
 
 def test_a_hook_on_a_quantizer_is_asked_when_its_layer_is_frozen():
     qmodel = calibrated(chain(nn.Linear(512, 8), nn.ReLU(), nn.Linear(8, 4)))
-    (first, *_) = quantized_layers(qmodel).values()
+    (first, *_) = quantized_sites(qmodel).values()
     first.weight_quantizer.register_forward_hook(lambda module, args, operand: -operand)
     assert torch.equal(dq.freeze(qmodel)(ROWS), qmodel(ROWS))

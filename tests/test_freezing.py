@@ -12,7 +12,7 @@ import daqconvert as dq
 from daqconvert.errors import CalibrationError, ConversionError, FrozenError
 from daqconvert.freezing import is_frozen
 from daqconvert.layers import FrozenLayer
-from daqconvert.models import quantized_layers
+from daqconvert.models import quantized_sites
 from helpers import awkward_models as awkward
 from helpers.cases import BY_ID
 
@@ -159,4 +159,4 @@ def test_a_model_whose_forward_left_a_graph_behind_can_be_frozen():
     dq.calibrate(qmodel, [case.batch()[0]])
     qmodel(*case.batch()).sum().backward()
     assert torch.equal(dq.freeze(qmodel)(*case.batch()), qmodel.eval()(*case.batch()))
-    assert len(quantized_layers(qmodel)) == 2
+    assert len(quantized_sites(qmodel)) == 2

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import daqconvert as dq
-from daqconvert.models import quantized_layers
+from daqconvert.models import quantized_sites
 
 WIDTH, SIDE = 4, 5
 IMAGE_STEPS = ("conv", "depthwise", "call", "relu", "pool", "norm", "add", "concat", "again")
@@ -138,4 +138,4 @@ def test_random_programs(program, chosen):
 def used(qmodel):
     """The stem and the head, which run in every program."""
     names = {"stem", "head"}
-    return [site for site in quantized_layers(qmodel).values() if site.layer_name in names]
+    return [site for site in quantized_sites(qmodel).values() if site.layer_name in names]

@@ -23,7 +23,7 @@ from benchmarks.zoo.zoo_checks import CALIBRATION, EVALUATION, decibel
 from benchmarks.zoo.zoo_models import Network, floating, inputs
 from benchmarks.zoo.zoo_prepare import prepared
 from benchmarks.zoo.zoo_records import RESULT, short_facts, write
-from daqconvert.models import quantized_layers
+from daqconvert.models import quantized_sites
 from daqconvert.report.progress import track
 
 SHOWN = 8
@@ -63,7 +63,7 @@ def explain(network: Network, threads: int) -> None:
 
 def losers(qmodel: nn.Module, measure: Any) -> dict[str, Any]:
     """Leave each site in floating point in turn, then several; return what that gains."""
-    sites = quantized_layers(qmodel)
+    sites = quantized_sites(qmodel)
     without = {}
     for name, site in track(sites.items(), "sites", len(sites)):
         site.enabled = False

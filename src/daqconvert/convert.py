@@ -17,7 +17,7 @@ from daqconvert.errors import ConversionError, FrozenError
 from daqconvert.graph import apply_sites, find_sites
 from daqconvert.layers.frozen_site import FrozenSite
 from daqconvert.layers.site import QuantizedSite
-from daqconvert.models import copy_model, quantized_layers
+from daqconvert.models import copy_model, quantized_sites
 from daqconvert.policy.arguments import UNSET, build
 from daqconvert.policy.resolve import resolve
 from daqconvert.spec import Plan, Policy
@@ -149,7 +149,7 @@ def quantize(
 def apply_plan(model: nn.Module, chosen: Plan) -> nn.Module:
     """Convert the sites of a model as a plan says, in place, and keep the plan with the model."""
     apply_sites(model, chosen.converted)
-    sites = {site.layer_name: site for site in quantized_layers(model).values()}
+    sites = {site.layer_name: site for site in quantized_sites(model).values()}
     for name, leader in chosen.input_groups().items():
         sites[name].input_quantizer = sites[leader].input_quantizer
     object.__setattr__(model, PLAN_ATTRIBUTE, chosen)
@@ -167,12 +167,12 @@ def current_plan(model: nn.Module) -> Plan:
         raise ConversionError(
             f"{type(model).__name__}: expected a model made by daqconvert.quantize, found one without a plan."
         )
-    layers = {layer.layer_name: layer for layer in quantized_layers(model).values()}
+    sites = {site.layer_name: site for site in quantized_sites(model).values()}
     rows = []
     for row in chosen.rows:
-        layer = layers.get(row.name)
-        if layer is not None and layer.input_quantizer is not None:
-            row = dataclasses.replace(row, signed=layer.input_quantizer.sign)
+        site = sites.get(row.name)
+        if site is not None and site.input_quantizer is not None:
+            row = dataclasses.replace(row, signed=site.input_quantizer.sign)
         rows.append(row)
     return dataclasses.replace(chosen, rows=tuple(rows))
 
@@ -190,19 +190,19 @@ def require_float(model: nn.Module, verb: str) -> None:
 
 
 def require_quantized(model: nn.Module, verb: str) -> dict[str, QuantizedSite]:
-    """Return the quantized layers by name; raise if there are none or the model is frozen."""
+    """Return the quantized sites by dotted name; raise if there are none or the model is frozen."""
     for name, module in model.named_modules():
         if isinstance(module, FrozenSite):
             raise FrozenError(
                 f"{verb}: {name or 'the model'} is frozen: it holds integer codes and no trainable weights. "
                 f"Call {verb} on the quantized model it was frozen from."
             )
-    layers = quantized_layers(model)
-    if not layers:
+    sites = quantized_sites(model)
+    if not sites:
         raise ConversionError(
             f"{verb}: {type(model).__name__} has no quantized layer. Call daqconvert.quantize(model, ...) first."
         )
-    return layers
+    return sites
 
 
 def load_float(qmodel: nn.Module, state_dict: dict[str, Tensor]) -> nn.Module:
@@ -226,7 +226,7 @@ def load_float(qmodel: nn.Module, state_dict: dict[str, Tensor]) -> nn.Module:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> qmodel = dq.load_float(dq.quantize(model, w_bits=4, a_bits=4), model.state_dict())
     """
-    layers = require_quantized(qmodel, "load_float")
+    sites = require_quantized(qmodel, "load_float")
     everywhere = qmodel.named_modules(remove_duplicate=False)  # a layer under two names has its keys under both
     own = {f"{name}." if name else "" for name, module in everywhere if isinstance(module, QuantizedSite)}
     quantizers = {start + key for start in own for key in ("weight_quantizer", "input_quantizer", "output_scale")}
@@ -251,12 +251,12 @@ def load_float(qmodel: nn.Module, state_dict: dict[str, Tensor]) -> nn.Module:
         )
     qmodel.load_state_dict(state_dict, strict=False, assign=any(v.is_meta for v in current.values()))
     known = {row.name: row.signed for row in getattr(qmodel, PLAN_ATTRIBUTE, ())}
-    for layer in layers.values():
-        layer.leave_meta()
-        if layer.weight_quantizer is not None:
-            layer.weight_quantizer.mark(False)
-        if layer.input_quantizer is not None:
-            layer.input_quantizer.forget(known.get(layer.layer_name, layer.input_quantizer.sign))
+    for site in sites.values():
+        site.leave_meta()
+        if site.weight_quantizer is not None:
+            site.weight_quantizer.mark(False)
+        if site.input_quantizer is not None:
+            site.input_quantizer.forget(known.get(site.layer_name, site.input_quantizer.sign))
     return qmodel
 
 

@@ -25,7 +25,7 @@ from daqconvert.layers.call_holders import CallHolder, FrozenCallHolder, OwnCall
 from daqconvert.layers.frozen_site import FrozenSite, drop_quantizers, frozen_values
 from daqconvert.layers.lookup import frozen_class
 from daqconvert.layers.output_quantizers import OutputQuantizer, freeze_output_quantizer
-from daqconvert.models import copy_model, quantized_layers
+from daqconvert.models import copy_model, quantized_sites
 from daqconvert.quantizers import WeightQuantizer
 
 
@@ -55,23 +55,23 @@ def freeze(qmodel: nn.Module) -> nn.Module:
         >>> torch.equal(dq.freeze(qmodel)(x), qmodel.eval()(x))
         True
     """
-    layers = require_quantized(qmodel, "freeze")
+    sites = require_quantized(qmodel, "freeze")
     missing = [
         name or "(root)"
-        for name, layer in layers.items()
-        if any(q is not None and not q.ready for q in (layer.weight_quantizer, layer.input_quantizer))
+        for name, site in sites.items()
+        if any(q is not None and not q.ready for q in (site.weight_quantizer, site.input_quantizer))
     ]
     if missing:
         raise CalibrationError(
-            f"freeze: {len(missing)} of {len(layers)} layers have bounds that were never set: "
+            f"freeze: {len(missing)} of {len(sites)} layers have bounds that were never set: "
             f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}. "
             "Run daqconvert.calibrate(model, batches) or finetune first."
         )
     plan = current_plan(qmodel)
     weights = dropped_weights(qmodel)  # shared with the copy, for copies of all would double the memory
     frozen = copy_model(qmodel, sharing=weights)
-    for layer, other in zip(layers.values(), quantized_layers(frozen).values(), strict=True):
-        old, new = layer.weight_quantizer, other.weight_quantizer
+    for site, other in zip(sites.values(), quantized_sites(frozen).values(), strict=True):
+        old, new = site.weight_quantizer, other.weight_quantizer
         if isinstance(old, WeightQuantizer) and isinstance(new, WeightQuantizer):
             new.take_memory(old)  # the codes of the weight are there already if the model has been called
     freeze_sites(frozen)

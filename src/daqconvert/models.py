@@ -75,15 +75,15 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
             f"disabled: {frozen[0] or 'the model'} is frozen and holds no float weight to compute with. "
             "Use the quantized model it was frozen from, or the original."
         )
-    layers = [module for module in model.modules() if isinstance(module, QuantizedSite)]
-    before = [layer.enabled for layer in layers]
-    for layer in layers:
-        layer.enabled = False
+    sites = [module for module in model.modules() if isinstance(module, QuantizedSite)]
+    before = [site.enabled for site in sites]
+    for site in sites:
+        site.enabled = False
     try:
         yield model
     finally:
-        for layer, enabled in zip(layers, before, strict=True):
-            layer.enabled = enabled
+        for site, enabled in zip(sites, before, strict=True):
+            site.enabled = enabled
 
 
 def cache_weights(frozen: nn.Module, enabled: bool = True) -> int:
@@ -120,23 +120,23 @@ def cache_weights(frozen: nn.Module, enabled: bool = True) -> int:
 
 
 @contextmanager
-def unchanged_on_error(layers: Iterable[QuantizedSite]) -> Iterator[None]:
+def unchanged_on_error(sites: Iterable[QuantizedSite]) -> Iterator[None]:
     """Restore the bounds, flags, signs and output scales of these sites if the block raises."""
-    layers = list(layers)
-    quantizers = [q for layer in layers for q in (layer.weight_quantizer, layer.input_quantizer) if q is not None]
+    sites = list(sites)
+    quantizers = [q for site in sites for q in (site.weight_quantizer, site.input_quantizer) if q is not None]
     states = [{key: value.clone() for key, value in q.state_dict().items()} for q in quantizers]
-    scales = [layer.output_scale.detach().clone() for layer in layers]
+    scales = [site.output_scale.detach().clone() for site in sites]
     try:
         yield
     except BaseException:
         for quantizer, state in zip(quantizers, states, strict=True):
             quantizer.load_state_dict(state)
-        for layer, scale in zip(layers, scales, strict=True):
-            layer.output_scale.data.copy_(scale)
+        for site, scale in zip(sites, scales, strict=True):
+            site.output_scale.data.copy_(scale)
         raise
 
 
-def quantized_layers(model: nn.Module) -> dict[str, QuantizedSite]:
+def quantized_sites(model: nn.Module) -> dict[str, QuantizedSite]:
     """Return the quantized sites of a model by dotted name, each once: layers and holders of call sites."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedSite)}
 
@@ -144,6 +144,6 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedSite]:
 def float_copy(qmodel: nn.Module) -> nn.Module:
     """Return a copy of a quantized model that computes in float, in evaluation mode and without gradients."""
     found = copy.deepcopy(qmodel)
-    for site in quantized_layers(found).values():
+    for site in quantized_sites(found).values():
         site.enabled = False
     return found.eval().requires_grad_(False)

@@ -10,7 +10,7 @@ from torch import nn
 
 import daqconvert as dq
 from daqconvert.errors import CalibrationError, ConversionError, DataError, FrozenError
-from daqconvert.models import quantized_layers
+from daqconvert.models import quantized_sites
 from helpers import awkward_models as awkward
 
 
@@ -157,4 +157,4 @@ def test_the_report_is_a_record():
     with pytest.raises(dataclasses.FrozenInstanceError):
         report.batches = 3
     assert str(report).endswith("3 inputs calibrated on 1 batches (mse)")
-    assert len(quantized_layers(chain())) == 3
+    assert len(quantized_sites(chain())) == 3

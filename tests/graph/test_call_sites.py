@@ -14,7 +14,7 @@ from daqconvert.graph import find_sites
 from daqconvert.layers import QuantizedLayer
 from daqconvert.layers.frozen_site import FrozenSite
 from daqconvert.layers.site import QuantizedSite, Watcher, watching
-from daqconvert.models import copy_model, in_mode, quantized_layers
+from daqconvert.models import copy_model, in_mode, quantized_sites
 from helpers.call_cases import CALLS
 from helpers.cases import BY_ID, run
 
@@ -101,7 +101,7 @@ def test_the_same_sites_run_in_every_mode(case):
     for training, grad in ((True, True), (False, True), (False, False)):
         seen = Seen()
         with torch.set_grad_enabled(grad), in_mode(qmodel, training):
-            stack = [watching(site, seen) for site in quantized_layers(qmodel).values()]
+            stack = [watching(site, seen) for site in quantized_sites(qmodel).values()]
             for context in stack:
                 context.__enter__()
             run(qmodel, case.batch())
@@ -129,7 +129,7 @@ def test_frozen_and_saved_are_the_same(case, settings, tmp_path):
     frozen = dq.freeze(qmodel)
     assert not any(isinstance(module, QuantizedSite) for module in frozen.modules())
     assert {m.layer_name for m in frozen.modules() if isinstance(m, FrozenSite)} == {
-        layer.layer_name for layer in quantized_layers(qmodel).values()
+        layer.layer_name for layer in quantized_sites(qmodel).values()
     }
     with torch.no_grad():
         expected = run(qmodel, case.batch(1))
@@ -149,7 +149,7 @@ def test_gradients_reach_weights_and_bounds(case):
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and parameter.grad.any() and parameter.dim() > 1:
             assert gradients[name] is not None and gradients[name].any(), name
-    for name, site in quantized_layers(qmodel).items():
+    for name, site in quantized_sites(qmodel).items():
         if site.layer_name in NOT_RUN.get(case.id, ()):
             continue
         quantizers = [getattr(site, f"{side}_quantizer").named_parameters() for side in ("weight", "input")]

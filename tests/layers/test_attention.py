@@ -11,7 +11,7 @@ from torch import nn
 import daqconvert as dq
 from daqconvert.layers.attention import PROJECTIONS
 from daqconvert.layers.site import Watcher, watching
-from daqconvert.models import in_mode, quantized_layers
+from daqconvert.models import in_mode, quantized_sites
 
 BATCH, LENGTH, KEYS, WIDTH, HEADS = 2, 4, 3, 8, 2
 
@@ -59,7 +59,7 @@ def made(name, **settings):
 
 def watched(qblock, run):
     """Let the quantized class compute with its quantizers off: a watcher keeps it from torch's fused path."""
-    sites = list(quantized_layers(qblock).values())
+    sites = list(quantized_sites(qblock).values())
     seen = []
     watcher = Watcher()
     watcher.after = lambda site, y: seen.append(site.layer_name)
@@ -113,7 +113,7 @@ def test_quantized_weights_are_what_torch_computes_with_their_values(name):
     other = nn.MultiheadAttention(WIDTH, HEADS, **BLOCKS[name]).eval()
     state = block.state_dict()
     values = {}
-    for site in quantized_layers(qblock).values():
+    for site in quantized_sites(qblock).values():
         quantizer = site.weight_quantizer
         view = quantizer.layout.bound_view
         operand = quantizer(site.float_weight()).reshape(quantizer.layout.view)

@@ -123,33 +123,33 @@ def calibrate(
         >>> [row.signed for row in report.inputs]
         [True, False]
     """
-    layers = require_quantized(qmodel, "calibrate")
+    sites = require_quantized(qmodel, "calibrate")
     if method not in METHODS:
         raise CalibrationError(
             f"calibrate: unknown method {method!r}; expected one of {', '.join(METHODS)}.{nearest(method, METHODS)}"
         )
-    for layer in layers.values():
-        if isinstance(layer.weight_quantizer, WeightQuantizer):
-            weight = layer.float_weight()
+    for site in sites.values():
+        if isinstance(site.weight_quantizer, WeightQuantizer):
+            weight = site.float_weight()
             assert weight is not None  # a weight that depends on data has an input quantizer
-            layer.weight_quantizer.check(weight)
-    operands, first, count = _observe(qmodel, layers, batches, method, max_batches, progress)
+            site.weight_quantizer.check(weight)
+    operands, first, count = _observe(qmodel, sites, batches, method, max_batches, progress)
     proven = {row.name for row in getattr(qmodel, PLAN_ATTRIBUTE, ()) if row.signed is not None}
     rows = _choose(operands, method, proven)
     unseen = tuple(dict.fromkeys(operand.name for key, operand in operands.items() if key not in rows))
-    with unchanged_on_error(layers.values()):
-        _set_bounds(layers, operands, rows)
-        _set_output_scales(qmodel, layers, first)
+    with unchanged_on_error(sites.values()):
+        _set_bounds(sites, operands, rows)
+        _set_output_scales(qmodel, sites, first)
     return CalibrationReport(tuple(rows.values()), count, method, unseen)
 
 
 def is_calibrated(qmodel: nn.Module) -> bool:
     """Whether every quantizer of a quantized model has bounds."""
-    return all(q.ready for layer in require_quantized(qmodel, "is_calibrated").values() for q in _quantizers(layer))
+    return all(q.ready for site in require_quantized(qmodel, "is_calibrated").values() for q in _quantizers(site))
 
 
-def _quantizers(layer: QuantizedSite) -> list[Any]:
-    return [q for q in (layer.weight_quantizer, layer.input_quantizer) if q is not None]
+def _quantizers(site: QuantizedSite) -> list[Any]:
+    return [q for q in (site.weight_quantizer, site.input_quantizer) if q is not None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,19 +176,19 @@ class _Observing(Watcher):
         return x
 
 
-def _operands(layers: dict[str, QuantizedSite], method: str) -> dict[int, _Operand]:
+def _operands(sites: dict[str, QuantizedSite], method: str) -> dict[int, _Operand]:
     """Return the quantizers that need data, by identity, because sites that read one tensor may share a quantizer."""
     found: dict[int, _Operand] = {}
-    for layer in layers.values():
-        for role, quantizer in (("input", layer.input_quantizer), ("weight", layer.weight_quantizer)):
+    for site in sites.values():
+        for role, quantizer in (("input", site.input_quantizer), ("weight", site.weight_quantizer)):
             if isinstance(quantizer, InputQuantizer) and id(quantizer) not in found:
                 observer = observer_for(method, quantizer.bits, quantizer.by_mean)
-                found[id(quantizer)] = _Operand(layer.layer_name, role, quantizer, observer)
+                found[id(quantizer)] = _Operand(site.layer_name, role, quantizer, observer)
     return found
 
 
-def _sources(qmodel: nn.Module) -> set[str]:
-    """Return the names of layers whose weight another site is computed from."""
+def _shared_layers(qmodel: nn.Module) -> set[str]:
+    """Return the names of layers whose weight another site uses too."""
     rows = getattr(qmodel, PLAN_ATTRIBUTE, ())
     calls = [row.site.call for row in rows if row.converted and row.site.call is not None]
     layers = ((tensor.removesuffix(".weight"), call.holder) for call in calls for tensor in call.tensors)
@@ -197,20 +197,20 @@ def _sources(qmodel: nn.Module) -> set[str]:
 
 def _observe(
     qmodel: nn.Module,
-    layers: dict[str, QuantizedSite],
+    sites: dict[str, QuantizedSite],
     batches: Iterable[Any],
     method: str,
     max_batches: int | None,
     progress: bool,
 ) -> tuple[dict[int, _Operand], Any, int]:
-    operands = _operands(layers, method)
+    operands = _operands(sites, method)
     first, count = None, 0
     with ExitStack() as stack:
-        for layer in layers.values():
-            parts = [operands.get(id(q)) for q in (layer.input_quantizer, layer.weight_quantizer)]
+        for site in sites.values():
+            parts = [operands.get(id(q)) for q in (site.input_quantizer, site.weight_quantizer)]
             observers = [None if part is None else part.observer for part in parts]
-            stack.enter_context(watching(layer, _Observing(*observers)))
-        watch = watching_weights(qmodel, layers, _sources(qmodel))
+            stack.enter_context(watching(site, _Observing(*observers)))
+        watch = watching_weights(qmodel, sites, _shared_layers(qmodel))
         for context in (evaluating(qmodel), disabled(qmodel), watch, torch.no_grad()):
             stack.enter_context(context)
         for batch in track(batches, "calibrating", max_batches, enabled=progress):
@@ -225,10 +225,10 @@ def _observe(
 
 
 def _set_bounds(
-    layers: dict[str, QuantizedSite], operands: dict[int, _Operand], rows: dict[int, CalibratedInput]
+    sites: dict[str, QuantizedSite], operands: dict[int, _Operand], rows: dict[int, CalibratedInput]
 ) -> None:
-    for layer in layers.values():
-        quantizer, weight = layer.weight_quantizer, layer.float_weight()
+    for site in sites.values():
+        quantizer, weight = site.weight_quantizer, site.float_weight()
         if isinstance(quantizer, WeightQuantizer) and weight is not None and not quantizer.ready:
             quantizer.initialize(weight)
     for key, operand in operands.items():
@@ -267,21 +267,21 @@ def _choose(operands: dict[int, _Operand], method: str, proven: set[str]) -> dic
     return rows
 
 
-def _set_output_scales(qmodel: nn.Module, layers: dict[str, QuantizedSite], first: Any) -> None:
+def _set_output_scales(qmodel: nn.Module, sites: dict[str, QuantizedSite], first: Any) -> None:
     with ExitStack() as stack:
-        unitless = [layer for layer in layers.values() if layer.unitless]
-        for layer in layers.values():
-            if layer.unitless:
-                stack.enter_context(watching(layer, OutputScaleStart(layer)))
+        unitless = [site for site in sites.values() if site.unitless]
+        for site in sites.values():
+            if site.unitless:
+                stack.enter_context(watching(site, _OutputScaleStart(site)))
             else:
-                layer.output_scale.data.fill_(1.0)
+                site.output_scale.data.fill_(1.0)
         if unitless:
             stack.enter_context(evaluating(qmodel))
             stack.enter_context(torch.no_grad())
             run_batch(qmodel, first)
 
 
-class OutputScaleStart(Watcher):
+class _OutputScaleStart(Watcher):
     """Watches a calibrated site that is `unitless` and sets its output scale from all its calls in one batch."""
 
     def __init__(self, site: QuantizedSite) -> None:
@@ -318,25 +318,25 @@ class OutputScaleStart(Watcher):
         return x
 
 
-def _estimate(layer: QuantizedSite) -> Tensor:
+def _estimate(site: QuantizedSite) -> Tensor:
     """Return `mean|W| / mean|W_q|`, per channel if the scale is, times the width of the input's range."""
-    quantizer, weight = layer.weight_quantizer, layer.float_weight()
+    quantizer, weight = site.weight_quantizer, site.float_weight()
     assert isinstance(quantizer, WeightQuantizer) and weight is not None  # as for every unitless site
     weight, operand = _wide(weight), _wide(quantizer(weight)) / levels(quantizer.bits, quantizer.grid)
-    layout, dim = quantizer.layout, layer.output_scale.dim()
+    layout, dim = quantizer.layout, site.output_scale.dim()
     mean, mean_q = (layout.rows(t).abs().mean(dim=1) if dim else t.abs().mean() for t in (weight, operand))
     ratio = mean / mean_q.clamp(min=1e-12)
-    if layer.input_quantizer is None:
+    if site.input_quantizer is None:
         return ratio
-    return ratio * layer.input_quantizer.scale() * (2**layer.input_quantizer.bits - 1)
+    return ratio * site.input_quantizer.scale() * (2**site.input_quantizer.bits - 1)
 
 
-def _channel_mean(y: Tensor, layer: QuantizedSite) -> Tensor:
+def _channel_mean(y: Tensor, site: QuantizedSite) -> Tensor:
     """Return the mean absolute value, per output channel if the site has a scale for each channel."""
     wide = _wide(y.detach()).abs()
-    if layer.output_scale.dim() == 0:
+    if site.output_scale.dim() == 0:
         return wide.mean()
-    channel = wide.movedim(-1 - layer.output_dims, 0)
+    channel = wide.movedim(-1 - site.output_dims, 0)
     return channel.reshape(channel.shape[0], -1).mean(dim=1)
 
 

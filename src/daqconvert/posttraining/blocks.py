@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from daqconvert.batches import Enough, run_batch, run_batch_until
 from daqconvert.layers.base import QuantizedLayer
-from daqconvert.models import quantized_layers
+from daqconvert.models import quantized_sites
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of one call of a module."""
@@ -40,7 +40,7 @@ def block_names(model: nn.Module) -> list[str]:
         >>> block_names(dq.quantize(nn.Sequential(nn.Linear(4, 4), block, nn.Linear(4, 4), nn.Linear(4, 2))))
         ['1', '2']
     """
-    sites = quantized_layers(model)
+    sites = quantized_sites(model)
     below: dict[str, int] = {}
     for name in sites:
         parts = name.split(".")

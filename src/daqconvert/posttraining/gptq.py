@@ -36,7 +36,7 @@ from daqconvert.functional.grid import quantize_weight
 from daqconvert.functional.products import ConvolutionProducts, LinearProducts, PaddedProducts
 from daqconvert.layers.base import QuantizedLayer
 from daqconvert.layers.site import Operation, Watcher, watching
-from daqconvert.models import disabled, evaluating, quantized_layers
+from daqconvert.models import disabled, evaluating, quantized_sites
 from daqconvert.quantizers import WeightQuantizer
 from daqconvert.report.fits import Fitted
 from daqconvert.report.progress import progress
@@ -75,7 +75,7 @@ def choose_codes(model: nn.Module, batches: list[Any], blocks: list[str], *, sho
     """
     with evaluating(model), torch.compiler.set_stance("force_eager"):
         seen = _first_forward(model, batches[0])
-        sites: dict[str, Any] = quantized_layers(model)
+        sites: dict[str, Any] = quantized_sites(model)
         todo = [name for name, found in seen.items() if not found.why_not]
         rows = {name: Fitted(name, left_alone=found.why_not) for name, found in seen.items()}
         with disabled(model), progress(len(todo), "GPTQ", enabled=show) as bar:
@@ -150,7 +150,7 @@ class _First(Watcher):
 def _first_forward(model: nn.Module, batch: Any) -> dict[str, _Seen]:
     """Return the layers that a forward of one batch reaches, in that order."""
     seen: dict[str, _Seen] = {}
-    sites = quantized_layers(model)
+    sites = quantized_sites(model)
     with ExitStack() as stack:
         for name, site in sites.items():
             stack.enter_context(watching(site, _First(name, seen)))
@@ -202,7 +202,7 @@ def _gather(model: nn.Module, batches: Iterable[Any], names: list[str], calls: i
 
     One forward calls these layers `calls` times, all together. They compute in float, the layers before them do not.
     """
-    inputs, sites = _Inputs(), quantized_layers(model)
+    inputs, sites = _Inputs(), quantized_sites(model)
     with ExitStack() as stack:
         for name in names:
             stack.enter_context(watching(sites[name], inputs))

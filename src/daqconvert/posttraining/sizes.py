@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from daqconvert.models import quantized_layers
+from daqconvert.models import quantized_sites
 from daqconvert.quantizers import WeightQuantizer
 from daqconvert.quantizers.base import Quantizer
 from daqconvert.quantizers.starting import normal_clip
@@ -21,7 +21,7 @@ SHARE = 0.1  # of a value, which is its size
 
 def quantized_weights(model: nn.Module) -> Iterator[tuple[nn.Parameter, WeightQuantizer]]:
     """Yield the weights of a quantized model that are parameters of their layers, each with its quantizer."""
-    for site in quantized_layers(model).values():
+    for site in quantized_sites(model).values():
         weight = site._parameters.get("weight")
         if weight is not None and isinstance(site.weight_quantizer, WeightQuantizer):
             yield weight, site.weight_quantizer
@@ -34,7 +34,7 @@ def bounds_and_scales(model: nn.Module) -> set[nn.Parameter]:
         model: A quantized model, or a part of one.
     """
     quantizers = (module for module in model.modules() if isinstance(module, Quantizer))
-    scales = {site.output_scale for site in quantized_layers(model).values()}
+    scales = {site.output_scale for site in quantized_sites(model).values()}
     return scales.union(*(quantizer.parameters() for quantizer in quantizers))
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from daqconvert.layers.site import QuantizedSite
-from daqconvert.models import copy_model, quantized_layers
+from daqconvert.models import copy_model, quantized_sites
 from daqconvert.training.parts.scheduled import set_site_bits
 from daqconvert.training.run import Part, Step
 
@@ -58,8 +58,8 @@ class Average(Part):
         self._average = ModelEmaV3(copy_model(self.model), decay=self.decay, use_warmup=self.warmup)
         if halves:
             self.module.float()
-        averaged = quantized_layers(self.module)
-        self._sites = [(averaged[name], site) for name, site in quantized_layers(self.model).items()]
+        averaged = quantized_sites(self.module)
+        self._sites = [(averaged[name], site) for name, site in quantized_sites(self.model).items()]
         self._kept = None
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from daqconvert.layers.site import QuantizedSite
-from daqconvert.models import quantized_layers
+from daqconvert.models import quantized_sites
 from daqconvert.quantizers import InputQuantizer, WeightQuantizer
 
 
@@ -60,7 +60,7 @@ def sites_of(model: nn.Module) -> dict[str, QuantizedSite]:
     """
     return {
         name or "(root)": site
-        for name, site in quantized_layers(model).items()
+        for name, site in quantized_sites(model).items()
         if isinstance(site, QuantizedSite) and (site.weight_quantizer is not None or site.input_quantizer is not None)
     }
 

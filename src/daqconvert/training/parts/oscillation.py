@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from daqconvert.functional.grid import TINY
 from daqconvert.layers.site import QuantizedSite
-from daqconvert.models import quantized_layers
+from daqconvert.models import quantized_sites
 from daqconvert.quantizers import WeightQuantizer
 from daqconvert.training.parts.measures import lowest_level
 from daqconvert.training.run import Part, Step
@@ -133,7 +133,7 @@ def trackers_of(model: nn.Module, *, freeze: bool) -> dict[str, Tracker]:
     groups: dict[Any, dict[str, QuantizedSite]] = {}
     seen: set[int] = set()
     keys = {}
-    for name, site in quantized_layers(model).items():
+    for name, site in quantized_sites(model).items():
         if not isinstance(site, QuantizedSite) or not isinstance(site.weight_quantizer, WeightQuantizer):
             continue
         weight = site.float_weight()

@@ -15,7 +15,7 @@ from torch import nn
 from daqconvert.errors import TrainingError
 from daqconvert.functional.grid import Rounding
 from daqconvert.layers.site import QuantizedSite
-from daqconvert.models import quantized_layers
+from daqconvert.models import quantized_sites
 from daqconvert.quantizers.base import Quantizer
 from daqconvert.spec import Settings
 from daqconvert.training.optim import QUANTIZERS, Optimizers
@@ -72,7 +72,7 @@ class ProgressiveBits(Part):
         Raises:
             TrainingError: If the length of the run is unknown.
         """
-        self._sites = quantized_layers(self.run.model)
+        self._sites = quantized_sites(self.run.model)
         self._plan = {name: site.settings for name, site in self._sites.items()}
         self._ends = [steps_until(until, self.run.total_steps, "progressive") for until, _, _ in self.stages]
         self._enter(self.stage_of(1))
@@ -155,7 +155,7 @@ class Sharpening(Part):
 
     def start(self) -> None:
         """Note the roundings that will move."""
-        for site in quantized_layers(self.model).values():
+        for site in quantized_sites(self.model).values():
             s = site.settings
             if s.rounding != "daq" or not self.total:
                 continue
