@@ -46,6 +46,7 @@ OWNERS = {
     "onnxruntime": ("deploy",),
     "onnxscript": ("deploy",),
     "accelerate": ("training",),
+    "tomlkit": ("spec",),
     "tensorboard": ("training",),
     "pyarrow": ("data",),
     "sklearn": ("data",),
