@@ -7,7 +7,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from daqconvert.deploy.onnx.runtime import OnnxModel
-from daqconvert.deploy.onnx.unpacking import Parts, add_weight
+from daqconvert.deploy.onnx.unpacking import GraphWriter, add_weight
 from daqconvert.functional import pack
 from daqconvert.functional.grid import weight_operand
 
@@ -18,10 +18,10 @@ SHAPES = [(4, 6), (3, 5, 3, 3), (1,), (2, 4, 1), (7, 1)]
 
 
 def unpacking_model(codes: torch.Tensor, bits: int, grid: str) -> onnx.ModelProto:
-    parts = Parts()
-    add_weight(parts, "w.weight_codes", codes.numpy(), bits, grid, "w.weight")
+    writer = GraphWriter()
+    add_weight(writer, "w.weight_codes", codes.numpy(), bits, grid, "w.weight")
     output = helper.make_tensor_value_info("w.weight", TensorProto.FLOAT, list(codes.shape))
-    graph = helper.make_graph(parts.nodes, "unpack", [], [output], list(parts.initializers.values()))
+    graph = helper.make_graph(writer.nodes, "unpack", [], [output], list(writer.initializers.values()))
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
 
 
@@ -45,9 +45,9 @@ def test_initializer_holds_the_packed_bytes(bits):
 
 
 def test_constants_are_shared_between_weights():
-    parts = Parts()
+    writer = GraphWriter()
     for name in ("a", "b"):
-        add_weight(parts, f"{name}.weight_codes", np.zeros((4, 6), np.uint8), 3, "integer", f"{name}.weight")
-    alone = Parts()
+        add_weight(writer, f"{name}.weight_codes", np.zeros((4, 6), np.uint8), 3, "integer", f"{name}.weight")
+    alone = GraphWriter()
     add_weight(alone, "a.weight_codes", np.zeros((4, 6), np.uint8), 3, "integer", "a.weight")
-    assert len(parts.initializers) == len(alone.initializers) + 1
+    assert len(writer.initializers) == len(alone.initializers) + 1

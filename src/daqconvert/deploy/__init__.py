@@ -3,3 +3,20 @@
 `exporting` holds the verb `export`, `onnx/` how an ONNX file is made and run, `comparing/` how two models are
 compared: the verb `verify`, and the check of every file that `export` writes.
 """
+
+from daqconvert.deploy.comparing.export_report import ExportReport, ProgramReport
+from daqconvert.deploy.comparing.verify_report import VerifyReport
+from daqconvert.deploy.comparing.verifying import verify
+from daqconvert.deploy.exporting import export, export_float
+from daqconvert.deploy.onnx.runtime import OnnxModel, time_session
+
+__all__ = [
+    "ExportReport",
+    "OnnxModel",
+    "ProgramReport",
+    "VerifyReport",
+    "export",
+    "export_float",
+    "time_session",
+    "verify",
+]

@@ -1,8 +1,8 @@
-"""The verb `export`: a frozen model as an ONNX file of packed codes, checked in ONNX Runtime before it is there.
+"""The verb `export`: a frozen model as a file for another runtime, compared with the model before it is put in place.
 
-A float model as an ONNX file, through the same steps: what a frozen one is compared with in size and time.
-
-A frozen model as a `.pt2` file: a program of `torch.export`, reloaded and compared before it is there.
+An ONNX file holds packed codes and is compared in ONNX Runtime; a `.pt2` file is a program of `torch.export`, which is
+loaded again. `export_float` writes a float model through the same steps as an ONNX file, which a frozen one can be
+compared with in size and time.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
 from daqconvert.batches import split_batch
 from daqconvert.deploy.comparing.agreement import FileAgreement
-from daqconvert.deploy.comparing.export_report import ExportReport
+from daqconvert.deploy.comparing.export_report import ExportReport, ProgramReport
 from daqconvert.deploy.comparing.probes import ModuleProbe
 from daqconvert.deploy.onnx.expansion import expand
 from daqconvert.deploy.onnx.hardware import exact_int8
@@ -43,6 +42,9 @@ from daqconvert.layers import FrozenSite, QuantizedSite
 if TYPE_CHECKING:
     from onnx import ModelProto
 
+PROGRAM = ".pt2"  # a path that ends so gets a program of torch.export
+HINT = "Make room, or choose another place."
+
 
 def export(
     frozen: nn.Module, path: str | Path, example_inputs: Any, *, dynamic_batch: bool = True,
@@ -50,22 +52,22 @@ def export(
 ) -> ExportReport | ProgramReport:  # fmt: skip
     """Write a frozen model as an ONNX file of weights packed at their bits, and compare the two in ONNX Runtime.
 
-    The file holds `w_bits` bits per weight and standard operators (opset 21) that ONNX Runtime folds at load; batch
-    norm, biases and scales stay float32. It is compared as it is deployed - the CPU provider, default options - on the
-    example inputs and `check_batches`: outputs, classes, and the codes of every layer. A path that ends in `.pt2` gets
-    a program of `torch.export` instead, reloaded and compared with the model, element by element.
+    The file holds `w_bits` bits per weight and standard operators (opset 21) that ONNX Runtime folds when it loads the
+    file; batch norm, biases and scales stay float32. Outputs, classes and the codes of every layer are compared on the
+    example inputs and on `check_batches`, with the CPU provider and the default options. A path that ends in `.pt2`
+    gets a program of `torch.export` instead, which is loaded again and compared with the model, element by element.
 
     Args:
-        frozen: From `freeze` or `load`; not changed. float16 and bfloat16 models are exported in float32.
-        path: The file to write; its directory is made if need be.
+        frozen: A model from `freeze` or `load`; it is not changed. A float16 or bfloat16 model is exported in float32.
+        path: The file to write; directories that are missing are made.
         example_inputs: A tensor, a tuple of positional or a dict of keyword arguments.
         dynamic_batch: Whether the first dimension of the inputs is left open.
-        check_batches: Further batches to compare on, as `calibrate` takes them; targets are not used.
+        check_batches: Further batches to compare on, in the forms that `calibrate` takes; targets are not used.
         overwrite: Whether an existing file may be replaced.
 
     Returns:
-        Agreement per layer and of the outputs; `print` it. `report.agrees` is the verdict; a file that does not agree
-        is written all the same, with a warning.
+        How well each layer and the outputs agree; `print` it. `report.agrees` is the verdict. A file that does not
+        agree is written all the same, with a warning.
 
     Raises:
         ExportError: If the model is not frozen, cannot be exported or written, or a package is missing. No file is
@@ -82,16 +84,41 @@ def export(
         True
     """
     _require_frozen(frozen)
-    if Path(path).suffix == SUFFIX:
-        return export_program(frozen, _free_target(path, overwrite), example_inputs, dynamic_batch)
-    return write_onnx(frozen, path, example_inputs, dynamic_batch, check_batches, overwrite)
+    if Path(path).suffix == PROGRAM:
+        return _export_program(frozen, _free_target(path, overwrite), example_inputs, dynamic_batch)
+    return _write_onnx(frozen, path, example_inputs, dynamic_batch, check_batches, overwrite)
 
 
-def write_onnx(
+def export_float(
+    model: nn.Module, path: str | Path, example_inputs: Any, *, dynamic_batch: bool = True, overwrite: bool = False
+) -> ExportReport:
+    """Write a float model as an ONNX file in float32, and compare the two in ONNX Runtime.
+
+    Args:
+        model: A model without quantized layers; it is not changed, and exported in evaluation mode.
+        path: The file to write.
+        example_inputs: A tensor, a tuple of positional or a dict of keyword arguments.
+        dynamic_batch: Whether the first dimension of the inputs is left open.
+        overwrite: Whether an existing file may be replaced.
+
+    Returns:
+        How well the outputs agree; the report has no layers.
+
+    Raises:
+        ExportError: If the model has quantized or frozen layers, cannot be exported or written, or a package is
+            missing.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, (QuantizedSite, FrozenSite)):
+            raise ExportError(f"export_float: {name or 'the model'} is quantized; expected the original float model.")
+    return _write_onnx(model, path, example_inputs, dynamic_batch, None, overwrite)
+
+
+def _write_onnx(
     model: nn.Module, path: str | Path, example_inputs: Any, dynamic_batch: bool = True,
     check_batches: Iterable[Any] | None = None, overwrite: bool = False,
 ) -> ExportReport:  # fmt: skip
-    """Do what `export` says, for a frozen or a float model."""
+    """Write a frozen or float model as an ONNX file, compared with the model before it is put in place."""
     target = _free_target(path, overwrite)
     require_packages()
     arguments = example_arguments(example_inputs)
@@ -108,7 +135,7 @@ def write_onnx(
         str(target), len(content), agreement.layers(), outputs.samples, outputs.largest, outputs.sqnr,
         agreement.outputs_same.sqnr, outputs.class_agreement, tuple(_notes(model)),
     )  # fmt: skip
-    with replacing(target, ExportError, "Make room, or choose another place.") as temporary:
+    with replacing(target, ExportError, HINT) as temporary:
         temporary.write_bytes(content)
     if not report.agrees:
         warnings.warn(f"{target} does not agree with the model: {'; '.join(report.problems())}", stacklevel=3)
@@ -116,6 +143,7 @@ def write_onnx(
 
 
 def _free_target(path: str | Path, overwrite: bool) -> Path:
+    """Return where to write, or raise `ExportError` if no file can or may be written there."""
     target = Path(path)
     if target.is_dir():
         raise ExportError(f"export: {target} is a directory; expected the name of a file, as {target / 'model.onnx'}.")
@@ -128,6 +156,7 @@ def _free_target(path: str | Path, overwrite: bool) -> Path:
 
 
 def _require_frozen(model: nn.Module) -> None:
+    """Raise `ExportError` unless a model has frozen layers and no quantized ones."""
     for name, module in model.named_modules():
         if isinstance(module, QuantizedSite):
             raise ExportError(
@@ -142,7 +171,7 @@ def _require_frozen(model: nn.Module) -> None:
 
 
 def _output_names(model: nn.Module, arguments: Arguments) -> list[str]:
-    """Run the model once; return `output`, or a name made of the place of each tensor in what it returned."""
+    """Run the model once; a single tensor is called `output`, several get names made of their places in the result."""
     try:
         with torch.no_grad():
             result = model(*arguments[0], **arguments[1])
@@ -160,11 +189,7 @@ def _output_names(model: nn.Module, arguments: Arguments) -> list[str]:
 
 
 def _serialize(proto: ModelProto) -> bytes:
-    """Return the file's bytes, checked by ONNX's own checker and shape inference.
-
-    Raises:
-        ExportError: If the checks fail, or the file would pass 2 GB.
-    """
+    """Return the file's bytes; raises `ExportError` if ONNX's checker or shape inference refuses them."""
     import onnx
 
     try:
@@ -178,6 +203,7 @@ def _serialize(proto: ModelProto) -> bytes:
 
 
 def _notes(model: nn.Module) -> list[str]:
+    """Return what a user of the file has to know besides its agreement, a sentence each."""
     notes = []
     sites = [m for m in model.modules() if isinstance(m, FrozenSite)]
     transposed = [m.layer_name for m in sites if isinstance(m, nn.modules.conv._ConvTransposeNd)]
@@ -200,75 +226,13 @@ def _dtype_notes(model: nn.Module) -> list[str]:
     return [f"{', '.join(other)} was exported, and compared, in float32"] if other else []
 
 
-def export_float(
-    model: nn.Module, path: str | Path, example_inputs: Any, *, dynamic_batch: bool = True, overwrite: bool = False
-) -> ExportReport:
-    """Write a float model as an ONNX file in float32, and compare the two in ONNX Runtime.
+def _export_program(model: nn.Module, target: Path, example_inputs: Any, dynamic_batch: bool) -> ProgramReport:
+    """Write a model as a program of torch.export, in its own dtype and on its own device.
 
-    Args:
-        model: A model without quantized layers; not changed, exported in evaluation mode.
-        path: The file to write.
-        example_inputs: A tensor, a tuple of positional or a dict of keyword arguments.
-        dynamic_batch: Whether the first dimension of the inputs is left open.
-        overwrite: Whether an existing file may be replaced.
-
-    Returns:
-        Agreement of the outputs; it has no layers.
+    The program is loaded again and compared with the model on the example inputs before the file is put in place.
 
     Raises:
-        ExportError: As `export` does; also if the model has quantized or frozen layers.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, (QuantizedSite, FrozenSite)):
-            raise ExportError(f"export_float: {name or 'the model'} is quantized; expected the original float model.")
-    return write_onnx(model, path, example_inputs, dynamic_batch, None, overwrite)
-
-
-SUFFIX = ".pt2"
-
-
-@dataclass(frozen=True)
-class ProgramReport:
-    """What `export` wrote as a program, and how well it agrees with the model.
-
-    Attributes:
-        path: The file.
-        file_bytes: Its size.
-        samples: Number of samples compared.
-        largest_difference: Largest absolute difference of an output; 0 where every element is the same.
-    """
-
-    path: str
-    file_bytes: int
-    samples: int
-    largest_difference: float
-
-    @property
-    def agrees(self) -> bool:
-        """Whether the reloaded program computes the same, every element."""
-        return self.largest_difference == 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain values for JSON."""
-        return {**vars(self), "agrees": self.agrees}
-
-    def __str__(self) -> str:
-        """Return two lines of text."""
-        same = "identical" if self.agrees else f"largest difference {self.largest_difference:.3g}"
-        return f"{self.path}: {self.file_bytes:,} bytes\nreloaded, {self.samples} samples: {same}"
-
-
-def export_program(model: nn.Module, target: Path, example_inputs: Any, dynamic_batch: bool) -> ProgramReport:
-    """Write a model as a program, reload it, and compare the two on the example inputs.
-
-    Args:
-        model: Frozen, in its own dtype and on its own device.
-        target: The file.
-        example_inputs: As `export` takes them.
-        dynamic_batch: Whether the first dimension of the inputs is left open.
-
-    Raises:
-        ExportError: If torch cannot follow the model, or reads the file in another way than it was written.
+        ExportError: If torch cannot follow the model, or cannot load the program again.
     """
     arguments = example_arguments(example_inputs, move=False)
     args, kwargs = repeated(arguments) if dynamic_batch else arguments
@@ -287,7 +251,7 @@ def export_program(model: nn.Module, target: Path, example_inputs: Any, dynamic_
             f"export: torch.export cannot follow {type(model).__name__}: {first_lines(error)}{hint}"
         ) from error
     pairs = [(a, b) for a, b in zip(wanted, found, strict=True) if isinstance(a, Tensor)]
-    with replacing(target, ExportError, "Make room, or choose another place.") as temporary:
+    with replacing(target, ExportError, HINT) as temporary:
         temporary.write_bytes(stream.getvalue())
     largest = max((float((a.double() - b.double()).abs().max()) for a, b in pairs if a.numel()), default=0.0)
     samples = max((a.shape[0] for a, _ in pairs if a.dim()), default=1)

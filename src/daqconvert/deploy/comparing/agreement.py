@@ -1,4 +1,4 @@
-"""Sums over batches that turn into agreement: signal and noise, equal classes, differing codes."""
+"""How two models differ, summed up over batches: signal and noise, equal classes, differing codes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Noise:
         self.signal = self.noise = self.largest = 0.0
 
     def add(self, name: str, reference: list[Tensor], candidate: list[Tensor]) -> None:
-        """Add pairs of tensors.
+        """Add the tensors of two models, pair by pair; `name` is what messages call them.
 
         Raises:
             ExportError: If their numbers or shapes differ.
@@ -47,7 +47,10 @@ class Noise:
 
 
 class OutputNoise(Noise):
-    """The same of a model's outputs, with classes: the largest entry of each row of the first `(N, classes)`."""
+    """Signal and noise of a model's outputs, and equal classes.
+
+    A sample's class is the largest entry of its row in the first output of shape `(N, classes)`.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,12 +68,12 @@ class OutputNoise(Noise):
 
     @property
     def class_agreement(self) -> float | None:
-        """Share of rows with the same class; None where the output is no `(N, classes)`."""
+        """Share of samples with the same class; None where no output is of shape `(N, classes)`."""
         return self.equal / self.rows if self.rows else None
 
 
 class CodeDifferences:
-    """Differing codes of one layer."""
+    """How many codes of one layer differ, and by how much."""
 
     def __init__(self) -> None:
         self.elements = self.differing = self.largest = 0
@@ -92,7 +95,11 @@ class CodeDifferences:
 
 
 class FileAgreement:
-    """A frozen model beside its ONNX file, given as bytes."""
+    """Compares a frozen model with its ONNX file, whose bytes are given.
+
+    The model runs twice: on its own, and with every layer given the codes that the same layer has in the file. What
+    differs the second time is what this layer, and no layer before it, computes otherwise.
+    """
 
     def __init__(self, model: ModuleProbe, content: bytes) -> None:
         self.model, self.file = model, OnnxProbe(content, ["codes"])

@@ -1,4 +1,4 @@
-"""What `export` found: frozen dataclasses, a plain-text table, `to_dict()` for JSON.
+"""What `export` returns: how well a file agrees with the model it was made from, as values, text and JSON.
 
 Units: shares are 0..1, SQNR is `10 log10(sum(reference^2) / sum((reference - candidate)^2))` in decibels, infinite (in
 JSON: null) where nothing differs; differences of codes are in levels.
@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-CODE_SHARE = 1e-4  # largest share of codes that may differ for the same input codes, by one level
-CLASS_SHARE = 0.999  # smallest share of equal classes, one sample apart
+CODE_SHARE = 1e-4  # largest share of codes that may differ for the same input codes, by one level; one code always may
+CLASS_SHARE = 0.999  # smallest share of equal classes; one sample's class may always differ
 SAME_CODES_SQNR = 60.0  # smallest SQNR of the output for the same codes: float32 rounding alone leaves far more
 
 
@@ -23,11 +23,11 @@ class LayerAgreement:
 
     Attributes:
         name: Dotted name of the layer.
-        elements: Codes compared.
-        differing: Codes that differ, each model on its own path from the input.
-        largest: Their largest difference, in levels.
-        differing_same: Codes that differ where every layer before was given the same codes.
-        largest_same: Their largest difference, in levels.
+        elements: Number of codes compared.
+        differing: Number of codes that differ when each of the two computes from its own input on.
+        largest: Largest of these differences, in levels.
+        differing_same: Number of codes that differ when every layer before is given the same codes in both.
+        largest_same: Largest of these differences, in levels.
     """
 
     name: str
@@ -44,12 +44,12 @@ class LayerAgreement:
 
     @property
     def share_same(self) -> float:
-        """Share of codes that differ for the same input codes."""
+        """Share of codes that differ when the layers before are given the same codes."""
         return self.differing_same / max(self.elements, 1)
 
     @property
     def agrees(self) -> bool:
-        """Whether at most 1 code of 10,000 (and one at all) differs for the same input codes, by one level."""
+        """Whether for the same input codes at most 1 code of 10,000 differs (one always may), by one level."""
         return self.largest_same <= 1 and self.differing_same <= max(1.0, CODE_SHARE * self.elements)
 
 
@@ -60,13 +60,14 @@ class ExportReport:
     Attributes:
         path: The file.
         file_bytes: Its size.
-        layers: Agreement of the input codes, per layer that has codes, in order of execution.
+        layers: Agreement of the input codes of each layer that has codes, in the order of execution.
         samples: Number of samples compared.
         largest_difference: Largest absolute difference of an output.
         sqnr: SQNR of the outputs.
-        sqnr_same_codes: The same where every layer was given the same codes: what float rounding alone leaves.
-        class_agreement: Share of samples with the same class, or None where the output is no `(N, classes)`.
-        notes: What else to know.
+        sqnr_same_codes: SQNR of the outputs when every layer is given the same codes in both, so that nothing but
+            float rounding differs.
+        class_agreement: Share of samples with the same class, or None where no output is of shape `(N, classes)`.
+        notes: Sentences on what a user of the file has to know besides.
     """
 
     path: str
@@ -81,7 +82,7 @@ class ExportReport:
 
     @property
     def classes_differing(self) -> int:
-        """Number of samples with another class."""
+        """Number of samples whose class differs."""
         return 0 if self.class_agreement is None else round((1 - self.class_agreement) * self.samples)
 
     @property
@@ -90,7 +91,7 @@ class ExportReport:
         return not self.problems()
 
     def problems(self) -> list[str]:
-        """Return why it does not agree, one sentence each; empty where it does."""
+        """Return the reasons why the file does not agree, a sentence each; an empty list if it does."""
         found = [
             f"{layer.name or '(root)'}: {layer.differing_same} of {layer.elements} codes differ for the same input "
             f"codes, by up to {layer.largest_same} levels (allowed: 1 of 10,000, by 1)"
@@ -110,7 +111,7 @@ class ExportReport:
         return plain({**dataclasses.asdict(self), "layers": rows, "agrees": self.agrees})
 
     def __str__(self) -> str:
-        """Return a plain-text table: one row per layer whose codes differ anywhere, and the totals."""
+        """Return a plain-text table: a row for each layer whose codes differ, and the totals."""
         lines = [f"{self.path}: {self.file_bytes:,} bytes"]
         different = [layer for layer in self.layers if layer.differing or layer.differing_same]
         if different:
@@ -129,6 +130,37 @@ class ExportReport:
         return "\n".join([*lines, *self.notes, f"ONNX Runtime, {self.samples} samples: {verdict}"])
 
 
+@dataclass(frozen=True)
+class ProgramReport:
+    """What `export` wrote as a program of `torch.export`, and how well it agrees with the model.
+
+    Attributes:
+        path: The file.
+        file_bytes: Its size.
+        samples: Number of samples compared.
+        largest_difference: Largest absolute difference of an output; 0 where every element is the same.
+    """
+
+    path: str
+    file_bytes: int
+    samples: int
+    largest_difference: float
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the reloaded program computes every element of the outputs the same."""
+        return self.largest_difference == 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values for JSON."""
+        return {**vars(self), "agrees": self.agrees}
+
+    def __str__(self) -> str:
+        """Return two lines of text."""
+        same = "identical" if self.agrees else f"largest difference {self.largest_difference:.3g}"
+        return f"{self.path}: {self.file_bytes:,} bytes\nreloaded, {self.samples} samples: {same}"
+
+
 def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return lines of aligned columns: the first to the left, the others to the right.
 
@@ -144,10 +176,7 @@ def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def db_text(value: float) -> str:
-    """Return an SQNR in words: infinite is `identical`.
-
-    Args:
-        value: Decibels.
+    """Return an SQNR in words, with its unit: an infinite one is `identical`.
 
     Example:
         >>> db_text(12.34), db_text(math.inf)
@@ -157,10 +186,7 @@ def db_text(value: float) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Return tuples as lists, and numbers that JSON has no word for as None.
-
-    Args:
-        value: Nested dicts, lists and tuples.
+    """Return nested dicts, lists and tuples as JSON can hold them: infinite and undefined numbers become None.
 
     Example:
         >>> plain({"a": (1, math.inf)})

@@ -1,9 +1,8 @@
-"""What every layer of a model sees and gives, for any kind of model: a module, or an ONNX file made by `export`.
+"""What every layer of a model sees and returns, for any kind of model: a module, or an ONNX file made by `export`.
 
-What a frozen layer of integer deployment has taken over from the modules behind it, for who compares two models.
-
-Its output is that of the batch norm and the activation behind it. Beside it, the same layer of a model that is not
-frozen so - float, quantized - is seen after the same modules.
+A frozen layer of integer deployment has taken over the batch norm and the activation that follow it: its output is
+theirs. To be compared with it, the same layer of a float or quantized model is recorded after these modules, its
+*epilogue*.
 """
 
 from __future__ import annotations
@@ -35,13 +34,13 @@ Calls = dict[str, list[Tensor]]
 
 @dataclass
 class Recording:
-    """One forward.
+    """What one forward was seen to compute.
 
     Attributes:
         results: The model's output tensors, on the CPU.
-        codes: Input codes of each quantized layer, uint8, one tensor per call, in order of execution; where the weight
-            depends on the data, its codes follow those of the input.
-        outputs: Outputs of each layer, likewise.
+        codes: Input codes of each quantized layer, uint8, one tensor per call, in the order of execution; where the
+            weight depends on the data, its codes follow those of the input.
+        outputs: Outputs of each layer, one tensor per call, in the order of execution.
     """
 
     results: list[Tensor]
@@ -65,8 +64,8 @@ class ModuleProbe:
     """Watches a torch model, float, quantized or frozen, in evaluation mode.
 
     Attributes:
-        epilogues: What stands behind a layer, by name, that its output is to be recorded after: where the model beside
-            it has folded that into the layer.
+        epilogues: By the name of a layer, the batch norm and activation after which its output is recorded, because
+            the model that this one is compared with has folded them into the layer.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -81,14 +80,10 @@ class ModuleProbe:
     def run(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], watch: set[str], forced: Calls | None = None
     ) -> Recording:
-        """Run the model.
+        """Run the model on these arguments and record the layers named in `watch`.
 
-        Args:
-            args: Positional arguments.
-            kwargs: Keyword arguments.
-            watch: Names of layers to record.
-            forced: Codes that frozen layers compute with instead of their own, per layer and call. Their own are
-                recorded: what each layer makes of the same input codes.
+        Frozen layers that `forced` has codes of, per call, compute with these instead of their own. Their own are what
+        is recorded: that is what each layer makes of the same input codes.
         """
         recording, device = Recording([]), model_device(self.model)
         with ExitStack() as stack:
@@ -103,8 +98,8 @@ class ModuleProbe:
             stack.enter_context(torch.no_grad())
             result = self.model(*to_device(args, device), **to_device(kwargs, device))
         for name in self.epilogues.keys() & recording.outputs.keys() - epilogues(self.model).keys():
-            paths = dict(self.model.named_modules())
-            recording.outputs[name] = [behind(paths, self.epilogues[name], y) for y in recording.outputs[name]]
+            modules = dict(self.model.named_modules())
+            recording.outputs[name] = [_after(modules, self.epilogues[name], y) for y in recording.outputs[name]]
         recording.results = [leaf.cpu() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         return recording
 
@@ -141,7 +136,7 @@ def _input_codes(module: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def _weight_codes(module: nn.Module, weight: Tensor | None) -> Tensor | None:
-    """Codes of a weight that depends on the data; None for any other."""
+    """Return the codes of a weight that depends on the data; None for any other weight."""
     if isinstance(module, FrozenSite) and "weight_scale" in module._buffers:
         return (module.weight_operand(weight) + module.weight_zero_point).to(torch.uint8)
     if isinstance(module, QuantizedSite) and module.enabled and isinstance(module.weight_quantizer, InputQuantizer):
@@ -160,23 +155,18 @@ def _output_hook(outputs: Calls, name: str) -> Any:
 class OnnxProbe:
     """Watches an ONNX file, in ONNX Runtime.
 
-    The file itself gives the results; copies in memory whose graph has further outputs give codes and layer outputs,
-    each kind in a session of its own, since watching a layer's output keeps it from being fused.
+    The results are those of the file itself. Codes and outputs of layers are read from copies in memory whose graph
+    has further outputs, each kind in a session of its own, since watching a layer's output keeps it from being fused.
 
     Attributes:
         tensors: Per layer, the names of its `"codes"` and `"outputs"`.
+
+    Args:
+        source: Path of the file, or its bytes.
+        kinds: What to watch: `"codes"`, `"outputs"`, or both.
     """
 
     def __init__(self, source: str | Path | bytes, kinds: Iterable[str] = ("codes", "outputs")) -> None:
-        """Read a file.
-
-        Args:
-            source: Path of the file, or its bytes.
-            kinds: What to watch: `"codes"`, `"outputs"`.
-
-        Raises:
-            ExportError: If the file is missing, is no ONNX model, or ONNX Runtime refuses it.
-        """
         require_packages(["onnx", "onnxruntime"])
         import onnx
 
@@ -205,7 +195,7 @@ class OnnxProbe:
         return recording
 
     def _real(self, name: str, kind: str, tensor: str, found: dict[str, Tensor]) -> Tensor:
-        """A recorded tensor; an output that the file holds as codes in real units."""
+        """Return a recorded tensor, in real units where it is a layer's output that the file holds as codes."""
         grid = self.tensors[name].get("grids", {}).get(tensor) if kind == "outputs" else None
         value = found[tensor]
         if grid is None:
@@ -233,11 +223,7 @@ class OnnxProbe:
 
 
 def epilogues(model: object) -> dict[str, SiteOutput]:
-    """Return what stands behind each layer that integer deployment rounds, by the layer's name.
-
-    Args:
-        model: Frozen for integer deployment; anything else has none.
-    """
+    """Return what each layer of a model frozen for integer deployment has taken over, by name; else nothing."""
     if not isinstance(model, nn.Module):
         return {}
     rows = getattr(model, PLAN_ATTRIBUTE, ())
@@ -245,14 +231,8 @@ def epilogues(model: object) -> dict[str, SiteOutput]:
     return {row.name: row.site.output for row in rows if row.name in integer and row.site.output is not None}
 
 
-def behind(modules: dict[str, nn.Module], output: SiteOutput, y: Tensor) -> Tensor:
-    """Return a layer's output after its batch norm and activation, as a model in evaluation mode computes them.
-
-    Args:
-        modules: Of that model, by dotted name.
-        output: What stands behind the layer.
-        y: Its own output, channels at dimension 1.
-    """
+def _after(modules: dict[str, nn.Module], output: SiteOutput, y: Tensor) -> Tensor:
+    """Return a layer's output `y`, channels at dimension 1, after its batch norm and activation in evaluation mode."""
     norm: Any = None if output.batch_norm is None else modules.get(output.batch_norm)
     if norm is not None and folds(norm):
         g, b = (value.to(y.dtype).reshape(-1, *(1,) * (y.dim() - 2)) for value in folded_numbers(norm))

@@ -1,8 +1,9 @@
 """Latency of several models, each in a process of its own, in turns.
 
-The thread pools of two sessions in one process spin against each other and spoil both, and torch's and ONNX Runtime's
-do likewise. So a contender is opened in a new process, and while one is timed the others wait. Machines get slower and
-faster with the minute: rounds in which everybody has a turn let that meet all alike. Times are in seconds per call.
+The thread pools of two sessions in one process spin against each other and spoil both times, and so do those of torch
+and ONNX Runtime. So each contender is opened in a new process, and while one is timed the others wait. A machine gets
+slower and faster from minute to minute: rounds in which each contender has a turn spread that over all of them. Times
+are in seconds per call.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from daqconvert.errors import DaqError, ExportError
 ROUNDS, REPEATS, WARMUP = 5, 20, 3
 Call = Callable[[], object]
 Opener = Callable[[int], Call]
-"""Takes the number of threads and returns what is timed; called in the new process, so it must be possible to pickle
-it: a function of a module, or a `partial` of one."""
+"""Takes a number of threads and returns the call that is timed. It is called in the new process, so it must be a
+function of a module, or a `partial` of one, which can be pickled."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Timing:
 
     Attributes:
         median: Median over the rounds of the median within a round, in seconds per call.
-        p95: 95 of 100 calls, of all rounds, took no longer.
+        p95: Seconds that 95 of 100 calls, of all rounds together, did not exceed.
         rounds: The median of each round.
     """
 
@@ -46,10 +47,7 @@ class Timing:
 
     @classmethod
     def of(cls, rounds: list[list[float]]) -> Timing:
-        """Return the figures of single times.
-
-        Args:
-            rounds: Seconds of each call, per round; none empty.
+        """Return the figures of the seconds of each call, per round; no round is empty.
 
         Example:
             >>> Timing.of([[1.0, 2.0, 9.0], [1.0, 4.0, 5.0]])
@@ -61,12 +59,7 @@ class Timing:
 
 
 def onnx_opener(path: str | Path, *tensors: Tensor) -> Opener:
-    """Return the opener of an ONNX file.
-
-    Args:
-        path: The file.
-        *tensors: The arguments of a call.
-    """
+    """Return the opener of an ONNX file that is called with these tensors."""
     return partial(_open_onnx, str(path), tuple(tensor.numpy() for tensor in tensors))
 
 
@@ -79,14 +72,14 @@ def time_in_turns(
     openers: Mapping[str, Opener], threads: int, rounds: int = ROUNDS, repeats: int = REPEATS, warmup: int = WARMUP,
     tick: Callable[[str], None] | None = None,
 ) -> dict[str, Timing]:  # fmt: skip
-    """Return the times of every contender.
+    """Return the times of every contender, by name.
 
     Args:
-        openers: By name.
+        openers: The contenders, by name.
         threads: Threads of one contender.
-        rounds: Turns of each.
-        repeats: Timed calls in a turn.
-        warmup: Calls before them, in each turn: the caches are full of another contender's tensors.
+        rounds: Number of turns of each contender.
+        repeats: Number of timed calls in a turn.
+        warmup: Number of calls before them in each turn, while the caches hold another contender's tensors.
         tick: Called with a contender's name when it is opened and after each of its turns.
 
     Raises:
@@ -103,7 +96,7 @@ def time_in_turns(
             tell(name)
         for number in range(rounds):
             names = list(pipes)
-            for name in names[number % len(names) :] + names[: number % len(names)]:  # nobody always follows the same
+            for name in names[number % len(names) :] + names[: number % len(names)]:  # no fixed order
                 pipes[name].send((repeats, warmup))
                 found[name].append(_receive(name, pipes[name]))
                 tell(name)
@@ -144,7 +137,7 @@ def _receive(name: str, pipe: Any) -> list[float]:
 
 
 def _serve(pipe: Any, opener: Opener, threads: int) -> None:
-    """Open a contender and time it whenever asked, until nobody asks any more."""
+    """Open a contender and time it whenever the pipe asks for that, until the pipe is closed."""
     try:
         torch.set_num_threads(threads)
         with torch.no_grad():
@@ -155,7 +148,7 @@ def _serve(pipe: Any, opener: Opener, threads: int) -> None:
                 pipe.send(_times(call, repeats, warmup))
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return
-    except Exception as error:  # NOTE: a contender is somebody's model and may raise anything; the parent tells
+    except Exception as error:  # NOTE: a contender is a user's model and may raise anything; the parent reports it
         what = str(error) if isinstance(error, DaqError) else f"{type(error).__name__}: {str(error)[:400]}"
         pipe.send(what)
 

@@ -1,7 +1,7 @@
-"""What `verify` found: two models side by side, layer by layer, as a table, a picture and plain values.
+"""What `verify` returns: two models side by side, layer by layer, as values, a table, a picture and JSON.
 
-Units as in `reports`: shares are 0..1, SQNR is in decibels, infinite where nothing differs, differences of codes are
-in levels.
+Units are those of `export_report`: shares are 0..1, SQNR is in decibels and infinite where nothing differs,
+differences of codes are in levels.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from daqconvert.files import replacing
 from daqconvert.report.plots import FORMATS, Curve, draw_depth
 
 LOW = 30.0
-"""Decibels below which a report names the first layer where the models have no codes to compare."""
+"""Where the models have no codes to compare, a report names the first layer whose SQNR is below this, in decibels."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class LayerComparison:
 
     Attributes:
         name: Dotted name.
-        sqnr: SQNR of its output, or None where only its codes could be read in both.
-        largest_difference: Largest absolute difference of its output, or None likewise.
-        codes: Input codes compared; 0 unless both models quantize it.
-        differing: Codes that differ.
-        largest: Their largest difference, in levels.
+        sqnr: SQNR of its output, or None where only its codes could be read in both models.
+        largest_difference: Largest absolute difference of its output, or None where only codes could be read.
+        codes: Number of input codes compared; 0 unless both models quantize the layer's input.
+        differing: Number of codes that differ.
+        largest: Largest difference of two codes, in levels.
     """
 
     name: str
@@ -59,12 +59,12 @@ class VerifyReport:
 
     Attributes:
         reference: What the reference is, in words.
-        candidate: What the candidate is.
+        candidate: What the candidate is, in words.
         samples: Number of samples compared.
-        agreement: Share of samples with the same top-1 class, or None where the output is no `(N, classes)`.
+        agreement: Share of samples with the same top-1 class, or None where no output is of shape `(N, classes)`.
         sqnr: SQNR of the outputs.
         largest_difference: Largest absolute difference of an output.
-        layers: The layers both have, in the reference's order of execution.
+        layers: The layers that both have, in the reference's order of execution.
     """
 
     reference: str
@@ -82,12 +82,12 @@ class VerifyReport:
 
     @property
     def codes(self) -> int:
-        """Codes compared, of all layers."""
+        """Number of codes compared, in all layers."""
         return sum(layer.codes for layer in self.layers)
 
     @property
     def code_agreement(self) -> float | None:
-        """Share of equal codes over all layers; None where the two have none to compare."""
+        """Share of equal codes over all layers; None where the two have no codes to compare."""
         return 1 - sum(layer.differing for layer in self.layers) / self.codes if self.codes else None
 
     @property
@@ -96,11 +96,11 @@ class VerifyReport:
         return next((layer.name for layer in self.layers if layer.differing), None)
 
     def first_below(self, sqnr: float) -> str | None:
-        """Return the name of the first layer whose output's SQNR is below `sqnr` decibels, or None."""
+        """Return the name of the first layer whose output's SQNR is below `sqnr` decibels, or None if none is."""
         return next((row.name for row in self.layers if row.sqnr is not None and not row.sqnr >= sqnr), None)
 
     def where(self) -> str:
-        """Return in words where the two first differ: by codes where both have codes, else by outputs.
+        """Return in words where the two first differ, by their codes if both have codes, else by outputs.
 
         Example:
             >>> row = LayerComparison("conv", 40.0, 0.1, codes=100, differing=2, largest=1)
@@ -124,13 +124,13 @@ class VerifyReport:
         return f"outputs first differ at {first.name or '(root)'}{shown}{more}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain values for JSON; what is infinite or unknown is null."""
+        """Return everything as plain values for JSON; infinite and unknown numbers are null."""
         rows = [{**dataclasses.asdict(row), "identical": row.identical} for row in self.layers]
         found = {"code_agreement": self.code_agreement, "first_difference": self.first_difference}
         return plain({**dataclasses.asdict(self), **found, "identical": self.identical, "layers": rows})
 
     def __str__(self) -> str:
-        """Return a plain-text table: one row per layer, and the outputs."""
+        """Return a plain-text table: a row for each layer, then where the models differ and by how much."""
         rows = [("layer", "SQNR", "largest difference", "codes", "differing", "by levels")]
         for row in self.layers:
             codes = (str(row.codes), str(row.differing), str(row.largest)) if row.codes else ("-", "-", "-")
@@ -151,7 +151,7 @@ class VerifyReport:
         """Draw the SQNR of every layer's output by depth.
 
         Args:
-            path: The picture: `.png`, `.svg` or `.pdf`; replaced if there is one.
+            path: The picture, a name that ends in `.png`, `.svg` or `.pdf`; an existing file is replaced.
 
         Raises:
             ExportError: If it cannot be written, or matplotlib is not installed.
@@ -160,12 +160,7 @@ class VerifyReport:
 
 
 def plot_reports(reports: Sequence[VerifyReport], path: str | Path, title: str = "") -> None:
-    """Draw several comparisons into one picture, a line each.
-
-    Args:
-        reports: The comparisons.
-        path: The picture: `.png`, `.svg` or `.pdf`; replaced if there is one.
-        title: Above it.
+    """Draw several comparisons into one picture, a line each; `path` ends in `.png`, `.svg` or `.pdf`.
 
     Raises:
         ExportError: If it cannot be written, no report has a layer, or matplotlib is not installed.
@@ -200,10 +195,7 @@ def _curve(report: VerifyReport) -> Curve:
 
 
 def share_text(value: float) -> str:
-    """Return a share in percent; one that is not 1 is never shown as 100 %.
-
-    Args:
-        value: 0 to 1.
+    """Return a share of 0 to 1 in percent; one that is not 1 is never shown as 100 %.
 
     Example:
         >>> share_text(0.5), share_text(0.999999), share_text(1.0)

@@ -23,19 +23,19 @@ Pair = tuple[str, str]
 def verify(reference: Model, candidate: Model, batches: Iterable[Any], max_batches: int | None = None) -> VerifyReport:
     """Compare two models on the same batches: top-1 agreement, outputs, and every layer that both have.
 
-    A layer is compared by the SQNR of its output; where both models have codes, by its input codes too. The report
-    names the first layer whose codes differ, and `report.first_below(30)` the first one below 30 dB;
+    A layer is compared by the SQNR of its output and, where both models have codes, by its input codes. The report
+    names the first layer whose codes differ; `report.first_below(30)` names the first layer below 30 dB, and
     `report.plot("depth.png")` draws the SQNR by depth.
 
     Args:
-        reference: A float, quantized or frozen model, or the path of an ONNX file; models run in evaluation mode and
-            are not changed.
-        candidate: Likewise.
-        batches: Any iterable of batches, as `calibrate` takes them; targets are not used.
-        max_batches: Read no more than this many.
+        reference: A float, quantized or frozen model, or the path of an ONNX file; a model runs in evaluation mode and
+            is not changed.
+        candidate: The other model or path.
+        batches: An iterable of batches in the forms that `calibrate` takes; targets are not used.
+        max_batches: Upper limit of the batches that are read; None for all.
 
     Returns:
-        One row per layer in the reference's order of execution, and the outputs; `print` it.
+        A row for each layer in the reference's order of execution, and figures of the outputs; `print` it.
 
     Raises:
         ExportError: If a file cannot be read, or outputs of one name have different shapes.
@@ -58,20 +58,11 @@ def verify_all(
     models: Mapping[str, Model], pairs: Sequence[Pair], batches: Iterable[Any], max_batches: int | None = None,
     names: Mapping[str, str] | None = None,
 ) -> list[VerifyReport]:  # fmt: skip
-    """Compare several pairs of models, each of which runs once per batch.
+    """Compare pairs of models, given by key, and return a report for each; every model runs once per batch.
 
-    Args:
-        models: As `verify` takes them, by key.
-        pairs: Keys of reference and candidate.
-        batches: As in `verify`.
-        max_batches: As in `verify`.
-        names: What the reports call the models; None for their keys.
-
-    Returns:
-        One report per pair.
+    `names` is what the reports call the models, by key; without it they are called by their keys.
 
     Raises:
-        ExportError: As `verify` does.
         DataError: If there is no batch.
     """
     probes = {key: _probe(model) for key, model in models.items()}
@@ -85,7 +76,7 @@ def verify_all(
         shared = known[first] & known[second]
         partners[first] |= shared
         partners[second] |= shared
-    sums = {pair: Sums() for pair in pairs}
+    sums = {pair: _Sums() for pair in pairs}
     count = 0
     for batch in itertools.islice(batches, max_batches):
         args, kwargs, _ = split_batch(batch)
@@ -99,19 +90,15 @@ def verify_all(
     return [pair_sums.report(called[first], called[second]) for (first, second), pair_sums in sums.items()]
 
 
-class Sums:
-    """What two models did, summed over batches."""
+class _Sums:
+    """How two models differ, in their outputs and layer by layer, summed up over batches."""
 
     def __init__(self) -> None:
         self.outputs = OutputNoise()
         self.layers: dict[str, tuple[Noise | None, CodeDifferences]] = {}
 
     def add(self, reference: Recording, candidate: Recording) -> None:
-        """Add one batch.
-
-        Raises:
-            ExportError: If outputs or codes of one name have different shapes.
-        """
+        """Add one batch; raises `ExportError` if outputs or codes of one layer have different shapes."""
         self.outputs.add_results(reference.results, candidate.results)
         for name in dict.fromkeys([*reference.outputs, *reference.codes]):
             outputs = name in reference.outputs and name in candidate.outputs
@@ -125,7 +112,7 @@ class Sums:
                 code_sums.add(name, reference.codes[name], candidate.codes[name])
 
     def report(self, reference: str, candidate: str) -> VerifyReport:
-        """Return the figures."""
+        """Return the report on two models of these names."""
         rows = (
             LayerComparison(
                 name, None if noise is None else noise.sqnr, None if noise is None else noise.largest,

@@ -1,13 +1,13 @@
-"""From placeholders to standard ONNX: every frozen layer's operators written out, every tensor under its dotted name.
+"""From placeholders to standard ONNX: the operators of every frozen layer written out, tensors under plain names.
 
     InputOperand, RoundToGrid   QuantizeLinear(x, scale, zero_point) -> Clip(codes, max = n)
     WeightOperand               packed bit planes and the nodes of `unpacking`
-    Rescale                     Mul(sum, scale) -> Add(bias); a linear's products as in `kernels`
-    Requantize                  the integer layer of `kernels`
+    Rescale                     Mul(sum, scale) -> Add(bias); the products of a linear as in `integer_nodes`
+    Requantize                  the integer layer of `integer_nodes`
 
-`NAME.input_codes` is the uint8 tensor of the input's codes, unless those are the codes of another layer's output;
-`NAME.output` the layer's output in float, `NAME.output_codes` in integer deployment; a weight that depends on the data
-has `NAME.weight_codes`. The `k`-th further call of one layer appends `.k`. The model's metadata says under
+`NAME.input_codes` is the uint8 tensor of a layer's input codes, unless those are the codes of another layer's output;
+`NAME.output` is the layer's output in float, `NAME.output_codes` that of integer deployment; a weight that depends on
+the data has `NAME.weight_codes`. The `k`-th further call of one layer appends `.k`. The model's metadata says under
 `daqconvert.layers` which tensors belong to which layer, and the scale and zero point of an output that is codes.
 """
 
@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from daqconvert.deploy.onnx.code_tensors import Grid, Grids, attributes
+from daqconvert.deploy.onnx.code_tensors import CodeTensor, CodeTensors, attributes
 from daqconvert.deploy.onnx.frozen_operators import DOMAIN
-from daqconvert.deploy.onnx.integer_nodes import Kernels, Weight
+from daqconvert.deploy.onnx.integer_nodes import PackedWeight, ProductWriter
 from daqconvert.deploy.onnx.lowering import BATCH
-from daqconvert.deploy.onnx.unpacking import Parts
+from daqconvert.deploy.onnx.unpacking import GraphWriter
 from daqconvert.functional.integer import CodeGrid
 
 if TYPE_CHECKING:
@@ -33,29 +33,51 @@ if TYPE_CHECKING:
 LAYERS_KEY = "daqconvert.layers"
 
 
+def expand(model: ModelProto, output_names: list[str]) -> ModelProto:
+    """Return the model of `lowering.lower`, changed in place, with its placeholders written out.
+
+    Outputs get the names given, one each, and everything that tells of the machine that exported it is removed.
+    """
+    del model.metadata_props[:]
+    del model.graph.metadata_props[:]
+    model.producer_name, model.producer_version, model.doc_string = "daqconvert", "", ""
+    model.graph.name, model.graph.doc_string = "model", ""
+    _rename_outputs(model, output_names)
+    _name_batch(model)
+    return Expansion(model).run()
+
+
+def layer_tensors(metadata: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Return, per frozen layer, the names of its code and output tensors, from an ONNX file's metadata.
+
+    Outputs that are codes have their scale and zero point under `"grids"`.
+    """
+    found: dict[str, dict[str, Any]] = json.loads(metadata.get(LAYERS_KEY, "{}"))
+    return found
+
+
 class Expansion:
     """One pass over a graph: ordinary nodes are kept, placeholders are replaced."""
 
     def __init__(self, model: ModelProto) -> None:
         from onnx import numpy_helper
 
-        self.model = model
-        self.parts = Parts()
+        self.model, self.writer = model, GraphWriter()
+        nodes = model.graph.node
         self.values = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
-        for node in model.graph.node:
+        for node in nodes:
             if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
                 self.values[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
         self.outputs = {o.name for o in model.graph.output}
         self.renamed: dict[str, str] = {}
         self.layers: dict[str, dict[str, Any]] = {}
         self.readers: dict[str, list[NodeProto]] = {}
-        for node in model.graph.node:
+        for node in nodes:
             for name in node.input:
                 self.readers.setdefault(name, []).append(node)
-        self.grids = Grids(self.parts, self.values, self.outputs, self._rounded_to)
-        self.kernels = Kernels(self.parts, self.grids, self.values)
-        self.operands: dict[tuple[Any, ...], Grid] = {}
-        nodes = model.graph.node
+        self.tensors = CodeTensors(self.writer, self.values, self.outputs, self._rounded_to)
+        self.products = ProductWriter(self.writer, self.tensors, self.values)
+        self.quantized: dict[tuple[Any, ...], CodeTensor] = {}
         self.plain = set(_names_used(n for n in nodes if n.domain != DOMAIN))
         self.endings = {n.input[0]: n for n in nodes if n.domain == DOMAIN and n.op_type in ("Requantize", "Rescale")}
 
@@ -78,59 +100,59 @@ class Expansion:
         return self.model
 
     def _ordinary(self, node: NodeProto) -> None:
+        """Write a node that is no placeholder: with integers where it multiplies or moves codes, else as it is."""
         ending = self.endings.get(node.output[0]) if node.output else None
-        if ending is not None and self.kernels.write(node, ending, attributes(ending)):
-            return
-        if self.kernels.move(node):
+        if (ending is not None and self.products.write(node, ending)) or self.products.move(node):
             return
         for name in node.input:
-            self.kernels.float_weight(name)
-        if not self.grids.write(node):
-            self.parts.nodes.append(node)
+            self.products.float_weight(name)
+        if not self.tensors.write(node):
+            self.writer.nodes.append(node)
 
     def _input(self, node: NodeProto, given: dict[str, Any]) -> None:
         """Write an input quantizer; one that reads the same tensor with the same numbers is shared."""
-        layer, _, role = given["layer"].partition("::")  # written by `layers.frozen_site`: whose operand it is
-        grid = self._quantized(node, given["bits"], layer, role or "input")
-        self._entry(layer)["codes"].append(grid.codes)
-        self.grids.known[node.output[0]] = Grid(
-            grid.codes, "", grid.zero_point, grid.step, grid.zero, grid.low, grid.high
-        )
-        self.kernels.scales[node.output[0]] = grid.scale
-        self.values.setdefault(grid.scale, np.asarray(grid.step, dtype=np.float32))
+        layer, _, role = given["layer"].partition("::")  # `layers.frozen_site` writes there whose operand it is
+        tensor = self._quantize(node, given["bits"], layer, role or "input")
+        self._entry(layer)["codes"].append(tensor.codes)
+        self.tensors.known[node.output[0]] = tensor.as_operand()
+        self.products.input_scales[node.output[0]] = tensor.scale_name
+        self.values.setdefault(tensor.scale_name, np.asarray(tensor.scale, dtype=np.float32))
 
     def _round(self, node: NodeProto, given: dict[str, Any]) -> None:
-        """Write the quantizer of an output."""
-        grid = self._quantized(node, given["bits"], given["layer"], "input")
+        """Write an output quantizer."""
+        tensor = self._quantize(node, given["bits"], given["layer"], "input")
         entry = self._entry(given["layer"])
-        entry["codes"].append(grid.codes)
-        self._grid_output(entry, grid)
-        self._result(node.output[0], grid)
+        entry["codes"].append(tensor.codes)
+        self._coded_output(entry, tensor)
+        self._result(node.output[0], tensor)
 
-    def _quantized(self, node: NodeProto, bits: int, layer: str, role: str) -> Grid:
+    def _quantize(self, node: NodeProto, bits: int, layer: str, role: str) -> CodeTensor:
         """Return the codes of a tensor; they are there already where it lies on that grid."""
         x = node.input[0]
         scale, zero_point = (self.values[name] for name in node.input[1:3])
-        key = (x, bits, scale.item(), zero_point.item())
-        known = self.grids.known.get(x)
         numbers = (scale.item(), zero_point.item())
-        if known is not None and known.scale and known.high < 2**bits and (known.step, known.zero) == numbers:
+        known = self.tensors.known.get(x)
+        fits = known is not None and not known.is_operand and known.high < 2**bits
+        if known is not None and fits and (known.scale, known.zero_point) == numbers:
             return known
-        if key not in self.operands:
-            scale_name = self.parts.constant(_join(layer, f"{role}_scale"), scale)
-            zero_name = self.parts.constant(_join(layer, f"{role}_zero_point"), zero_point)
+        key = (x, bits, *numbers)
+        if key not in self.quantized:
+            scale_name = self.writer.constant(_join(layer, f"{role}_scale"), scale)
+            zero_name = self.writer.constant(_join(layer, f"{role}_zero_point"), zero_point)
             codes = self._unused(layer, "codes", f"{role}_codes")
             first = codes if bits == 8 else f"{codes}.unclipped"
-            self.parts.node("QuantizeLinear", [self.grids.value(x), scale_name, zero_name], first)
+            self.writer.node("QuantizeLinear", [self.tensors.value(x), scale_name, zero_name], first)
             if bits < 8:
-                top = self.parts.constant(f"daq.code{2**bits - 1}", np.uint8(2**bits - 1))
-                self.parts.node("Clip", [first, "", top], codes)
-            grid = Grid(codes, scale_name, zero_name, scale.item(), zero_point.item(), 0, 2**bits - 1)
-            self.operands[key] = grid
-        return self.operands[key]
+                top = self.writer.constant(f"daq.code{2**bits - 1}", np.uint8(2**bits - 1))
+                self.writer.node("Clip", [first, "", top], codes)
+            self.quantized[key] = CodeTensor(codes, scale_name, zero_name, *numbers, 0, 2**bits - 1)
+        return self.quantized[key]
 
     def _rounded_to(self, name: str) -> CodeGrid | None:
-        """The grid that a float tensor is rounded to, if only that reads it; behind a ReLU, if its zero point is 0."""
+        """Return the grid that a float tensor is rounded to, if nothing else reads it.
+
+        A ReLU may stand between where the zero point is 0, for the grid then has no negative values.
+        """
         readers = self.readers.get(name, [])
         if len(readers) != 1 or name in self.outputs:
             return None
@@ -143,9 +165,9 @@ class Expansion:
         return CodeGrid(self.values[node.input[1]].item(), self.values[node.input[2]].item())
 
     def _weight(self, node: NodeProto, given: dict[str, Any]) -> None:
-        """Take note of a weight: who computes with it decides how it is unpacked."""
+        """Take note of a weight: the node that computes with it decides how it is unpacked."""
         codes = self.values[node.input[0]]
-        self.kernels.weights[node.output[0]] = Weight(given["layer"], codes, given["bits"], given["grid"])
+        self.products.weights[node.output[0]] = PackedWeight(given["layer"], codes, given["bits"], given["grid"])
 
     def _rescale(self, node: NodeProto, given: dict[str, Any]) -> None:
         """Write `sum * scale + bias`, the vectors shaped to stand at the channel's dimension."""
@@ -155,48 +177,51 @@ class Expansion:
             self.renamed[node.output[0]] = output
         self._entry(layer)["outputs"].append(output)
         has_bias = len(node.input) > 2 and bool(node.input[2])
-        if acc in self.kernels.scaled:
-            acc = self.kernels.scaled[acc]
+        if acc in self.products.in_real_units:
+            acc = self.products.in_real_units[acc]
             if not has_bias:
-                self.parts.node("Identity", [acc], output)
+                self.writer.node("Identity", [acc], output)
         else:
             scale = self._vector(layer, "scale", node.input[1], given["output_dims"])
-            acc = self.parts.node("Mul", [self.grids.value(acc), scale], f"{output}.scaled" if has_bias else output)
+            scaled = f"{output}.scaled" if has_bias else output
+            acc = self.writer.node("Mul", [self.tensors.value(acc), scale], scaled)
         if has_bias:
             bias = self._vector(layer, "bias", node.input[2], given["output_dims"])
-            self.parts.node("Add", [acc, bias], output)
+            self.writer.node("Add", [acc, bias], output)
 
     def _requantize(self, node: NodeProto, given: dict[str, Any]) -> None:
-        """Write the codes of an output; its products are there."""
+        """Write the codes of an output, whose products are written already."""
         layer = given["layer"]
         entry = self._entry(layer)
         scale, zero_point, limits = (self.values[name] for name in node.input[5:8])
         codes = self._unused(layer, "outputs", "output_codes")
-        grid = Grid(
-            codes, self.parts.constant(_join(layer, "output_scale"), scale),
-            self.parts.constant(_join(layer, "output_zero_point"), zero_point),
+        tensor = CodeTensor(
+            codes, self.writer.constant(_join(layer, "output_scale"), scale),
+            self.writer.constant(_join(layer, "output_zero_point"), zero_point),
             scale.item(), zero_point.item(), int(limits[0]), int(limits[1]),
         )  # fmt: skip
-        self.kernels.quantize(node, grid)
-        self._grid_output(entry, grid)
-        self._result(node.output[0], grid)
+        self.products.quantize(node, tensor)
+        self._coded_output(entry, tensor)
+        self._result(node.output[0], tensor)
 
-    def _result(self, name: str, grid: Grid) -> None:
-        """Let a float tensor of the graph stand for a tensor of codes."""
-        self.grids.known[name] = grid
+    def _result(self, name: str, tensor: CodeTensor) -> None:
+        """Let a tensor of codes stand for a float tensor of the graph."""
+        self.tensors.known[name] = tensor
         if name in self.outputs:
-            self.parts.node("DequantizeLinear", [grid.codes, grid.scale, grid.zero_point], name)
+            inputs = [tensor.codes, tensor.scale_name, tensor.zero_point_name]
+            self.writer.node("DequantizeLinear", inputs, name)
 
-    def _grid_output(self, entry: dict[str, Any], grid: Grid) -> None:
-        entry["outputs"].append(grid.codes)
-        entry.setdefault("grids", {})[grid.codes] = [grid.step, grid.zero]
+    def _coded_output(self, entry: dict[str, Any], tensor: CodeTensor) -> None:
+        """Note for the metadata that a layer's output is these codes."""
+        entry["outputs"].append(tensor.codes)
+        entry.setdefault("grids", {})[tensor.codes] = [tensor.scale, tensor.zero_point]
 
     def _vector(self, layer: str, key: str, source: str, output_dims: int) -> str:
         value = self.values[source]
         shaped = value.reshape(-1, *(1,) * output_dims) if value.ndim else value
         name = _join(layer, key)
         # NOTE: the exporter merges equal tensors, so another node may read this one in its own shape
-        return self.parts.constant(f"{name}.shaped" if name in self.plain and shaped.ndim > 1 else name, shaped)
+        return self.writer.constant(f"{name}.shaped" if name in self.plain and shaped.ndim > 1 else name, shaped)
 
     def _entry(self, layer: str) -> dict[str, Any]:
         return self.layers.setdefault(layer, {"codes": [], "outputs": []})
@@ -208,46 +233,21 @@ class Expansion:
         return f"{first}.{calls}" if calls else first
 
     def _finish(self) -> None:
-        graph, parts = self.model.graph, self.parts
+        graph, writer = self.model.graph, self.writer
         del graph.node[:]
-        graph.node.extend(parts.nodes)
-        used = set(_names_used(parts.nodes)) | {o.name for o in graph.output}
-        kept = [t for t in graph.initializer if t.name in used and t.name not in parts.initializers]
+        graph.node.extend(writer.nodes)
+        used = set(_names_used(writer.nodes)) | {o.name for o in graph.output}
+        kept = [t for t in graph.initializer if t.name in used and t.name not in writer.initializers]
         for tensor in kept:
             del tensor.metadata_props[:]
         del graph.initializer[:]
-        graph.initializer.extend([*kept, *(t for t in parts.initializers.values() if t.name in used)])
+        graph.initializer.extend([*kept, *(t for t in writer.initializers.values() if t.name in used)])
         del graph.value_info[:]
         for entry in [o for o in self.model.opset_import if o.domain == DOMAIN]:
             self.model.opset_import.remove(entry)
         if self.layers:
             entry = self.model.metadata_props.add()
             entry.key, entry.value = LAYERS_KEY, json.dumps(self.layers, separators=(",", ":"))
-
-
-def expand(model: ModelProto, output_names: list[str]) -> ModelProto:
-    """Return the model with placeholders written out, outputs renamed, and traces of this machine removed.
-
-    Args:
-        model: From `lowering.lower`; changed in place.
-        output_names: One per output of the graph.
-    """
-    del model.metadata_props[:]
-    del model.graph.metadata_props[:]
-    model.producer_name, model.producer_version, model.doc_string = "daqconvert", "", ""
-    model.graph.name, model.graph.doc_string = "model", ""
-    _rename_outputs(model, output_names)
-    _name_batch(model)
-    return Expansion(model).run()
-
-
-def layer_tensors(metadata: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Return, per frozen layer, the names of its code and output tensors, from an ONNX file's metadata.
-
-    Outputs that are codes have their scale and zero point under `"grids"`.
-    """
-    found: dict[str, dict[str, Any]] = json.loads(metadata.get(LAYERS_KEY, "{}"))
-    return found
 
 
 def _join(layer: str, key: str) -> str:

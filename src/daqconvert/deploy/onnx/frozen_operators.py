@@ -1,4 +1,4 @@
-"""A frozen layer as operators: what torch.export sees of it, and what stands for it in ONNX until `expansion`.
+"""A frozen layer as operators of its own: what torch.export sees, and what stands in the ONNX graph until `expansion`.
 
     operand = input_operand(x, scale, zero_point)     clip(round(x / scale), -zero_point, n - zero_point)
     weight  = weight_operand(codes)                   integer-valued, from uint8 codes
@@ -6,9 +6,10 @@
     y       = requantize(sum, ...)                    integer deployment: codes of the output, on their grid
     y       = round_to_grid(x, scale, zero_point)     integer deployment: an output's quantizer
 
-Their values are those of the plain path. As operators of their own they survive the exporter's constant folding and
-merging of equal nodes, and each carries the name of its layer into the graph. In ONNX they become the placeholders
-`daqconvert::InputOperand`, `WeightOperand`, `Rescale`, `Requantize` and `RoundToGrid`, which never reach a file.
+Each computes what the frozen layer computes without it. As operators of their own they survive the exporter's constant
+folding and merging of equal nodes, and `layer`, which changes nothing in the values, carries the name of the layer
+into the graph. In ONNX they become the placeholders `daqconvert::InputOperand`, `WeightOperand`, `Rescale`,
+`Requantize` and `RoundToGrid`, which never reach a file.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Whether this machine adds products of 8-bit integers exactly, which ONNX Runtime's kernels leave to the processor.
+"""Whether this machine adds products of 8-bit integers exactly: ONNX Runtime's kernels leave that to the processor.
 
-x86 before VNNI has one instruction for it, `vpmaddubsw`: it adds two products of a `uint8` and an `int8` in 16 bits
-and saturates. ONNX Runtime uses it where nothing better is there, for speed. Sums of two products beyond 32,767 are
-then wrong, without a word: 255 * 127 * 2 is, 15 * 127 * 2 is not. VNNI and AMX add in 32 bits, and so does every Arm
-kernel.
+An x86 processor without VNNI has one instruction for it, `vpmaddubsw`, which adds two products of a `uint8` and an
+`int8` in 16 bits and saturates. ONNX Runtime uses it, for speed, where there is nothing better. A sum of two products
+beyond 32,767 is then wrong, without a warning: 255 * 127 * 2 is such a sum, 15 * 127 * 2 is not. VNNI and AMX add in
+32 bits, and so does every kernel for Arm.
 
 References: ONNX Runtime, "Quantize ONNX models", section "When and why do I need to try U8U8?",
 https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html.
@@ -19,13 +19,13 @@ import torch
 
 X86 = ("x86_64", "amd64", "i386", "i686", "x86")
 ARM = ("aarch64", "arm64")
-EXACT = frozenset({"avx512vnni", "avxvnni", "amxint8"})  # spelled without underscores: the sources differ there
+EXACT = frozenset({"avx512vnni", "avxvnni", "amxint8"})  # without underscores, in which the sources differ
 SATURATES_ABOVE = 2**15 - 1
 CPUINFO = Path("/proc/cpuinfo")
 
 
 def exact_int8() -> bool | None:
-    """Return whether 8-bit integer kernels add exactly on this machine: None where nobody says.
+    """Return whether 8-bit integer kernels add exactly on this machine, or None where that cannot be found out.
 
     Example:
         >>> exact_int8() in (True, False, None)
@@ -41,11 +41,10 @@ def exact_int8() -> bool | None:
 
 
 def may_saturate(largest_input: int, largest_weight: int) -> bool:
-    """Return whether two products of such codes leave the 16 bits that x86 without VNNI adds them in.
+    """Return whether a sum of two products of such codes does not fit the 16 bits of x86 without VNNI.
 
-    Args:
-        largest_input: Largest input code, as a `uint8`, zero point included.
-        largest_weight: Largest absolute weight code, as an `int8`.
+    `largest_input` is the largest `uint8` input code, zero point included, `largest_weight` the largest absolute
+    `int8` weight.
 
     Example:
         >>> may_saturate(255, 127), may_saturate(255, 64), may_saturate(15, 127)
@@ -55,9 +54,9 @@ def may_saturate(largest_input: int, largest_weight: int) -> bool:
 
 
 def features() -> frozenset[str] | None:
-    """Return what the processor can do, in small letters and without underscores; None where nobody says.
+    """Return the processor's features, in small letters and without underscores, or None where they are not known.
 
-    Asked in turn: torch (2.10 and later), `/proc/cpuinfo`, `sysctl` on macOS.
+    The sources are, in this order: torch (2.10 and later), `/proc/cpuinfo`, and `sysctl` on macOS.
     """
     ask = getattr(torch.cpu, "get_capabilities", None)
     if ask is not None:

@@ -1,8 +1,7 @@
 """From a torch model to an ONNX graph: `torch.export`, then `torch.onnx`, quietly and with plain errors.
 
-A frozen layer arrives in the graph as the placeholders of `operators`; `expansion` writes them out.
-
-The names by which deployment knows what a model multiplies with.
+A frozen layer arrives in the graph as the placeholders of `frozen_operators`, each under the layer's dotted name
+(`named_layers`); `expansion` writes them out.
 """
 
 from __future__ import annotations
@@ -39,14 +38,11 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def example_arguments(example_inputs: Any, move: bool = True) -> Arguments:
-    """Return example inputs as positional and keyword arguments, on the CPU in float32.
-
-    Args:
-        example_inputs: A tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
-        move: False leaves tensors where they are, in their dtype.
+    """Return example inputs as positional and keyword arguments, on the CPU in float32 unless `move` is False.
 
     Raises:
-        ExportError: If they are anything else, or hold no tensor.
+        ExportError: Unless they are a tensor, a tuple or list of positional arguments or a dict of keyword arguments,
+            and hold a tensor.
     """
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
@@ -80,10 +76,7 @@ def float32_copy(model: nn.Module) -> nn.Module:
 def lower(model: nn.Module, arguments: Arguments, dynamic_batch: bool) -> ModelProto:
     """Return the ONNX graph of a model that `float32_copy` made; frozen layers become placeholders.
 
-    Args:
-        model: The copy.
-        arguments: From `example_arguments`.
-        dynamic_batch: Whether the first dimension of the inputs is left open.
+    With `dynamic_batch` the first dimension of the inputs is left open.
 
     Raises:
         ExportError: If torch cannot export the model; says at which step and why.
@@ -115,7 +108,7 @@ def lower(model: nn.Module, arguments: Arguments, dynamic_batch: bool) -> ModelP
 
 @contextmanager
 def _writing_operators(model: nn.Module) -> Iterator[None]:
-    """Let every frozen layer write the operators of `operators`, under its dotted name."""
+    """Let every frozen layer call the operators of `frozen_operators`, with its dotted name."""
     layers = {name: module for name, module in named_layers(model).items() if isinstance(module, FrozenSite)}
     try:
         for name, layer in layers.items():
@@ -127,21 +120,12 @@ def _writing_operators(model: nn.Module) -> Iterator[None]:
 
 
 def repeated(arguments: Arguments) -> Arguments:
-    """Return arguments with a batch of one repeated: torch.export takes a size of 1 for a constant.
-
-    Args:
-        arguments: From `example_arguments`.
-    """
+    """Return arguments with a batch of one repeated, because torch.export takes a size of 1 for a constant."""
     return tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t, arguments)
 
 
 def open_batch(model: nn.Module, arguments: Arguments) -> Any:
-    """Return torch.export's description of a first dimension that is open, the same in every input.
-
-    Args:
-        model: To be exported.
-        arguments: Its example arguments.
-    """
+    """Return torch.export's description of a first dimension that is open, the same one in every input."""
     tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
     size = next((t.shape[0] for t in tensors if t.dim()), None)
     batch = torch.export.Dim(BATCH)
@@ -164,21 +148,17 @@ def quiet() -> Iterator[None]:
         with warnings.catch_warnings(), contextlib.redirect_stderr(printed):
             for category in (DeprecationWarning, FutureWarning):
                 warnings.filterwarnings("ignore", category=category, module=r"(torch|onnxscript|onnx_ir|onnx)\b")
-            # the model stores a tensor of a forward in itself; on the copy, that is of no consequence
+            # torch warns of a model that stores a tensor of its forward in itself; on a copy that does no harm
             warnings.filterwarnings("ignore", message=r"The tensor attributes? .* assigned during export")
             yield
-        sys.stderr.write(printed.getvalue())  # the model's own; of a failure, the error says enough
+        sys.stderr.write(printed.getvalue())  # what the model itself printed; after a failure the error says enough
     finally:
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
 
 
 def first_lines(error: BaseException) -> str:
-    """Return the innermost cause in a line or two, without colours.
-
-    Args:
-        error: Of torch's.
-    """
+    """Return the innermost cause of an error of torch's in a line or two, without colours."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
@@ -187,13 +167,10 @@ def first_lines(error: BaseException) -> str:
 
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return everything that can be watched by dotted name: sites, quantized or frozen, and float layers.
+    """Return every site, quantized or frozen, and every float layer that could be one, by dotted name.
 
-    A frozen layer with a forward of its own keeps its codes in a child; that child goes by the layer's name, as the
-    quantized layer does.
-
-    Args:
-        model: Float, quantized or frozen.
+    A frozen layer with a forward of its own keeps its codes in a child; that child goes by the layer's name, so that
+    it meets the quantized layer under the same name.
     """
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():

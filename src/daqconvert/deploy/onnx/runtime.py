@@ -32,25 +32,23 @@ def require_packages(names: Sequence[str] = PACKAGES) -> None:
 class OnnxModel:
     """An ONNX file in ONNX Runtime, on the CPU, called like a torch model.
 
-    The session has the default options, those of deployment.
+    The session has ONNX Runtime's default options, as in deployment.
 
     Attributes:
         input_names: Names of the graph's inputs, in order.
-        input_shapes: Their shapes; an open dimension is a name or None.
+        input_shapes: Shapes of the inputs; an open dimension is a name or None.
         output_names: Names of the graph's outputs, in order.
-        metadata: The file's own notes.
+        metadata: Texts that the file holds besides its graph, by key.
+
+    Args:
+        source: Path of the file, or the serialized model.
+        threads: Threads of one operator; None for ONNX Runtime's default, all cores.
+
+    Raises:
+        ExportError: If there is no such file, or ONNX Runtime refuses it.
     """
 
     def __init__(self, source: str | Path | bytes, threads: int | None = None) -> None:
-        """Open a file, or its bytes.
-
-        Args:
-            source: Path of the file, or the serialized model.
-            threads: Threads of one operator; None for ONNX Runtime's default, all cores.
-
-        Raises:
-            ExportError: If there is no such file, or ONNX Runtime refuses it.
-        """
         require_packages(["onnxruntime"])
         import onnxruntime
 
@@ -64,7 +62,7 @@ class OnnxModel:
             self._session = onnxruntime.InferenceSession(
                 source if isinstance(source, bytes) else str(source), options, providers=["CPUExecutionProvider"]
             )
-        except Exception as error:  # NOTE: ONNX Runtime raises a class of its own per kind of failure, without a base
+        except Exception as error:  # NOTE: ONNX Runtime has an exception for each kind of failure, and no base class
             what = "the model" if isinstance(source, bytes) else str(source)
             raise ExportError(f"{what}: ONNX Runtime cannot load it: {str(error).strip()[:400]}") from error
         self.input_names = [i.name for i in self._session.get_inputs()]
@@ -82,12 +80,12 @@ class OnnxModel:
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """Return all outputs, in the order of `output_names`."""
+        """Return all outputs, in the order of `output_names`; raises `ExportError` as a call does."""
         try:
             results = self._session.run(None, self.feeds(args, kwargs))
         except ExportError:
             raise
-        except Exception as error:  # NOTE: as above
+        except Exception as error:  # NOTE: as when the file is opened
             raise ExportError(f"ONNX Runtime cannot run the model: {str(error).strip()[:400]}") from error
         return [torch.from_numpy(value) for value in results]
 
@@ -121,9 +119,7 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def time_session(
-    model: OnnxModel, *args: Any, repeats: int = 20, warmup: int = 3, **kwargs: Any
-) -> float:  # fmt: skip
+def time_session(model: OnnxModel, *args: Any, repeats: int = 20, warmup: int = 3, **kwargs: Any) -> float:
     """Return the median time of one call, divided by the batch size: seconds per image.
 
     Args:
