@@ -101,3 +101,10 @@ def test_without_matplotlib(tmp_path, monkeypatch):
     with pytest.raises(ExportError, match=r"pip install 'daqconvert\[plot\]'"):
         report(SAME).plot(tmp_path / "a.png")
     assert not list(tmp_path.iterdir())
+
+
+def test_first_below_takes_nan_for_below():
+    rows = (LayerComparison("a", 40.0, 0.1), LayerComparison("b", math.nan, math.nan), LayerComparison("c", 10.0, 1.0))
+    found = VerifyReport("x", "y", 1, None, 20.0, 1.0, rows)
+    assert found.first_below(30) == "b"
+    assert found.to_dict()["layers"][1]["sqnr"] is None

@@ -5,7 +5,6 @@ import math
 import pytest
 
 from daqconvert.deploy.comparing.export_report import ExportReport, LayerAgreement
-from daqconvert.deploy.comparing.verify_report import LayerComparison, VerifyReport
 
 
 def report(layers=(), sqnr_same=math.inf, classes=1.0, samples=1000):
@@ -50,10 +49,3 @@ def test_text_shows_the_layers_that_differ():
         "class: the same for 100.00% of 1000 samples",
         "ONNX Runtime, 1000 samples: agrees",
     ]
-
-
-def test_first_below_takes_nan_for_below():
-    rows = (LayerComparison("a", 40.0, 0.1), LayerComparison("b", math.nan, math.nan), LayerComparison("c", 10.0, 1.0))
-    found = VerifyReport("x", "y", 1, None, 20.0, 1.0, rows)
-    assert found.first_below(30) == "b"
-    assert found.to_dict()["layers"][1]["sqnr"] is None
