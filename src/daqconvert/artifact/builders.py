@@ -1,9 +1,9 @@
-"""What an artifact may say about rebuilding its model: a name of timm's or torchvision's, and harmless arguments.
+"""How the model of an artifact is rebuilt: from a name of timm's or torchvision's and arguments that do no harm.
 
-The file's word is a stranger's. So a source is a name, never an import path; an argument is a number, a text of
-letters, or a list of such; none that makes a builder read a file, use the network or pick a device passes, neither in
-`save` nor in `load`. The model is built on torch's `meta` device first, where a tensor takes no memory, in a limited
-number of steps: only what fits the stored tensors is built for good.
+The file may come from anybody. So a source is a name, never an import path, and an argument is a number, a text of
+letters or a list of these. `save` and `load` both refuse arguments that make a builder read a file, use the network or
+choose a device. A model is first built on torch's `meta` device, where tensors take no memory, in a limited number of
+steps; only one that fits the stored tensors is then built with values.
 """
 
 from __future__ import annotations
@@ -33,19 +33,16 @@ HARMLESS = frozenset(
 LARGEST_NUMBER = 4096  # in arguments; a larger one must be a size of a stored tensor or smaller (num_classes=21843)
 MOST_VALUES = 256
 STEPS, STEPS_PER_TENSOR = 5_000, 200  # torch calls of a builder; of timm's, the most are 30 a tensor
-SPARE_ELEMENTS = 1 << 26  # of buffers that are not stored, as masks of attention; or 8 for each one that is
+SPARE_ELEMENTS = 1 << 26  # of buffers that are not stored, as masks of attention, besides 8 for each stored element
 
 
 def check_source(source: str | None, kwargs: Mapping[str, Any], largest: int) -> None:
-    """Raise unless a model may be rebuilt from this source with these arguments.
+    """Raise unless a model may be rebuilt from this source (None: from a skeleton) with these arguments.
 
-    Args:
-        source: `timm:NAME` or `torchvision:NAME`; None for a model that a skeleton is passed for.
-        kwargs: Arguments of the builder.
-        largest: Largest size in the shapes of the stored tensors.
+    `largest` is the largest size in the shapes of the stored tensors.
 
     Raises:
-        ArtifactError: Naming the argument.
+        ArtifactError: If it may not; names the argument.
     """
     if source is None:
         if kwargs:
@@ -92,7 +89,7 @@ def _check_value(where: str, value: object, largest: int, counted: list[int], de
 
 
 class _Budget(TorchFunctionMode):
-    """Counts the torch calls of this thread and the elements they make; stops a builder that goes on for ever."""
+    """Counts this thread's torch calls and the elements they make, and stops a builder that makes too many."""
 
     def __init__(self, steps: int, elements: float) -> None:
         super().__init__()
@@ -109,19 +106,13 @@ class _Budget(TorchFunctionMode):
 
 
 def outline(source: str, kwargs: Mapping[str, Any], tensors: int, elements: int) -> nn.Module:
-    """Build a model on the `meta` device, where it takes no memory, in a number of steps that the artifact justifies.
+    """Build a model on the `meta` device, in as many steps as an artifact of so many tensors and elements justifies.
 
-    A few builders compute with real tensors and cannot work there (torchvision's RegNets); those are built for good,
-    with a limit on the elements as well.
-
-    Args:
-        source: From `check_source`, as are the arguments.
-        kwargs: Arguments of the builder.
-        tensors: Number of tensors in the artifact.
-        elements: Number of elements in them.
+    Source and arguments have passed `check_source`. A few builders compute with real tensors and cannot work on `meta`
+    (torchvision's RegNets): their models are built with values, and the number of elements is limited as well.
 
     Raises:
-        ArtifactError: If it cannot be built, or has buffers beside its state dict that are out of proportion.
+        ArtifactError: If it cannot be built, or its buffers outside the state dict are out of proportion.
     """
     steps, most = STEPS + STEPS_PER_TENSOR * tensors, 8 * elements + SPARE_ELEMENTS
     try:
@@ -140,22 +131,13 @@ def outline(source: str, kwargs: Mapping[str, Any], tensors: int, elements: int)
 
 
 def build(source: str, kwargs: Mapping[str, Any], tensors: int) -> nn.Module:
-    """Build for good what `outline` has shown to fit.
-
-    Args:
-        source: From `check_source`, as are the arguments.
-        kwargs: Arguments of the builder.
-        tensors: Number of tensors in the artifact.
-
-    Raises:
-        ArtifactError: If it cannot be built.
-    """
+    """Build, with values, the model that `outline` has shown to fit; raises `ArtifactError` if that fails."""
     with _Budget(STEPS + STEPS_PER_TENSOR * tensors, math.inf):
         return _build(source, kwargs)
 
 
 def _build(source: str, kwargs: Mapping[str, Any]) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):  # its random start is overwritten, and takes nothing from the user's seed
+    with torch.random.fork_rng(devices=[]):  # random values are overwritten: the user's generator must not move
         try:
             return build_model(source, pretrained=False, **kwargs)
         except (DaqError, TypeError) as error:

@@ -1,8 +1,8 @@
-"""The JSON half of an artifact: what stands in the other file, for which model, made by whom; strict and checksummed.
+"""The manifest of an artifact, `daqconvert.json`: which model it is, how it was quantized, what the tensor file holds.
 
-`daqconvert.json` is one object with exactly the fields of `Manifest`, and `checksum`, the SHA-256 of the same object
-without it, as JSON with sorted keys and no spaces. The checksum finds damage and careless edits; it is no signature,
-so every field is checked as if a stranger had written it. `docs/artifact.md` specifies the bytes.
+It is one object with exactly the fields of `Manifest` and `checksum`, the SHA-256 of the same object without it, as
+JSON with sorted keys and no spaces. The checksum finds damage and careless edits; it is no signature, so every field
+is checked as if it came from an attacker. `docs/artifact.md` specifies the bytes.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ class TensorEntry:
 
     Attributes:
         dtype: Name of the torch dtype.
-        shape: Shape in the model; what is stored is packed where `bits` is set.
-        bits: Width of packed codes, or None.
-        same_as: Key of an entry that holds the same tensor, or None; nothing is stored for this one then.
+        shape: Shape in the model.
+        bits: Bits of codes that are stored packed; None for a tensor that is stored as it is.
+        same_as: Key of the entry that holds the same tensor, so that nothing is stored for this one; None if there is
+            no such entry.
     """
 
     dtype: str
@@ -53,7 +54,7 @@ class TensorEntry:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes that it takes in the tensor file; 0 where it is the same as another."""
+        """Bytes that it takes in the tensor file; 0 if it is the same as another tensor."""
         return 0 if self.same_as is not None else math.prod(self.stored_shape) * DTYPES[self.dtype]
 
 
@@ -66,14 +67,14 @@ class Manifest:
         version: Version of the format.
         daqconvert: Version of the package that wrote it.
         model: Class name of the model.
-        source: Source string the model is rebuilt from, or None.
-        source_kwargs: Arguments for it.
+        source: What the model is rebuilt from, as `"timm:resnet18"`; None if a skeleton has to be passed.
+        source_kwargs: Arguments with which the source builds it.
         dtype: Dtype of the operands of the frozen layers.
         bytes: Size of the tensor file.
-        sha256: Of the tensor file.
-        forwards: SHA-256 of the source of every forward that is rewritten, by the full name of its class.
+        sha256: SHA-256 of the tensor file.
+        forwards: SHA-256 of the source code of every forward that is rewritten, by the full name of its class.
         tensors: Entry of each key of the state dict.
-        plan: The plan that made the layers.
+        plan: The plan from which the layers were made.
     """
 
     format: str
@@ -90,14 +91,14 @@ class Manifest:
     plan: Plan
 
     def to_json(self) -> str:
-        """Return the file's text, checksum included."""
+        """Return the file's text: a line for each field, and the checksum."""
         body = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         body["plan"] = plan_to_dict(self.plan)
         body["tensors"] = {
             key: {name: value for name, value in dataclasses.asdict(entry).items() if value is not None}
             for key, entry in self.tensors.items()
         }
-        fields = {**body, "checksum": checksum(body)}.items()  # a line each
+        fields = {**body, "checksum": checksum(body)}.items()
         lines = ",\n".join(f'"{key}":{json.dumps(value, separators=(",", ":"))}' for key, value in fields)
         return f"{{\n{lines}\n}}\n"
 
@@ -120,7 +121,7 @@ def shown(value: object) -> str:
 
 
 def told(error: Exception) -> str:
-    """Return an error's message in at most 600 printable characters, for it may quote the file."""
+    """Return an error's message, which may quote the file, in at most 600 printable characters."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error)[:600])
 
 
@@ -131,22 +132,18 @@ def read_manifest(path: str | Path) -> Manifest:
         path: The directory.
 
     Raises:
-        ArtifactError: If it is missing, damaged, edited, of another format, or from a newer version; names the file
-            and the field.
+        ArtifactError: If the manifest is missing, damaged, edited, of another format or from a newer version; names
+            the file and the field.
     """
     file = Path(path) / MANIFEST
     return parse_manifest(_content(file), str(file))
 
 
 def parse_manifest(content: bytes, file: str) -> Manifest:
-    """Check the bytes of a manifest and return what they say.
-
-    Args:
-        content: All of the file.
-        file: What it is called in messages.
+    """Check the bytes of a manifest and return what they say; `file` is what messages call it.
 
     Raises:
-        ArtifactError: If anything is not as it should be; names the file and the field.
+        ArtifactError: If anything is not as `docs/artifact.md` specifies; names the file and the field.
     """
     try:
         return _checked(_object(content, file), file)
@@ -181,7 +178,7 @@ def _content(file: Path) -> bytes:
             raise ArtifactError(f"{directory}: not an artifact: {what}. Make one with daqconvert.save(frozen, path).")
         with file.open("rb") as stream:
             return stream.read(LARGEST_MANIFEST + 1)
-    except (OSError, ValueError) as error:  # ValueError: of a path that no system can have
+    except (OSError, ValueError) as error:  # ValueError: for a path with a null character
         if isinstance(error, ArtifactError):
             raise
         raise ArtifactError(f"{shown(str(file))}: cannot be read ({told(error)}).") from None
@@ -260,7 +257,7 @@ def _is_digest(value: object) -> bool:
 
 
 def _check_texts(value: object) -> None:
-    """A plan is printed: its texts must not hold what a terminal would obey."""
+    """Raise unless all texts of a plan are printable: it is printed, and a terminal obeys control characters."""
     if isinstance(value, str) and not value.isprintable():
         raise ArtifactError(f"plan: expected printable texts, found {shown(value)}.")
     for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():

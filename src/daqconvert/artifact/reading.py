@@ -21,21 +21,21 @@ from daqconvert.models import copy_model
 def load(path: str | Path, model: nn.Module | Callable[[], nn.Module] | None = None) -> nn.Module:
     """Load a frozen model from an artifact directory.
 
-    The model is rebuilt from the source that the artifact names (timm or torchvision, without a download), or a
-    skeleton is passed: any model of the same structure, whose values do not matter. Its stored plan is applied, every
-    shape is checked, then the values are loaded. No pickle is read, no code is taken from the file.
+    The model is rebuilt from the source that the artifact names (timm or torchvision, without a download), or from a
+    *skeleton*: any float model of the same structure, whose values do not matter. The stored plan is applied to it,
+    every shape is checked, then the values are loaded. No pickle is read, and no code is taken from the file.
 
     Args:
         path: The directory.
-        model: The skeleton, or a function that builds it; a skeleton is not changed. It may be on the `meta` device
-            where all its buffers are stored.
+        model: The skeleton, which is not changed, or a function that builds it. It may be on the `meta` device if its
+            state dict holds all its buffers.
 
     Returns:
-        The frozen model, identical to the one that was saved; each tensor is on the device of the skeleton's (on the
-        CPU for a skeleton on `meta`). Buffers that a state dict leaves out are the skeleton's.
+        The frozen model, identical to the one that was saved. Each tensor is on the device of the skeleton's tensor,
+        or on the CPU if that is `meta`. Buffers that a state dict leaves out are the skeleton's.
 
     Raises:
-        ArtifactError: If the artifact is missing, truncated, edited, from a newer version, names no source where no
+        ArtifactError: If the artifact is missing, truncated, edited or from a newer version, names no source and no
             skeleton is passed, or does not fit the skeleton.
 
     Example:
@@ -68,7 +68,7 @@ def load(path: str | Path, model: nn.Module | Callable[[], nn.Module] | None = N
 
 
 def _skeleton(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
-    """A copy of the skeleton, or what its factory builds."""
+    """Return a copy of the skeleton, or what the function builds."""
     if isinstance(model, nn.Module):
         return copy_model(model)
     if not callable(model):
@@ -82,7 +82,7 @@ def _skeleton(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
 
 
 def _rebuild(path: str | Path, manifest: Manifest, where: str) -> nn.Module:
-    """Build the model from its source, once it is clear that it will fit."""
+    """Build the model from its source, after making sure that it fits the stored tensors."""
     if manifest.source is None:
         raise ArtifactError(
             f"{path}: names no source to rebuild {manifest.model} from. Pass one of the same structure: "
@@ -96,14 +96,10 @@ def _rebuild(path: str | Path, manifest: Manifest, where: str) -> nn.Module:
 
 
 def try_source(manifest: Manifest, where: str) -> None:
-    """Raise if the manifest's source does not build a model that its tensors fit; nothing large is made.
-
-    Args:
-        manifest: Of an artifact, or of one to be.
-        where: The artifact, for messages.
+    """Raise unless the manifest's source builds a model that its tensors fit; no large tensor is made for that.
 
     Raises:
-        ArtifactError: Naming what differs.
+        ArtifactError: If it does not; begins with `where`, and names what differs.
     """
     if manifest.source is None:
         return

@@ -1,9 +1,10 @@
-"""A float model made ready for an artifact: the plan's sites become empty frozen layers, and all must fit.
+"""A skeleton, which is a float model of the saved structure, made ready for the values of an artifact.
 
-Which code an artifact relies on: a hash of every forward that was rewritten when the model was quantized.
+The sites of the stored plan become empty frozen layers, and every key, shape, dtype and width must be the artifact's.
 
-The artifact holds no code. Where a library's own forward multiplies, that forward is rewritten again when the artifact
-is loaded, from the library as it is then; one that has changed since may compute something else.
+An artifact holds no code. Where a model's forward multiplies by itself, it was rewritten when the model was quantized,
+and it is rewritten again when the artifact is loaded, from the library as it is then. A forward that has changed since
+may compute something else, so the manifest holds a hash of the source of each one.
 """
 
 from __future__ import annotations
@@ -28,15 +29,10 @@ from daqconvert.spec import PlanRow
 
 
 def fit(skeleton: nn.Module, manifest: Manifest, where: str) -> nn.Module:
-    """Turn a float model, in place, into a frozen one that has the places for the artifact's values.
-
-    Args:
-        skeleton: Of the structure that was saved; its values do not matter, its dtype may differ.
-        manifest: What the artifact holds.
-        where: The artifact, for messages.
+    """Turn a skeleton, in place, into a frozen model with places for the artifact's values; its dtype may differ.
 
     Raises:
-        ArtifactError: If a layer, shape, dtype or width is not that of the artifact; names it.
+        ArtifactError: If a layer, shape, dtype or width is not the artifact's; begins with `where`, and names it.
     """
     rows = manifest.plan.converted
     if type(skeleton).__name__ != manifest.model and "" not in (row.name for row in rows):
@@ -45,7 +41,7 @@ def fit(skeleton: nn.Module, manifest: Manifest, where: str) -> nn.Module:
     owners: dict[int, str] = {}
     for row in rows:
         if row.site.is_output:
-            continue  # it multiplies nothing; whether its module is there is seen when it is added
+            continue  # an output quantizer: whether there is a module for it turns out when it is added
         layer = modules.get(row.name)
         if row.site.call is None or layer is not None:
             _check_site(layer, row, where)
@@ -61,7 +57,7 @@ def fit(skeleton: nn.Module, manifest: Manifest, where: str) -> nn.Module:
     for module in skeleton.modules():
         module.training = False
     object.__setattr__(skeleton, PLAN_ATTRIBUTE, manifest.plan)
-    check_forwards(skeleton, manifest.forwards, where)
+    _check_forwards(skeleton, manifest.forwards, where)
     _check_keys(skeleton, manifest, where)
     return skeleton
 
@@ -98,7 +94,7 @@ def _check_keys(frozen: nn.Module, manifest: Manifest, where: str) -> None:
 
 
 def _misfit(value: object, entry: TensorEntry, exact: bool) -> str:
-    """What is wrong with a tensor; a model's own floating tensors may have any floating dtype."""
+    """Return what is wrong with a tensor, if anything; unless `exact`, it may have another floating dtype."""
     if not isinstance(value, Tensor):
         return "the model holds no tensor there"
     if tuple(value.shape) != entry.shape:
@@ -110,15 +106,10 @@ def _misfit(value: object, entry: TensorEntry, exact: bool) -> str:
 
 
 def check_values(frozen: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Raise if a code or zero point is beyond the width of its layer.
-
-    Args:
-        frozen: From `fit`.
-        state: The values it is about to get.
-        where: The artifact, for messages.
+    """Raise if one of the values that a model from `fit` is about to get has more bits than its layer.
 
     Raises:
-        ArtifactError: Naming the tensor.
+        ArtifactError: If a code or zero point is too large; begins with `where`, and names the tensor.
     """
     for name, module in frozen.named_modules():
         if not isinstance(module, FrozenSite):
@@ -139,12 +130,9 @@ def check_values(frozen: nn.Module, state: Mapping[str, Tensor], where: str) -> 
 
 
 def forward_hashes(model: nn.Module) -> dict[str, str]:
-    """Return the SHA-256 of the source of each rewritten forward, by the full name of its class, sorted.
+    """Return the SHA-256 of the source of each rewritten forward of a frozen model, by the full name of its class.
 
-    A class whose source cannot be had (typed into an interpreter) is left out.
-
-    Args:
-        model: Frozen.
+    A class without source code (one that was typed into an interpreter) is left out. Names are sorted.
     """
     classes = {_original(type(m)) for m in model.modules() if isinstance(m, Rewritten)}
     found = {}
@@ -157,16 +145,11 @@ def forward_hashes(model: nn.Module) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def check_forwards(model: nn.Module, stored: Mapping[str, str], where: str) -> None:
-    """Raise if a forward that is rewritten here is not the one that was saved.
-
-    Args:
-        model: Frozen, its forwards rewritten.
-        stored: From the artifact.
-        where: The artifact, for messages.
+def _check_forwards(model: nn.Module, stored: Mapping[str, str], where: str) -> None:
+    """Raise if a forward that is rewritten here is not the one whose hash was stored.
 
     Raises:
-        ArtifactError: Naming the class and its library.
+        ArtifactError: If it is another; begins with `where`, and names the class and its library.
     """
     for name, digest in forward_hashes(model).items():
         if stored.get(name) != digest:

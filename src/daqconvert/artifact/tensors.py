@@ -1,10 +1,9 @@
-"""The other half of an artifact, `model.safetensors`: codes as bit planes, everything else as it is.
+"""The tensor file of an artifact, `model.safetensors`: codes as packed bit planes, every other tensor as it is.
 
-The tensor file, written tensor by tensor: never more than one of them is packed at a time.
-
-The bytes are those that the `safetensors` library writes, which takes all tensors at once and so would need them all
-in memory: the header's length (8 bytes), the header (JSON, padded with spaces to a multiple of 8), the values, wider
-dtypes first, equal ones by name.
+It is read by the `safetensors` library, but written here, one tensor after the other, so that never more than one of
+them is packed at a time; the library would need them all in memory. The bytes are those that it would write: the
+header's length (8 bytes), the header (JSON, padded with spaces to a multiple of 8), the values, wider dtypes first and
+tensors of one dtype by name.
 """
 
 from __future__ import annotations
@@ -25,18 +24,17 @@ from daqconvert.errors import ArtifactError
 from daqconvert.functional.packing import pack, unpack
 from daqconvert.layers.frozen_site import FrozenSite
 
-
-def sha256(file: Path) -> str:
-    """Return the SHA-256 of a file, read in pieces."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+# of torch's dtypes in a safetensors file, in the order in which their tensors stand there
+_NAMES = {
+    "uint64": "U64", "int64": "I64", "float64": "F64", "complex64": "C64", "float32": "F32", "uint32": "U32",
+    "int32": "I32", "bfloat16": "BF16", "float16": "F16", "uint16": "U16", "int16": "I16", "int8": "I8",
+    "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+_ORDER = {dtype: place for place, dtype in enumerate(_NAMES)}
 
 
 def collect(frozen: nn.Module) -> tuple[dict[str, TensorEntry], dict[str, Tensor]]:
-    """Return the manifest's entries and the state dict, in the same order; nothing is copied or packed yet.
-
-    Args:
-        frozen: A frozen model; not changed.
+    """Return a frozen model's state dict and the manifest's entries for it, in the same order, uncopied and unpacked.
 
     Raises:
         ArtifactError: If a value is no tensor, or of a kind that the tensor file cannot hold.
@@ -74,18 +72,55 @@ def _check_kind(key: str, value: object) -> str:
     return dtype
 
 
-def read_tensors(file: Path, manifest: Manifest) -> dict[str, Tensor]:
-    """Read the tensor file, after its size, checksum, names, dtypes and shapes are found right, and unpack its codes.
-
-    Args:
-        file: The tensor file.
-        manifest: What it has to hold.
-
-    Returns:
-        The whole state dict, on the CPU; names of one entry get one tensor.
+def write_tensors(file: Path, entries: Mapping[str, TensorEntry], state: Mapping[str, Tensor]) -> None:
+    """Write what `collect` returned, on any device, as a safetensors file, codes packed.
 
     Raises:
-        ArtifactError: If it is missing, truncated, edited, or does not hold just that.
+        ArtifactError: If a code does not fit in its bits.
+    """
+    stored = {key: entry for key, entry in entries.items() if entry.same_as is None}
+    keys = sorted(stored, key=lambda key: (_ORDER[stored[key].dtype], key.encode()))
+    header, at = {}, 0
+    for key in keys:
+        entry = stored[key]
+        end = at + entry.stored_bytes
+        header[key] = {"dtype": _NAMES[entry.dtype], "shape": [*entry.stored_shape], "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little"))
+        stream.write(text)
+        for key in keys:
+            stream.write(_bytes(state[key], stored[key].bits))
+
+
+def _bytes(value: Tensor, bits: int | None) -> Any:
+    """Return a buffer of a tensor's values, little-endian and in row-major order, packed if it is codes of `bits`."""
+    plain = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    if bits is not None:
+        plain = pack(plain, bits)
+    flat = torch.view_as_real(plain).reshape(-1) if plain.is_complex() else plain.reshape(-1)
+    size = flat.element_size()
+    raw = flat.view(torch.uint8)
+    if sys.byteorder == "big" and size > 1:
+        raw = raw.reshape(-1, size).flip(1).reshape(-1)
+    return raw.numpy()  # no copy
+
+
+def sha256(file: Path) -> str:
+    """Return the SHA-256 of a file, read in pieces."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_tensors(file: Path, manifest: Manifest) -> dict[str, Tensor]:
+    """Return the whole state dict, on the CPU, codes unpacked; keys of one tensor get one tensor.
+
+    Before a value is read, the file's size, checksum and names are found to be what the manifest says.
+
+    Raises:
+        ArtifactError: If the file is missing, truncated or edited, or does not hold exactly what the manifest says.
     """
     try:
         _check_file(file, manifest)
@@ -120,56 +155,6 @@ def _read(file: Path, stored: dict[str, TensorEntry]) -> dict[str, Tensor]:
                     f"{file}: {shown(key)}: expected {entry.dtype} {entry.stored_shape}, "
                     f"found {str(value.dtype)[6:]} {tuple(value.shape)}."
                 )
-            # a copy, for the reader's tensor is a view of the file: who writes into that would change the model
+            # NOTE: a copy, because the reader's tensor is a view of the file, and the model would change with the file
             found[key] = value.clone() if entry.bits is None else unpack(value, entry.bits, entry.shape)
         return found
-
-
-# in the order that they take in a file
-_NAMES = {
-    "uint64": "U64", "int64": "I64", "float64": "F64", "complex64": "C64", "float32": "F32", "uint32": "U32",
-    "int32": "I32", "bfloat16": "BF16", "float16": "F16", "uint16": "U16", "int16": "I16", "int8": "I8",
-    "uint8": "U8", "bool": "BOOL",
-}  # fmt: skip
-_ORDER = {dtype: place for place, dtype in enumerate(_NAMES)}
-
-
-def write_tensors(file: Path, entries: Mapping[str, TensorEntry], state: Mapping[str, Tensor]) -> None:
-    """Write the tensors of a state dict as a safetensors file, codes packed.
-
-    Args:
-        file: Where to.
-        entries: What to write of each key; nothing of those that are the same as another.
-        state: The tensors, codes not yet packed, on any device.
-
-    Raises:
-        ArtifactError: If a code does not fit in its bits.
-    """
-    stored = {key: entry for key, entry in entries.items() if entry.same_as is None}
-    keys = sorted(stored, key=lambda key: (_ORDER[stored[key].dtype], key.encode()))
-    header, at = {}, 0
-    for key in keys:
-        entry = stored[key]
-        end = at + entry.stored_bytes
-        header[key] = {"dtype": _NAMES[entry.dtype], "shape": [*entry.stored_shape], "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little"))
-        stream.write(text)
-        for key in keys:
-            stream.write(_bytes(state[key], stored[key].bits))
-
-
-def _bytes(value: Tensor, bits: int | None) -> Any:
-    """Return a tensor's values, packed where it is codes, little-endian and in row-major order."""
-    plain = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    if bits is not None:
-        plain = pack(plain, bits)
-    flat = torch.view_as_real(plain).reshape(-1) if plain.is_complex() else plain.reshape(-1)
-    size = flat.element_size()
-    raw = flat.view(torch.uint8)
-    if sys.byteorder == "big" and size > 1:
-        raw = raw.reshape(-1, size).flip(1).reshape(-1)
-    return raw.numpy()  # a buffer, not a copy

@@ -1,4 +1,4 @@
-"""The verb `save`: a frozen model as packed safetensors and JSON."""
+"""The verb `save`: a frozen model as an artifact, a directory of packed safetensors and JSON."""
 
 from __future__ import annotations
 
@@ -44,17 +44,18 @@ def save(
 ) -> Path:
     """Write a frozen model as a directory: `model.safetensors` with packed codes, `daqconvert.json` with the plan.
 
-    Codes of `b` bits take `b * ceil(N / 8)` bytes; every other parameter and buffer keeps its dtype. Tensors that two
-    names share are stored once. Tensors are packed and written one
-    after the other, without a second copy of the model. The directory appears whole or not at all; the same model
-    gives the same bytes.
+    `N` codes of `b` bits take `b * ceil(N / 8)` bytes; every other parameter and buffer keeps its dtype. A tensor that
+    has two names is stored once. Tensors are packed and written one after the other, without a second copy of the
+    model. The directory appears whole or not at all, and the same model gives the same bytes.
 
     Args:
-        frozen: From `freeze`.
+        frozen: A model from `freeze`.
         path: The directory to write.
-        source: `timm:NAME` or `torchvision:NAME`, from which `load` rebuilds the model; None: `load` needs a skeleton.
-        source_kwargs: Arguments of the builder, as `{"num_classes": 10}`; numbers, texts, booleans, lists of such.
-        overwrite: Replace an artifact at `path`.
+        source: `timm:NAME` or `torchvision:NAME`, from which `load` rebuilds the model; without it `load` needs a
+            skeleton.
+        source_kwargs: Arguments with which the source builds the model, as `{"num_classes": 10}`: numbers, texts,
+            booleans, and lists of these.
+        overwrite: Whether an artifact at `path` may be replaced.
 
     Returns:
         The directory.
@@ -74,51 +75,53 @@ def save(
     """
     if not is_frozen(frozen):
         raise FrozenError(f"save: {type(frozen).__name__} is not frozen. Call daqconvert.freeze(qmodel) first.")
-    target = _free_target(path, overwrite)
+    directory = _free_directory(path, overwrite)
     entries, state = collect(frozen)
     draft = _draft(frozen, entries, source, source_kwargs or {})
     try:
         try_source(draft, "save")
     except ArtifactError as error:
         raise ArtifactError(f"{error} Give the source and source_kwargs that build this model, or neither.") from error
-    with replacing_directory(target, ArtifactError, HINT) as temporary:
+    with replacing_directory(directory, ArtifactError, HINT) as temporary:
         file = temporary / TENSORS
         write_tensors(file, entries, state)
         manifest = dataclasses.replace(draft, bytes=file.stat().st_size, sha256=sha256(file))
         content = manifest.to_json().encode()
-        parse_manifest(content, str(target / MANIFEST))  # nothing is written that could not be read
+        parse_manifest(content, str(directory / MANIFEST))  # nothing is written that could not be read
         (temporary / MANIFEST).write_bytes(content)
-    return target
+    return directory
 
 
-def _free_target(path: str | Path, overwrite: bool) -> Path:
-    """Return where to write, once it is sure that nothing but an artifact can be lost there."""
-    target = Path(path)
-    if "\0" in str(target):
-        raise ArtifactError(f"{str(target)!r}: no path holds a null character. Choose another path.")
+def _free_directory(path: str | Path, overwrite: bool) -> Path:
+    """Return the directory to write, after making sure that nothing but an artifact can be lost there."""
+    directory = Path(path)
+    if "\0" in str(directory):
+        raise ArtifactError(f"{str(directory)!r}: no path holds a null character. Choose another path.")
     try:
-        if not target.is_dir():
-            if target.exists():
-                raise ArtifactError(f"{target}: is a file; an artifact is a directory. Choose another path.")
-            return target
-        if target.resolve() in (Path.cwd(), *Path.cwd().parents):
-            raise ArtifactError(f"{target}: is the current directory or one above it. Name a directory to make.")
-        found = sorted(entry.name for entry in target.iterdir())
+        if not directory.is_dir():
+            if directory.exists():
+                raise ArtifactError(f"{directory}: is a file; an artifact is a directory. Choose another path.")
+            return directory
+        if directory.resolve() in (Path.cwd(), *Path.cwd().parents):
+            raise ArtifactError(f"{directory}: is the current directory or one above it. Name a directory to make.")
+        found = sorted(entry.name for entry in directory.iterdir())
     except OSError as error:
-        raise ArtifactError(f"{str(target)!r}: cannot be used ({error}). Choose another path.") from None
+        raise ArtifactError(f"{str(directory)!r}: cannot be used ({error}). Choose another path.") from None
     foreign = [name for name in found if name not in (MANIFEST, TENSORS)]
     if foreign:
         what = "holds other files too" if MANIFEST in found else "is no artifact"
-        raise ArtifactError(f"{target}: exists and {what} ({foreign[0]!r}), which would be lost. Choose another path.")
+        raise ArtifactError(
+            f"{directory}: exists and {what} ({foreign[0]!r}), which would be lost. Choose another path."
+        )
     if found and not overwrite:
-        raise ArtifactError(f"{target}: exists. Pass overwrite=True to replace it, or choose another path.")
-    return target
+        raise ArtifactError(f"{directory}: exists. Pass overwrite=True to replace it, or choose another path.")
+    return directory
 
 
 def _draft(
     frozen: nn.Module, entries: Mapping[str, TensorEntry], source: str | None, kwargs: Mapping[str, Any]
 ) -> Manifest:
-    """Return the manifest of a tensor file that is not written yet."""
+    """Return the manifest of a tensor file that is not written yet: all but its size and hash."""
     try:
         plain: dict[str, Any] = json.loads(json.dumps(kwargs))
     except (TypeError, ValueError) as error:
@@ -129,7 +132,7 @@ def _draft(
         format=FORMAT,
         version=VERSION,
         daqconvert=_own_version(),
-        model=plan.model,  # the root's own class may be one that was made for its rewritten forward
+        model=plan.model,  # not the root's own class, which may be one that was made for a rewritten forward
         source=source,
         source_kwargs=plain,
         dtype=_model_dtype(frozen),
@@ -142,13 +145,13 @@ def _draft(
 
 
 def _model_dtype(frozen: nn.Module) -> str:
-    """Dtype of the frozen layers' operands, the same in all."""
+    """Return the dtype of the frozen layers' operands, which must be the same in all of them."""
     layers = {name: module for name, module in frozen.named_modules() if isinstance(module, FrozenSite)}
     dtypes = {str(layer.dtype).removeprefix("torch."): name for name, layer in layers.items()}
     if len(dtypes) > 1:
-        told = " and ".join(f"{name or '(root)'} in {dtype}" for dtype, name in sorted(dtypes.items()))
+        found = " and ".join(f"{name or '(root)'} in {dtype}" for dtype, name in sorted(dtypes.items()))
         raise ArtifactError(
-            f"an artifact is of one dtype, found {told}. Call .float() or .half() on the frozen model."
+            f"an artifact is of one dtype, found {found}. Call .float() or .half() on the frozen model."
         )
     dtype = next(iter(dtypes))
     if dtype not in FLOATS:

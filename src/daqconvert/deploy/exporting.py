@@ -85,7 +85,7 @@ def export(
     """
     _require_frozen(frozen)
     if Path(path).suffix == PROGRAM:
-        return _export_program(frozen, _free_target(path, overwrite), example_inputs, dynamic_batch)
+        return _export_program(frozen, _free_path(path, overwrite), example_inputs, dynamic_batch)
     return _write_onnx(frozen, path, example_inputs, dynamic_batch, check_batches, overwrite)
 
 
@@ -119,7 +119,7 @@ def _write_onnx(
     check_batches: Iterable[Any] | None = None, overwrite: bool = False,
 ) -> ExportReport:  # fmt: skip
     """Write a frozen or float model as an ONNX file, compared with the model before it is put in place."""
-    target = _free_target(path, overwrite)
+    place = _free_path(path, overwrite)
     require_packages()
     arguments = example_arguments(example_inputs)
     twin = float32_copy(model)
@@ -132,27 +132,27 @@ def _write_onnx(
         agreement.add(*to_float32((args, kwargs)))
     outputs = agreement.outputs
     report = ExportReport(
-        str(target), len(content), agreement.layers(), outputs.samples, outputs.largest, outputs.sqnr,
+        str(place), len(content), agreement.layers(), outputs.samples, outputs.largest, outputs.sqnr,
         agreement.outputs_same.sqnr, outputs.class_agreement, tuple(_notes(model)),
     )  # fmt: skip
-    with replacing(target, ExportError, HINT) as temporary:
+    with replacing(place, ExportError, HINT) as temporary:
         temporary.write_bytes(content)
     if not report.agrees:
-        warnings.warn(f"{target} does not agree with the model: {'; '.join(report.problems())}", stacklevel=3)
+        warnings.warn(f"{place} does not agree with the model: {'; '.join(report.problems())}", stacklevel=3)
     return report
 
 
-def _free_target(path: str | Path, overwrite: bool) -> Path:
+def _free_path(path: str | Path, overwrite: bool) -> Path:
     """Return where to write, or raise `ExportError` if no file can or may be written there."""
-    target = Path(path)
-    if target.is_dir():
-        raise ExportError(f"export: {target} is a directory; expected the name of a file, as {target / 'model.onnx'}.")
-    parent = next(folder for folder in target.absolute().parents if folder.exists())
+    place = Path(path)
+    if place.is_dir():
+        raise ExportError(f"export: {place} is a directory; expected the name of a file, as {place / 'model.onnx'}.")
+    parent = next(folder for folder in place.absolute().parents if folder.exists())
     if not parent.is_dir():
-        raise ExportError(f"export: {target} cannot be written: {parent} is a file, not a directory.")
-    if target.exists() and not overwrite:
-        raise ExportError(f"export: {target} exists. Pass overwrite=True to replace it, or another name.")
-    return target
+        raise ExportError(f"export: {place} cannot be written: {parent} is a file, not a directory.")
+    if place.exists() and not overwrite:
+        raise ExportError(f"export: {place} exists. Pass overwrite=True to replace it, or another name.")
+    return place
 
 
 def _require_frozen(model: nn.Module) -> None:
@@ -226,7 +226,7 @@ def _dtype_notes(model: nn.Module) -> list[str]:
     return [f"{', '.join(other)} was exported, and compared, in float32"] if other else []
 
 
-def _export_program(model: nn.Module, target: Path, example_inputs: Any, dynamic_batch: bool) -> ProgramReport:
+def _export_program(model: nn.Module, place: Path, example_inputs: Any, dynamic_batch: bool) -> ProgramReport:
     """Write a model as a program of torch.export, in its own dtype and on its own device.
 
     The program is loaded again and compared with the model on the example inputs before the file is put in place.
@@ -251,8 +251,8 @@ def _export_program(model: nn.Module, target: Path, example_inputs: Any, dynamic
             f"export: torch.export cannot follow {type(model).__name__}: {first_lines(error)}{hint}"
         ) from error
     pairs = [(a, b) for a, b in zip(wanted, found, strict=True) if isinstance(a, Tensor)]
-    with replacing(target, ExportError, HINT) as temporary:
+    with replacing(place, ExportError, HINT) as temporary:
         temporary.write_bytes(stream.getvalue())
     largest = max((float((a.double() - b.double()).abs().max()) for a, b in pairs if a.numel()), default=0.0)
     samples = max((a.shape[0] for a, _ in pairs if a.dim()), default=1)
-    return ProgramReport(str(target), len(stream.getvalue()), samples, largest)
+    return ProgramReport(str(place), len(stream.getvalue()), samples, largest)

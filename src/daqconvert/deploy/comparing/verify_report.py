@@ -165,11 +165,11 @@ def plot_reports(reports: Sequence[VerifyReport], path: str | Path, title: str =
     Raises:
         ExportError: If it cannot be written, no report has a layer, or matplotlib is not installed.
     """
-    target = Path(path)
-    kind = target.suffix.lower().removeprefix(".")
+    place = Path(path)
+    kind = place.suffix.lower().removeprefix(".")
     if kind not in FORMATS:
         names = [f".{name}" for name in FORMATS]
-        raise ExportError(f"plot: {target}: expected a name that ends in {', '.join(names)}.{nearest(kind, FORMATS)}")
+        raise ExportError(f"plot: {place}: expected a name that ends in {', '.join(names)}.{nearest(kind, FORMATS)}")
     curves = [_curve(report) for report in reports]
     if not any(curve.values for curve in curves):
         raise ExportError(
@@ -177,7 +177,7 @@ def plot_reports(reports: Sequence[VerifyReport], path: str | Path, title: str =
         )
     if importlib.util.find_spec("matplotlib") is None:
         raise ExportError("plot needs matplotlib, which is not installed. Run: pip install 'daqconvert[plot]'")
-    with replacing(target, ExportError, "Make room, or choose another place.") as temporary:
+    with replacing(place, ExportError, "Make room, or choose another place.") as temporary:
         draw_depth(temporary, kind, curves, title)
 
 
