@@ -54,7 +54,7 @@ def test_one_code_of_many_is_never_rounded_to_all():
     assert "more than 99.99%" in str(report(LayerComparison("a", 90.0, 0.1, 10**6, 1, 1)))
 
 
-def test_a_layer_whose_output_nobody_saw():
+def test_a_layer_whose_output_was_not_recorded():
     found = report(SAME, UNSEEN)
     assert found.first_below(30) is None
     data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
@@ -82,7 +82,7 @@ def test_picture_of_several(tmp_path):
         "identical",
     ):
         assert words.replace("<", "") in text, words
-    assert "e (ringed)" not in text  # nobody saw its output
+    assert "e (ringed)" not in text  # its output was not recorded
 
 
 @pytest.mark.parametrize("name", ["depth", "depth.jpg", "depth.onnx"])

@@ -50,7 +50,7 @@ def test_x86(machine, source, words, exact):
     assert "avx2" in features()
 
 
-def test_nobody_says(machine, monkeypatch):
+def test_what_cannot_be_found_out_is_none(machine, monkeypatch):
     assert exact_int8() is None
     hardware.CPUINFO.write_text("processor: 0\n")
     assert exact_int8() is None

@@ -95,7 +95,7 @@ def test_verify_sees_outputs_behind_what_was_folded(tmp_path):
         pytest.param(lambda: timm.create_model("regnety_002"), id="regnety_002", marks=pytest.mark.slow),
     ],
 )
-def test_networks_nobody_here_wrote(make, tmp_path):
+def test_networks_of_timm_and_torchvision(make, tmp_path):
     model, x = make(), torch.randn(4, 3, 48, 48)
     with torch.no_grad():
         model.train()(x)

@@ -120,9 +120,9 @@ class _Sums:
             )
             for name, (noise, codes) in self.layers.items()
         )  # fmt: skip
-        total = self.outputs
+        outputs = self.outputs
         return VerifyReport(
-            reference, candidate, total.samples, total.class_agreement, total.sqnr, total.largest, tuple(rows)
+            reference, candidate, outputs.samples, outputs.class_agreement, outputs.sqnr, outputs.largest, tuple(rows)
         )
 
 
