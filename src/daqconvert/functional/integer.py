@@ -54,6 +54,14 @@ class IntegerLayer(NamedTuple):
     zero_point: Tensor
     range: Tensor
 
+    def sum_scale(self, x_scale: Tensor) -> Tensor:
+        """Return the real units per integer sum, which are those of the bias: `sx * sw`, rounded to float32."""
+        return x_scale * self.weight_scale
+
+    def multiplier(self, x_scale: Tensor) -> Tensor:
+        """Return `m`, the codes of the output per integer sum."""
+        return self.sum_scale(x_scale) / self.scale
+
 
 def integer_layer(
     scale: Tensor, bias: Tensor, top: int, x_scale: Tensor, y_scale: Tensor, y_zero_point: Tensor, bits: int,
@@ -82,10 +90,19 @@ def integer_layer(
     ends = [0, 2**bits - 1]
     for at, bound in enumerate((lower, upper)):
         if bound is not None:
-            code = round(bound / float(y_scale)) + int(y_zero_point)
-            ends[at] = min(max(code, ends[0]), ends[1])
+            ends[at] = min(max(code_of(bound, float(y_scale), int(y_zero_point)), ends[0]), ends[1])
     limits = torch.tensor(ends, dtype=torch.uint8, device=scale.device)
     return IntegerLayer(weight_scale, factor, codes, y_scale.clone(), y_zero_point.clone(), limits)
+
+
+def code_of(value: float, scale: float, zero_point: int) -> int:
+    """Return the code of a real value, which may be below or above those that a grid has.
+
+    Example:
+        >>> code_of(6.0, 0.5, 3), code_of(-6.0, 0.5, 3)
+        (15, -9)
+    """
+    return round(value / scale) + zero_point
 
 
 def requantize(acc: Tensor, layer: IntegerLayer, x_scale: Tensor, output_dims: int) -> Tensor:
@@ -94,7 +111,7 @@ def requantize(acc: Tensor, layer: IntegerLayer, x_scale: Tensor, output_dims: i
     `acc` are its sums of products, exact integers in any dtype; `output_dims` dimensions follow the channel.
     """
     shape = (-1, *(1,) * output_dims)
-    m = (x_scale * layer.weight_scale) / layer.scale
+    m = layer.multiplier(x_scale)
     sums = acc.to(torch.int32) * layer.factor.to(torch.int32).reshape(shape) + layer.bias.reshape(shape)
     zero = layer.zero_point.float()
     low, high = layer.range.float().unbind()
@@ -110,7 +127,7 @@ def output_values(acc: Tensor, layer: IntegerLayer, x_scale: Tensor, output_dims
     sizes = None if library is None else memory_sizes(acc, output_dims)
     if library is None or sizes is None:
         return requantize(acc, layer, x_scale, output_dims) * layer.scale
-    m = (x_scale * layer.weight_scale) / layer.scale
+    m = layer.multiplier(x_scale)
     factor, bias, zero = layer.factor.to(torch.int32), layer.bias.contiguous(), int(layer.zero_point)
     low, high = layer.range.tolist()
     library.daq_requantize(

@@ -118,13 +118,17 @@ class _Recorder(Watcher):
         calls += found
         if own is None or self.forced is None or not isinstance(site, FrozenSite):
             return x
-        scale, given = site.input_scale, self.forced[at].to(own.device)
         # NOTE: exact: round((code - zero_point) * scale / scale) is the code again
-        forced = (given.to(scale.dtype) - site.input_zero_point.to(scale.dtype)) * scale
+        forced = _real_values(self.forced[at].to(own.device), site.input_scale, site.input_zero_point)
         return torch.empty_like(x).copy_(forced)  # in the layout of `x`, which picks the kernel
 
     def after(self, site: Any, y: Tensor) -> None:
         self.recording.outputs.setdefault(self.name, []).append(y.detach().cpu().clone())  # a sum may be in place
+
+
+def _real_values(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Return `(codes - zero_point) * scale` in the dtype of the scale."""
+    return (codes.to(scale.dtype) - zero_point.to(scale.dtype)) * scale
 
 
 def _input_codes(module: nn.Module, x: Tensor) -> Tensor | None:
@@ -201,7 +205,7 @@ class OnnxProbe:
         if grid is None:
             return value
         scale, zero_point = grid
-        return (value.to(torch.float32) - zero_point) * torch.tensor(scale, dtype=torch.float32)
+        return _real_values(value, torch.tensor(scale, dtype=torch.float32), torch.tensor(zero_point))
 
     def _watching(self, kind: str, names: frozenset[str]) -> OnnxModel:
         """Return a session whose graph has the tensors of these layers as outputs."""

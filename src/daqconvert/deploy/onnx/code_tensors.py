@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from daqconvert.deploy.onnx.unpacking import GraphWriter
-from daqconvert.functional.integer import CodeGrid, sums_agree
+from daqconvert.functional.integer import CodeGrid, code_of, sums_agree
 
 if TYPE_CHECKING:
     from onnx import NodeProto
@@ -145,7 +145,7 @@ class CodeTensors:
             if any(name and name not in self.constants for name in given):
                 return False
             bounds = [float(self.constants[name]) if name else None for name in given]
-        low, high = (None if bound is None else round(bound / tensor.scale) + tensor.zero_point for bound in bounds)
+        low, high = (None if b is None else code_of(b, tensor.scale, tensor.zero_point) for b in bounds)
         return (low is None or low <= tensor.low) and (high is None or tensor.high <= high)
 
     def _moves(self, node: NodeProto, tensors: list[CodeTensor | None]) -> bool:

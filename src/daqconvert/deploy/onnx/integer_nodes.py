@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from daqconvert.deploy.onnx.code_tensors import CodeTensor, CodeTensors
 from daqconvert.deploy.onnx.unpacking import GraphWriter, add_weight
 from daqconvert.functional.grid import levels
-from daqconvert.functional.integer import LARGEST_WEIGHT
+from daqconvert.functional.integer import LARGEST_WEIGHT, IntegerLayer
 
 if TYPE_CHECKING:
     from onnx import NodeProto
@@ -128,12 +130,17 @@ class ProductWriter:
             high = self.writer.constant(f"daq.code{y.high}", np.uint8(y.high)) if y.high < 255 else ""
             self.writer.node("Clip", [first, low, high] if high else [first, low], y.codes)
 
+    def _numbers(self, ending: NodeProto) -> tuple[Tensor, IntegerLayer]:
+        """Return the scale of the input and the numbers of an integer layer, from the inputs of its `Requantize`."""
+        x_scale, *numbers = (torch.tensor(self.values[name]) for name in ending.input[1:8])
+        return x_scale, IntegerLayer(*numbers)
+
     def _convolution(self, node: NodeProto, x: CodeTensor, weight: PackedWeight, ending: NodeProto) -> None:
-        x_scale, w_scale, factor, bias = (self.values[name] for name in ending.input[1:5])
-        integers = self._int8(weight, factor)
-        scale = self.writer.constant(weight.named("weight_scale"), w_scale)
-        bias_scale = self.writer.constant(weight.named("bias_scale"), np.float32(x_scale) * w_scale)
-        codes = self.writer.constant(weight.named("bias"), bias)
+        x_scale, numbers = self._numbers(ending)
+        integers = self._int8(weight, numbers.factor.numpy())
+        scale = self.writer.constant(weight.named("weight_scale"), numbers.weight_scale.numpy())
+        bias_scale = self.writer.constant(weight.named("bias_scale"), numbers.sum_scale(x_scale).numpy())
+        codes = self.writer.constant(weight.named("bias"), numbers.bias.numpy())
         operand = self._real(x, node.input[0])
         node.input[0] = operand
         node.input[1] = self.writer.once("DequantizeLinear", [integers, scale], weight.named("weight"), axis=0)
@@ -144,12 +151,12 @@ class ProductWriter:
         self.writer.nodes.append(node)
 
     def _linear(self, node: NodeProto, x: CodeTensor, weight: PackedWeight, ending: NodeProto) -> None:
-        x_scale, w_scale, factor, bias, y_scale = (self.values[name] for name in ending.input[1:6])
-        acc = self._integer_product(node, x, weight, factor)
-        codes, output = self.writer.constant(weight.named("bias"), bias), node.output[0]
+        x_scale, numbers = self._numbers(ending)
+        acc = self._integer_product(node, x, weight, numbers.factor.numpy())
+        codes, output = self.writer.constant(weight.named("bias"), numbers.bias.numpy()), node.output[0]
         acc = self.writer.node("Add", [acc, codes], f"{output}.sum")
         acc = self.writer.node("Cast", [acc], f"{output}.cast", to=FLOAT)
-        m = self.writer.constant(weight.named("multiplier"), (np.float32(x_scale) * w_scale) / np.float32(y_scale))
+        m = self.writer.constant(weight.named("multiplier"), numbers.multiplier(x_scale).numpy())
         self._sums[ending.input[0]] = self.writer.node("Mul", [acc, m], f"{output}.units")
 
     def _float_linear(self, node: NodeProto, x: CodeTensor, weight: PackedWeight, ending: NodeProto) -> None:
