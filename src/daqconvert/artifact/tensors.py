@@ -34,7 +34,7 @@ _ORDER = {dtype: place for place, dtype in enumerate(_NAMES)}
 
 
 def collect(frozen: nn.Module) -> tuple[dict[str, TensorEntry], dict[str, Tensor]]:
-    """Return a frozen model's state dict and the manifest's entries for it, in the same order, uncopied and unpacked.
+    """Return the manifest's entries for a frozen model and its state dict; nothing is copied or packed yet.
 
     Raises:
         ArtifactError: If a value is no tensor, or of a kind that the tensor file cannot hold.
