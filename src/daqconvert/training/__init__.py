@@ -2,8 +2,7 @@
 
 from daqconvert.training.checkpoint import load_weights
 from daqconvert.training.evaluation import EvalResult, evaluate
-from daqconvert.training.finetuning import finetune
+from daqconvert.training.finetuning import FinetuneResult, finetune
 from daqconvert.training.recipes import RECIPES, Recipe, recipe
-from daqconvert.training.results import FinetuneResult
 
 __all__ = ["RECIPES", "EvalResult", "FinetuneResult", "Recipe", "evaluate", "finetune", "load_weights", "recipe"]

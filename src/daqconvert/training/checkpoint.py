@@ -26,6 +26,7 @@ from daqconvert.files import replacing
 FORMAT, VERSION = "daqconvert-checkpoint", 2
 READABLE = ("1", "2")  # 1 holds whole epochs only: its model can be loaded, its run cannot go on
 MODEL, OPTIMIZER, PART = "model/", "optimizer/", "part/"
+_AGAIN = "Start again with overwrite=True, or put a good copy in its place."
 NOT_WRITTEN = "Free some space or choose another out_dir, then go on with resume=True."
 
 
@@ -49,11 +50,8 @@ class Checkpoint:
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return a model's state dict under `model/`.
 
-    Args:
-        model: Any module.
-
     Raises:
-        TrainingError: If an entry is no tensor, which a file without pickle cannot hold.
+        TrainingError: If an entry is not a tensor, which a file without pickle cannot hold.
     """
     state = model.state_dict()
     for key, value in state.items():
@@ -70,11 +68,8 @@ def write_checkpoint(
 ) -> None:
     """Write a checkpoint so that the file is either the old one or the new one, whatever happens meanwhile.
 
-    Args:
-        path: The file.
-        tensors: By name; tied ones are written under each name.
-        meta: What JSON can hold.
-        before: Called when the new one is on the disk and the old one still in its place.
+    Tied tensors are written under each of their names. `before` is called when the new file is on the disk and the
+    old one still in its place.
 
     Raises:
         TrainingError: If it cannot be written; what was there before is unchanged.
@@ -90,9 +85,6 @@ def write_checkpoint(
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint and check that nothing in it was changed.
-
-    Args:
-        path: The file.
 
     Raises:
         TrainingError: If it is missing, truncated, edited, from a newer version, or no checkpoint.
@@ -117,9 +109,6 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if digest(tensors, text) != header.get("sha256"):
         raise TrainingError(f"{path}: its contents do not match their SHA-256: damaged or edited. {_AGAIN}")
     return Checkpoint(tensors, json.loads(text))
-
-
-_AGAIN = "Start again with overwrite=True, or put a good copy in its place."
 
 
 def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
@@ -178,14 +167,11 @@ def check_model(
 ) -> None:
     """Raise unless a checkpoint's layers, their settings, names and shapes are those of a model.
 
-    Args:
-        checkpoint: What was read.
-        qmodel: The model to fill.
-        where: The file, for the message.
-        layers: Settings of the model's layers, where they are not those that it has now.
+    `where` names the file in the message. `layers` are the settings to compare with, where they are not those that the
+    model has now.
 
     Raises:
-        TrainingError: Naming what differs.
+        TrainingError: If they are not; names what differs.
     """
     saved, found = checkpoint.part(MODEL), qmodel.state_dict()
     problems = _settings_problems(checkpoint.meta.get("layers", {}), layers or layer_settings(qmodel))

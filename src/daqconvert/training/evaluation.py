@@ -27,10 +27,11 @@ class EvalResult:
     """What `evaluate` measured.
 
     Attributes:
-        top1: Share 0..1 of targets that the largest logit hit; None where `loss_fn` judges outputs that are no logits.
+        top1: Share of targets that are the class of the largest logit, 0..1; None where `loss_fn` takes outputs that
+            are not logits.
         loss: Mean loss.
         count: Number of targets.
-        topk: Share by `k`, for every `k` asked for.
+        topk: Share of targets among the `k` largest logits, 0..1, by `k`.
     """
 
     top1: float | None
@@ -58,14 +59,15 @@ def evaluate(
     Args:
         model: A float, quantized or frozen model that returns logits `(N, C, ...)`.
         loader: Batches with targets: `(input, target)`, or dicts with one under `target`, `label` or `labels`.
-        topk: Each `k` of which the share is wanted.
-        loss_fn: Loss of `(outputs, target)`, a mean over the batch, instead of the cross entropy.
+        topk: Numbers `k` for which to return the share of targets among the `k` largest logits.
+        loss_fn: Function of `(outputs, target)` that returns the mean loss over the batch, instead of the cross
+            entropy.
         progress: Show a bar where standard error is a terminal.
-        accelerator: Share the batches among its processes, each read by one of them; all get the same result. The
-            model has to be the same on each, as after `finetune`.
+        accelerator: An `accelerate.Accelerator` among whose processes the batches are shared, each read by one of
+            them; all get the same result. The model has to be the same on each, as after `finetune`.
 
     Returns:
-        Shares in 0..1, mean loss, number of targets.
+        The shares of targets hit, the mean loss, and the number of targets.
 
     Raises:
         DataError: If there is no batch, or a batch has no target or one that does not fit the outputs.
@@ -92,16 +94,10 @@ def measured(
     model: nn.Module, batches: Iterable[Any], *, topk: tuple[int, ...] = (1,), loss_fn: LossFn | None = None,
     progress: bool = True, total: int | None = None, processes: Processes | None = None,
 ) -> EvalResult:  # fmt: skip
-    """Measure a model on batches that were checked, over all processes.
+    """Return what `evaluate` does, for batches of this process whose loader was checked.
 
-    Args:
-        model: Any model.
-        batches: Of this process.
-        topk: As `evaluate` takes it.
-        loss_fn: As `evaluate` takes it.
-        progress: Show a bar where standard error is a terminal.
-        total: Number of batches, where they do not know it.
-        processes: All of them have to call this; None for this one alone.
+    `total` is the number of batches, for the bar. With `processes` all of them have to call this, and the result is
+    over all batches.
 
     Raises:
         DataError: If there is no batch, or one does not fit.
@@ -125,12 +121,9 @@ def measured(
 
 
 class Meter:
-    """Means over batches: the loss, weighted by inputs, and the share of targets hit, for each `k`.
+    """Means over batches: the loss, weighted by inputs, and the share of targets among the `k` largest logits.
 
-    Hits are counted where the outputs are, and read when somebody asks for them: a device is not waited for.
-
-    Args:
-        topk: Each `k`; the first must be 1 for `top1`.
+    Hits are counted on the device of the outputs, and read when they are asked for: adding a batch waits for nothing.
     """
 
     def __init__(self, topk: tuple[int, ...] = (1,)) -> None:
@@ -138,21 +131,16 @@ class Meter:
         self.inputs = 0
         self._loss = 0.0
         self._counts = [0] * (len(topk) + 1)  # hits, and targets
-        self._unread: Tensor | None = None  # what is to be added to them
+        self._unread: Tensor | None = None  # to be added to the counts
 
     def add(self, loss: float, inputs: int, outputs: Any, target: Any, *, strict: bool) -> None:
-        """Count one batch.
+        """Count one batch: its mean loss, its number of inputs, the model's outputs and the target, if there is one.
 
-        Args:
-            loss: Its mean loss.
-            inputs: Its number of inputs.
-            outputs: Of the model.
-            target: None where there is none.
-            strict: Whether outputs and targets that are no classification are errors; else they count for the loss.
+        Unless `strict`, outputs and targets that are no classification count for the loss alone.
 
         Raises:
-            DataError: If targets do not fit the outputs, and `strict`.
-            TrainingError: If outputs are no logits or have fewer than `k` classes, and `strict`.
+            DataError: If `strict` and the targets do not fit the outputs.
+            TrainingError: If `strict` and the outputs are not logits, or have fewer than `k` classes.
         """
         self.inputs += inputs
         self._loss += loss * inputs
@@ -166,13 +154,6 @@ class Meter:
             self._read()
         self._unread = new if self._unread is None else self._unread + new
 
-    def _read(self) -> list[int]:
-        """Return hits and number of targets."""
-        if self._unread is not None:
-            self._counts = [a + b for a, b in zip(self._counts, self._unread.tolist(), strict=True)]
-            self._unread = None
-        return self._counts
-
     def sums(self) -> list[float]:
         """Return everything that was counted, as numbers that may be added to another meter's."""
         *hits, targets = self._read()
@@ -184,7 +165,7 @@ class Meter:
         self.inputs, self._counts, self._unread = int(inputs), [int(n) for n in (*hits, targets)], None
 
     def over(self, processes: Processes) -> Meter:
-        """Return a meter of what all processes counted; all of them have to ask."""
+        """Return a meter of what all processes counted; all of them have to call this."""
         found = Meter(self.topk)
         found.load(processes.sum(self.sums()))
         return found
@@ -209,3 +190,10 @@ class Meter:
     def top1(self) -> float | None:
         """Share of targets that the largest logit hit."""
         return self.shares.get(1)
+
+    def _read(self) -> list[int]:
+        """Return hits and number of targets."""
+        if self._unread is not None:
+            self._counts = [a + b for a, b in zip(self._counts, self._unread.tolist(), strict=True)]
+            self._unread = None
+        return self._counts

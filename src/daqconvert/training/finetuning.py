@@ -1,18 +1,21 @@
-"""The verb `finetune`."""
+"""The verb `finetune`, and what it returns."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from daqconvert.calibration import CalibrationReport
 from daqconvert.convert import require_quantized
 from daqconvert.errors import ConversionError, TrainingError
 from daqconvert.models import evaluating
+from daqconvert.report.fits import Fitted
 from daqconvert.report.progress import progress as progress_bar
 from daqconvert.training.batching.epochs import Epochs
 from daqconvert.training.batching.loaders import check_length, check_loader
@@ -25,13 +28,66 @@ from daqconvert.training.preparing import start
 from daqconvert.training.processes import Processes, launched
 from daqconvert.training.recipes import Recipe
 from daqconvert.training.recipes import recipe as find_recipe
-from daqconvert.training.results import FinetuneResult
 from daqconvert.training.run import Run, Step
 from daqconvert.training.rundir import Row, RunDirectory
 from daqconvert.training.signals import listening
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What `finetune` did.
+
+    Attributes:
+        history: One row per epoch since the start of the run, those of earlier, resumed calls included. Keys: `epoch`
+            (from 1), `step` (optimizer steps so far), `lr` and `quantizer_lr` (of its last step), `train_loss`,
+            `train_top1`, `val_loss`, `val_top1` (shares 0..1), `images_per_second`, `seconds`; None where there is no
+            value. A recipe may add columns, such as `oscillating`.
+        epochs: Number of epochs of the run so far, `len(history)`.
+        best_epoch: Number of the best epoch on the validation loader, or None where there is none.
+        best_top1: Top-1 accuracy of that epoch, 0..1, or None.
+        seconds: Time that this call took.
+        out_dir: The run directory, or None.
+        last: Path of the checkpoint of the last epoch, or None.
+        best: Path of the checkpoint of the best epoch, or None.
+        calibration: What calibration found, if this call had to calibrate.
+        stop: Why the run ended before its last epoch, or None.
+        fitted: What became of each layer or block before the first step, by field of the recipe: `gptq` and
+            `reconstruct`.
+    """
+
+    history: list[Row]
+    epochs: int
+    best_epoch: int | None
+    best_top1: float | None
+    seconds: float
+    out_dir: Path | None = None
+    last: Path | None = None
+    best: Path | None = None
+    calibration: CalibrationReport | None = None
+    stop: str | None = None
+    fitted: dict[str, list[Fitted]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """Return a short summary: epochs, time, last and best accuracy, where the files are."""
+        final = self.history[-1] if self.history else {}
+        said = [f"{self.epochs} epochs, {self.seconds:.1f} s in this call"]
+        if final.get("train_loss") is not None:
+            said.append(f"train loss {final['train_loss']:.4f}")
+        if final.get("val_top1") is not None:
+            said.append(f"top-1 {100 * final['val_top1']:.2f} %")
+        if self.best_top1 is not None:
+            said.append(f"best {100 * self.best_top1:.2f} % (epoch {self.best_epoch})")
+        if self.stop is not None:
+            said.append(f"stopped early: {self.stop}")
+        for how, rows in self.fitted.items():
+            if done := [row for row in rows if not row.left_alone]:
+                before, after = (sum(getattr(row, key) for row in done) / len(done) for key in ("before", "after"))
+                said.append(f"{how}: {len(done)} of {len(rows)}, mean error {before:.3g} -> {after:.3g}")
+        where = f"\n{self.out_dir}: {', '.join(p.name for p in (self.last, self.best) if p)}" if self.out_dir else ""
+        return ", ".join(said) + where
 
 
 def finetune(
@@ -43,36 +99,39 @@ def finetune(
 ) -> FinetuneResult:  # fmt: skip
     """Train a quantized model in place; it is left with the last epoch's weights, in evaluation mode.
 
-    Calibrates first, with the first training batches, if some bounds were never set. The random state of every sample
-    and step is a function of the seed and of where the run is, and the caller's is given back at the end: a run that
-    was killed at any moment and resumed has the weights of one that was not, bit for bit on the CPU, with one process
-    and the same number of threads. SIGTERM and the first Ctrl-C end it after the step in progress, with a checkpoint;
-    SIGUSR1 asks for a checkpoint.
+    If some bounds were never set, the first training batches calibrate the model. SIGTERM and the first Ctrl-C end the
+    training after the step in progress, with a checkpoint; SIGUSR1 asks for a checkpoint.
+
+    The random state of every sample and step is a function of the seed and of where the run is, and the caller's is
+    given back at the end. So a run that was killed at any moment and resumed has the weights of one that was not, bit
+    for bit on the CPU, with one process and the same number of threads.
 
     Started by `accelerate launch` or `torchrun`, each process trains on its share of the batches, on its own device,
-    and gradients are averaged; what is said of steps below is of one process then. Otherwise everything happens where
-    the model is.
+    and gradients are averaged; batches per step are then those of one process. Otherwise everything happens where the
+    model is.
 
     Args:
-        qmodel: From `quantize`, changed in place; after an exception it holds the weights of the last step.
-        train_loader: Batches `(input, target)`, or dicts with the target under `target`, `label` or `labels`; without
-            targets where `distill` is 1. Read once an epoch: a `DataLoader` or a list. Among several processes the
-            same on each.
+        qmodel: A model from `quantize`, changed in place; after an exception it holds the weights of the last step.
+        train_loader: A `DataLoader` or a list, read once an epoch, the same on all processes. Its batches are
+            `(input, target)`, or dicts with the target under `target`, `label` or `labels`; with `distill=1.0` they
+            need no targets.
         val_loader: Labelled batches; evaluated after each epoch, and the best epoch is kept.
         recipe: A name, as `daqconvert recipes` shows them, the path of a TOML file, or a `Recipe`.
-        out_dir: Where checkpoints and the log go; None writes nothing.
+        out_dir: Directory for checkpoints and logs; None writes nothing.
         teacher: Model to distil from; by default a float copy of `qmodel` as it is before the first step.
-        loss_fn: Loss of `(outputs, target)`, a mean over the batch, instead of the cross entropy.
-        resume: Go on with the run in `out_dir`, or start where there is none.
+        loss_fn: Function of `(outputs, target)` that returns the mean loss over the batch, instead of the cross
+            entropy.
+        resume: Go on with the run in `out_dir`; start a new one if there is none.
         overwrite: Replace the run in `out_dir`.
         progress: Show a bar where standard error is a terminal.
         on_epoch: Called with each epoch's row of the history, on the main process.
         on_step: Called after each optimizer step, on the main process.
-        accelerator: The caller's own; by default one is made from the launcher's settings and `precision`.
-        **overrides: Fields of the recipe to change, as `epochs=10`.
+        accelerator: An `accelerate.Accelerator` of your own; by default one is made from the launcher's settings and
+            the recipe's `precision`.
+        **overrides: Fields of the recipe to change, such as `epochs=10`.
 
     Returns:
-        History, best accuracy, paths of the checkpoints.
+        The history, the best accuracy, and the paths of the checkpoints.
 
     Raises:
         FrozenError: If the model is frozen.
@@ -125,7 +184,7 @@ def _check(
     qmodel: nn.Module, train_loader: Any, val_loader: Any, recipe: Recipe, teacher: nn.Module | None,
     loss_fn: LossFn | None,
 ) -> None:  # fmt: skip
-    """Check everything that can be checked before any work."""
+    """Raise for everything that can be found wrong before any work."""
     try:
         require_quantized(qmodel, "finetune")
     except ConversionError as error:

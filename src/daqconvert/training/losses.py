@@ -1,6 +1,6 @@
-"""Losses and hits of a batch.
+"""Losses of a batch, and how many of its targets were hit.
 
-Logits are `(N, C)` or `(N, C, ...)`, in float32; targets are class numbers `(N, ...)`, -100 where none counts, or
+Logits are `(N, C)` or `(N, C, ...)`, in float32. Targets are class numbers `(N, ...)`, -100 where there is none, or
 probabilities of the logits' shape. Means are over everything that has a target.
 
 Source of the distillation loss: "Distilling the Knowledge in a Neural Network" (Hinton, Vinyals, Dean, 2015),
@@ -23,11 +23,7 @@ IGNORED = -100  # torch's ignore_index
 
 
 def logits_of(outputs: Any, who: str = "the model") -> Tensor:
-    """Return a model's output as logits in float32 (float64 stays).
-
-    Args:
-        outputs: What the model returned.
-        who: Whose output it is, for the message.
+    """Return a model's outputs as logits in float32 (float64 stays); `who` returned them, for the message.
 
     Raises:
         TrainingError: If it is not one floating-point tensor `(N, C, ...)`.
@@ -45,12 +41,7 @@ def logits_of(outputs: Any, who: str = "the model") -> Tensor:
 
 
 def cross_entropy(logits: Tensor, target: Any, smoothing: float = 0.0) -> Tensor:
-    """Return the mean cross entropy.
-
-    Args:
-        logits: `(N, C, ...)`.
-        target: Class numbers `(N, ...)`, or probabilities of the logits' shape.
-        smoothing: Label smoothing, 0..1.
+    """Return the mean cross entropy, with label smoothing 0..1.
 
     Raises:
         DataError: If the target does not fit the logits.
@@ -71,14 +62,10 @@ def cross_entropy(logits: Tensor, target: Any, smoothing: float = 0.0) -> Tensor
 
 
 def checked_target(logits: Tensor, target: Any) -> Tensor:
-    """Return the target as int64 class numbers or probabilities; raise `DataError` if it does not fit the logits.
-
-    Args:
-        logits: `(N, C, ...)`.
-        target: A tensor, or a list of class numbers.
+    """Return a target, which may be a list of class numbers, as int64 class numbers or as probabilities.
 
     Raises:
-        DataError: If it is no tensor of class numbers `(N, ...)` nor of the logits' shape.
+        DataError: If it is neither class numbers `(N, ...)` nor probabilities of the logits' shape.
     """
     if isinstance(target, (list, tuple)) and all(isinstance(value, int) for value in target):
         target = torch.tensor(target, device=logits.device)
@@ -102,10 +89,7 @@ def checked_target(logits: Tensor, target: Any) -> Tensor:
 def count_correct(logits: Tensor, target: Any, topk: tuple[int, ...] = (1,)) -> tuple[list[int], int]:
     """Return, for each `k`, how often the target is among the `k` largest logits, and the number of targets.
 
-    Args:
-        logits: `(N, C, ...)`.
-        target: Class numbers or probabilities (their largest counts).
-        topk: Each `k`.
+    Of probabilities the largest is the target.
 
     Raises:
         TrainingError: If there are fewer than `k` classes.
@@ -120,11 +104,6 @@ def count_correct(logits: Tensor, target: Any, topk: tuple[int, ...] = (1,)) -> 
 
 def correct(logits: Tensor, target: Any, topk: tuple[int, ...]) -> Tensor:
     """Return what `count_correct` does as one tensor on the logits' device, the number of targets last.
-
-    Args:
-        logits: `(N, C, ...)`.
-        target: Class numbers or probabilities.
-        topk: Each `k`.
 
     Raises:
         TrainingError: If there are fewer than `k` classes.
@@ -146,12 +125,9 @@ def correct(logits: Tensor, target: Any, topk: tuple[int, ...]) -> Tensor:
 
 
 def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Return `T^2 * KL(softmax(teacher / T) || softmax(logits / T))`, the mean over all but dim 1.
+    """Return `T^2 * KL(softmax(teacher / T) || softmax(logits / T))` at temperature `T`, the mean over all but dim 1.
 
-    Args:
-        logits: Of the student, `(N, C, ...)`.
-        teacher: Of the teacher, same shape.
-        temperature: `T`.
+    Both are logits of the same shape `(N, C, ...)`.
 
     Raises:
         TrainingError: If the shapes differ.

@@ -1,4 +1,4 @@
-"""Names and patterns in a recipe: what they mean in a model, and an error where they mean nothing."""
+"""Names and patterns in a recipe: which names of a model they match, and an error where they match none."""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ from daqconvert.policy.rules import check_pattern, name_level
 
 
 def matching(patterns: Iterable[str], names: Sequence[str], field: str, what: str) -> list[str]:
-    """Return the names that a pattern means, in the order of `names`.
+    """Return the names that at least one pattern matches, in the order of `names`.
 
-    Args:
-        patterns: Dotted names, globs (`*` is any text, dots included), or `re:` and a regular expression.
-        names: What there is.
-        field: Of the recipe, for messages.
-        what: What the names are names of, for messages.
+    Patterns are dotted names, globs (`*` is any text, dots included), or `re:` and a regular expression. Messages say
+    which `field` of the recipe they are from, and `what` the names are names of.
 
     Raises:
-        TrainingError: If a pattern means nothing; names the nearest.
+        TrainingError: If a pattern matches no name; names the nearest.
 
     Example:
         >>> matching(["*.bias"], ["0.weight", "0.bias", "2.bias"], "no_decay", "parameter")

@@ -1,9 +1,8 @@
-"""The one place that touches Accelerate: how many processes there are, their precision, what they tell each other.
+"""The processes of a run: how many there are, their precision, and what they tell each other.
 
-Each process trains on batches of its own; gradients are averaged. Process 0, the main one, writes files and shows
-progress. With one process nothing here changes a model: it stays on its device, and its `forward` is its own.
-
-Several optimizers as the one that torch's gradient scaler knows: one verdict for all, so all step or none does.
+This is the one place that touches Accelerate. Each process trains on batches of its own, and gradients are averaged.
+Process 0, the main one, writes files and shows progress. With one process nothing here changes a model: it stays on
+its device, and its `forward` is its own.
 """
 
 from __future__ import annotations
@@ -34,15 +33,11 @@ PATCHED = ("forward", "_original_forward", "_is_accelerate_prepared")  # what `p
 class Processes:
     """The processes of a run, seen from one of them.
 
-    Args:
-        accelerator: Accelerate's.
-        model: The model to train; with several processes it is moved to this process's device.
-
     Attributes:
-        count: How many there are.
-        index: Number of this one, from 0.
-        device: Where the model is.
-        precision: Of the forward: `"no"`, `"bf16"` or `"fp16"`.
+        count: Number of processes.
+        index: Number of this process, from 0.
+        device: Where the model is: with several processes this process's own, else that of the model.
+        precision: Precision of the forward: `"no"`, `"bf16"` or `"fp16"`.
         launcher_accumulate: Batches per step that the launcher was told.
     """
 
@@ -68,9 +63,6 @@ class Processes:
     def wrapping(self, model: nn.Module) -> Iterator[Any]:
         """Yield what is called instead of a model while it trains, and take every trace off the model afterwards.
 
-        Args:
-            model: The model.
-
         Yields:
             The model itself; among several processes a `DistributedDataParallel` around it.
         """
@@ -80,7 +72,7 @@ class Processes:
         kept = {key: model.__dict__[key] for key in PATCHED if key in model.__dict__}
         before = list(self._accelerator._models)
         wrapped = self._accelerator.prepare_model(model, device_placement=False)
-        for key in PATCHED:  # its autocast: ours is around the loss as well
+        for key in PATCHED:  # Accelerate's autocast is around the forward alone; ours is around the loss as well
             model.__dict__.pop(key, None)
         model.__dict__.update(kept)
         try:
@@ -89,7 +81,7 @@ class Processes:
             self._accelerator._models[:] = before
 
     def autocast(self) -> AbstractContextManager[None]:
-        """Return the context of the forward."""
+        """Return the context in which model and loss compute in the run's precision."""
         found: AbstractContextManager[None] = self._accelerator.autocast()
         return found
 
@@ -102,15 +94,14 @@ class Processes:
 
     def backward(self, loss: Tensor) -> None:
         """Add a loss's gradients to those there are; in fp16 they are scaled."""
-        scaler = self._accelerator.scaler  # `Accelerator.backward` divides by a number of batches that is not ours
+        # NOTE: not `Accelerator.backward`, which divides by the launcher's number of batches, not by that of the group
+        scaler = self._accelerator.scaler
         (loss if scaler is None else scaler.scale(loss)).backward()
 
     def update(self, optimizers: Steps, clip: float | None) -> float | None:
-        """Clip the gradients, update the parameters, and return the norm before clipping, if it was needed.
+        """Clip the gradients to a norm of `clip`, unless it is None, and update the parameters.
 
-        Args:
-            optimizers: With `parameters` and `step`.
-            clip: Largest norm, or None.
+        Returned is the norm before clipping, or None where it was not needed.
         """
         scaler, norm = self._accelerator.scaler, None
         scaled = ScaledOptimizers(optimizers)
@@ -145,13 +136,10 @@ class Processes:
         return found
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """Return on every process what `make` returns on the main one, or raise on every process what it raises there.
-
-        Args:
-            make: Called on the main process alone.
+        """Call `make` on the main process alone; return its result, or raise its error, on every process.
 
         Raises:
-            TrainingError: On the others, in place of what is no error of daqconvert.
+            TrainingError: On the other processes, in place of an error that is not one of daqconvert's.
         """
         if self.count == 1:
             return make()
@@ -194,10 +182,7 @@ class Processes:
 def launched(model: nn.Module, recipe: Recipe, accelerator: Accelerator | None = None) -> Iterator[Processes]:
     """Yield the processes that this one was launched among; what Accelerate keeps globally is as before afterwards.
 
-    Args:
-        model: The model to train.
-        recipe: Gives `precision`.
-        accelerator: The caller's own.
+    Without an accelerator of the caller's own, one is made from the launcher's settings and the recipe's `precision`.
 
     Yields:
         The processes.
@@ -215,7 +200,8 @@ def launched(model: nn.Module, recipe: Recipe, accelerator: Accelerator | None =
     states = [kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)]
     before = [dict(state) for state in states]
     try:
-        yield Processes(accelerator or _accelerator(model, recipe), _checked(model, recipe, accelerator))
+        _check_precision(recipe, accelerator)
+        yield Processes(accelerator or _accelerator(model, recipe), model)
     finally:
         if accelerator is None:
             for state, kept in zip(states, before, strict=True):
@@ -251,13 +237,12 @@ def _leave_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _checked(model: nn.Module, recipe: Recipe, accelerator: Accelerator | None) -> nn.Module:
+def _check_precision(recipe: Recipe, accelerator: Accelerator | None) -> None:
     if accelerator is not None and recipe.precision not in ("launcher", accelerator.mixed_precision):
         raise TrainingError(
             f"accelerator: has mixed_precision={accelerator.mixed_precision!r}, the recipe precision="
             f'{recipe.precision!r}. Pass precision="launcher", or make the accelerator with the same.'
         )
-    return model
 
 
 def _check(accelerator: Accelerator, processes: Processes) -> None:
@@ -289,7 +274,7 @@ def _refusal(kind: str) -> str:
 
 
 class Steps(Protocol):
-    """What is needed of the optimizers here."""
+    """What `Processes.update` needs of the optimizers."""
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -302,14 +287,11 @@ class Steps(Protocol):
 
 
 class ScaledOptimizers:
-    """Optimizers as `torch.amp.GradScaler` takes one: with `param_groups` and `step`.
-
-    Args:
-        optimizers: What is stepped.
+    """Several optimizers as the one that `torch.amp.GradScaler` takes: one verdict for all, so all step or none does.
 
     Attributes:
         parameters: All trained parameters.
-        param_groups: The same, as one group.
+        param_groups: One group that holds them all.
     """
 
     def __init__(self, optimizers: Steps) -> None:

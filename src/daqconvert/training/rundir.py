@@ -1,14 +1,10 @@
 """The run directory: which files `finetune` writes, and the rules for a directory that is there already.
 
-Files that grow line by line while a run goes on: what a checkpoint knows nothing of is dropped when it is resumed.
-
-Such files are for looking at; training needs none of them. So one that cannot be written is told of once, and training
-goes on: what must not be lost is in the checkpoints, whose errors stop it.
-
-The log of a run, `log.csv`: one line per epoch, empty where there is no value.
-
-The history in the checkpoint is the truth and the file is written anew from it each time, in one go. So after an
-interruption it never holds an epoch that is trained again, nor half a line.
+Checkpoints are what a run needs to go on: an error in writing one stops the training. `log.csv` has a line per epoch,
+and is written anew each time, in one go, from the history that the checkpoint holds: after an interruption it never
+holds an epoch that is trained again, nor half a line. Other files grow line by line (`Appended`), and when a run is
+resumed what its checkpoint knows nothing of is dropped from them. They are for looking at, and training needs none of
+them: of one that cannot be written there is one warning, and training goes on.
 """
 
 from __future__ import annotations
@@ -27,6 +23,16 @@ from daqconvert.errors import TrainingError
 from daqconvert.files import replacing, write_text
 from daqconvert.training.checkpoint import NOT_WRITTEN
 from daqconvert.training.recipes import Recipe
+
+LOGGER = logging.getLogger("daqconvert.training")
+
+Row = dict[str, Any]
+"""What is known of one epoch, by column."""
+
+COLUMNS = (
+    "epoch", "step", "lr", "quantizer_lr", "train_loss", "train_top1", "val_loss", "val_top1", "images_per_second",
+    "seconds",
+)  # fmt: skip
 
 
 class RunDirectory:
@@ -76,10 +82,7 @@ class RunDirectory:
         return sorted(self.checkpoints.glob("step-*.safetensors"), reverse=True)
 
     def keep_last(self, step: int) -> None:
-        """Keep `last` under its step's number, before it is replaced; takes no space until then.
-
-        Args:
-            step: Optimizer steps that it holds.
+        """Keep `last`, the state after so many steps, under that number; takes no space until `last` is replaced.
 
         Raises:
             OSError: If it cannot be kept.
@@ -96,7 +99,7 @@ class RunDirectory:
                 shutil.copyfile(self.last, temporary)
 
     def prune(self, keep: int) -> None:
-        """Remove the oldest checkpoints but `keep`, `last` among them."""
+        """Remove all checkpoints but the newest `keep`, of which `last` is one."""
         for old in self.kept()[keep - 1 :]:
             old.unlink(missing_ok=True)
         if keep == 1 and self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
@@ -116,9 +119,8 @@ class RunDirectory:
             leftover.unlink(missing_ok=True)
         probe = self.path / ".probe"
         try:
-            write_text(
-                probe, "", TrainingError
-            )  # a directory that cannot be written to is found now, not an epoch later
+            # a directory that cannot be written to is found now, not an epoch later
+            write_text(probe, "", TrainingError)
         except TrainingError as error:
             raise error.__cause__ or error from None
         probe.unlink()
@@ -142,15 +144,8 @@ class RunDirectory:
             directory.rmdir()
 
 
-LOGGER = logging.getLogger("daqconvert.training")
-
-
 class Appended:
-    """A text file of whole lines.
-
-    Args:
-        path: The file; made by the first line.
-    """
+    """A text file of whole lines that grows; the first line makes it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -166,15 +161,14 @@ class Appended:
     def keep(self, wanted: Callable[[str], bool]) -> list[str]:
         """Drop the lines that are not wanted, and return the others.
 
-        Args:
-            wanted: Called with each line; one that raises `ValueError`, `KeyError` or `TypeError` is not wanted.
+        A line for which `wanted` raises `ValueError`, `KeyError` or `TypeError` is damaged, and is dropped too.
         """
         kept = []
         for line in self.lines():
             try:
                 if wanted(line):
                     kept.append(line)
-            except (ValueError, KeyError, TypeError):  # damaged
+            except (ValueError, KeyError, TypeError):
                 continue
         if self.path.is_file():
             with telling(self.path, self._told):
@@ -187,19 +181,14 @@ class Appended:
             self.path.unlink(missing_ok=True)
 
     def add(self, line: str) -> None:
-        """Write one more line."""
+        """Write a line at the end."""
         with telling(self.path, self._told), self.path.open("a", encoding="utf-8", newline="") as file:
             file.write(line + "\n")
 
 
 @contextmanager
 def telling(path: Path, told: set[Path]) -> Iterator[None]:
-    """Say once that a file cannot be written, instead of raising.
-
-    Args:
-        path: The file.
-        told: The files of which it was said; added to.
-    """
+    """Warn once that a file cannot be written, instead of raising; `told` collects the files that were named."""
     try:
         yield
     except (OSError, TrainingError) as error:
@@ -208,19 +197,8 @@ def telling(path: Path, told: set[Path]) -> Iterator[None]:
         told.add(path)
 
 
-Row = dict[str, Any]
-
-COLUMNS = (
-    "epoch", "step", "lr", "quantizer_lr", "train_loss", "train_top1", "val_loss", "val_top1", "images_per_second",
-    "seconds",
-)  # fmt: skip
-
-
 def csv_text(history: Sequence[Mapping[str, Any]]) -> str:
-    """Return the history as CSV with a header: `COLUMNS`, then what else the rows hold.
-
-    Args:
-        history: One row per epoch.
+    """Return the history, one row per epoch, as CSV with a header: `COLUMNS`, then what else the rows hold.
 
     Example:
         >>> csv_text([{"epoch": 1, "train_loss": 0.5}]).splitlines()[1]
@@ -230,7 +208,7 @@ def csv_text(history: Sequence[Mapping[str, Any]]) -> str:
     columns = list(dict.fromkeys((*COLUMNS, *(key for row in history for key in row))))
     writer = csv.DictWriter(stream, columns, restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(history)  # None is written as nothing
+    writer.writerows(history)  # a value of None is written as an empty cell
     return stream.getvalue()
 
 

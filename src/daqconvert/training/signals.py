@@ -19,11 +19,7 @@ USUAL = (signal.SIG_DFL, signal.default_int_handler)
 
 
 class Ended(Exception):
-    """A signal ends training where it cannot stop at once.
-
-    Args:
-        signal: Its name.
-    """
+    """A signal, given by its name, ends training in the middle of an evaluation."""
 
     def __init__(self, signal: str) -> None:
         super().__init__(signal)
@@ -45,13 +41,10 @@ class Signals:
         self.came = [0] * len(NAMES)
 
     def take(self, came: Sequence[float]) -> tuple[bool, str | None]:
-        """Return what some counts of signals ask for, and forget a request for a checkpoint.
+        """Return whether to write a checkpoint, and the name of the signal that ends training, or None.
 
-        Args:
-            came: As the attribute, or its sum over processes.
-
-        Returns:
-            Whether to write a checkpoint, and the name of the signal that ends training, or None.
+        What is asked for follows from `came`: the attribute, or its sum over processes. A request for a checkpoint is
+        forgotten after that.
         """
         ending = next((name for name, n in zip(NAMES[:0:-1], came[:0:-1], strict=True) if n), None)
         asked = bool(came[0]) or ending is not None
@@ -61,10 +54,10 @@ class Signals:
 
 @contextmanager
 def listening() -> Iterator[Signals]:
-    """Listen to signals while the block runs, where it runs in the main thread; the handlers are given back.
+    """Listen to signals while the block runs, if it runs in the main thread; earlier handlers are back afterwards.
 
     Yields:
-        What came.
+        The signals that have come so far.
 
     Example:
         >>> with listening() as signals:

@@ -1,6 +1,6 @@
-"""What there is to see of a quantized site at one moment: its bounds, its scale, where its weights lie.
+"""What can be measured of a quantized site at one moment: its bounds, its scale, where its weights lie.
 
-All plain numbers, so that they can be compared, written as JSON, and drawn.
+Everything is plain numbers, which can be compared, written as JSON, and drawn.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from daqconvert.quantizers import InputQuantizer, WeightQuantizer
 
 @dataclass(frozen=True)
 class Measure:
-    """One site at one moment; None where there is no such quantizer.
+    """One site at one moment; None stands where there is no such quantizer.
 
     Attributes:
-        bits: Of weight and input, as they are now.
-        weight: Bounds of the weight, in std where it is normalized: `(lower, upper)`, the means over channels.
-        weight_spread: Least and largest upper bound of a channel.
-        input: Bounds of the input.
+        bits: Bits of weight and input, as they are now.
+        weight: Bounds `(lower, upper)` of the weight, the means over channels; in std where it is normalized.
+        weight_spread: Least and largest upper bound of a channel of the weight.
+        input: Bounds `(lower, upper)` of the input.
         scale: Least, mean and largest `|output_scale|`.
         levels: Number of weights on each level, lowest first.
     """
@@ -53,11 +53,7 @@ def _short(value: float | None) -> float | None:
 
 
 def sites_of(model: nn.Module) -> dict[str, QuantizedSite]:
-    """Return the sites that hold a weight or input quantizer of their own, by dotted name.
-
-    Args:
-        model: A quantized model.
-    """
+    """Return the sites of a model that hold a weight or input quantizer, by dotted name; `(root)` for the model."""
     return {
         name or "(root)": site
         for name, site in quantized_sites(model).items()
@@ -76,18 +72,14 @@ def weight_ranges(site: QuantizedSite) -> Tensor | None:
 
 
 def lowest_level(quantizer: WeightQuantizer) -> int:
-    """Return how many levels lie below zero where zero is a level; 0 on the midrise grid, which is counted from below.
-
-    Args:
-        quantizer: Of a weight.
-    """
+    """Return how many levels lie below zero; 0 on the midrise grid, whose levels are counted from the lowest one."""
     if quantizer.grid == "midrise":
         return 0
     return quantizer.top + (1 if quantizer.grid == "twos" else 0)
 
 
 def input_quantizers(site: QuantizedSite) -> Iterator[tuple[str, InputQuantizer]]:
-    """Yield the quantizers of what depends on the data, each with what it is: the input, and a computed weight."""
+    """Yield the quantizers of what depends on the data, the input and a second operand, each with its name."""
     if site.input_quantizer is not None:
         yield "input", site.input_quantizer
     if isinstance(site.weight_quantizer, InputQuantizer):
@@ -95,7 +87,7 @@ def input_quantizers(site: QuantizedSite) -> Iterator[tuple[str, InputQuantizer]
 
 
 def input_range(quantizer: InputQuantizer) -> tuple[float, float]:
-    """Return the bounds that count, `lower <= 0` and `upper`."""
+    """Return lower and upper bound of an input; the lower one is 0 where the input is known to be unsigned."""
     lower, upper = torch.stack([quantizer.lower.detach().float(), quantizer.upper.detach().float()]).tolist()
     return 0.0 if quantizer.sign is False else lower, upper
 
@@ -113,12 +105,7 @@ def level_counts(site: QuantizedSite) -> tuple[int, ...] | None:
 
 @torch.no_grad()
 def measure(site: QuantizedSite, *, levels: bool = True) -> Measure:
-    """Measure one site.
-
-    Args:
-        site: A quantized site.
-        levels: Whether to count the weights on each level, which reads all of them.
-    """
+    """Measure one site; without `levels` the weights on each level are not counted, which reads all of them."""
     quantizer, of_input = site.weight_quantizer, site.input_quantizer
     weight = spread = None
     if isinstance(quantizer, WeightQuantizer):

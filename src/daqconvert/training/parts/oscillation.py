@@ -35,7 +35,7 @@ from daqconvert.training.rundir import Row
 MOMENTUM = 0.01
 SAMPLE = 4096  # weights of a site that are followed where nothing is frozen
 MARGIN = 0.1  # std: how far from the edge of its level a frozen weight must lie where weights are normalized ...
-MIDDLE = 0.25  # ... but nearer to the middle than this part of a step it need not be
+MIDDLE = 0.25  # ... but nearer to the middle than this part of a level it need not be
 
 
 class Oscillation(Part):
@@ -153,7 +153,7 @@ class Tracker:
     What is followed of all sites stands in one tensor `(N,)`, so a step costs a few operations, not some twenty a
     site. The grids have one element a bound, `(B,)`:
 
-        W = (code - offset) * step + origin
+        W = (code - offset) * scale + origin
 
     Args:
         sites: By name; their weights are on one device, of one dtype, and all of them normalized, or none.
@@ -255,10 +255,10 @@ class Tracker:
         """
         level, slack = self.state["code"].to(torch.float32), self._slack()
         for _ in range(2 if self._normalized else 1):
-            origin, step = self._grid()
-            place = self._positions(origin, step).add_(self._offset)
+            origin, scale = self._grid()
+            place = self._positions(origin, scale).add_(self._offset)
             target = torch.minimum(torch.maximum(place, level - slack), level + slack)
-            moved = (target - self._offset) * self._of_each(step) + self._of_each(origin)
+            moved = (target - self._offset) * self._of_each(scale) + self._of_each(origin)
             moving = self.state["frozen"] & (target != place) if self._normalized else self.state["frozen"]
             self._write(moving, moved)
 
@@ -315,21 +315,21 @@ class Tracker:
         """Return the codes of now, float32."""
         return self._positions(*self._grid()).round_().add_(self._offset)
 
-    def _positions(self, origin: Tensor, step: Tensor) -> Tensor:
-        """Return where the weights lie on their grids, in steps from the origin, clipped to the levels; float32."""
+    def _positions(self, origin: Tensor, scale: Tensor) -> Tensor:
+        """Return where the weights lie on their grids, in levels from the origin, clipped to the levels; float32."""
         followed = [w.reshape(-1)[::stride] for w, stride in zip(self.weights(), self._strides, strict=True)]
-        x = torch.cat(followed).to(torch.float32).sub_(self._of_each(origin)).div_(self._of_each(step))
+        x = torch.cat(followed).to(torch.float32).sub_(self._of_each(origin)).div_(self._of_each(scale))
         return x.clamp_(self._low, self._high)
 
     def _grid(self) -> tuple[Tensor, Tensor]:
-        """Return `origin` and `step` of each bound, float32."""
+        """Return `origin` and `scale` of each bound, float32."""
         lower, upper = (bound.to(torch.float32) for bound in self._bounds())
-        step = (upper - lower).clamp_(min=TINY).div_(self._tops)
+        scale = (upper - lower).clamp_(min=TINY).div_(self._tops)
         if not self._normalized:
-            return lower, step
+            return lower, scale
         moments = [q.moments(weight) for q, weight in zip(self._quantizers, self.weights(), strict=True)]
         mean, std = (torch.cat([m for m in of_sites if m is not None]) for of_sites in zip(*moments, strict=True))
-        return (lower * std + mean).to(torch.float32), (step * std).to(torch.float32)
+        return (lower * std + mean).to(torch.float32), (scale * std).to(torch.float32)
 
     def _bounds(self) -> tuple[Tensor, Tensor]:
         """Return lower and upper bounds; the lower one is 0 where zero is a level, for codes count from there then."""
@@ -339,12 +339,12 @@ class Tracker:
         return upper * self._sign, upper
 
     def _slack(self) -> Tensor | float:
-        """Return how far from the middle of its level a frozen weight may lie, in steps: 0 in real units."""
+        """Return how far from the middle of its level a frozen weight may lie, in levels: 0 in real units."""
         if not self._normalized:
             return 0.0
         lower, upper = self._bounds()
-        step = (upper - lower).float().clamp_(min=TINY).div_(self._tops)
-        return self._of_each(0.5 - (MARGIN / step).clamp(max=0.5 - MIDDLE))
+        scale = (upper - lower).float().clamp_(min=TINY).div_(self._tops)
+        return self._of_each(0.5 - (MARGIN / scale).clamp(max=0.5 - MIDDLE))
 
     def _bound_of_each(self) -> Tensor | None:
         """Return the number of the bound of each weight that is followed, `(N,)`; None where there is one for all."""
