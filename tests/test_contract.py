@@ -13,24 +13,12 @@ from torch import nn
 import daqconvert as dq
 from daqconvert.errors import ConversionError
 from daqconvert.models import quantized_sites
-from helpers.cases import BY_ID, CASES, NETWORKS, run, timm_network
+from helpers.cases import BY_ID, CASES, NETWORKS, data, quantized, run, timm_network
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
 WEIGHT_KEYS = {f"weight_quantizer.{key}" for key in ("lower", "upper", "calibrated")}
 INPUT_KEYS = {f"input_quantizer.{key}" for key in ("lower", "upper", "calibrated", "signed")}
-
-
-def data(batch):
-    return [batch if isinstance(batch, dict) else batch[0]]
-
-
-def quantized(case_id="residual", **settings):
-    case = BY_ID[case_id]
-    model = case.make().eval()
-    qmodel = dq.quantize(model, **settings)
-    dq.calibrate(qmodel, data(case.batch()))
-    return model, qmodel, case.batch()
 
 
 @each_case

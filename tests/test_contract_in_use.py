@@ -7,24 +7,9 @@ import torch
 from torch import nn
 
 import daqconvert as dq
-from helpers.cases import BY_ID, CASES, GEOMETRIES, NETWORKS, timm_network
+from helpers.cases import BY_ID, CASES, GEOMETRIES, NETWORKS, quantized, timm_network
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-
-WEIGHT_KEYS = {f"weight_quantizer.{key}" for key in ("lower", "upper", "calibrated")}
-INPUT_KEYS = {f"input_quantizer.{key}" for key in ("lower", "upper", "calibrated", "signed")}
-
-
-def data(batch):
-    return [batch if isinstance(batch, dict) else batch[0]]
-
-
-def quantized(case_id="residual", **settings):
-    case = BY_ID[case_id]
-    model = case.make().eval()
-    qmodel = dq.quantize(model, **settings)
-    dq.calibrate(qmodel, data(case.batch()))
-    return model, qmodel, case.batch()
 
 
 LEARNING = ({}, {"w_bits": 2, "a_bits": 2}, {"preset": "paper-w2a2"}, {"rounding": "ste"})

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import daqconvert as dq
 from helpers import awkward_models as awkward
 
 
@@ -136,6 +137,21 @@ CASES = (
          first=("0",), last=("7",)),
 )  # fmt: skip
 BY_ID = {case.id: case for case in CASES}
+
+
+def data(batch: dict[str, Tensor] | tuple[Tensor, ...]) -> list[Any]:
+    """Return a case's inputs as the data of a calibration."""
+    return [batch if isinstance(batch, dict) else batch[0]]
+
+
+def quantized(case_id: str = "residual", **settings: Any) -> tuple[nn.Module, nn.Module, Any]:
+    """Return a case's float model, the model quantized and calibrated, and the inputs."""
+    case = BY_ID[case_id]
+    model = case.make().eval()
+    qmodel = dq.quantize(model, **settings)
+    dq.calibrate(qmodel, data(case.batch()))
+    return model, qmodel, case.batch()
+
 
 # Every constructor argument of every family: class, arguments, and the shape of one input (no batch dimension)
 GEOMETRIES: dict[str, tuple[type[nn.Module], tuple[Any, ...], dict[str, Any], tuple[int, ...]]] = {

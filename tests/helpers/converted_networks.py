@@ -1,16 +1,17 @@
-"""Small networks that between them hold every kind of site, quantized and calibrated for the tests of this folder."""
+"""Small networks that between them hold every kind of site, with what is needed to quantize and calibrate them."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import daqconvert as dq
+from helpers.cases import timm_network
 
 
 class BareParameters(nn.Module):
@@ -25,13 +26,6 @@ class BareParameters(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(F.conv2d(x, self.kernel, padding=1)).mean((2, 3))
         return self.head(torch.relu(x @ self.matrix))
-
-
-def timm_network(name: str, **options: Any) -> nn.Module:
-    """One of timm's networks for tests; timm is imported here, for it takes a second."""
-    import timm
-
-    return timm.create_model(name, pretrained=False, num_classes=5, **options)
 
 
 def beit_block() -> nn.Module:
@@ -62,9 +56,9 @@ def encoder() -> nn.Module:
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "resnet": (partial(timm_network, "test_resnet"), (3, 32, 32)),
-    "nfnet": (partial(timm_network, "test_nfnet"), (3, 32, 32)),
-    "vit": (partial(timm_network, "test_vit", img_size=32), (3, 32, 32)),
+    "resnet": (partial(timm_network, "test_resnet", num_classes=5), (3, 32, 32)),
+    "nfnet": (partial(timm_network, "test_nfnet", num_classes=5), (3, 32, 32)),
+    "vit": (partial(timm_network, "test_vit", img_size=32, num_classes=5), (3, 32, 32)),
     "beit": (beit_block, (5, 16)),
     "swin": (swin, (3, 32, 32)),
     "encoder": (encoder, (6, 16)),
@@ -110,6 +104,4 @@ def _built(name: str, bits: int) -> nn.Module:
 
 def quantized(name: str, bits: int = 4) -> nn.Module:
     """Return a quantized and calibrated network in evaluation mode; the caller's own."""
-    import copy
-
     return copy.deepcopy(_built(name, bits))

@@ -1,9 +1,15 @@
+"""What changes as a run goes on: bit widths, the slope of rounding, when bounds are held, and when a run stops."""
+
 import pytest
 import torch
 from torch import nn
 
 import daqconvert as dq
+from daqconvert.errors import TrainingError
+from daqconvert.functional.grid import Rounding
 from daqconvert.models import quantized_sites
+from daqconvert.quantizers.base import Quantizer
+from daqconvert.training.optim import parameter_groups
 from daqconvert.training.parts.scheduled import ProgressiveBits
 
 STAGES = [[0.4, 4, 6], [0.7, 3, 2]]  # of 9 steps: 3, then 3 more
@@ -90,3 +96,172 @@ def test_the_stage_of_a_step():
     part = ProgressiveBits(None, STAGES)
     part._ends = [3, 6]
     assert [part.stage_of(number) for number in range(1, 9)] == [0, 0, 0, 1, 1, 1, 2, 2]
+
+
+# -------------------------------------------------------------------------------------------------------------- bounds
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd", "lamb"])
+def test_bounds_stay_where_they_are_from_their_step_on(make, loader, optimizer):
+    qmodel, seen = make(), []
+    dq.finetune(
+        qmodel, loader(), epochs=2, freeze_bounds_at=0.5, quantizer_lr=0.01, quantizer_optimizer=optimizer,
+        quantizer_weight_decay=0.1, clip_grad=1.0, progress=False,
+        on_step=lambda step: seen.append({k: v.detach().clone() for k, v in qmodel.state_dict().items()}),
+    )  # fmt: skip
+    groups = parameter_groups(qmodel)
+
+    def moved(group, i):
+        return [k for k in groups[group] if not torch.equal(seen[i][k], seen[i - 1][k])]
+
+    assert [bool(moved("quantizers", i)) for i in range(1, 6)] == [True, True, False, False, False]
+    assert all(moved("weights", i) for i in range(1, 6))
+
+
+@pytest.mark.parametrize("field", ["freeze_bounds_at", "batch_norm_freeze_at"])
+def test_a_share_of_an_unknown_length_is_an_error(make, loader, field):
+    class Stream:
+        def __iter__(self):
+            return iter(loader())
+
+    with pytest.raises(TrainingError, match=f"{field}: is a share of the run, and train_loader has no length"):
+        dq.finetune(make(), Stream(), epochs=1, schedule="constant", progress=False, **{field: 0.5})
+
+
+# ------------------------------------------------------------------------------------------------------------ stopping
+
+
+def test_it_stops_when_nothing_was_better_for_a_while(make, loader, val_loader):
+    still = {"lr": 0.0, "quantizer_lr": 0.0, "batch_norm": "freeze"}  # every epoch is as good as the first
+    result = dq.finetune(make(), loader(), val_loader, epochs=9, patience=2, progress=False, **still)
+    assert (result.epochs, result.best_epoch) == (3, 1)
+    assert "no epoch was better than epoch 1 for 2 epochs" in str(result)
+
+
+def test_it_goes_on_while_there_is_progress(make, loader, val_loader):
+    result = dq.finetune(make(8), loader(), val_loader, epochs=4, patience=3, lr=0.01, progress=False)
+    assert result.epochs == 4
+
+
+def test_a_stopped_run_is_not_resumed(make, loader, val_loader, tmp_path):
+    still = {"lr": 0.0, "quantizer_lr": 0.0, "batch_norm": "freeze", "epochs": 9, "patience": 1, "progress": False}
+    first = dq.finetune(make(), loader(), val_loader, out_dir=tmp_path / "run", **still)
+    again = dq.finetune(make(), loader(), val_loader, out_dir=tmp_path / "run", resume=True, **still)
+    assert (first.epochs, again.epochs) == (2, 2)
+
+
+def test_patience_needs_something_to_look_at(make, loader):
+    with pytest.raises(TrainingError, match="patience: needs a val_loader"):
+        dq.finetune(make(), loader(), epochs=2, patience=1, progress=False)
+
+
+# ---------------------------------------------------------------------------------------------------------- sharpening
+
+
+def roundings(qmodel):
+    return [module.rounding for module in qmodel.modules() if isinstance(module, Quantizer)]
+
+
+def low(make, bits=2, **settings):
+    """A model whose first layer has few bits as well: its roundings come first."""
+    return make(bits=bits, first=(bits, bits), **settings)
+
+
+def short_run(qmodel, data, seen=None, **options):
+    sharp = {"final_w_sigma": 2.0, "final_a_sigma": 2.0, "final_sigma_bits": 2}
+    options = {"epochs": 2, "progress": False, **sharp, **options}
+    return dq.finetune(
+        qmodel, data, on_step=lambda step: seen is not None and seen.append(roundings(qmodel)), **options
+    )
+
+
+def test_the_kernel_widens_from_its_own_width_to_the_final_one(make, loader):
+    qmodel, seen = low(make, w_sigma=0.5, a_sigma=0.5, slope="unit"), []
+    own = roundings(qmodel)
+    short_run(qmodel, loader(), seen, final_w_sigma=1.0)
+    for i, (weights, inputs, *_) in enumerate(seen):
+        share = (100 * i // len(seen)) / 100
+        for found, way in ((weights, 0.5), (inputs, 1.5)):
+            assert found.numbers == pytest.approx(Rounding.make("daq", 2.0, 0.5 + way * share, True).numbers)
+    assert roundings(qmodel) == own
+
+
+def test_the_final_width_counts(make, loader):
+    results = []
+    for options in ({"final_w_sigma": 0.0}, {}, {"final_a_sigma": 0.0}, {"final_a_sigma": 0.0, "final_w_sigma": 0.0}):
+        qmodel = low(make, a_sigma=0.5, w_sigma=0.5, slope="unit")
+        short_run(qmodel, loader(), **options)
+        results.append([p.detach().clone() for p in qmodel.parameters()])
+    for i in range(len(results)):
+        assert not all(torch.equal(a, b) for a, b in zip(results[i], results[i - 1], strict=True))
+
+
+@pytest.mark.parametrize("rounding", ["ste", "ewgs", "dsq"])
+def test_other_roundings_are_left_alone(make, loader, rounding):
+    qmodel, seen = low(make, rounding=rounding), []
+    own = roundings(qmodel)
+    short_run(qmodel, loader(), seen)
+    assert all(step == own for step in seen)
+
+
+def test_a_run_of_unknown_length_and_operands_of_more_bits_keep_their_own(make, loader):
+    class Stream:
+        def __iter__(self):
+            return iter(loader())
+
+    for qmodel, data, bits in ((low(make), Stream(), 2), (low(make), loader(), 1), (low(make, bits=3), loader(), 2)):
+        own, seen = roundings(qmodel), []
+        short_run(qmodel, data, seen, schedule="constant", final_sigma_bits=bits)
+        assert seen
+        assert all(step == own for step in seen)
+
+
+def test_the_bits_of_the_plan_decide_not_those_of_a_stage(make, loader):
+    qmodel, seen = low(make), []
+    short_run(qmodel, loader(), seen, progressive=[[0.5, 4, 4]])
+    assert seen[1][1] != seen[0][1]
+
+
+def test_own_roundings_come_back_after_an_exception(make, loader):
+    qmodel = low(make)
+    own = roundings(qmodel)
+
+    def stop(step):
+        if step.number == 4:
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        dq.finetune(qmodel, loader(), epochs=3, final_a_sigma=2.0, final_sigma_bits=2, on_step=stop, progress=False)
+    assert roundings(qmodel) == own
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv2d])
+def test_compiled_models_see_the_change_without_another_compilation(kind):
+    from torch._dynamo.utils import counters
+
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 4) if kind is nn.Linear else nn.Conv2d(3, 4, 3)
+    shape = (8, 6) if kind is nn.Linear else (2, 3, 8, 8)
+    options = {"w_bits": 2, "a_bits": 2, "first": (2, 2), "last": (2, 2)}
+    eager = dq.quantize(nn.Sequential(nn.Identity(), layer, nn.ReLU()), **options)
+    x = torch.randn(shape).relu()
+    dq.calibrate(eager, [(x,)])
+    compiled = dq.quantize(nn.Sequential(nn.Identity(), layer, nn.ReLU()), **options)
+    compiled.load_state_dict(eager.state_dict())
+    torch._dynamo.reset()
+    compiled.compile()
+    graphs = []
+    for sigma in (0.5, 1.0, 2.0, 3.0):
+        gradients = []
+        for model in (eager, compiled):
+            for module in model.modules():
+                if isinstance(module, Quantizer):
+                    module.rounding = Rounding.make("daq", 2.0, sigma, True)
+            inputs = x.clone().requires_grad_()
+            model.zero_grad()
+            model(inputs).square().sum().backward()
+            gradients.append([inputs.grad, *(p.grad for p in model.parameters() if p.grad is not None)])
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert len(set(graphs)) == 1
