@@ -40,10 +40,10 @@ def test_commands_can_be_typed(arguments):
         parse_source(found["model"])
     if found.get("preset"):
         preset(found["preset"])
-    if found.get("recipe_name") in RECIPES:
-        recipe(found["recipe_name"])
+    if found.get("recipe") in RECIPES:
+        recipe(found["recipe"])
     else:
-        assert found.get("recipe_name") is None or found["recipe_name"].endswith(".toml")
+        assert found.get("recipe") is None or found["recipe"].endswith(".toml")
 
 
 def test_every_row_of_the_papers_table_has_its_command_and_figure():
@@ -64,8 +64,6 @@ def test_every_row_of_the_papers_table_has_its_command_and_figure():
     assert all((w, a) == (found_w, found_a) for w, a, _, found_w, found_a in rows)
     found = [parsed(arguments) for arguments in typed("imagenet.md") if "--pretrained" in arguments]
     one = [
-        options["preset"]
-        for options in found
-        if options["recipe_name"] == "paper-imagenet" and not options["batch_size"]
+        options["preset"] for options in found if options["recipe"] == "paper-imagenet" and not options["batch_size"]
     ]
     assert sorted(one) == sorted(preset_names())

@@ -16,6 +16,7 @@ from daqconvert.cli.export import export_command
 from daqconvert.cli.finetune import finetune_command
 from daqconvert.cli.freeze import freeze_command
 from daqconvert.cli.inspect import inspect_command
+from daqconvert.cli.options import grouped
 from daqconvert.cli.output import guarded
 from daqconvert.cli.plan import plan_command
 from daqconvert.cli.recipes import recipes_command
@@ -44,7 +45,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "bench": bench_command,
 }
 for name, command in COMMANDS.items():
-    app.command(name)(guarded(command))
+    app.command(name)(guarded(grouped(command)))
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from daqconvert.artifact.manifest import MANIFEST
 from daqconvert.cli import options as o
 from daqconvert.cli import rundir
 from daqconvert.cli.deployment import bits_text
-from daqconvert.cli.job import Job
+from daqconvert.cli.job import DEMO_MODEL, Job
 from daqconvert.cli.output import Output
 from daqconvert.cli.sources import (
     EVAL_BATCH,
@@ -38,13 +38,8 @@ Results = dict[str, dict[str, Any]]
 
 
 def evaluate_command(
-    target: Target, code_model: o.CodeModel = None, pretrained: o.Pretrained = False,
-    checkpoint: o.Checkpoint = None, model_arg: o.ModelArgs = None, data: o.Data = None, holdout: o.Holdout = None,
-    data_root: o.DataRoot = None, download: o.Download = False, input_size: o.InputSize = None,
-    num_classes: o.NumClasses = None, batch_size: o.BatchSize = None, workers: o.Workers = 0,
-    policy: o.PolicyFile = None, preset: o.Preset = None, w_bits: o.WBits = None, a_bits: o.ABits = None,
-    first: o.First = None, last: o.Last = None, exclude: o.Exclude = None, setting: o.Setting = None,
-    as_json: o.Json = False,
+    *, target: Target, code_model: o.CodeModel = None, weights: o.ModelOptions,
+    data: Annotated[o.DataOptions, o.Without("val")], bits: o.BitsOptions, as_json: o.Json = False,
 ) -> None:  # fmt: skip
     """Measure top-1 on held-out images.
 
@@ -52,27 +47,15 @@ def evaluate_command(
     and calibrated without training.
     """
     with Output(as_json).capturing() as output:
-        kind, size = kind_of(target), batch_size or EVAL_BATCH
-        asked = o.read_policy(policy, preset, w_bits, a_bits, first, last, exclude, setting)
-        name = target if kind == MODEL else "timm:test_resnet"  # of a run or artifact, the data's options alone count
-        job = o.job_from(
-            name,
-            model_arg,
-            pretrained,
-            checkpoint,
-            data,
-            holdout,
-            data_root,
-            download,
-            input_size,
-            num_classes,
-            workers,
-        )
+        kind, size = kind_of(target), data.batch_size or EVAL_BATCH
+        asked = bits.read()
+        name = target if kind == MODEL else DEMO_MODEL  # of a run or artifact, the data's options alone count
+        job = o.job_from(name, weights, data)
         if kind == MODEL:
             refuse(kind, model=code_model)
             text, found = _named(job, asked, size)
         else:
-            refuse(kind, pretrained=pretrained, checkpoint=checkpoint, model_arg=model_arg, policy=asked)
+            refuse(kind, weights, policy=asked)
             text, found = (_run if kind == RUN else _artifact)(Path(target), code_model, job, size)
         rows = [(what, f"{100 * one['top1']:.2f} %", one["loss"], one["images"]) for what, one in found.items()]
         table = simple_table("", ("model", "top-1", "loss", "images"), rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -36,12 +37,9 @@ Out = Annotated[
 
 
 def export_command(
-    target: Target, out: Out = None, code_model: o.CodeModel = None, pretrained: o.Pretrained = False,
-    checkpoint: o.Checkpoint = None, model_arg: o.ModelArgs = None, data: o.Data = None, holdout: o.Holdout = None,
-    data_root: o.DataRoot = None, download: o.Download = False, input_size: o.InputSize = None,
-    num_classes: o.NumClasses = None, workers: o.Workers = 0, policy: o.PolicyFile = None, preset: o.Preset = None,
-    w_bits: o.WBits = None, a_bits: o.ABits = None, first: o.First = None, last: o.Last = None,
-    exclude: o.Exclude = None, setting: o.Setting = None, overwrite: o.Overwrite = False, as_json: o.Json = False,
+    *, target: Target, out: Out = None, code_model: o.CodeModel = None, weights: o.ModelOptions,
+    data: Annotated[o.DataOptions, o.Without("val", "batch_size")], bits: o.BitsOptions,
+    overwrite: o.Overwrite = False, as_json: o.Json = False,
 ) -> None:  # fmt: skip
     """Write an ONNX file and compare it with the frozen model in ONNX Runtime; exit code 1 if they disagree.
 
@@ -50,23 +48,16 @@ def export_command(
     """
     with Output(as_json).capturing() as output:
         kind = kind_of(target)
-        asked = o.read_policy(policy, preset, w_bits, a_bits, first, last, exclude, setting)
+        asked = bits.read()
         if kind != MODEL:
-            refuse(
-                kind, pretrained=pretrained, checkpoint=checkpoint, model_arg=model_arg, data=data, holdout=holdout,
-                data_root=data_root, download=download, num_classes=num_classes, policy=asked,
-                input_size=None if kind == ARTIFACT else input_size,
-            )  # fmt: skip
+            side = None if kind == ARTIFACT else data.input_size  # of an artifact's model it may not be known
+            refuse(kind, weights, dataclasses.replace(data, input_size=side, workers=0), policy=asked)
         target_file = Path(target) / rundir.ONNX if out is None and kind == RUN else needs_out(out, "ONNX file")
         if kind == ARTIFACT:
-            report = _export_artifact(Path(target), target_file, code_model, input_size, overwrite)
+            report = _export_artifact(Path(target), target_file, code_model, data.input_size, overwrite)
         elif kind == MODEL:
             refuse(kind, model=code_model)
-            job = o.job_from(
-                target, model_arg, pretrained, checkpoint, data, holdout, data_root, download, input_size, num_classes,
-                workers,
-            )  # fmt: skip
-            opened = open_named(job)
+            opened = open_named(o.job_from(target, weights, data))
             frozen = freeze(calibrated(opened, asked or o.default_policy())).cpu()
             report = export_checked(frozen, target_file, opened, overwrite)
         else:

@@ -55,16 +55,9 @@ FloatEpochs = Annotated[
 
 
 def finetune_command(
-    model: ModelName = None, out: Out = Path("runs/finetune"), pretrained: o.Pretrained = False,
-    checkpoint: o.Checkpoint = None, model_arg: o.ModelArgs = None, data: o.Data = None, val: o.Val = None,
-    holdout: o.Holdout = None, data_root: o.DataRoot = None, download: o.Download = False,
-    input_size: o.InputSize = None, num_classes: o.NumClasses = None, batch_size: o.BatchSize = None,
-    workers: o.Workers = 0, policy: o.PolicyFile = None, preset: o.Preset = None, w_bits: o.WBits = None,
-    a_bits: o.ABits = None, first: o.First = None, last: o.Last = None, exclude: o.Exclude = None,
-    setting: o.Setting = None, recipe_name: o.RecipeName = None, epochs: o.Epochs = None, lr: o.Rate = None,
-    quantizer_lr: o.QuantizerRate = None, distill: o.Distill = None, seed: o.Seed = None, fields: o.With = None,
-    float_epochs: FloatEpochs = None, overwrite: o.Overwrite = False, resume: Resume = False, no_onnx: NoOnnx = False,
-    as_json: o.Json = False,
+    *, model: ModelName = None, out: Out = Path("runs/finetune"), weights: o.ModelOptions, data: o.DataOptions,
+    bits: o.BitsOptions, training: o.RecipeOptions, float_epochs: FloatEpochs = None, overwrite: o.Overwrite = False,
+    resume: Resume = False, no_onnx: NoOnnx = False, as_json: o.Json = False,
 ) -> None:  # fmt: skip
     """Quantize a model, train it, freeze it and deploy it; leave everything in a run directory.
 
@@ -73,16 +66,10 @@ def finetune_command(
     finetune ...
     """
     with Output(as_json).capturing() as output:
-        changes = o.recipe_changes(
-            fields, epochs=epochs, lr=lr, quantizer_lr=quantizer_lr, distill=distill, seed=seed, batch_size=batch_size
-        )
-        chosen = None if resume else recipe(recipe_name or "quick", **changes)
-        job = o.job_from(
-            model, model_arg, pretrained, checkpoint, data, holdout, data_root, download, input_size, num_classes,
-            workers, None if chosen is None else chosen.seed, val,
-        )  # fmt: skip
-        asked = o.read_policy(policy, preset, w_bits, a_bits, first, last, exclude, setting)
-        typed = Typed(job, asked, recipe_name, changes, float_epochs)
+        changes = training.changes(data.batch_size)
+        chosen = None if resume else recipe(training.recipe or "quick", **changes)
+        job = o.job_from(model, weights, data, None if chosen is None else chosen.seed)
+        typed = Typed(job, bits.read(), training.recipe, changes, float_epochs)
         with together() as processes:
             processes.from_main(lambda: rundir.prepare(out, overwrite, resume))
             config, opened = open_fresh(typed, chosen) if chosen else open_resumed(out, typed, processes)

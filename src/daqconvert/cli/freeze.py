@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -25,12 +26,9 @@ Out = Annotated[
 
 
 def freeze_command(
-    target: Target, out: Out = None, code_model: o.CodeModel = None, pretrained: o.Pretrained = False,
-    checkpoint: o.Checkpoint = None, model_arg: o.ModelArgs = None, data: o.Data = None, holdout: o.Holdout = None,
-    data_root: o.DataRoot = None, download: o.Download = False, input_size: o.InputSize = None,
-    num_classes: o.NumClasses = None, workers: o.Workers = 0, policy: o.PolicyFile = None, preset: o.Preset = None,
-    w_bits: o.WBits = None, a_bits: o.ABits = None, first: o.First = None, last: o.Last = None,
-    exclude: o.Exclude = None, setting: o.Setting = None, overwrite: o.Overwrite = False, as_json: o.Json = False,
+    *, target: Target, out: Out = None, code_model: o.CodeModel = None, weights: o.ModelOptions,
+    data: Annotated[o.DataOptions, o.Without("val", "batch_size")], bits: o.BitsOptions,
+    overwrite: o.Overwrite = False, as_json: o.Json = False,
 ) -> None:  # fmt: skip
     """Write an artifact: weights as integer codes, packed at their bits.
 
@@ -39,22 +37,15 @@ def freeze_command(
     """
     with Output(as_json).capturing() as output:
         kind = kind_of(target)
-        asked = o.read_policy(policy, preset, w_bits, a_bits, first, last, exclude, setting)
+        asked = bits.read()
         not_artifact(kind, target)
         if kind == MODEL:
             refuse(kind, model=code_model)
             out = needs_out(out, "artifact")
-            job = o.job_from(
-                target, model_arg, pretrained, checkpoint, data, holdout, data_root, download, input_size, num_classes,
-                workers,
-            )  # fmt: skip
-            opened = open_named(job)
+            opened = open_named(o.job_from(target, weights, data))
             qmodel = calibrated(opened, asked or o.default_policy())
         else:
-            refuse(
-                kind, pretrained=pretrained, checkpoint=checkpoint, model_arg=model_arg, data=data, holdout=holdout,
-                data_root=data_root, download=download, input_size=input_size, num_classes=num_classes, policy=asked,
-            )  # fmt: skip
+            refuse(kind, weights, dataclasses.replace(data, workers=0), policy=asked)
             config, opened = rundir.open_run(Path(target), code_model, EVAL_BATCH)
             qmodel = rundir.quantized_model(Path(target), config, opened)
             out = out or Path(target) / rundir.ARTIFACT

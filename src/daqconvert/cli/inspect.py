@@ -31,7 +31,7 @@ Target = Annotated[str, typer.Argument(help=f"A run directory, an artifact, or a
 
 
 def inspect_command(
-    target: Target, model_arg: o.ModelArgs = None, input_size: o.InputSize = None, as_json: o.Json = False
+    target: Target, model_arg: o.ModelArg = None, input_size: o.InputSize = None, as_json: o.Json = False
 ) -> None:
     """Show a run's files and results, an artifact's layers and bits, or a model's convolutions and linear layers."""
     with Output(as_json).capturing() as output:

@@ -38,10 +38,7 @@ Diff = Annotated[
 
 
 def plan_command(
-    target: Target, model_arg: o.ModelArgs = None, input_size: o.InputSize = None, policy: o.PolicyFile = None,
-    preset: o.Preset = None, w_bits: o.WBits = None, a_bits: o.ABits = None, first: o.First = None,
-    last: o.Last = None, include: o.Include = None, exclude: o.Exclude = None, bits: o.Bits = None,
-    attention: o.Attention = None, share_inputs: o.ShareInputs = False, setting: o.Setting = None,
+    *, target: Target, model_arg: o.ModelArg = None, input_size: o.InputSize = None, bits: o.PolicyOptions,
     toml: Toml = None, overwrite: o.Overwrite = False, diff: Diff = None, as_json: o.Json = False,
 ) -> None:  # fmt: skip
     """Print a row for every convolution and linear layer: its bits and the rule that decided, or why it is left alone.
@@ -52,18 +49,12 @@ def plan_command(
         to_file = _file_to_write(toml, diff, overwrite)
         kind, model = kind_of(target), None
         if kind == MODEL:
-            asked = o.read_policy(
-                policy, preset, w_bits, a_bits, first, last, exclude, setting, include, bits, attention, share_inputs
-            )
+            asked = bits.read()
             model = build_model(target, **o.pairs(model_arg, "--model-arg"))
             example = example_image(model, target, input_size)
             found = plan(model, policy=asked or o.default_policy(), example_inputs=example)
         else:
-            refuse(
-                kind, model_arg=model_arg, input_size=input_size, policy=policy, preset=preset, w_bits=w_bits,
-                a_bits=a_bits, first=first, last=last, include=include, exclude=exclude, bits=bits,
-                attention=attention, share_inputs=share_inputs, set=setting,
-            )  # fmt: skip
+            refuse(kind, bits, model_arg=model_arg, input_size=input_size)
             found, example = stored_plan(Path(target), kind), None
         document, text = plan_document(found, target), render(plan_table(found))
         if toml is not None:

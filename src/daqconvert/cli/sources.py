@@ -13,6 +13,7 @@ from daqconvert.artifact.manifest import MANIFEST
 from daqconvert.calibration import calibrate
 from daqconvert.cli import rundir
 from daqconvert.cli.job import Job, Opened, measured_by_float, open_job
+from daqconvert.cli.options import given
 from daqconvert.convert import quantize
 from daqconvert.data import Loaders, create_loaders, open_splits
 from daqconvert.errors import ArtifactError, ConversionError, DataError, PolicyError
@@ -49,16 +50,14 @@ def kind_of(target: str) -> str:
     )
 
 
-def refuse(kind: str, **options: Any) -> None:
-    """Raise if options are set that have no effect on this kind of target.
-
-    Args:
-        kind: The kind of target.
-        options: By name; set if neither None, False nor empty.
+def refuse(kind: str, *groups: Any, **options: Any) -> None:
+    """Raise if an option was given that has no effect on this kind of target.
 
     Raises:
         PolicyError: Names the first of them.
     """
+    for group in groups:
+        options |= given(group)
     for name, value in options.items():
         if value is not None and value is not False and value != []:
             raise PolicyError(

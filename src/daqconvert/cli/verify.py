@@ -16,7 +16,7 @@ from daqconvert.artifact import load, read_manifest
 from daqconvert.artifact.manifest import MANIFEST
 from daqconvert.cli import options as o
 from daqconvert.cli import rundir
-from daqconvert.cli.job import Job
+from daqconvert.cli.job import DEMO_MODEL, Job
 from daqconvert.cli.output import Output, say
 from daqconvert.cli.plan import example_image
 from daqconvert.cli.sources import MODEL, RUN, data_changes, kind_of, load_artifact, loaders_of, open_named, refuse
@@ -56,11 +56,9 @@ class Compared:
 
 
 def verify_command(
-    target: Target, other: Other = None, code_model: o.CodeModel = None, pretrained: o.Pretrained = False,
-    checkpoint: o.Checkpoint = None, model_arg: o.ModelArgs = None, data: o.Data = None, holdout: o.Holdout = None,
-    data_root: o.DataRoot = None, download: o.Download = False, input_size: o.InputSize = None,
-    num_classes: o.NumClasses = None, batch_size: o.BatchSize = None, workers: o.Workers = 0, images: Images = IMAGES,
-    plot: Plot = None, as_json: o.Json = False,
+    *, target: Target, other: Other = None, code_model: o.CodeModel = None, weights: o.ModelOptions,
+    data: Annotated[o.DataOptions, o.Without("val")], images: Images = IMAGES, plot: Plot = None,
+    as_json: o.Json = False,
 ) -> None:  # fmt: skip
     """Compare models on held-out images: top-1, codes, the SQNR of every layer, and where they first differ.
 
@@ -68,16 +66,12 @@ def verify_command(
     artifacts, ONNX files or models: the second with the first; without data of their own, on random images.
     """
     with Output(as_json).capturing() as output:
-        size = batch_size or BATCH
+        size = data.batch_size or BATCH
         _check(images, size)
-        name = "timm:test_resnet" if other is None else next((t for t in (target, other) if _kind(t) == MODEL), None)
-        job = o.job_from(
-            name or "timm:test_resnet", model_arg, pretrained, checkpoint, data, holdout, data_root, download,
-            input_size, num_classes, workers,
-        )  # fmt: skip
+        name = DEMO_MODEL if other is None else next((t for t in (target, other) if _kind(t) == MODEL), None)
+        job = o.job_from(name or DEMO_MODEL, weights, data)
         if name is None or other is None:
-            what = "run" if other is None else "pair of files"
-            refuse(what, pretrained=pretrained, checkpoint=checkpoint, model_arg=model_arg)
+            refuse("run" if other is None else "pair of files", weights)
         if other is None:
             found = _stages(target, code_model, job, size)
         else:

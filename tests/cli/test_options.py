@@ -1,0 +1,53 @@
+"""Groups of options: what typer reads, and what a command gets."""
+
+import dataclasses
+import inspect
+from pathlib import Path
+from typing import Annotated, get_type_hints
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from daqconvert.cli import options as o
+
+GROUPS = (o.ModelOptions, o.DataOptions, o.PolicyOptions, o.RecipeOptions)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_field_is_named_like_its_flag(group):
+    """Errors say `--w-bits` of the field `w_bits`."""
+    for name, hint in get_type_hints(group, include_extras=True).items():
+        assert hint.__metadata__[0].default == f"--{name.removesuffix('_').replace('_', '-')}"
+
+
+def test_a_command_gets_its_groups():
+    seen = {}
+
+    def command(
+        *,
+        source: Annotated[str, typer.Argument()],
+        weights: o.ModelOptions,
+        data: Annotated[o.DataOptions, o.Without("val", "batch_size")],
+        as_json: o.Json = False,
+    ) -> None:
+        seen.update(source=source, weights=weights, data=data, as_json=as_json)
+
+    app = typer.Typer()
+    app.command()(o.grouped(command))
+    typed = ["net", "--pretrained", "--model-arg", "a=1", "--model-arg", "b=2", "--workers", "3", "--data-root", "x"]
+    assert CliRunner().invoke(app, typed).exit_code == 0
+    assert seen["weights"] == o.ModelOptions(pretrained=True, model_arg=["a=1", "b=2"])
+    assert seen["data"] == o.DataOptions(workers=3, data_root=Path("x"))
+    assert (seen["source"], seen["as_json"]) == ("net", False)
+    assert CliRunner().invoke(app, ["net", "--val", "folder"]).exit_code == 2
+    names = [field.name for field in dataclasses.fields(o.DataOptions) if field.name not in ("val", "batch_size")]
+    read = list(inspect.signature(o.grouped(command)).parameters)
+    assert read == ["source", "pretrained", "checkpoint", "model_arg", *names, "as_json"]
+
+
+def test_an_option_twice_is_a_mistake():
+    def command(*, data: o.DataOptions, workers: int = 0) -> None: ...
+
+    with pytest.raises(ValueError, match="duplicate parameter name: 'workers'"):
+        o.grouped(command)
