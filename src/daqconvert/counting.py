@@ -15,6 +15,7 @@ from torch import nn
 from daqconvert.convert import PLAN_ATTRIBUTE, current_plan
 from daqconvert.macs import Event, assign, counting
 from daqconvert.spec import Plan, PlanRow
+from daqconvert.spec.text_table import text_table
 
 
 @dataclass(frozen=True)
@@ -122,19 +123,13 @@ class Coverage:
         rows += [_text(row, _path(row), "product of activations") for row in self.attention]
         ran = {row.name for row in self.sites}
         rows += [(r.name or "(root)", "", "-", "-", "-", r.reason) for r in self.skipped if r.name not in ran]
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        ways = (str.ljust, str.ljust, str.rjust, str.rjust, str.rjust)
-        lines = [
-            "  ".join([*(way(cell, w) for way, cell, w in zip(ways, row[:5], widths, strict=True)), row[5]]).rstrip()
-            for row in rows
-        ]
         last = (
             f"{self.model}: {self.share:.1%} of {self.macs:,} MACs have both operands quantized, "
             f"{self.share_weights:.1%} the weight"
         )
         if self.attention:
             last += f"; {self.share_products:.1%} of {self.products:,} MACs of attention products"
-        return "\n".join([*lines, last])
+        return "\n".join([*text_table(rows, right={2, 3, 4}), last])
 
 
 def coverage(qmodel: nn.Module, *args: Any, **kwargs: Any) -> Coverage:

@@ -9,6 +9,7 @@ from daqconvert.errors import nearest
 from daqconvert.spec.diff import PlanDiff
 from daqconvert.spec.reproduce import plan_toml
 from daqconvert.spec.row import PlanRow, input_groups
+from daqconvert.spec.text_table import text_table
 from daqconvert.spec.totals import Totals
 
 
@@ -118,16 +119,14 @@ class Plan:
         )
 
     def __str__(self) -> str:
-        """Return the plan as plain text, one row a line (`daqconvert.report` draws the same in colour)."""
+        """Return the plan as plain text, one row a line (`daqconvert.report` draws the same with lines)."""
         table = [("layer", "type", "weight", "input", "decided by", "remarks"), *map(_text_row, self.rows)]
-        widths = [max(len(row[i]) for row in table) for i in range(5)]
-        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[5]]) for row in table]
         totals, size = self.totals, f"{self.float_bytes / 1e6:.2f} MB -> {self.bytes / 1e6:.2f} MB"
         if self.totals.bops is not None and self.totals.float_bops is not None:
             size += f", {self.totals.float_bops / 1e9:.3g} -> {self.totals.bops / 1e9:.3g} GBOPs"
         outputs = len(self) - totals.sites
         done = f"{totals.converted} of {totals.sites} sites" + (f", {outputs} outputs" if outputs else "")
-        return "\n".join([line.rstrip() for line in lines] + [f"{self.model}: {done}, {size}"])
+        return "\n".join([*text_table(table), f"{self.model}: {done}, {size}"])
 
 
 def _text_row(row: PlanRow) -> tuple[str, str, str, str, str, str]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from daqconvert.spec.text_table import text_table
 
 CODE_SHARE = 1e-4  # largest share of codes that may differ for the same input codes, by one level; one code always may
 CLASS_SHARE = 0.999  # smallest share of equal classes; one sample's class may always differ
@@ -120,7 +121,7 @@ class ExportReport:
                 own, same = f"{row.differing} ({row.share:.2g})", f"{row.differing_same} ({row.share_same:.2g})"
                 cells = (own, str(row.largest), same, str(row.largest_same))
                 rows.append((row.name or "(root)", str(row.elements), *cells))
-            lines += text_table(rows)
+            lines += text_table(rows, right=range(1, 6))
         if self.layers:
             lines.append(f"codes: identical in {len(self.layers) - len(different)} of {len(self.layers)} layers")
         lines.append(f"output: largest difference {self.largest_difference:.3g}, SQNR {db_text(self.sqnr)}")
@@ -159,20 +160,6 @@ class ProgramReport:
         """Return two lines of text."""
         same = "identical" if self.agrees else f"largest difference {self.largest_difference:.3g}"
         return f"{self.path}: {self.file_bytes:,} bytes\nreloaded, {self.samples} samples: {same}"
-
-
-def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return lines of aligned columns: the first to the left, the others to the right.
-
-    Example:
-        >>> text_table([("a", "n"), ("bc", "12")])
-        ['a    n', 'bc  12']
-    """
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
-        for row in rows
-    ]
 
 
 def db_text(value: float) -> str:

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from daqconvert.deploy.comparing.export_report import db_text, plain, text_table
+from daqconvert.deploy.comparing.export_report import db_text, plain
 from daqconvert.errors import ExportError, nearest
 from daqconvert.files import replacing
 from daqconvert.report.plots import FORMATS, Curve, draw_depth
+from daqconvert.spec.text_table import text_table
 
 LOW = 30.0
 """Where the models have no codes to compare, a report names the first layer whose SQNR is below this, in decibels."""
@@ -138,7 +139,7 @@ class VerifyReport:
             largest = "-" if row.largest_difference is None else f"{row.largest_difference:.3g}"
             rows.append((row.name or "(root)", sqnr, largest, *codes))
         lines = [f"{self.candidate} against {self.reference}, {self.samples} samples"]
-        lines += text_table(rows) if self.layers else []
+        lines += text_table(rows, right=range(1, 6)) if self.layers else []
         lines.append(self.where())
         if self.code_agreement is not None:
             lines.append(f"codes: the same for {share_text(self.code_agreement)} of {self.codes:,}")
