@@ -43,7 +43,7 @@ def test_numbers_below_one(daq, finished, option):
     assert daq("bench", finished, option, "0").fails() == f"{option} 0: expected 1 or more."
 
 
-def test_targets_that_are_no_run(daq, finished, tmp_path):
+def test_sources_that_are_no_run(daq, finished, tmp_path):
     assert "expected a run directory" in daq("bench", finished / "artifact").fails()
     assert "expected a run directory" in daq("bench", "test_resnet").fails()
     assert "neither a run directory" in daq("bench", tmp_path).fails()

@@ -195,7 +195,7 @@ def test_inspect_of_runs_that_stand_elsewhere(daq, run):
 
 
 @pytest.mark.parametrize("command", ["plan", "eval", "freeze", "export", "inspect"])
-def test_targets_that_are_none(daq, tmp_path, command):
+def test_sources_that_are_none(daq, tmp_path, command):
     assert "neither a run directory" in daq(command, tmp_path).fails()
     assert "timm has no model 'resnet1x'" in daq(command, "resnet1x", *out(command, tmp_path)).fails()
 

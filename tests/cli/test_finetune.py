@@ -118,8 +118,8 @@ def test_resume_after_an_interruption_gives_the_same_weights(daq, finished, run)
         "checkpoints",
     )
     for name in gone:
-        target = run / name
-        shutil.rmtree(target) if target.is_dir() else target.unlink()
+        entry = run / name
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     found = daq("finetune", "--out", run, "--resume", "--no-onnx", "--json")
     assert found.json["top1"] == json.loads((finished / "summary.json").read_text())["top1"]
     first, second = (load_file(path / "artifact" / "model.safetensors") for path in (finished, run))

@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor
+from torch import Tensor, nn
 
+from daqconvert.artifact import load
+from daqconvert.artifact.manifest import MANIFEST
 from daqconvert.cli import options as o
 from daqconvert.cli import rundir
-from daqconvert.cli.deployment import FILES, bits_text, run_openers, size_of
 from daqconvert.cli.job import Opened
-from daqconvert.cli.output import Output, say
+from daqconvert.cli.output import Output, bits_text, say
+from daqconvert.cli.rundir import size_of
 from daqconvert.cli.sources import EVAL_BATCH, RUN, kind_of
-from daqconvert.deploy.comparing.timing import REPEATS, ROUNDS, Timing, time_in_turns
+from daqconvert.deploy.comparing.timing import REPEATS, ROUNDS, Call, Opener, Timing, onnx_opener, time_in_turns
 from daqconvert.errors import ExportError
 from daqconvert.report.progress import progress
 from daqconvert.report.tables import render, simple_table
+from daqconvert.sources import build_model, load_checkpoint
 
-Target = Annotated[str, typer.Argument(help="A run directory, as daqconvert finetune makes one.")]
+Source = Annotated[str, typer.Argument(help="A run directory, as daqconvert finetune makes one.")]
 Batch = Annotated[int, o.option("--batch", "Images a call. Default: 1.")]
 Threads = Annotated[int | None, o.option("--threads", "Threads of each contender. Default: torch's, all cores.")]
 Rounds = Annotated[int, o.option("--rounds", f"Turns of each contender. Default: {ROUNDS}.")]
 Repeats = Annotated[int, o.option("--repeats", f"Timed calls in a turn. Default: {REPEATS}.")]
 
+FILES = {
+    "torch": rundir.FLOAT, "float_onnx": rundir.FLOAT_ONNX, "frozen": rundir.ARTIFACT, "onnx": rundir.ONNX
+}  # fmt: skip
 NAMES = {  # key of `FILES`: what, in which runtime, and beside which it is measured
     "torch": ("float", "PyTorch", "torch"),
     "float_onnx": ("float", "ONNX Runtime", "float_onnx"),
@@ -36,7 +43,7 @@ NAMES = {  # key of `FILES`: what, in which runtime, and beside which it is meas
 
 
 def bench_command(
-    target: Target, code_model: o.CodeModel = None, batch: Batch = 1, threads: Threads = None,
+    source: Source, code_model: o.CodeModel = None, batch: Batch = 1, threads: Threads = None,
     rounds: Rounds = ROUNDS, repeats: Repeats = REPEATS, as_json: o.Json = False,
 ) -> None:  # fmt: skip
     """Take the time (median and 95th percentile of a call) and the size of a run's models.
@@ -45,25 +52,25 @@ def bench_command(
     """
     threads = torch.get_num_threads() if threads is None else threads
     with Output(as_json).capturing() as output:
-        _check(target, batch=batch, threads=threads, rounds=rounds, repeats=repeats)
-        path = Path(target)
+        _check(source, batch=batch, threads=threads, rounds=rounds, repeats=repeats)
+        path = Path(source)
         config, opened = rundir.open_run(path, code_model, EVAL_BATCH)
         images = torch.rand(batch, *opened.example.shape[1:], generator=torch.Generator().manual_seed(0))
         times = _times(path, opened, images, threads, rounds, repeats)
         document = {
-            "run": target, "model": str(config.job.source), "bits": bits_text(config.plan), "batch": batch,
+            "run": source, "model": str(config.job.source), "bits": bits_text(config.plan), "batch": batch,
             "input": list(images.shape[1:]), "threads": threads, "rounds": rounds, "repeats": repeats,
             "models": _rows(path, times),
         }  # fmt: skip
         output.show(bench_text(document), document)
 
 
-def _check(target: str, **numbers: int) -> None:
+def _check(source: str, **numbers: int) -> None:
     for name, value in numbers.items():
         if value < 1:
             raise ExportError(f"--{name} {value}: expected 1 or more.")
-    if kind_of(target) != RUN:
-        raise ExportError(f"{target}: expected a run directory. daqconvert finetune --out FOLDER makes one.")
+    if kind_of(source) != RUN:
+        raise ExportError(f"{source}: expected a run directory. daqconvert finetune --out FOLDER makes one.")
 
 
 def _times(path: Path, opened: Opened, images: Tensor, threads: int, rounds: int, repeats: int) -> dict[str, Timing]:
@@ -92,11 +99,7 @@ def _rows(path: Path, times: Mapping[str, Timing]) -> dict[str, dict[str, Any]]:
 
 
 def bench_text(document: Mapping[str, Any]) -> str:
-    """Return the table, and above it what was timed.
-
-    Args:
-        document: What `daqconvert bench --json` prints.
-    """
+    """Return what `daqconvert bench --json` prints as text: what was timed, and the table."""
     rows = [
         (
             NAMES[key][0].format(bits=document["bits"]), row["runtime"], row["file"],
@@ -113,3 +116,37 @@ def bench_text(document: Mapping[str, Any]) -> str:
 
 def _ratio(value: float | None) -> str | None:
     return None if value is None else f"{value:.3f}"
+
+
+def run_openers(path: Path, opened: Opened, images: Tensor) -> dict[str, Opener]:
+    """Return how each model of a run is opened in a process of its own, by key of `FILES`, without what is not there.
+
+    The images are the argument of a timed call.
+    """
+    model = str(opened.source), opened.model_args
+    array = images.cpu().numpy()
+    plain = partial(_open_float, model, path / rundir.FLOAT, array)
+    if opened.source.kind == "hf-hub":  # even its configuration is a download: no other process can build it
+        plain = partial(_call, opened.model.cpu(), array)
+    there: dict[str, Opener] = {
+        "torch": plain,
+        "float_onnx": onnx_opener(path / rundir.FLOAT_ONNX, images.cpu()),
+        "frozen": partial(_open_frozen, model, path / rundir.ARTIFACT, array),
+        "onnx": onnx_opener(path / rundir.ONNX, images.cpu()),
+    }
+    is_there = {key: (path / name / MANIFEST if key == "frozen" else path / name) for key, name in FILES.items()}
+    return {key: opener for key, opener in there.items() if is_there[key].is_file()}
+
+
+def _open_float(model: tuple[str, dict[str, Any]], weights: Path, array: Any, threads: int) -> Call:
+    built = build_model(model[0], **model[1])
+    load_checkpoint(built, weights)
+    return _call(built, array)
+
+
+def _open_frozen(model: tuple[str, dict[str, Any]], artifact: Path, array: Any, threads: int) -> Call:
+    return _call(load(artifact, model=build_model(model[0], **model[1])), array)
+
+
+def _call(model: nn.Module, array: Any, threads: int = 1) -> Call:
+    return partial(model.eval(), torch.from_numpy(array))

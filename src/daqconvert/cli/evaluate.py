@@ -12,9 +12,8 @@ from daqconvert.artifact import load, read_manifest
 from daqconvert.artifact.manifest import MANIFEST
 from daqconvert.cli import options as o
 from daqconvert.cli import rundir
-from daqconvert.cli.deployment import bits_text
 from daqconvert.cli.job import DEMO_MODEL, Job
-from daqconvert.cli.output import Output
+from daqconvert.cli.output import Output, bits_text
 from daqconvert.cli.sources import (
     EVAL_BATCH,
     MODEL,
@@ -33,12 +32,12 @@ from daqconvert.report.tables import render, simple_table
 from daqconvert.spec import Policy
 from daqconvert.training import evaluate
 
-Target = Annotated[str, typer.Argument(help=f"A run directory, an artifact, or a model ({o.FORMS}).")]
+Source = Annotated[str, typer.Argument(help=f"A run directory, an artifact, or a model ({o.FORMS}).")]
 Results = dict[str, dict[str, Any]]
 
 
 def evaluate_command(
-    *, target: Target, code_model: o.CodeModel = None, weights: o.ModelOptions,
+    *, source: Source, code_model: o.CodeModel = None, weights: o.ModelOptions,
     data: Annotated[o.DataOptions, o.Without("val")], bits: o.BitsOptions, as_json: o.Json = False,
 ) -> None:  # fmt: skip
     """Measure top-1 on held-out images.
@@ -47,19 +46,19 @@ def evaluate_command(
     and calibrated without training.
     """
     with Output(as_json).capturing() as output:
-        kind, size = kind_of(target), data.batch_size or EVAL_BATCH
+        kind, size = kind_of(source), data.batch_size or EVAL_BATCH
         asked = bits.read()
-        name = target if kind == MODEL else DEMO_MODEL  # of a run or artifact, the data's options alone count
+        name = source if kind == MODEL else DEMO_MODEL  # of a run or artifact, the data's options alone count
         job = o.job_from(name, weights, data)
         if kind == MODEL:
             refuse(kind, model=code_model)
             text, found = _named(job, asked, size)
         else:
             refuse(kind, weights, policy=asked)
-            text, found = (_run if kind == RUN else _artifact)(Path(target), code_model, job, size)
+            text, found = (_run if kind == RUN else _artifact)(Path(source), code_model, job, size)
         rows = [(what, f"{100 * one['top1']:.2f} %", one["loss"], one["images"]) for what, one in found.items()]
         table = simple_table("", ("model", "top-1", "loss", "images"), rows)
-        output.show(f"{target} on {text}\n{render(table)}", {"target": target, "data": text, "results": found})
+        output.show(f"{source} on {text}\n{render(table)}", {"target": source, "data": text, "results": found})
 
 
 def _measure(model: nn.Module, loader: Any) -> dict[str, Any]:

@@ -13,13 +13,13 @@ from daqconvert.cli import options as o
 from daqconvert.cli import rundir
 from daqconvert.cli.deployment import export_checked, quiet_export
 from daqconvert.cli.output import Output, fail
-from daqconvert.cli.plan import example_image
 from daqconvert.cli.sources import (
     ARTIFACT,
     EVAL_BATCH,
     MODEL,
     RUN,
     calibrated,
+    example_image,
     kind_of,
     load_artifact,
     needs_out,
@@ -30,14 +30,14 @@ from daqconvert.deploy.comparing.export_report import ExportReport
 from daqconvert.errors import ExportError
 from daqconvert.freezing import freeze
 
-Target = Annotated[str, typer.Argument(help=f"A run directory, an artifact, or a model ({o.FORMS}).")]
+Source = Annotated[str, typer.Argument(help=f"A run directory, an artifact, or a model ({o.FORMS}).")]
 Out = Annotated[
     Path | None, typer.Option("--out", help="The ONNX file. Default: model.onnx in the run.", show_default=False)
 ]
 
 
 def export_command(
-    *, target: Target, out: Out = None, code_model: o.CodeModel = None, weights: o.ModelOptions,
+    *, source: Source, out: Out = None, code_model: o.CodeModel = None, weights: o.ModelOptions,
     data: Annotated[o.DataOptions, o.Without("val", "batch_size")], bits: o.BitsOptions,
     overwrite: o.Overwrite = False, as_json: o.Json = False,
 ) -> None:  # fmt: skip
@@ -47,24 +47,24 @@ def export_command(
     name: quantized as the options say (4 bits by default), calibrated, not trained.
     """
     with Output(as_json).capturing() as output:
-        kind = kind_of(target)
+        kind = kind_of(source)
         asked = bits.read()
         if kind != MODEL:
             side = None if kind == ARTIFACT else data.input_size  # of an artifact's model it may not be known
             refuse(kind, weights, dataclasses.replace(data, input_size=side, workers=0), policy=asked)
-        target_file = Path(target) / rundir.ONNX if out is None and kind == RUN else needs_out(out, "ONNX file")
+        file = Path(source) / rundir.ONNX if out is None and kind == RUN else needs_out(out, "ONNX file")
         if kind == ARTIFACT:
-            report = _export_artifact(Path(target), target_file, code_model, data.input_size, overwrite)
+            report = _export_artifact(Path(source), file, code_model, data.input_size, overwrite)
         elif kind == MODEL:
             refuse(kind, model=code_model)
-            opened = open_named(o.job_from(target, weights, data))
+            opened = open_named(o.job_from(source, weights, data))
             frozen = freeze(calibrated(opened, asked or o.default_policy())).cpu()
-            report = export_checked(frozen, target_file, opened, overwrite)
+            report = export_checked(frozen, file, opened, overwrite)
         else:
-            report = _export_run(Path(target), target_file, code_model, overwrite)
+            report = _export_run(Path(source), file, code_model, overwrite)
         output.show(str(report), report.to_dict())
         if not report.agrees:
-            fail(f"{target_file} does not agree with the frozen model: {'; '.join(report.problems())}", 1)
+            fail(f"{file} does not agree with the frozen model: {'; '.join(report.problems())}", 1)
 
 
 def _export_run(path: Path, out: Path, typed: str | None, overwrite: bool) -> ExportReport:

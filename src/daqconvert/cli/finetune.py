@@ -1,12 +1,9 @@
 """`daqconvert finetune`: the whole job, from a model's name to an ONNX file.
 
-Training of the float model that a run starts from, where nobody trained it before.
-
-SIGTERM and Ctrl-C during a run: one line that says how to go on, and the exit code that shells expect.
-
-What `finetune` does once everything is checked: float weights, training, freezing, deployment, summary.
-
-How `finetune` begins: what the user typed becomes a configuration, a model and its data; nothing is written yet.
+The file follows a run from its start to its end. First, what the user typed becomes a configuration, a model and its
+data, and nothing is written before all of it was checked. Then the run directory gets the configuration and the float
+weights, which are trained here if the model has none. The quantized model is trained, and its best epoch is frozen and
+deployed. Ctrl-C or SIGTERM ends a run with one line that says how to go on, and the exit code that shells expect.
 """
 
 from __future__ import annotations
@@ -32,7 +29,7 @@ from daqconvert.cli import rundir
 from daqconvert.cli.deployment import deploy, summary_document, summary_text
 from daqconvert.cli.job import Job, Opened, measured_by_float, open_job
 from daqconvert.cli.output import Output, fail, say
-from daqconvert.cli.processes import ProcessGroup, count, is_main, together
+from daqconvert.cli.processes import ProcessGroup, count, is_main, process_group
 from daqconvert.cli.rundir import Config
 from daqconvert.convert import apply_plan, plan
 from daqconvert.errors import DataError, TrainingError
@@ -53,6 +50,10 @@ FloatEpochs = Annotated[
     int | None, o.option("--float-epochs", "Epochs in float first, for a model without trained weights.")
 ]
 
+DEMO_FLOAT_EPOCHS = 10
+FLOAT_LR, FLOAT_WEIGHT_DECAY = 3e-3, 0.05
+INTERRUPTED, TERMINATED = 130, 143
+
 
 def finetune_command(
     *, model: ModelName = None, out: Out = Path("runs/finetune"), weights: o.ModelOptions, data: o.DataOptions,
@@ -70,7 +71,7 @@ def finetune_command(
         chosen = None if resume else recipe(training.recipe or "quick", **changes)
         job = o.job_from(model, weights, data, None if chosen is None else chosen.seed)
         typed = Typed(job, bits.read(), training.recipe, changes, float_epochs)
-        with together() as processes:
+        with process_group() as processes:
             processes.from_main(lambda: rundir.prepare(out, overwrite, resume))
             config, opened = open_fresh(typed, chosen) if chosen else open_resumed(out, typed, processes)
             config = processes.from_main(lambda: config)
@@ -78,191 +79,7 @@ def finetune_command(
         run(out, Started(config, opened, float_top1, resume=resume, onnx=not no_onnx), output)
 
 
-LEARNING_RATE, WEIGHT_DECAY = 3e-3, 0.05
-
-
-def train_float(model: nn.Module, loader: Any, epochs: int, seed: int) -> None:
-    """Train a model in place, with AdamW and one cycle of the learning rate, and leave it in evaluation mode.
-
-    Args:
-        model: The model.
-        loader: Batches `(images, labels)`.
-        epochs: Passes over them.
-        seed: Of order and augmentation.
-
-    Raises:
-        TrainingError: If the loss is not finite.
-    """
-    device = next(model.parameters()).device
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    steps = epochs * len(loader)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
-    torch.manual_seed(seed)
-    model.train()
-    with progress(steps, "training in float") as bar:
-        for _ in range(epochs):
-            for images, labels in loader:
-                loss = nn.functional.cross_entropy(model(images.to(device)), labels.to(device))
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                value = loss.item()
-                if value != value:
-                    raise TrainingError(
-                        "Training in float: the loss is not a number. Give --checkpoint or --pretrained."
-                    )
-                bar.advance(loss=value)
-    model.eval()
-
-
-INTERRUPTED, TERMINATED = 130, 143
-
-
-@contextmanager
-def stoppable(out: Path, job: Job) -> Iterator[None]:
-    """End the command when the block is interrupted or SIGTERM comes, saying how to go on.
-
-    Args:
-        out: The run directory.
-        job: Of the run.
-    """
-    try:
-        with _sigterm(_raise):
-            yield
-    except KeyboardInterrupt:
-        fail(f"Interrupted. {_go_on(out, job)}", INTERRUPTED)
-    except Terminated:
-        fail(f"Stopped by SIGTERM. {_go_on(out, job)}", TERMINATED)
-
-
-@contextmanager
-def training() -> Iterator[None]:
-    """Leave SIGTERM to `finetune`, which ends after the step in progress, with a checkpoint."""
-    with _sigterm(signal.SIG_DFL):
-        yield
-
-
-@contextmanager
-def _sigterm(handler: Any) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _raise(number: int, frame: FrameType | None) -> None:
-    raise Terminated("SIGTERM")
-
-
-def _go_on(out: Path, job: Job) -> str:
-    again = f"{shlex.quote(str(job.source))} " if job.source.kind == "import" else ""  # code is named again
-    how = ", started by the launcher as before" if count() > 1 else ""
-    return f"Go on with: daqconvert finetune {again}--out {shlex.quote(str(out))} --resume{how}"
-
-
-@dataclass(frozen=True)
-class Started:
-    """A run that can train.
-
-    Attributes:
-        config: Its configuration.
-        opened: Its float model and data.
-        float_top1: Accuracy of the float model on the held-out images.
-        resume: Whether it goes on.
-        onnx: Whether ONNX files are wanted.
-    """
-
-    config: Config
-    opened: Opened
-    float_top1: float | None
-    resume: bool
-    onnx: bool
-
-
-def prepare_float(
-    out: Path, config: Config, opened: Opened, processes: ProcessGroup, *, resume: bool
-) -> tuple[Opened, float | None]:
-    """Write the configuration and the float weights, and give them to all processes; return the float accuracy.
-
-    Args:
-        out: The run directory.
-        config: What is run.
-        opened: Its float model and data.
-        processes: Those of the run.
-        resume: Whether the run is there already.
-    """
-
-    def write() -> None:
-        if not resume:
-            rundir.clear(out)
-            rundir.write_config(out, config)
-        many = f", on {count()} processes" if count() > 1 else ""
-        say(f"{config.job.source} on {opened.loaders.description}{many}")
-        if not (out / rundir.FLOAT).is_file():
-            if config.float_epochs:
-                train_float(opened.model, opened.loaders.train, config.float_epochs, config.job.seed)
-            rundir.save_float(out, opened)
-
-    def measure() -> float | None:
-        return evaluate(opened.model, opened.loaders.val).top1
-
-    with stoppable(out, config.job):
-        processes.from_main(write)
-        processes.agree(opened.model)
-        opened = measured_by_float(opened)
-        if not opened.loaders.val_labelled:
-            say("no labels to measure by: top-1 is the share of images of which a model has the float model's class")
-        found = processes.from_main(measure)
-    say(f"float: top-1 {100 * (found or 0):.2f} %")
-    return opened, found
-
-
-def run(out: Path, started: Started, output: Output) -> None:
-    """Train; then, on the main process, freeze the best epoch, deploy it and say what came out.
-
-    Args:
-        out: The run directory.
-        started: What is run.
-        output: Where the summary goes.
-    """
-    config, opened = started.config, started.opened
-    began = time.perf_counter()
-    with stoppable(out, config.job):
-        qmodel: nn.Module = apply_plan(copy_model(opened.model), config.plan)
-        with training():
-            done = finetune(
-                qmodel, opened.loaders.train, opened.loaders.val, recipe=config.recipe, out_dir=out,
-                resume=started.resume, overwrite=not started.resume,
-            )  # fmt: skip
-        if not is_main():
-            return
-        say(str(done))
-        _deploy(out, started, qmodel, done, began, output)
-
-
-def _deploy(
-    out: Path, started: Started, qmodel: nn.Module, done: FinetuneResult, began: float, output: Output
-) -> None:
-    config, opened = started.config, started.opened
-    load_weights(qmodel, out / rundir.BEST)
-    top1 = evaluate(qmodel, opened.loaders.val).top1
-    deployed = deploy(out, opened, qmodel, onnx=started.onnx)
-    seconds = time.perf_counter() - began
-    document = summary_document(config, opened.loaders, (started.float_top1, top1), deployed, seconds)
-    document |= {"epochs": done.epochs, "best_epoch": done.best_epoch, "stop": done.stop}
-    document["files"] = rundir.written(out)
-    rundir.write_json(out / rundir.SUMMARY, document)
-    output.show(summary_text(document, out), document)
-    if deployed.problems:
-        fail(f"{out / rundir.ONNX} does not agree with the frozen model: {'; '.join(deployed.problems)}", 1)
-
-
-DEMO_FLOAT_EPOCHS = 10
+# What was typed is checked and opened.
 
 
 @dataclass(frozen=True)
@@ -271,10 +88,10 @@ class Typed:
 
     Attributes:
         job: Model and data.
-        policy: Which layers get how many bits, or None.
-        recipe: Its name or file, or None.
-        changes: Fields of the recipe.
-        float_epochs: Epochs in float first, or None.
+        policy: Which layers get how many bits; None if no option says anything about it.
+        recipe: Name or file of the recipe; None if it was not given.
+        changes: Fields of the recipe that other options change.
+        float_epochs: Epochs in float first; None if it was not given.
     """
 
     job: Job
@@ -285,11 +102,7 @@ class Typed:
 
 
 def open_fresh(typed: Typed, chosen: Recipe) -> tuple[Config, Opened]:
-    """Check and build everything, before anything is written.
-
-    Args:
-        typed: What the user typed.
-        chosen: The recipe.
+    """Return the configuration, model and data of a new run; everything is checked, and nothing is written.
 
     Raises:
         TrainingError: If the model would start from random weights.
@@ -297,7 +110,8 @@ def open_fresh(typed: Typed, chosen: Recipe) -> tuple[Config, Opened]:
     """
     job, float_epochs = typed.job, typed.float_epochs
     torch.manual_seed(job.seed)
-    opened = open_job(job, chosen.batch_size, skeleton=not is_main(), recipe=chosen)  # the others get their weights
+    # A process that is not the main one gets its weights from there.
+    opened = open_job(job, chosen.batch_size, skeleton=not is_main(), recipe=chosen)
     if float_epochs is None:
         float_epochs = 0 if job.has_weights else DEMO_FLOAT_EPOCHS
         if not job.has_weights and job.model is not None:
@@ -327,15 +141,10 @@ def _check_labels(job: Job, opened: Opened, chosen: Recipe, float_epochs: int) -
 
 
 def open_resumed(out: Path, typed: Typed, processes: ProcessGroup) -> tuple[Config, Opened]:
-    """Take the run's own configuration; what the user typed besides has to be the same, but for `--workers`.
-
-    Args:
-        out: The run directory.
-        typed: What the user typed.
-        processes: Those of the run.
+    """Return a run's own configuration, with its model and data; what the user typed must agree, but for `--workers`.
 
     Raises:
-        TrainingError: If something is not the same.
+        TrainingError: If something does not agree.
     """
     config = processes.from_main(lambda: rundir.read_config(out))
     for item in dataclasses.fields(Job):
@@ -370,3 +179,162 @@ def _check_recipe(out: Path, stored: Recipe, typed: Typed) -> None:
             f"--resume: the run in {out} has {'; '.join(problems[:3])}{more}. A run goes on with its own recipe: "
             "leave that out, or start another run with another --out."
         )
+
+
+# The run directory is begun, and the float model is had.
+
+
+def prepare_float(
+    out: Path, config: Config, opened: Opened, processes: ProcessGroup, *, resume: bool
+) -> tuple[Opened, float | None]:
+    """Write configuration and float weights unless they are there, and give the weights to all processes.
+
+    Returns the data as it is measured by from here on, and the float model's accuracy on it.
+    """
+
+    def write() -> None:
+        if not resume:
+            rundir.clear(out)
+            rundir.write_config(out, config)
+        many = f", on {count()} processes" if count() > 1 else ""
+        say(f"{config.job.source} on {opened.loaders.description}{many}")
+        if not (out / rundir.FLOAT).is_file():
+            if config.float_epochs:
+                train_float(opened.model, opened.loaders.train, config.float_epochs, config.job.seed)
+            rundir.save_float(out, opened)
+
+    def measure() -> float | None:
+        return evaluate(opened.model, opened.loaders.val).top1
+
+    with stoppable(out, config.job):
+        processes.from_main(write)
+        processes.agree(opened.model)
+        opened = measured_by_float(opened)
+        if not opened.loaders.val_labelled:
+            say("no labels to measure by: top-1 is the share of images of which a model has the float model's class")
+        found = processes.from_main(measure)
+    say(f"float: top-1 {100 * (found or 0):.2f} %")
+    return opened, found
+
+
+def train_float(model: nn.Module, loader: Any, epochs: int, seed: int) -> None:
+    """Train a model in place, with AdamW and one cycle of the learning rate, and leave it in evaluation mode.
+
+    Raises:
+        TrainingError: If the loss is not a number.
+    """
+    device = next(model.parameters()).device
+    optimizer = torch.optim.AdamW(model.parameters(), lr=FLOAT_LR, weight_decay=FLOAT_WEIGHT_DECAY)
+    steps = epochs * len(loader)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, FLOAT_LR, total_steps=steps)
+    torch.manual_seed(seed)
+    model.train()
+    with progress(steps, "training in float") as bar:
+        for _ in range(epochs):
+            for images, labels in loader:
+                loss = nn.functional.cross_entropy(model(images.to(device)), labels.to(device))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                value = loss.item()
+                if value != value:
+                    raise TrainingError(
+                        "Training in float: the loss is not a number. Give --checkpoint or --pretrained."
+                    )
+                bar.advance(loss=value)
+    model.eval()
+
+
+# The quantized model is trained and deployed.
+
+
+@dataclass(frozen=True)
+class Started:
+    """A run that can train.
+
+    Attributes:
+        config: Its configuration.
+        opened: Its float model and data.
+        float_top1: Accuracy of the float model on the held-out images.
+        resume: Whether it goes on from an earlier start.
+        onnx: Whether ONNX files are wanted.
+    """
+
+    config: Config
+    opened: Opened
+    float_top1: float | None
+    resume: bool
+    onnx: bool
+
+
+def run(out: Path, started: Started, output: Output) -> None:
+    """Train; then, on the main process, freeze the best epoch, deploy it and show the summary."""
+    config, opened = started.config, started.opened
+    began = time.perf_counter()
+    with stoppable(out, config.job):
+        qmodel: nn.Module = apply_plan(copy_model(opened.model), config.plan)
+        with _sigterm(signal.SIG_DFL):  # `finetune` takes SIGTERM itself: it ends after a step, with a checkpoint
+            done = finetune(
+                qmodel, opened.loaders.train, opened.loaders.val, recipe=config.recipe, out_dir=out,
+                resume=started.resume, overwrite=not started.resume,
+            )  # fmt: skip
+        if not is_main():
+            return
+        say(str(done))
+        _deploy(out, started, qmodel, done, began, output)
+
+
+def _deploy(
+    out: Path, started: Started, qmodel: nn.Module, done: FinetuneResult, began: float, output: Output
+) -> None:
+    config, opened = started.config, started.opened
+    load_weights(qmodel, out / rundir.BEST)
+    top1 = evaluate(qmodel, opened.loaders.val).top1
+    deployed = deploy(out, opened, qmodel, onnx=started.onnx)
+    seconds = time.perf_counter() - began
+    document = summary_document(config, opened.loaders, (started.float_top1, top1), deployed, seconds)
+    document |= {"epochs": done.epochs, "best_epoch": done.best_epoch, "stop": done.stop}
+    document["files"] = rundir.written(out)
+    rundir.write_json(out / rundir.SUMMARY, document)
+    output.show(summary_text(document, out), document)
+    if deployed.problems:
+        fail(f"{out / rundir.ONNX} does not agree with the frozen model: {'; '.join(deployed.problems)}", 1)
+
+
+# The run may be stopped.
+
+
+@contextmanager
+def stoppable(out: Path, job: Job) -> Iterator[None]:
+    """End the command when Ctrl-C or SIGTERM comes while the block runs, and say how to go on."""
+    try:
+        with _sigterm(_raise):
+            yield
+    except KeyboardInterrupt:
+        fail(f"Interrupted. {_go_on(out, job)}", INTERRUPTED)
+    except Terminated:
+        fail(f"Stopped by SIGTERM. {_go_on(out, job)}", TERMINATED)
+
+
+@contextmanager
+def _sigterm(handler: Any) -> Iterator[None]:
+    """Handle SIGTERM in this way while the block runs; only the main thread of a process can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    raise Terminated("SIGTERM")
+
+
+def _go_on(out: Path, job: Job) -> str:
+    again = f"{shlex.quote(str(job.source))} " if job.source.kind == "import" else ""  # code is named again
+    how = ", started by the launcher as before" if count() > 1 else ""
+    return f"Go on with: daqconvert finetune {again}--out {shlex.quote(str(out))} --resume{how}"

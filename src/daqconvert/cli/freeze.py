@@ -12,21 +12,22 @@ from torch import nn
 from daqconvert.artifact import save
 from daqconvert.cli import options as o
 from daqconvert.cli import rundir
-from daqconvert.cli.deployment import bits_text, size_of
 from daqconvert.cli.job import Opened
-from daqconvert.cli.output import Output
-from daqconvert.cli.sources import EVAL_BATCH, MODEL, calibrated, kind_of, needs_out, not_artifact, open_named, refuse
+from daqconvert.cli.output import Output, bits_text
+from daqconvert.cli.rundir import size_of
+from daqconvert.cli.sources import ARTIFACT, EVAL_BATCH, MODEL, calibrated, kind_of, needs_out, open_named, refuse
 from daqconvert.convert import current_plan
+from daqconvert.errors import ArtifactError
 from daqconvert.freezing import freeze
 
-Target = Annotated[str, typer.Argument(help=f"A run directory, or a model ({o.FORMS}).")]
+Source = Annotated[str, typer.Argument(help=f"A run directory, or a model ({o.FORMS}).")]
 Out = Annotated[
     Path | None, typer.Option("--out", help="The artifact. Default: artifact/ in the run.", show_default=False)
 ]
 
 
 def freeze_command(
-    *, target: Target, out: Out = None, code_model: o.CodeModel = None, weights: o.ModelOptions,
+    *, source: Source, out: Out = None, code_model: o.CodeModel = None, weights: o.ModelOptions,
     data: Annotated[o.DataOptions, o.Without("val", "batch_size")], bits: o.BitsOptions,
     overwrite: o.Overwrite = False, as_json: o.Json = False,
 ) -> None:  # fmt: skip
@@ -36,20 +37,25 @@ def freeze_command(
     training images, not trained.
     """
     with Output(as_json).capturing() as output:
-        kind = kind_of(target)
+        kind = kind_of(source)
         asked = bits.read()
-        not_artifact(kind, target)
+        _not_frozen_yet(kind, source)
         if kind == MODEL:
             refuse(kind, model=code_model)
             out = needs_out(out, "artifact")
-            opened = open_named(o.job_from(target, weights, data))
+            opened = open_named(o.job_from(source, weights, data))
             qmodel = calibrated(opened, asked or o.default_policy())
         else:
             refuse(kind, weights, dataclasses.replace(data, workers=0), policy=asked)
-            config, opened = rundir.open_run(Path(target), code_model, EVAL_BATCH)
-            qmodel = rundir.quantized_model(Path(target), config, opened)
-            out = out or Path(target) / rundir.ARTIFACT
+            config, opened = rundir.open_run(Path(source), code_model, EVAL_BATCH)
+            qmodel = rundir.quantized_model(Path(source), config, opened)
+            out = out or Path(source) / rundir.ARTIFACT
         _save(qmodel, opened, out, overwrite, output)
+
+
+def _not_frozen_yet(kind: str, source: str) -> None:
+    if kind == ARTIFACT:
+        raise ArtifactError(f"{source} is an artifact already. daqconvert export {source} makes an ONNX file of it.")
 
 
 def _save(qmodel: nn.Module, opened: Opened, out: Path, overwrite: bool, output: Output) -> None:

@@ -1,6 +1,6 @@
-"""`daqconvert inspect`: what a run directory, an artifact or a model holds; nothing is computed or changed.
+"""`daqconvert inspect`: what a model, an artifact or a run directory holds; nothing is trained, measured or changed.
 
-What `daqconvert inspect` says of a run: where it stands, what it warned of, which files it has.
+Of a run this is where it stands, what it warned of and which files it has.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import typer
 from daqconvert.artifact import read_manifest
 from daqconvert.cli import options as o
 from daqconvert.cli import rundir
-from daqconvert.cli.deployment import bits_text, size_of, summary_text
-from daqconvert.cli.output import Output
-from daqconvert.cli.plan import example_image
-from daqconvert.cli.sources import ARTIFACT, MODEL, kind_of, refuse
+from daqconvert.cli.deployment import summary_text
+from daqconvert.cli.output import Output, bits_text
+from daqconvert.cli.rundir import size_of
+from daqconvert.cli.sources import ARTIFACT, MODEL, example_image, kind_of, refuse
 from daqconvert.data import input_config
 from daqconvert.errors import TrainingError
 from daqconvert.graph import find_sites
@@ -27,21 +27,21 @@ from daqconvert.report.tables import plan_table, render, short_number, simple_ta
 from daqconvert.sources import build_model, parse_source
 from daqconvert.training.checkpoint import read_checkpoint
 
-Target = Annotated[str, typer.Argument(help=f"A run directory, an artifact, or a model ({o.FORMS}).")]
+Source = Annotated[str, typer.Argument(help=f"A run directory, an artifact, or a model ({o.FORMS}).")]
 
 
 def inspect_command(
-    target: Target, model_arg: o.ModelArg = None, input_size: o.InputSize = None, as_json: o.Json = False
+    source: Source, model_arg: o.ModelArg = None, input_size: o.InputSize = None, as_json: o.Json = False
 ) -> None:
     """Show a run's files and results, an artifact's layers and bits, or a model's convolutions and linear layers."""
     with Output(as_json).capturing() as output:
-        kind = kind_of(target)
+        kind = kind_of(source)
         if kind == MODEL:
-            text, document = _model(target, o.pairs(model_arg, "--model-arg"), input_size)
+            text, document = _model(source, o.pairs(model_arg, "--model-arg"), input_size)
         else:
             refuse(kind, model_arg=model_arg, input_size=input_size)
-            text, document = (_artifact if kind == ARTIFACT else run_text)(Path(target))
-        output.show(text, {"target": target, "kind": kind, **document})
+            text, document = (_artifact if kind == ARTIFACT else run_text)(Path(source))
+        output.show(text, {"target": source, "kind": kind, **document})
 
 
 def _artifact(path: Path) -> tuple[str, dict[str, Any]]:
@@ -95,11 +95,7 @@ SHOWN = 5  # warnings
 
 
 def run_text(path: Path) -> tuple[str, dict[str, Any]]:
-    """Return a run as text and as plain values.
-
-    Args:
-        path: The run directory.
-    """
+    """Return a run as text and as plain values."""
     config = rundir.read_config(path)
     files = {entry.name: size_of(entry) for entry in sorted(path.iterdir()) if not entry.name.startswith(".")}
     summary = rundir.read_json(path / rundir.SUMMARY) if rundir.SUMMARY in files else None

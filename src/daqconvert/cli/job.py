@@ -19,7 +19,6 @@ from daqconvert.spec.plain_values import from_plain
 from daqconvert.training import Recipe
 
 DEMO_MODEL = "timm:test_resnet"
-EVAL_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Job:
 
     @property
     def has_weights(self) -> bool:
-        """Whether the model starts from weights that somebody trained; of an import path nobody can know."""
+        """Whether the model starts from trained weights; a model from an import path is taken to have them."""
         return self.pretrained or self.checkpoint is not None or self.source.kind == "import"
 
 
@@ -83,7 +82,7 @@ class Opened:
         model: The float model, in evaluation mode.
         loaders: Its data.
         source: Where the model came from.
-        model_args: Keyword arguments it was built with; enough to build it again without weights.
+        model_args: Keyword arguments it was built with; they are enough to build it again without weights.
     """
 
     model: nn.Module
@@ -107,11 +106,8 @@ class Opened:
 def open_job(job: Job, batch_size: int, skeleton: bool = False, recipe: Recipe | None = None) -> Opened:
     """Build a job's model and open its data.
 
-    Args:
-        job: The job.
-        batch_size: Images a batch.
-        skeleton: Leave published weights and the checkpoint out; whoever asks has weights of their own.
-        recipe: How it is trained: says what training images go through, and whether a new head would learn anything.
+    A `skeleton` is built without published weights and without the checkpoint, for it is given other weights. The
+    recipe says what training images go through, and whether a new head would learn anything.
 
     Raises:
         ConversionError: If the model cannot be built.
@@ -142,11 +138,7 @@ def open_job(job: Job, batch_size: int, skeleton: bool = False, recipe: Recipe |
 
 
 def measured_by_float(opened: Opened) -> Opened:
-    """Return a job whose held-out images have labels: the float model's answers, where the data has none.
-
-    Args:
-        opened: With the float model's weights.
-    """
+    """Return the same model and data; held-out images without labels get the float model's answers as labels."""
     return dataclasses.replace(opened, loaders=answered_by(opened.model, opened.loaders))
 
 
@@ -184,7 +176,7 @@ def _splits(job: Job) -> Splits | None:
 
 
 def _defaults(job: Job, splits: Splits | None, taught: bool) -> dict[str, Any]:
-    """Arguments that the data decides, unless the user has, or the builder is the user's own."""
+    """The builder's arguments that the data decides, unless the user gave them or the builder is the user's own."""
     if job.source.kind == "import":
         return {}
     found: dict[str, Any] = {}
@@ -207,10 +199,6 @@ def _device() -> torch.device:
 
 def job_from_dict(values: object, where: str | Path) -> Job:
     """Return the job that a run directory's configuration holds.
-
-    Args:
-        values: What was read.
-        where: The file, for the error.
 
     Raises:
         ConversionError: If it is not one.

@@ -239,9 +239,6 @@ def default_policy() -> Policy:
 def layer_bits(texts: list[str] | None) -> dict[str, Any]:
     """Return `["layer4.*=2", "fc=8/float"]` as `{"layer4.*": 2, "fc": (8, None)}`.
 
-    Args:
-        texts: What the user typed.
-
     Raises:
         PolicyError: If one of them is not of that form.
 
@@ -280,10 +277,6 @@ def _position(text: str, option: str) -> tuple[int | None, ...] | None:
 
 def pairs(texts: list[str] | None, option: str) -> dict[str, Any]:
     """Return `["a=1", "b=x"]` as `{"a": 1, "b": "x"}`; values are read as JSON where they are JSON.
-
-    Args:
-        texts: What the user typed.
-        option: Name of the option, for the error.
 
     Raises:
         PolicyError: If one of them has no `=`.
@@ -329,9 +322,6 @@ def _text(path: Path | None) -> str | None:
 
 def holdout_value(value: float | None) -> float | int | None:
     """Return a share as it is and a number of images as an integer.
-
-    Args:
-        value: What the user typed.
 
     Raises:
         DataError: If it is negative, or neither a share nor a whole number.

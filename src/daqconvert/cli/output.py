@@ -9,6 +9,7 @@ import math
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,17 +17,14 @@ import typer
 
 from daqconvert.cli.processes import is_main, number
 from daqconvert.errors import DaqError
+from daqconvert.spec import Plan
 
 LATER = 5.0  # seconds in which a launcher ends the other processes when one has failed
 WORKER = re.compile(r"Caught \w+ in DataLoader worker process.*?\n(?:\w+\.)*\w*Error: ", re.DOTALL)
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Return the command with its errors turned into one paragraph and an exit code.
-
-    Args:
-        command: A function that typer understands.
-    """
+    """Return a command whose errors become one paragraph on standard error, and an exit code."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -45,13 +43,9 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def fail(text: str, code: int) -> None:
-    """Print one paragraph on standard error and leave.
+    """Print what happened on standard error, as one paragraph, and end the command.
 
-    A process that is not the main one speaks later: where all fail alike, the launcher has ended it by then.
-
-    Args:
-        text: What happened.
-        code: Exit code.
+    A process that is not the main one waits before it prints: where all fail alike, the launcher has ended it by then.
 
     Raises:
         typer.Exit: Always.
@@ -71,11 +65,7 @@ def say(text: str) -> None:
 
 
 class Output:
-    """Standard output of one command; what libraries print meanwhile goes to standard error.
-
-    Args:
-        as_json: Whether one JSON document is printed instead of text.
-    """
+    """Standard output of one command: it holds the command's text or its JSON document, and nothing else."""
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
@@ -83,17 +73,12 @@ class Output:
 
     @contextlib.contextmanager
     def capturing(self) -> Iterator[Output]:
-        """Send what anybody else prints to standard error while the context lasts."""
+        """Send everything but what `show` prints to standard error while the block runs."""
         with contextlib.redirect_stdout(sys.stderr):
             yield self
 
     def show(self, text: str, document: dict[str, Any]) -> None:
-        """Print the text, or the document as JSON; numbers that JSON lacks become null.
-
-        Args:
-            text: For people.
-            document: The same for programs.
-        """
+        """Print the text for people, or the document for programs as JSON; numbers that JSON lacks become null."""
         shown = json.dumps(_plain(document), indent=2, ensure_ascii=False) if self.as_json else text
         print(shown, file=self._stream, flush=True)
 
@@ -106,3 +91,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def bits_text(plan: Plan) -> str:
+    """Return the bits that most layers of a plan have, as `W4A4`.
+
+    Example:
+        >>> bits_text(Plan((), "Net"))
+        'float'
+    """
+    found = Counter((row.settings.w_bits or 32, row.settings.a_bits or 32) for row in plan if row.settings)
+    return "W{}A{}".format(*found.most_common(1)[0][0]) if found else "float"

@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from torch import Tensor, nn
 
@@ -15,9 +14,8 @@ from daqconvert.artifact.manifest import MANIFEST
 from daqconvert.cli import options as o
 from daqconvert.cli import rundir
 from daqconvert.cli.output import Output
-from daqconvert.cli.sources import ARTIFACT, MODEL, kind_of, refuse
+from daqconvert.cli.sources import ARTIFACT, MODEL, example_image, kind_of, refuse
 from daqconvert.convert import plan
-from daqconvert.data import input_config
 from daqconvert.errors import PolicyError
 from daqconvert.files import write_text
 from daqconvert.policy import from_toml
@@ -28,7 +26,7 @@ from daqconvert.spec import Plan, PlanDiff
 
 STDOUT = Path("-")
 SIZES = ("bops", "float_bops", "weight_bytes", "float_bytes", "scale_bytes")
-Target = Annotated[str, typer.Argument(help=f"A model ({o.FORMS}), a run directory or an artifact.")]
+Source = Annotated[str, typer.Argument(help=f"A model ({o.FORMS}), a run directory or an artifact.")]
 Toml = Annotated[
     Path | None, o.option("--toml", "Write a policy file that gives this plan again; - for standard output.")
 ]
@@ -38,7 +36,7 @@ Diff = Annotated[
 
 
 def plan_command(
-    *, target: Target, model_arg: o.ModelArg = None, input_size: o.InputSize = None, bits: o.PolicyOptions,
+    *, source: Source, model_arg: o.ModelArg = None, input_size: o.InputSize = None, bits: o.PolicyOptions,
     toml: Toml = None, overwrite: o.Overwrite = False, diff: Diff = None, as_json: o.Json = False,
 ) -> None:  # fmt: skip
     """Print a row for every convolution and linear layer: its bits and the rule that decided, or why it is left alone.
@@ -47,16 +45,16 @@ def plan_command(
     """
     with Output(as_json).capturing() as output:
         to_file = _file_to_write(toml, diff, overwrite)
-        kind, model = kind_of(target), None
+        kind, model = kind_of(source), None
         if kind == MODEL:
             asked = bits.read()
-            model = build_model(target, **o.pairs(model_arg, "--model-arg"))
-            example = example_image(model, target, input_size)
+            model = build_model(source, **o.pairs(model_arg, "--model-arg"))
+            example = example_image(model, source, input_size)
             found = plan(model, policy=asked or o.default_policy(), example_inputs=example)
         else:
             refuse(kind, bits, model_arg=model_arg, input_size=input_size)
-            found, example = stored_plan(Path(target), kind), None
-        document, text = plan_document(found, target), render(plan_table(found))
+            found, example = stored_plan(Path(source), kind), None
+        document, text = plan_document(found, source), render(plan_table(found))
         if toml is not None:
             document["toml"] = found.to_toml()
             text = document["toml"].rstrip("\n") if to_file is None else text
@@ -68,26 +66,17 @@ def plan_command(
         output.show(text, document)
 
 
-def plan_document(found: Plan, target: str) -> dict[str, Any]:
-    """Return a plan for programs: its JSON form, with the sizes of every row and of all.
-
-    Args:
-        found: The plan.
-        target: What the user asked about.
-    """
+def plan_document(found: Plan, source: str) -> dict[str, Any]:
+    """Return a plan for programs: its JSON form, with the sizes of every row and of all."""
     document = plan_to_dict(found)
     for row, data in zip(found, document["rows"], strict=True):
         data |= {key: getattr(row, key) for key in SIZES}
     totals = dataclasses.asdict(found.totals)
-    return {**document, "target": target, **totals, "input_groups": found.input_groups()}
+    return {**document, "target": source, **totals, "input_groups": found.input_groups()}
 
 
 def diff_document(change: PlanDiff) -> dict[str, Any]:
-    """Return the difference of two plans for programs.
-
-    Args:
-        change: The difference.
-    """
+    """Return the difference of two plans for programs."""
     return {
         "changed": [{"name": row.name, "what": row.what} for row in change.changed],
         "added": [row.name for row in change.added],
@@ -118,27 +107,6 @@ def _second_plan(path: Path, model: nn.Module | None, example: Tensor | None) ->
 
 
 def stored_plan(path: Path, kind: str) -> Plan:
-    """Return the plan of a run or artifact, with the signs that calibration chose where it got so far.
-
-    Args:
-        path: The directory.
-        kind: `"run"` or `"artifact"`.
-    """
+    """Return the plan of a run or artifact, with the signs that calibration chose where it got so far."""
     artifact = path if kind == ARTIFACT else path / rundir.ARTIFACT
     return read_manifest(artifact).plan if (artifact / MANIFEST).is_file() else rundir.read_config(path).plan
-
-
-def example_image(model: nn.Module, source: str, side: int | None) -> Tensor | None:
-    """Return one image of the size that a model takes, or None where nobody knows it.
-
-    Args:
-        model: The model.
-        source: Where it came from.
-        side: Height and width that the user asked for.
-    """
-    config = input_config(model, source or None)
-    if config is None and side is None:
-        return None
-    channels, height, width = config.input_size if config is not None else (3, 0, 0)
-    size = (channels, side, side) if side is not None else (channels, height, width)
-    return torch.rand(1, *size, generator=torch.Generator().manual_seed(0))

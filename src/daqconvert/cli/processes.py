@@ -1,4 +1,4 @@
-"""One process among several, as `accelerate launch` and `torchrun` start them: the first one speaks and writes."""
+"""The processes of one run, as `accelerate launch` and `torchrun` start them: the first one speaks and writes."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class ProcessGroup(Protocol):
         """Give a model the values that it has on the main process."""
 
 
-class Alone:
-    """One process that has nobody to agree with."""
+class SingleProcess:
+    """A run on one process, which has no other to agree with."""
 
     def from_main(self, make: Callable[[], T]) -> T:
         """Return what `make` returns."""
@@ -52,16 +52,16 @@ class Alone:
 
 
 @contextmanager
-def together() -> Iterator[ProcessGroup]:
-    """Yield the processes that this one was started among.
+def process_group() -> Iterator[ProcessGroup]:
+    """Yield the processes among which this one was started.
 
     Example:
-        >>> with together() as processes:
+        >>> with process_group() as processes:
         ...     processes.from_main(lambda: 1)
         1
     """
     if count() == 1:
-        yield Alone()
+        yield SingleProcess()
         return
     with launched(nn.Module(), Recipe(precision="no")) as processes:
         yield processes

@@ -54,12 +54,7 @@ def is_run(path: str | Path) -> bool:
 
 
 def prepare(path: Path, overwrite: bool, resume: bool) -> None:
-    """Refuse a directory that is in use, unless the user says what to do with it; nothing is changed yet.
-
-    Args:
-        path: The run directory, there or not.
-        overwrite: Replace the run in it.
-        resume: Go on with the run in it.
+    """Refuse a directory that is in use, unless the user says what to do with it; nothing is changed here.
 
     Raises:
         TrainingError: If it is in use, or no directory.
@@ -76,38 +71,31 @@ def prepare(path: Path, overwrite: bool, resume: bool) -> None:
 
 
 def clear(path: Path) -> None:
-    """Remove what an earlier run wrote; other files stay.
-
-    Args:
-        path: The run directory.
-    """
+    """Remove what an earlier run wrote; other files stay."""
     if path.is_dir():
         RunDirectory(path, overwrite=True).clear()
     for name in OWN:
-        target = path / name
-        if target.is_dir() and not target.is_symlink():
-            shutil.rmtree(target)
+        entry = path / name
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
         else:
-            target.unlink(missing_ok=True)
+            entry.unlink(missing_ok=True)
+
+
+def size_of(path: Path) -> int:
+    """Return the bytes of a file, or of all files in a folder."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)
 
 
 def written(path: Path) -> dict[str, str]:
-    """Return what a run has to read, by what it is: its page, its logs, its warnings.
-
-    Args:
-        path: The run directory.
-    """
+    """Return the names of what a run wrote for people to read: its page, its logs, its warnings."""
     found = {key: name for key, name in LOGS.items() if (path / name).is_file()}
     return found | ({"tensorboard": "tensorboard"} if (path / "tensorboard").is_dir() else {})
 
 
 def write_config(path: Path, config: Config) -> None:
-    """Write `config.json`, making the directory if need be.
-
-    Args:
-        path: The run directory.
-        config: What it holds.
-    """
+    """Write `config.json`, making the directory if need be."""
     path.mkdir(parents=True, exist_ok=True)
     document = {
         "daqconvert": __version__,
@@ -120,20 +108,12 @@ def write_config(path: Path, config: Config) -> None:
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Write a JSON file in one go.
-
-    Args:
-        path: The file.
-        document: What it holds.
-    """
+    """Write a JSON file in one go."""
     write_text(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n", TrainingError, HINT)
 
 
 def read_json(path: Path) -> Any:
     """Return what a JSON file holds.
-
-    Args:
-        path: The file.
 
     Raises:
         TrainingError: If it is missing or no JSON.
@@ -146,9 +126,6 @@ def read_json(path: Path) -> Any:
 
 def read_config(path: Path) -> Config:
     """Return what `config.json` holds.
-
-    Args:
-        path: The run directory.
 
     Raises:
         TrainingError: If it is damaged.
@@ -164,12 +141,7 @@ def read_config(path: Path) -> Config:
 
 
 def allow_code(job: Job, typed: str | None, where: str | Path) -> Job:
-    """Return the job if it may be built: an import path only if the user typed it again, for it runs code.
-
-    Args:
-        job: From a file.
-        typed: The `--model` option.
-        where: The file or directory, for the error.
+    """Return a run's job if it may be built: an import path runs code, so the user has to type it again as `--model`.
 
     Raises:
         ConversionError: If it names code that the user did not.
@@ -188,11 +160,7 @@ def open_run(
 ) -> tuple[Config, Opened]:
     """Return the configuration of a run, its data and its float model with the run's own float weights.
 
-    Args:
-        path: The run directory.
-        typed: The `--model` option.
-        batch_size: Images a batch.
-        changes: Other values of fields of the job.
+    `typed` is the `--model` option; `changes` are fields of the job that the user changes, those on data.
 
     Raises:
         TrainingError: If the run has not got so far.
@@ -207,12 +175,7 @@ def open_run(
 
 
 def quantized_model(path: Path, config: Config, opened: Opened) -> Any:
-    """Return the quantized model of a run's best epoch, in evaluation mode.
-
-    Args:
-        path: The run directory.
-        config: Its configuration.
-        opened: Its float model, which is converted in place.
+    """Return the quantized model of a run's best epoch, in evaluation mode; the float model is converted in place.
 
     Raises:
         TrainingError: If no epoch was finished.
@@ -225,12 +188,7 @@ def quantized_model(path: Path, config: Config, opened: Opened) -> Any:
 
 
 def save_float(path: Path, opened: Opened) -> None:
-    """Write the float model's state dict.
-
-    Args:
-        path: The run directory.
-        opened: Holds the model.
-    """
+    """Write the float model's state dict into the run directory."""
     from safetensors.torch import save_file
 
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in opened.model.state_dict().items()}

@@ -18,8 +18,17 @@ from daqconvert.cli import options as o
 from daqconvert.cli import rundir
 from daqconvert.cli.job import DEMO_MODEL, Job
 from daqconvert.cli.output import Output, say
-from daqconvert.cli.plan import example_image
-from daqconvert.cli.sources import MODEL, RUN, data_changes, kind_of, load_artifact, loaders_of, open_named, refuse
+from daqconvert.cli.sources import (
+    MODEL,
+    RUN,
+    data_changes,
+    example_image,
+    kind_of,
+    load_artifact,
+    loaders_of,
+    open_named,
+    refuse,
+)
 from daqconvert.deploy.comparing.export_report import db_text
 from daqconvert.deploy.comparing.verify_report import VerifyReport, plot_reports, share_text
 from daqconvert.deploy.comparing.verifying import Model, Pair, verify_all
@@ -28,7 +37,7 @@ from daqconvert.errors import DataError, ExportError
 from daqconvert.models import copy_model
 from daqconvert.report.tables import render, simple_table
 
-Target = Annotated[str, typer.Argument(help=f"A run directory; or an artifact, an ONNX file, or a model ({o.FORMS}).")]
+Source = Annotated[str, typer.Argument(help=f"A run directory; or an artifact, an ONNX file, or a model ({o.FORMS}).")]
 Other = Annotated[
     str | None, typer.Argument(help="What the first is compared with, unless that is a run.", show_default=False)
 ]
@@ -56,7 +65,7 @@ class Compared:
 
 
 def verify_command(
-    *, target: Target, other: Other = None, code_model: o.CodeModel = None, weights: o.ModelOptions,
+    *, source: Source, other: Other = None, code_model: o.CodeModel = None, weights: o.ModelOptions,
     data: Annotated[o.DataOptions, o.Without("val")], images: Images = IMAGES, plot: Plot = None,
     as_json: o.Json = False,
 ) -> None:  # fmt: skip
@@ -68,19 +77,19 @@ def verify_command(
     with Output(as_json).capturing() as output:
         size = data.batch_size or BATCH
         _check(images, size)
-        name = DEMO_MODEL if other is None else next((t for t in (target, other) if _kind(t) == MODEL), None)
+        name = DEMO_MODEL if other is None else next((t for t in (source, other) if _kind(t) == MODEL), None)
         job = o.job_from(name or DEMO_MODEL, weights, data)
         if name is None or other is None:
             refuse("run" if other is None else "pair of files", weights)
         if other is None:
-            found = _stages(target, code_model, job, size)
+            found = _stages(source, code_model, job, size)
         else:
-            found = _two(target, other, code_model, job, size, images)
+            found = _two(source, other, code_model, job, size, images)
         reports = verify_all(found.models, found.pairs, _first(found.batches, images))
         if plot is not None:
-            plot_reports(reports, plot, f"{target}, {reports[0].samples} images of {found.data}")
-        document = {"target": target, "data": found.data, "comparisons": [report.to_dict() for report in reports]}
-        output.show(_text(f"{target} on {found.data}", reports), document)
+            plot_reports(reports, plot, f"{source}, {reports[0].samples} images of {found.data}")
+        document = {"target": source, "data": found.data, "comparisons": [report.to_dict() for report in reports]}
+        output.show(_text(f"{source} on {found.data}", reports), document)
 
 
 def _check(*numbers: int) -> None:
@@ -88,18 +97,18 @@ def _check(*numbers: int) -> None:
         raise DataError("--images and --batch-size: expected 1 or more.")
 
 
-def _kind(target: str) -> str:
+def _kind(source: str) -> str:
     """`"run"`, `"artifact"`, `"model"`, or `FILE`."""
-    return FILE if target.lower().endswith(".onnx") else kind_of(target)
+    return FILE if source.lower().endswith(".onnx") else kind_of(source)
 
 
-def _stages(target: str, typed: str | None, job: Job, size: int) -> Compared:
+def _stages(source: str, typed: str | None, job: Job, size: int) -> Compared:
     """Everything that a run holds, in the order in which it was made."""
-    if _kind(target) != RUN:
+    if _kind(source) != RUN:
         raise ExportError(
-            f"{target} is no run directory. Say what to compare it with: daqconvert verify {target} OTHER."
+            f"{source} is no run directory. Say what to compare it with: daqconvert verify {source} OTHER."
         )
-    path = Path(target)
+    path = Path(source)
     config, opened = rundir.open_run(path, typed, size, data_changes(job))
     plain = copy_model(opened.model)
     models: dict[str, Model] = {"float": plain}
@@ -121,10 +130,10 @@ def _stages(target: str, typed: str | None, job: Job, size: int) -> Compared:
     return Compared(models, pairs, opened.loaders.val, opened.loaders.description)
 
 
-def _two(target: str, other: str, typed: str | None, job: Job, size: int, images: int) -> Compared:
+def _two(source: str, other: str, typed: str | None, job: Job, size: int, images: int) -> Compared:
     """Two models or files, and images that fit them."""
-    kinds = {target: _kind(target), other: _kind(other)}
-    if target == other or RUN in kinds.values() or list(kinds.values()) == [MODEL, MODEL]:
+    kinds = {source: _kind(source), other: _kind(other)}
+    if source == other or RUN in kinds.values() or list(kinds.values()) == [MODEL, MODEL]:
         raise ExportError("expected two different ones, each an artifact, an ONNX file, or, once, a model's name.")
     built: dict[str, nn.Module] = {}
     loaders = None
@@ -138,12 +147,12 @@ def _two(target: str, other: str, typed: str | None, job: Job, size: int, images
                 loaders = loaders_of(Path(name), built[name], job, size)
     models: dict[str, Model] = {name: built.get(name, Path(name)) for name in kinds}
     if loaders is not None:
-        return Compared(models, [(target, other)], loaders.val, loaders.description)
+        return Compared(models, [(source, other)], loaders.val, loaders.description)
     if job.data is not None:
         raise DataError("--data: two ONNX files do not say how images are normalized. Compare one with its artifact.")
     shape = _shape(kinds, built, job)
     about = f"random images of {'x'.join(map(str, shape))}"
-    return Compared(models, [(target, other)], _random(shape, size, images), about)
+    return Compared(models, [(source, other)], _random(shape, size, images), about)
 
 
 def _shape(kinds: dict[str, str], built: dict[str, nn.Module], job: Job) -> tuple[int, ...]:
