@@ -1,10 +1,11 @@
-"""Models from a string: `timm:NAME`, `torchvision:NAME`, `hf-hub:ORG/NAME` (through timm) or `module:function`.
+"""Where float models come from: a source, which is a string that names a model, and files of float weights.
 
-A bare name is a timm name. Only `timm:` and `torchvision:` sources may stand in an artifact
-(`Source.is_trusted_name`): an import path runs code, so it is imported only when a user types it. Nothing here uses
-the network unless `pretrained=True` is asked for.
+A source is `timm:NAME`, `torchvision:NAME`, `hf-hub:ORG/NAME` (through timm) or `module:function`; a bare name is a
+timm name. An import path runs code, so it is imported only when a user types it, and only `timm:` and `torchvision:`
+sources may stand in an artifact (`Source.is_trusted_name`). Nothing here uses the network unless `pretrained=True` is
+asked for.
 
-Files of float weights: safetensors, or torch files that hold tensors only (no pickled code is ever run).
+Weights are read from safetensors, or from torch files that hold tensors only: no pickled code is ever run.
 """
 
 from __future__ import annotations
@@ -55,9 +56,6 @@ class Source:
 def parse_source(text: str | Source) -> Source:
     """Return the `Source` that a string names; nothing is imported or looked up.
 
-    Args:
-        text: One of `timm:NAME`, `NAME`, `torchvision:NAME`, `hf-hub:ORG/NAME`, `module:function`.
-
     Raises:
         ConversionError: If the string has none of these forms.
 
@@ -87,16 +85,11 @@ def parse_source(text: str | Source) -> Source:
 def build_model(
     source: str | Source, pretrained: bool = False, checkpoint: str | Path | None = None, **kwargs: Any
 ) -> nn.Module:
-    """Build the model that a source names.
+    """Build the model that a source names, in training mode, on the CPU.
 
-    Args:
-        source: A source string or `Source`; an import path's module is imported, with the current folder on the path.
-        pretrained: Download (or take from the cache) the published weights.
-        checkpoint: A `.safetensors` file or a torch file of tensors to load into it, strictly.
-        kwargs: Passed on to the builder, as `num_classes=10`, `in_chans=1`.
-
-    Returns:
-        The model, in training mode, on the CPU.
+    The module of an import path is imported with the current folder on the path. With `pretrained` the published
+    weights are downloaded, or taken from the cache; a `checkpoint` is loaded as `load_checkpoint` does. Further
+    arguments are the builder's, as `num_classes=10` or `in_chans=1`.
 
     Raises:
         ConversionError: For an unknown name, an argument the builder does not take, a failed download, a checkpoint
@@ -109,7 +102,7 @@ def build_model(
     source = parse_source(source)
     builder = {"timm": _build_timm, "hf-hub": _build_timm, "torchvision": _build_torchvision, "import": _build_import}
     with warnings.catch_warnings():
-        # GoogLeNet and Inception announce a future default of their random start here; it is no matter of the user's.
+        # GoogLeNet and Inception announce a future default of their random start here; the user need not hear of it.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*default weight initialization.*")
         model = builder[source.kind](source, pretrained, kwargs)
     if checkpoint is not None:
@@ -217,12 +210,9 @@ def _where(error: Exception) -> str:
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     """Load a state dict from a file into a model, strictly; the model is unchanged if it does not fit.
 
-    A training script's wrapping is taken off: the entry `state_dict` or `model`, and a `module.` before every name.
-    `num_batches_tracked`, which no forward in evaluation reads, may be missing.
-
-    Args:
-        model: The model to fill.
-        path: A `.safetensors` file, or a torch file that holds tensors only.
+    The file is safetensors, or a torch file that holds tensors only. What training scripts wrap around a state dict is
+    taken off: an entry `state_dict` or `model`, and `module.` before every name. `num_batches_tracked` may be missing,
+    for no forward in evaluation reads it.
 
     Raises:
         ConversionError: If the file is missing or damaged, or its names and shapes are not the model's.

@@ -52,7 +52,8 @@ def plan_command(
             example = example_image(model, source, input_size)
             found = plan(model, policy=asked or o.default_policy(), example_inputs=example)
         else:
-            refuse(kind, bits, model_arg=model_arg, input_size=input_size)
+            refuse(kind, model_arg=model_arg, input_size=input_size)
+            refuse(kind, bits)
             found, example = stored_plan(Path(source), kind), None
         document, text = plan_document(found, source), render(plan_table(found))
         if toml is not None:

@@ -53,9 +53,10 @@ def refuse(kind: str, *groups: Any, **options: Any) -> None:
     Raises:
         PolicyError: Names the first of them.
     """
+    typed: dict[str, Any] = {}
     for group in groups:
-        options |= given(group)
-    for name, value in options.items():
+        typed |= given(group)
+    for name, value in (typed | options).items():
         if value is not None and value is not False and value != []:
             article = "an" if kind == ARTIFACT else "a"
             raise PolicyError(

@@ -1,1 +1,1 @@
-"""Showing things to people: tables and progress bars; knows `spec` and `errors` alone."""
+"""Showing things to people: tables, pictures, progress bars, the page of a run; knows `spec` and `errors` alone."""

@@ -1,6 +1,6 @@
-"""What was fitted before training, on the page of a run: a table for each way, with errors before and after.
+"""Layers and blocks that were fitted to the float model before training, and their tables on the page of a run.
 
-What became of a part of a model that was fitted to its float twin before training.
+An error is relative to the float output: `||y_q - y||^2 / ||y||^2`, over all batches.
 """
 
 from __future__ import annotations
@@ -19,11 +19,25 @@ HEADINGS = {
 }
 
 
-def fit_tables(fitted: Mapping[str, Sequence[Fitted]]) -> str:
-    """Return the tables: blue bars are errors before, orange ones after, relative to the float output.
+@dataclass(frozen=True)
+class Fitted:
+    """One layer or block, fitted or left alone.
 
-    Args:
-        fitted: Field of the recipe -> its layers or blocks, in order.
+    Attributes:
+        name: Name of the module.
+        before: Error of its output before it was fitted.
+        after: Error of its output afterwards.
+        left_alone: Why it was not fitted; it has no errors then. `""` if it was fitted.
+    """
+
+    name: str
+    before: float = 0.0
+    after: float = 0.0
+    left_alone: str = ""
+
+
+def fit_tables(fitted: Mapping[str, Sequence[Fitted]]) -> str:
+    """Return a table for each field of the recipe that fitted something; bars are blue before and orange after.
 
     Example:
         >>> fit_tables({"reconstruct": [Fitted("layer1", 0.5, 0.25)]}).count("width:5.00em")
@@ -45,20 +59,3 @@ def _cells(row: Fitted, largest: float) -> list[str]:
         for error, color in ((row.before, "--c1"), (row.after, "--c2"))
     )
     return [text(row.name), number(row.before, 3), number(row.after, 3), bars]
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """One layer or block; errors are `||y_q - y||^2 / ||y||^2` of its outputs over all batches.
-
-    Attributes:
-        name: Of the module.
-        before: Error before it was fitted.
-        after: Error after that.
-        left_alone: Why it was not fitted, or `""`; it has no errors then.
-    """
-
-    name: str
-    before: float = 0.0
-    after: float = 0.0
-    left_alone: str = ""

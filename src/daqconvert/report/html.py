@@ -1,4 +1,4 @@
-"""Pieces of HTML: escaped text, tables, a whole page. No scripts, nothing from a network, light and dark."""
+"""Pieces of HTML: escaped text, tables, and a whole page, which has no script, loads nothing, and can be dark."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def text(value: object) -> str:
 
 
 def number(value: object, digits: int = 4) -> str:
-    """Return a number with so many significant digits, `-` for None, anything else as it is.
+    """Return a float with `digits` significant digits, `-` for None, and anything else as it prints.
 
     Example:
         >>> number(0.123456), number(12), number(None), number(True)
@@ -94,13 +94,9 @@ def percent(value: float | None, digits: int = 2) -> str:
 def table(
     columns: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Iterable[str] = (), marked: int | None = None
 ) -> str:
-    """Return a table; cells are HTML already.
+    """Return a table; headings are plain text, cells are HTML already.
 
-    Args:
-        columns: Headings, plain text.
-        rows: As many cells as there are columns.
-        numbers: Headings of columns of numbers, which are set to the right.
-        marked: Index of a row to print in bold.
+    The columns whose headings are in `numbers` are set to the right; the row of index `marked` is printed in bold.
     """
     right = [column in set(numbers) for column in columns]
     head = "".join(f'<th{_kind(r)} scope="col">{text(c)}</th>' for c, r in zip(columns, right, strict=True))
@@ -116,14 +112,7 @@ def table(
 def folded_table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], more: str, *, shown: int, numbers: Iterable[str] = ()
 ) -> str:
-    """Return a table whose later rows are folded away.
-
-    Args:
-        columns: As `table` takes them.
-        rows: Likewise.
-        more: What to say after their number, as `"more layers"`.
-        shown: Rows that are seen at once.
-        numbers: As `table` takes them.
+    """Return a table whose rows after the first `shown` are folded away, under "12" and `more`, as `"more layers"`.
 
     Example:
         >>> folded_table(["a"], [["1"], ["2"], ["3"]], "more", shown=1).count("2 more")
@@ -141,11 +130,7 @@ def _kind(right: bool) -> str:
 
 
 def facts(tables: Mapping[str, Mapping[str, object]]) -> str:
-    """Return small tables of two columns, side by side.
-
-    Args:
-        tables: Heading -> name -> value.
-    """
+    """Return small tables of two columns, side by side: heading -> name -> value."""
     parts = []
     for heading, values in tables.items():
         rows = "".join(
@@ -156,12 +141,7 @@ def facts(tables: Mapping[str, Mapping[str, object]]) -> str:
 
 
 def page(title: str, body: str) -> str:
-    """Return a whole page that loads nothing.
-
-    Args:
-        title: Of the window.
-        body: HTML.
-    """
+    """Return a whole page around HTML; the title is that of the window."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"

@@ -1,8 +1,7 @@
-"""Layers on the page of a run: a table of their bits, and a card each of where weights lie and how bounds moved.
+"""Layers on the page of a run: a table of their bits, and a card for each, which shows its weights and its bounds.
 
-Small charts of one layer, as SVG by hand: there may be hundreds on a page, and each must be small and quick.
-
-Colours are the variables of the page's style, so that they follow light and dark.
+The charts on a card are SVG written by hand: a page may have hundreds of them, so each has to be small and quick to
+draw. Their colours are the variables of the page's style, so that they follow light and dark.
 """
 
 from __future__ import annotations
@@ -17,6 +16,9 @@ from daqconvert.report.tables import short_number
 
 OPEN = 40  # layers that are seen at once; the others are folded away
 MOST = 400  # cards on a page; all layers are in the table
+WIDTH, HEIGHT = 110, 56  # of a chart
+BARS = 64  # more levels than this are drawn several to a bar
+POINTS = 80  # more epochs than this are thinned out
 Moments = Sequence[tuple[int, Mapping[str, Any]]]
 
 
@@ -27,14 +29,15 @@ class LayerReport:
     Attributes:
         name: Dotted name.
         kind: Its type.
-        params: Its parameters, or None where unknown.
-        bits: Of weight and input, as they are now; None for float.
-        moments: `(epoch, measure)`: `weight`, `weight_spread`, `input`, `scale`; lists of numbers or None.
-        levels: Weights on each level now, or None.
-        start: The same before the first step.
-        unit: Of the weight's bounds: `"std"` where it is normalized.
-        oscillating: Share of its weights that oscillate, or None.
-        frozen: Share that is frozen, or None.
+        params: Number of its parameters, or None where it is unknown.
+        bits: Bits of weight and input, as they are now; None for float.
+        moments: `(epoch, measure)`; a measure has `weight` and `input` (lower and upper bound), `weight_spread` and
+            `scale` (least, mean and largest output scale), each None where the layer has none.
+        levels: Number of weights on each level now; None for a weight without levels.
+        start: Number of weights on each level before the first step, or None.
+        unit: Unit of the weight's bounds: `"std"` where the weight is normalized.
+        oscillating: Share of its weights that oscillate; None if it was not measured.
+        frozen: Share of its weights that is frozen; None if it was not measured.
         rule: What decided its bits.
     """
 
@@ -52,11 +55,7 @@ class LayerReport:
 
 
 def layer_table(layers: Sequence[LayerReport]) -> str:
-    """Return the table: a row for each layer, bits as numbers and bars.
-
-    Args:
-        layers: In order.
-    """
+    """Return the table: a row for each layer, bits as numbers and bars."""
     columns = ["layer", "type", "weight bits", "input bits", "parameters", "on its fullest level", "output scale"]
     numbers = ["parameters", "on its fullest level", "output scale"]
     oscillating = any(layer.oscillating is not None for layer in layers)
@@ -74,11 +73,7 @@ def layer_table(layers: Sequence[LayerReport]) -> str:
 
 
 def layer_cards(layers: Sequence[LayerReport]) -> str:
-    """Return a card for each layer: its weights over their levels, the bounds of weight and input over the epochs.
-
-    Args:
-        layers: In order.
-    """
+    """Return a card for each layer: its weights over their levels, the bounds of weight and input over the epochs."""
     cards = [_card(layer) for layer in layers[:MOST]]
     note = (
         '<p class="soft">Left: the share of weights on each level, from the lowest to the highest; bars are now, the '
@@ -95,7 +90,7 @@ def layer_cards(layers: Sequence[LayerReport]) -> str:
 
 
 def _bits(bits: int | None, color: str) -> str:
-    """Bits as a number and a bar; float has none."""
+    """Bits as a number and a bar, or the word float."""
     if bits is None:
         return '<span class="bits soft">float</span>'
     return (
@@ -153,18 +148,11 @@ def _bounds(layer: LayerReport, key: str, color: str) -> str:
     return lines(series, label) + f"<small>{key} {told}</small>"
 
 
-WIDTH, HEIGHT = 110, 56
-BARS = 64  # more levels than this are drawn several to a bar
-POINTS = 80  # more epochs than this are thinned out
-
-
 def histogram(now: Sequence[int], start: Sequence[int] | None, label: str) -> str:
-    """Return bars of the share of weights on each level; an outline shows where they were at the start.
+    """Return bars of the share of weights on each level, and an outline of the shares at the start.
 
-    Args:
-        now: Number of weights by level.
-        start: The same before the first step, or None; left out where the number of levels is another.
-        label: What it shows, for those who cannot see it.
+    There is no outline without a `start`, or where the number of levels has changed. The label is for readers who
+    cannot see the chart.
 
     Example:
         >>> histogram([1, 3], None, "levels").count("v-")  # bars
@@ -190,9 +178,8 @@ def histogram(now: Sequence[int], start: Sequence[int] | None, label: str) -> st
 def lines(series: Sequence[tuple[str, Sequence[float | None]]], label: str) -> str:
     """Return lines over the epochs on one scale that holds 0; values that are missing or not finite leave a gap.
 
-    Args:
-        series: Colour (a variable of the page's style, as `--c1`) and values.
-        label: What it shows, for those who cannot see it.
+    A line has a colour (a variable of the page's style, as `--c1`) and values. The label is for readers who cannot see
+    the chart.
 
     Example:
         >>> lines([("--c1", [1.0, None, 2.0, 3.0])], "upper").count("L")  # from 2 to 3; the gap leaves a point

@@ -1,14 +1,20 @@
-"""Pictures for people: the SQNR of layers by depth. The one owner of matplotlib."""
+"""Pictures by matplotlib: the SQNR of layers by depth, as a file, and curves over the epochs, as SVG for a page.
+
+Only this file imports matplotlib, and only when something is drawn: it belongs to the extra `plot`.
+"""
 
 from __future__ import annotations
 
+import io
 import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from daqconvert.report.html import text
 from daqconvert.spec import OUTPUT_QUANTIZER
 
 FORMATS = ("png", "svg", "pdf")
@@ -22,10 +28,10 @@ KNEE, SQUEEZE = 60.0, 0.25  # above this many decibels there is little but float
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of the picture.
+    """The SQNR of layers in one comparison.
 
     Attributes:
-        label: For the legend.
+        label: Its name in the legend.
         values: Decibels by layer, in order; infinite where nothing differs.
         first: The first layer whose codes differ, if any.
     """
@@ -38,11 +44,7 @@ class Curve:
 def draw_depth(path: Path, kind: str, curves: Sequence[Curve], title: str = "") -> None:
     """Write a picture of decibels by layer; what is identical stands on a line of its own at the top.
 
-    Args:
-        path: The file.
-        kind: Of `FORMATS`.
-        curves: At least one, with a layer.
-        title: Above the picture.
+    `kind` is one of `FORMATS`; there is at least one curve, with a layer in it.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -133,3 +135,116 @@ def _axes(panel: Any, names: Sequence[str], ticks: Sequence[float]) -> None:
     panel.grid(alpha=0.25)
     for side in ("top", "right"):
         panel.spines[side].set_visible(False)
+
+
+# Curves over the epochs.
+
+# What is drawn in these colours follows the variables of the page's style: matplotlib knows no variables.
+PLACEHOLDERS = {
+    "#010203": "var(--ink)", "#040506": "var(--soft)", "#070809": "var(--line)", "#0a0b0c": "var(--c1)",
+    "#0d0e0f": "var(--c2)", "#101112": "var(--c3)", "#131415": "var(--c4)",
+}  # fmt: skip
+INK, SOFT, FAINT, *LINE_COLORS = PLACEHOLDERS
+MOST_MARKS = 40  # more points than this need no marks
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart.
+
+    Attributes:
+        label: Its name in the legend; `""` if it has none there.
+        x: Epochs.
+        y: Values; None and values that are not finite leave a gap.
+        color: Index of its colour, 0 to 3.
+        faint: Whether it stays in the background.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float | None]
+    color: int = 0
+    faint: bool = False
+
+
+def curve(title: str, lines: Sequence[Line], *, percent: bool = False, log: bool = False, mark: Any = None) -> str:
+    """Return a chart as an `<svg>` element; the same values give the same text.
+
+    With `percent` the values are shares. With `log` the axis is logarithmic, and values of 0 and less leave a gap.
+    `mark` is `(x, y)` of a point to ring.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 10.0, "axes.unicode_minus": False}
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(5.6, 3.0))
+        FigureCanvasSVG(figure)
+        panel = figure.subplots(gridspec_kw={"left": 0.12, "right": 0.985, "bottom": 0.165, "top": 0.9})
+        for line in lines:
+            _draw(panel, line, log)
+        if mark is not None:
+            panel.plot(*([v] for v in mark), "o", ms=11, mfc="none", mec=INK, mew=1.2)
+        if log:
+            panel.set_yscale("log")
+        if percent:
+            panel.yaxis.set_major_formatter(PercentFormatter(1.0))
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _dress(panel, title, any(line.label for line in lines))
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _inline(out.getvalue(), title, lines)
+
+
+def _draw(panel: Any, line: Line, log: bool) -> None:
+    y = [v if v is not None and math.isfinite(v) and (v > 0 or not log) else math.nan for v in line.y]
+    marks = {} if line.faint or len(y) > MOST_MARKS else {"marker": "o", "markersize": 3.5}
+    width, alpha = (0.9, 0.35) if line.faint else (1.8, 1.0)
+    panel.plot(
+        line.x, y, color=LINE_COLORS[line.color], linewidth=width, alpha=alpha, label=line.label or "_", **marks
+    )
+
+
+def _dress(panel: Any, title: str, legend: bool) -> None:
+    panel.set_title(title, loc="left", fontsize=11, color=INK)
+    panel.set_xlabel("epoch", color=SOFT)
+    panel.tick_params(which="both", colors=SOFT, length=3)
+    panel.grid(color=FAINT, linewidth=0.8)
+    panel.set_axisbelow(True)
+    for side, spine in panel.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(FAINT)
+    if legend:
+        panel.legend(frameon=False, fontsize=9, labelcolor=INK, loc="best")
+
+
+def _inline(svg: str, title: str, lines: Sequence[Line]) -> str:
+    """Return matplotlib's SVG as an element for a page: with the page's colours, a title and a description.
+
+    Names that nothing refers to are left out, for many elements stand on one page.
+    """
+    svg = svg[svg.index("<svg") :].strip()
+    for placeholder, variable in PLACEHOLDERS.items():
+        svg = svg.replace(placeholder, variable)
+    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    used = set(re.findall(r"(?:url\(#|href=\"#)([\w.-]+)", svg))
+    svg = re.sub(r' id="([^"]*)"', lambda m: m.group(0) if m.group(1) in used else "", svg)
+    svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 system-ui, sans-serif", svg)
+    svg = re.sub(r"\n\s*", "\n", svg)
+    head, rest = svg.split(">", 1)
+    head = re.sub(r' (width|height)="[^"]*"', "", head)
+    described = "; ".join(_described(line) for line in lines if not line.faint)
+    named = f'role="img" aria-label="{text(title)}"><title>{text(title)}</title>'
+    return f"{head} {named}<desc>{text(described)}</desc>{rest}"
+
+
+def _described(line: Line) -> str:
+    finite = [v for v in line.y if v is not None and math.isfinite(v)]
+    values = f"from {finite[0]:.4g} to {finite[-1]:.4g}" if finite else "no values"
+    return f"{line.label or 'values'}: {values}"

@@ -31,16 +31,14 @@ class Bar:
 
     @property
     def shown(self) -> bool:
-        """Whether anybody sees it."""
+        """Whether it is on a terminal."""
         return self._display is not None
 
     def advance(self, n: int = 1, **fields: object) -> None:
-        """Count `n` steps and show `fields` behind the bar until the next call.
+        """Count the `n` steps since the last call, and show `fields`, as `loss=0.25`, behind the bar until the next.
 
-        Args:
-            n: Steps done since the last call.
-            **fields: What to show, as `loss=0.25`; floats get four significant digits, `top1` is a share written as
-                percent, `per_s` a number of inputs per second, `lr` and `q_lr` get two digits.
+        Floats get four significant digits, but `top1` is a share and written as percent, `per_s` is a number of inputs
+        per second, and `lr` and `q_lr` get two digits.
 
         Example:
             >>> with progress(total=10, description="calibrate") as bar:
@@ -68,10 +66,8 @@ def _text(name: str, value: object) -> str:
 def progress(total: int | None, description: str, *, enabled: bool = True) -> Iterator[Bar]:
     """Show a progress bar while the block runs, and take it away afterwards, on exceptions too.
 
-    Args:
-        total: Number of steps, or None if unknown.
-        description: What is being done.
-        enabled: False shows nothing, as on all but the first of several processes.
+    A total of None means that the number of steps is not known. All but the first of several processes pass
+    `enabled=False`, and show nothing.
 
     Yields:
         The bar, whose `advance` counts.
@@ -101,14 +97,7 @@ def progress(total: int | None, description: str, *, enabled: bool = True) -> It
 def track(iterable: Iterable[T], description: str, total: int | None = None, *, enabled: bool = True) -> Iterator[T]:
     """Yield the items of `iterable` while a progress bar counts them.
 
-    Args:
-        iterable: Anything that can be iterated.
-        description: What is being done.
-        total: Number of items; None asks `len`, and shows no end where there is none.
-        enabled: False shows nothing.
-
-    Yields:
-        The items.
+    A total of None asks `len`; where there is no length, the bar shows no end.
 
     Example:
         >>> sum(track([1, 2, 3], "adding"))

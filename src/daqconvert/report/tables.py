@@ -25,10 +25,7 @@ WIDEST = 10_000
 
 
 def short_number(value: float | None) -> str:
-    """Return a count with three significant digits and a decimal prefix; `-` for None.
-
-    Args:
-        value: A count, not negative.
+    """Return a count, which is not negative, with three significant digits and a decimal prefix; `-` for None.
 
     Example:
         >>> short_number(999), short_number(9408), short_number(1.8e9), short_number(None)
@@ -47,11 +44,8 @@ def short_number(value: float | None) -> str:
 def plan_table(plan: Plan) -> Table:
     """Return a table of the plan: a row per site, those left alone dimmed, and the totals below.
 
-    BOPs are MACs times the bits of both operands, 32 for float. `-` is what nobody knows, and no sum holds it. A
-    remark that several rows share is written once, below the table, and numbered in the rows.
-
-    Args:
-        plan: The plan.
+    BOPs are MACs times the bits of both operands, 32 for float. `-` stands for an unknown number, which no sum
+    counts. A remark that several rows share is written once, below the table, and numbered in the rows.
 
     Example:
         >>> print(render(plan_table(Plan((), "Net", policy="paper-w1a1"))).splitlines()[0])
@@ -112,12 +106,9 @@ def _bytes(value: float | None) -> str:
 
 
 def simple_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    """Return a table of any rows; columns of numbers are aligned to the right.
+    """Return a table of any rows, with a title above it unless that is `""`; columns of numbers are set to the right.
 
-    Args:
-        title: Text above the table, or `""`.
-        columns: Headings.
-        rows: One sequence per row, as long as `columns`: texts stay, floats get four significant digits, None is `-`.
+    Of the cells, texts stay as they are, floats get four significant digits, and None is shown as `-`.
 
     Raises:
         ValueError: If a row has another length than `columns`.
@@ -177,11 +168,9 @@ def _text_lines(lines: Iterable[str]) -> Text:
 
 
 def render(table: Table, width: int | None = None) -> str:
-    """Return the table as plain text without colours and without blanks at the ends of lines.
+    """Return a table as plain text without colours and without blanks at the ends of lines.
 
-    Args:
-        table: A `rich` table.
-        width: Characters per line, longer cells are folded; None for as wide as the table needs.
+    A line has at most `width` characters, and longer cells are folded; None is as wide as the table needs.
 
     Example:
         >>> print(render(simple_table("", ("name",), [("abcdefgh",)]), width=9))

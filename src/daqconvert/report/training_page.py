@@ -1,7 +1,7 @@
 """The page of a training run, `report.html`: one file that shows all of it, without a network or a script.
 
-The data are plain, so the page of any run can be made anew from what was written of it. Curves need matplotlib (extra
-`plot`); without it their numbers stay, in the tables.
+It is made of plain data, so the page of any run can be made again from the files that the run wrote. Curves need
+matplotlib (extra `plot`); without it, the table of epochs has their numbers.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 from daqconvert.report.fits import Fitted, fit_tables
 from daqconvert.report.html import facts, number, page, percent, table, text
 from daqconvert.report.layer_cards import LayerReport, layer_cards, layer_table
+from daqconvert.report.plots import Line, curve
 
 OPEN_EPOCHS = 20  # more epochs than this, and their table is folded away
 MOST_WARNINGS = 100
@@ -25,18 +26,18 @@ class TrainingReport:
     """What the page shows.
 
     Attributes:
-        title: Heading.
-        subtitle: Below it.
+        title: Heading of the page.
+        subtitle: Line below the heading.
         finished: Whether the run is at its end.
         epochs: Epochs of the whole run.
         rows: The history, one row per epoch.
-        best_epoch: Of the best row, or None.
+        best_epoch: Epoch of the best row; None before there is one.
         layers: The quantized layers, in order.
-        fitted: What was fitted before training: field of the recipe -> layers or blocks.
+        fitted: Layers or blocks that were fitted before training, by field of the recipe.
         steps: Loss by step: `(epochs done, loss)`.
         warnings: Dicts with `epoch`, `layer`, `kind`, `text`.
-        tables: Heading -> name -> value: recipe, sizes, versions.
-        commands: What to type: heading -> command.
+        tables: Recipe, sizes and versions: heading -> name -> value.
+        commands: Commands to type next: heading -> command.
     """
 
     title: str
@@ -55,9 +56,6 @@ class TrainingReport:
 
 def training_page(data: TrainingReport) -> str:
     """Return the page as HTML.
-
-    Args:
-        data: What it shows.
 
     Example:
         >>> "no epoch is done yet" in training_page(TrainingReport("ResNet, W2A2", epochs=3))
@@ -89,7 +87,7 @@ def _section(heading: str, body: str) -> str:
 
 
 def _figures(data: TrainingReport) -> str:
-    """The few numbers that one looks for first."""
+    """The few numbers that a reader looks for first."""
     if not data.rows:
         return '<p class="soft">no epoch is done yet</p>'
     last, best = data.rows[-1], _best(data)
@@ -138,55 +136,41 @@ def _curves(data: TrainingReport) -> str:
 
 
 def _loss(data: TrainingReport) -> str:
-    from daqconvert.report.curves import Line, curve
-
-    x = [row["epoch"] for row in data.rows]
     every = max(1, -(-len(data.steps) // MOST_STEPS))
     steps = data.steps[::every]
     lines = [Line("", [s[0] for s in steps], [s[1] for s in steps], 0, faint=True)] if steps else []
-    lines.append(Line("training", x, _column(data.rows, "train_loss"), 0))
-    if any(v is not None for v in _column(data.rows, "val_loss")):
-        lines.append(Line("validation", x, _column(data.rows, "val_loss"), 1))
-    return curve("Loss", lines)
+    lines.append(Line("training", _column(data.rows, "epoch"), _column(data.rows, "train_loss"), 0))
+    return curve("Loss", lines + _lines(data.rows, ("validation", "val_loss", 1)))
 
 
 def _top1(data: TrainingReport) -> str:
-    from daqconvert.report.curves import Line, curve
-
-    x = [row["epoch"] for row in data.rows]
-    names = (("training", "train_top1", 0), ("validation", "val_top1", 1))
-    lines = [Line(n, x, _column(data.rows, key), c) for n, key, c in names if any(_column(data.rows, key))]
+    lines = _lines(data.rows, ("training", "train_top1", 0), ("validation", "val_top1", 1), zeros=False)
     best = _best(data)
     mark = None if best is None or best.get("val_top1") is None else (best["epoch"], best["val_top1"])
     return curve("Top-1 accuracy", lines, percent=True, mark=mark) if lines else ""
 
 
 def _rates(data: TrainingReport) -> str:
-    from daqconvert.report.curves import Line, curve
-
-    x = [row["epoch"] for row in data.rows]
-    names = (("weights", "lr", 0), ("quantizers", "quantizer_lr", 1))
-    lines = [Line(n, x, _column(data.rows, key), c) for n, key, c in names if any(_column(data.rows, key))]
+    lines = _lines(data.rows, ("weights", "lr", 0), ("quantizers", "quantizer_lr", 1), zeros=False)
     return curve("Learning rate at the end of the epoch", lines, log=True) if lines else ""
 
 
 def _oscillation(data: TrainingReport) -> str:
-    from daqconvert.report.curves import Line, curve
-
-    x = [row["epoch"] for row in data.rows]
-    names = (("oscillating", "oscillating", 2), ("frozen", "frozen", 3))
-    lines = [
-        Line(n, x, _column(data.rows, key), c)
-        for n, key, c in names
-        if any(value is not None for value in _column(data.rows, key))
-    ]
+    lines = _lines(data.rows, ("oscillating", "oscillating", 2), ("frozen", "frozen", 3))
     return curve("Share of weights that oscillate", lines, percent=True) if lines else ""
 
 
 _CHARTS: tuple[Callable[[TrainingReport], str], ...] = (_loss, _top1, _rates, _oscillation)
 
 
-def _column(rows: Sequence[Row], key: str) -> list[float | None]:
+def _lines(rows: Sequence[Row], *columns: tuple[str, str, int], zeros: bool = True) -> list[Line]:
+    """Return a line for each column `(label, key, colour)` that has a value, or one other than 0 if not `zeros`."""
+    x = _column(rows, "epoch")
+    found = [(label, _column(rows, key), color) for label, key, color in columns]
+    return [Line(label, x, y, color) for label, y, color in found if any(v if not zeros else v is not None for v in y)]
+
+
+def _column(rows: Sequence[Row], key: str) -> list[Any]:
     return [row.get(key) for row in rows]
 
 
