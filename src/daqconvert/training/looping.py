@@ -144,7 +144,7 @@ def _forward_and_backward(run: Run, wrapped: Any, inputs: Inputs, target: Any, s
 
 
 def _after_step(run: Run, step: Step, came: list[float], on_step: Callable[[Step], None] | None) -> None:
-    """Let the parts act, and write a checkpoint if it is time or somebody asked for one."""
+    """Let the parts act, and write a checkpoint if it is time or a signal asked for one."""
     for part in run.parts:
         part.after_step(step)
     if on_step is not None and run.processes.is_main:
@@ -164,7 +164,7 @@ def _save(run: Run) -> None:
 
 
 def _show(run: Run, bar: Bar) -> None:
-    if not bar.shown:  # the hits are on the device until somebody reads them
+    if not bar.shown:  # reading the hits would wait for the device
         bar.advance()
         return
     meter, rates = run.position.meter, _rates(run)
@@ -175,12 +175,12 @@ def _show(run: Run, bar: Bar) -> None:
 
 
 def _rates(run: Run) -> dict[str, float]:
-    """Learning rates of the last step."""
+    """Return the learning rates of the last step."""
     return {WEIGHTS: 0.0, QUANTIZERS: 0.0} | run.optimizers.rates(run.position.number - 1)
 
 
 def _row(run: Run) -> Row:
-    """What is known of the epoch before its evaluation, over all processes."""
+    """Return what is known of the epoch before its evaluation, over all processes."""
     position, rates = run.position, _rates(run)
     meter, seconds = position.meter.over(run.processes), max(1e-9, position.seconds)
     return {
@@ -234,7 +234,7 @@ def _measured(run: Run, batches: Iterator[Any]) -> EvalResult:
 
 
 def _interruptible(run: Run, batches: Iterator[Any]) -> Iterator[Any]:
-    """Leave the evaluation when a signal ends training; several processes finish it, as they have to together."""
+    """Leave the evaluation when a signal ends training; several processes finish it, for each of them has to."""
     for batch in batches:
         ending = run.signals.take(run.signals.came)[1] if run.processes.count == 1 else None
         if ending is not None:
@@ -243,7 +243,7 @@ def _interruptible(run: Run, batches: Iterator[Any]) -> Iterator[Any]:
 
 
 def _merit(row: Row) -> tuple[float, float]:
-    """Top-1, then a small loss; where there is no top-1 the loss alone. NaN is worst."""
+    """Return what epochs are compared by: top-1 where there is one, then the loss; NaN is the worst loss."""
     loss, top1 = row["val_loss"], row["val_top1"]
     return (0.0 if top1 is None else top1, -math.inf if math.isnan(loss) else -loss)
 

@@ -69,7 +69,7 @@ def _write(run: Run, about: dict[str, Any], best: dict[str, Tensor] | None) -> N
 
 
 def model_copy(run: Run) -> dict[str, Tensor]:
-    """Return the model's tensors as they are now, for `save`; empty where nobody will write them."""
+    """Return the model's tensors as they are now, for `save`; empty on a process that writes nothing."""
     if run.directory is None or not run.processes.is_main:
         return {}
     return {key: value.detach().to("cpu", copy=True) for key, value in model_tensors(run.model).items()}

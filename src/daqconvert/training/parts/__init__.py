@@ -1,1 +1,1 @@
-"""Parts of a run: what acts on it beside the optimizers, each a file of its own, in one order (`assembly`)."""
+"""Parts of a run: what acts on it beside the optimizers. `assembly` makes them, in the order in which they act."""

@@ -35,7 +35,7 @@ class Board(Part):
         model: The model in training.
         folder: Where this process writes files, or None.
         steps: Comes before this part, and makes the scalars of the steps.
-        oscillation: Knows the shares of oscillating weights; None where nobody does.
+        oscillation: Knows the shares of oscillating weights; None where they are not followed.
     """
 
     name: ClassVar[str] = "board"
@@ -102,11 +102,9 @@ def _scalars(found: dict[str, Any]) -> list[tuple[str, float]]:
 
 
 class EventFile:
-    """A file of scalars for TensorBoard.
+    """A file of scalars for TensorBoard, in a folder that is made if it is missing.
 
-    Args:
-        folder: For the file; made where it is not there.
-        purge: What an earlier file of the folder says of this step and later ones is not shown; None for nothing.
+    With `purge`, what earlier files of the folder say of that step and later ones is not shown.
 
     Raises:
         ImportError: If tensorboard is not installed.
@@ -128,12 +126,7 @@ class EventFile:
         self._write(events)
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Write scalars.
-
-        Args:
-            step: Optimizer steps so far.
-            scalars: By tag.
-        """
+        """Write scalars, by tag, for a step."""
         now = time.time()
         self._write(
             [self._event(wall_time=now, step=step, summary=self._scalar(tag, value)) for tag, value in scalars.items()]

@@ -46,7 +46,7 @@ class Average(Part):
 
     @property
     def module(self) -> nn.Module:
-        """The averaged model; nobody calls it, it has the values."""
+        """The averaged model, which holds the values and is never called."""
         found: nn.Module = self._average.module
         return found
 
@@ -116,13 +116,9 @@ class Average(Part):
 class Pairs:
     """What a step reads and writes, as lists that are made once.
 
-    Args:
-        average: The averaged model.
-        model: The model in training.
-
     Attributes:
-        averaged: Tensors of the average that are averaged, and those of the model.
-        copied: The same of what is copied, by dtype and device.
+        averaged: Tensors that are averaged: those of the average, and those of the model in training.
+        copied: Pairs of such lists for tensors that are copied, one pair for each dtype and device.
     """
 
     def __init__(self, average: nn.Module, model: nn.Module) -> None:
@@ -140,12 +136,12 @@ class Pairs:
         self._own = all(id(theirs) in own for _, found in (self.averaged, *self.copied) for theirs in found)
 
     def valid(self) -> bool:
-        """Whether the model still has these tensors; where its state dict computes some they never are kept."""
+        """Whether the model still has these tensors; never where its state dict computes some of them."""
         return self._own and all(owner.get(name) is value for owner, name, value in self._owned)
 
 
 def _pairs(average: nn.Module, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """What the average has and what the model has of each tensor, each tensor of the model once."""
+    """Return pairs of a tensor of the average and the one of the model, each tensor of the model once."""
     ours, theirs = average.state_dict(keep_vars=True), model.state_dict(keep_vars=True)
     unique = {id(value): (ours[key], value) for key, value in theirs.items() if isinstance(value, Tensor)}
     return list(unique.values())

@@ -103,7 +103,7 @@ class Oscillation(Part):
             tracker.put()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return codes, directions, frequencies, and what is frozen, as `KEY/SITE`."""
+        """Return the state of every site's weights, as `KEY/SITE`."""
         return {
             f"{key}/{name}": value.clone()
             for name, tracker in self.trackers.items()
@@ -111,7 +111,7 @@ class Oscillation(Part):
         }
 
     def meta(self) -> Any:
-        """Return the bits for which that holds."""
+        """Return the bits for which the state holds, by site."""
         return {name: tracker.bits[name] for name, tracker in self.trackers.items()}
 
     def load(self, tensors: dict[str, Tensor], meta: Any) -> None:

@@ -45,7 +45,7 @@ class ReportPage(Part):
         guards: Has its warnings, and the weights on each level.
         steps: Has the loss by step.
         snapshots: Has the bounds by epoch.
-        oscillation: Has the shares of oscillating and frozen weights; None where nobody has.
+        oscillation: Has the shares of oscillating and frozen weights; None where they are not followed.
     """
 
     name: ClassVar[str] = "report"
