@@ -31,7 +31,7 @@ def broken(how, threads):
 
 
 def test_in_turns_each_in_its_own_process(tmp_path):
-    names = {"slow": 0.02, "fast": 0.0, "middle": 0.01}
+    names = {"slow": 0.2, "fast": 0.0, "middle": 0.1}  # far apart: on a busy machine a sleep ends late
     told = []
     found = time_in_turns(
         {name: partial(sleeper, tmp_path, name, seconds) for name, seconds in names.items()},
@@ -45,7 +45,7 @@ def test_in_turns_each_in_its_own_process(tmp_path):
     assert {tuple(row[2:]) for row in rows} == {("1", "1", "False")}
     assert told == [*names, *turns]
     assert found["fast"].median < found["middle"].median < found["slow"].median
-    assert found["slow"].median >= 0.02 and len(found["slow"].rounds) == 2
+    assert found["slow"].median >= 0.2 and len(found["slow"].rounds) == 2
     assert found["slow"].p95 >= found["slow"].median
 
 
