@@ -1,4 +1,8 @@
-"""Batches: a tensor, a tuple or list whose first entry is the input, or a dict of keyword arguments."""
+"""Taking batches apart, and calling a model on one.
+
+A batch is a tensor, a tuple or list whose first entry is the input and second the target, or a dict of keyword
+arguments, whose target is under one of `TARGET_KEYS`.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +63,7 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
 
 
 class Enough(BaseException):
-    """Ends a forward whose purpose is fulfilled. It is no `Exception`, so that no model catches it by accident."""
+    """Raised by a hook to end a forward early. It is not an `Exception`, so that no model catches it by accident."""
 
 
 def run_batch_until(model: nn.Module, batch: Any) -> None:

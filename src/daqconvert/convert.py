@@ -1,4 +1,4 @@
-"""The verbs `plan`, `quantize` and `load_float`, and the checks that a model is float, or quantized and not frozen.
+"""The verbs `plan`, `quantize` and `load_float`, and the checks of a verb that its model is float or quantized.
 
 `plan` decides and changes nothing, `quantize` applies the plan to a copy of the model and keeps it with the copy, and
 `load_float` fills a quantized model with the weights of a float one.
@@ -41,7 +41,7 @@ def plan(
         exclude: Names, globs or `re:` patterns of sites to leave in float.
         include: Names, globs or `re:` patterns of the only sites to convert; replaces the policy's `include`.
         bits: Maps names or patterns to bits: a number for weight and input, `(w, a)`, or None for float. These rules
-            come after all others, so they win.
+            come after all others and override them.
         rules: `Rule` objects that come after those of the policy.
         example_inputs: Inputs to count multiply-accumulates with: a tensor, a tuple of positional arguments or a dict
             of keyword arguments.
@@ -106,9 +106,9 @@ def quantize(
         exclude: Names, globs or `re:` patterns of sites to leave in float.
         include: Names, globs or `re:` patterns of the only sites to convert; replaces the policy's `include`.
         bits: Maps names or patterns to bits: a number for weight and input, `(w, a)`, or None for float. These rules
-            come after all others, so they win.
+            come after all others and override them.
         rules: `Rule` objects that come after those of the policy.
-        example_inputs: Inputs to count the plan's multiply-accumulates with, as for `plan`; not needed.
+        example_inputs: Inputs to count the plan's multiply-accumulates with, as for `plan`; optional.
         **settings: Any other field of `Settings`.
 
     Returns:
@@ -157,7 +157,7 @@ def apply_plan(model: nn.Module, chosen: Plan) -> nn.Module:
 
 
 def current_plan(model: nn.Module) -> Plan:
-    """Return the plan of a quantized or frozen model, with the signs that `calibrate` has decided since.
+    """Return the plan of a quantized or frozen model, including the input signs that `calibrate` has decided.
 
     Raises:
         ConversionError: If the model is not quantized.
@@ -215,8 +215,7 @@ def load_float(qmodel: nn.Module, state_dict: dict[str, Tensor]) -> nn.Module:
         state_dict: The state dict of the float model that it was made from, or of one like it.
 
     Returns:
-        The same model. Its bounds, and the signs that `calibrate` had found, have to be set by `calibrate` (or
-        `finetune`) again.
+        The same model. `calibrate` (or `finetune`) has to set its bounds again, and the signs that data decide.
 
     Raises:
         ConversionError: If a key is missing or unexpected, or a tensor has another shape. Nothing is loaded then.
@@ -261,7 +260,7 @@ def load_float(qmodel: nn.Module, state_dict: dict[str, Tensor]) -> nn.Module:
 
 
 def _outer(key: str) -> Iterator[str]:
-    """Yield a key of a state dict, then the dotted names of the modules that it is inside of, innermost first."""
+    """Yield a key of a state dict, then the dotted names of the modules that contain it, innermost first."""
     while key:
         yield key
         key = key.rpartition(".")[0]

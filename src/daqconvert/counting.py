@@ -20,7 +20,7 @@ from daqconvert.spec.text_table import text_table
 
 @dataclass(frozen=True)
 class SiteCount:
-    """What ran at one site, or at one place that is no site.
+    """What ran at one site, or at one place that is not a site.
 
     Attributes:
         name: Name of the site in the plan. Where the weight belongs to no site, name of its parameter or buffer, or
@@ -31,7 +31,7 @@ class SiteCount:
         both: How many of `macs` had both quantized.
         module: Dotted name of the module that was running.
         op: Name of torch's operator, such as `"addmm"`; the first one where several ran.
-        reason: Why the plan leaves the site in float; empty if it does not.
+        reason: Why the plan leaves the site in float; empty if the plan quantizes it.
     """
 
     name: str
@@ -135,14 +135,14 @@ class Coverage:
 def coverage(qmodel: nn.Module, *args: Any, **kwargs: Any) -> Coverage:
     """Run a model once and count how many of its multiply-accumulates had quantized operands.
 
-    The model runs in the mode that it is in (training or evaluation), and the user's hooks fire. Afterwards these are
-    as they were before: buffers such as the statistics of batch norm, attributes that a forward assigned, training
-    flags, and the random generators of torch and Python. What a forward appended to a list of its own stays there.
+    The model runs in its current mode (training or evaluation), and the user's hooks fire. Afterwards the following
+    are restored: buffers such as the statistics of batch norm, attributes that a forward assigned, training flags, and
+    the random generators of torch and Python. Not restored: what a forward appended to a list of the model.
 
     An operand counts as quantized only if a quantizer returned its values; they may have been reshaped, padded with
     zeros, concatenated and the like since. Every convolution counts, and every matrix product that has an operand
-    computed from a parameter. A matrix product of two activations counts apart, as an attention product. A fused
-    kernel counts as the products that it computes.
+    computed from a parameter. A matrix product of two activations is counted separately, as an attention product. A
+    fused kernel counts as the products that it computes.
 
     Args:
         qmodel: A quantized, frozen or float model.
@@ -164,7 +164,7 @@ def coverage(qmodel: nn.Module, *args: Any, **kwargs: Any) -> Coverage:
     """
     model = _unwrapped(qmodel)
     plan = current_plan(model) if isinstance(getattr(model, PLAN_ATTRIBUTE, None), Plan) else None
-    torch.clear_autocast_cache()  # NOTE: the origin of a weight that was cast before this run would be unknown
+    torch.clear_autocast_cache()  # NOTE: otherwise a weight cast before this run would have no known origin
     with unchanged(model), _eager(model), counting(model, (args, kwargs)) as counter:
         model(*args, **kwargs)
     weighted = assign([event for event in counter.events if not event.attention], plan)
@@ -220,7 +220,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
             module._buffers.update(held)
         with torch.no_grad():
             for buffer, value in values.values():
-                # NOTE: equal buffers are not written, for autograd counts writes
+                # NOTE: equal buffers are not written, because autograd counts writes
                 if not (buffer.is_meta or torch.equal(buffer, value)):
                     buffer.copy_(value)
 
@@ -232,7 +232,7 @@ def _eager(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         if compiled:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(warnings.catch_warnings())  # that hooks fire for the wrapper too is harmless here
+            stack.enter_context(warnings.catch_warnings())  # here it is harmless that hooks also fire for the wrapper
             warnings.filterwarnings("ignore", "Using `torch.compile\\(module\\)` when there are global hooks")
         yield
 

@@ -1,7 +1,7 @@
-"""Every error that a user can cause. Each says where it happened, what was expected and found, and what to type next.
+"""Every error that a user can cause. A message says where it happened, what was expected and found, and what to do.
 
-All classes derive from `DaqError`, so a program can catch that one. The command line prints any of them as one
-paragraph and ends with exit code 2.
+All classes derive from `DaqError`, so a program can catch them all by `DaqError`. The command line prints any of them
+as one paragraph and ends with exit code 2.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class TrainingError(DaqError, RuntimeError):
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """Return `" Nearest: a, b."` with the valid names closest to `name`, or `""` where none is close.
+    """Return `" Nearest: a, b."` with the valid names closest to `name`, or `""` if none is close.
 
     Example:
         >>> nearest("layer5.*", ["layer4.0.conv1", "fc"])

@@ -1,7 +1,8 @@
-"""Writing files and directories whole or not at all: they are written beside their place, then renamed into it.
+"""Writing files and directories completely or not at all: under a temporary name beside the target, then a rename.
 
-What is being written has the hidden name `.NAME.MACHINE-PID-RANDOM.tmp`. A process that is killed leaves it behind.
-The next process that writes to the same place on the same machine finds that the owner is gone and removes it.
+The temporary name is hidden: `.NAME.MACHINE-PID-RANDOM.tmp`. A process that is killed leaves its temporary file
+behind. The next process that writes to the same path on the same machine sees that the process PID is gone and removes
+the file.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"  # a process id means no
 
 @contextmanager
 def replacing(path: Path, error: type[DaqError], hint: str = "") -> Iterator[Path]:
-    """Yield a temporary path to write a file to; it replaces `path` if the block succeeds and is removed if not.
+    """Yield a temporary path to write a file to; the file replaces `path` if the block succeeds, else it is removed.
 
     Missing parent directories are made, and removed again on failure.
 
     Raises:
-        DaqError: Of class `error`, ending in `hint`, if the file cannot be written. What was there is unchanged.
+        DaqError: Of class `error`, ending in `hint`, if the file cannot be written. An existing file is unchanged.
     """
     with _writing(path, error, hint) as real:
         temporary = _beside(real, "tmp")
@@ -47,10 +48,10 @@ def replacing(path: Path, error: type[DaqError], hint: str = "") -> Iterator[Pat
 
 @contextmanager
 def replacing_directory(path: Path, error: type[DaqError], hint: str = "") -> Iterator[Path]:
-    """Yield an empty temporary directory; it replaces `path`, contents and all, if the block succeeds.
+    """Yield an empty temporary directory; if the block succeeds, it replaces `path` and all of its contents.
 
     Raises:
-        DaqError: Of class `error`, ending in `hint`, if it cannot be written. What was there is unchanged.
+        DaqError: Of class `error`, ending in `hint`, if it cannot be written. An existing directory is unchanged.
     """
     with _writing(path, error, hint) as real:
         temporary = _beside(real, "tmp")
@@ -69,7 +70,7 @@ def replacing_directory(path: Path, error: type[DaqError], hint: str = "") -> It
 
 
 def write_text(path: Path, text: str, error: type[DaqError], hint: str = "") -> None:
-    """Write or replace a UTF-8 text file; if that fails, raise `error` with `hint` as its last words."""
+    """Write or replace a UTF-8 text file; on failure raise `error`, whose message ends in `hint`."""
     with replacing(path, error, hint) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="")
 
@@ -77,7 +78,7 @@ def write_text(path: Path, text: str, error: type[DaqError], hint: str = "") -> 
 def remove_leftovers(path: Path) -> None:
     """Remove the temporary files and directories that killed processes left when they wrote to `path`.
 
-    A directory that one of them had moved aside and not yet replaced goes back to its place.
+    If such a process had moved a directory aside (`.old`) and not yet replaced it, the directory is moved back.
     """
     for leftover in _leftovers(path):
         if leftover.suffix == ".old" and not path.exists():
@@ -99,10 +100,10 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def _writing(path: Path, error: type[DaqError], hint: str) -> Iterator[Path]:
-    """Make the parents of `path`; on failure remove those that were made, and turn errors of files into `error`.
+    """Make the parents of `path`; on failure remove those that were made, and raise file errors as `error`.
 
     Yields:
-        The path to write to: `path` itself, or what it points to if it is a link, for links stay links.
+        The path to write to: `path` itself or, if `path` is a symbolic link, its target, so that the link is kept.
     """
     made: list[Path] = []
     try:
@@ -138,7 +139,7 @@ def _leftovers(path: Path) -> list[Path]:
 
 def _is_running(pid: int) -> bool:
     if os.name != "posix":
-        return True  # NOTE: only POSIX has a signal 0 that asks and does nothing
+        return True  # NOTE: only POSIX has signal 0, which tests for a process without any effect on it
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -161,7 +162,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def exchange_in_steps(new: Path, path: Path) -> None:
-    """Replace the directory `path` by `new`, which is beside it, with two renames; on failure the old one is back."""
+    """Replace the directory `path` by its sibling `new`, with two renames; on failure `path` is renamed back."""
     old = _beside(path, "old")
     path.rename(old)
     try:

@@ -1,8 +1,8 @@
 """The verb `freeze`: integer codes instead of weights, one scale and zero point instead of each quantizer.
 
 `freeze` copies the model and freezes the sites of the copy in place. The copy shares the weights that become codes
-(`dropped_weights`), so that there is no moment with two copies of them in memory. Whatever else it still shares at the
-end gets a copy of its own.
+(`dropped_weights`) with the original, so that memory never holds two copies of them. Any of these weights that the
+frozen model still has at the end are then copied (`own_parameters`).
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ def freeze(qmodel: nn.Module) -> nn.Module:
             "Run daqconvert.calibrate(model, batches) or finetune first."
         )
     plan = current_plan(qmodel)
-    weights = dropped_weights(qmodel)  # shared with the copy, for copies of all would double the memory
+    weights = dropped_weights(qmodel)  # shared with the copy, because copying them all would double the memory
     frozen = copy_model(qmodel, sharing=weights)
     for site, other in zip(sites.values(), quantized_sites(frozen).values(), strict=True):
         old, new = site.weight_quantizer, other.weight_quantizer
         if isinstance(old, WeightQuantizer) and isinstance(new, WeightQuantizer):
-            new.take_memory(old)  # the codes of the weight are there already if the model has been called
+            new.take_memory(old)  # if the model has been called, `old` remembers the codes of the weight
     freeze_sites(frozen)
     integer_sites(frozen, plan)
     own_parameters(frozen, weights)

@@ -1,6 +1,6 @@
-"""Copies of a model, and context managers that switch one for a while and put everything back, on exceptions too.
+"""Copies of a model, and context managers that change a model's state and restore it, on exceptions too.
 
-`cache_weights` alone switches for good.
+`cache_weights` is not a context manager: its change lasts.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def copy_model(model: nn.Module, *, to_look_at: bool = False, sharing: Iterable[
 
     Tensors that a forward left in an attribute together with their autograd graph (a cached activation, the weight
     that the old `weight_norm` computes) are copied without the graph; `copy.deepcopy` alone refuses them. The copy
-    shares the tensors of `sharing` with the model. With `to_look_at` it shares all parameters and has no forward
-    hooks: it is made to be traced, and nothing that happens in the trace reaches the user's model.
+    shares the tensors of `sharing` with the model. With `to_look_at`, a copy to be traced, it shares all parameters
+    and has no forward hooks, so that tracing does not call the user's hooks.
 
     Raises:
         ConversionError: If something in the model cannot be copied.
@@ -37,7 +37,7 @@ def copy_model(model: nn.Module, *, to_look_at: bool = False, sharing: Iterable[
         memo |= {id(t): t.detach().clone() for t in left}
     try:
         found = copy.deepcopy(model, memo)
-    except Exception as error:  # NOTE: runs the __deepcopy__ and __reduce__ of whatever the model holds
+    except Exception as error:  # NOTE: any error, because deepcopy runs the user's __deepcopy__ and __reduce__
         raise ConversionError(
             f"{type(model).__name__} cannot be copied ({error}). daqconvert never changes the model it is given, so "
             "copy.deepcopy(model) has to work: take out what cannot be copied (a lock, a file, a generator)."
@@ -50,16 +50,16 @@ def copy_model(model: nn.Module, *, to_look_at: bool = False, sharing: Iterable[
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Switch all quantizers of a model off while the context lasts: it computes in float with its current weights.
+    """Switch all quantizers of a model off while the context lasts: the model computes in float, with current weights.
 
     Args:
         model: A quantized model.
 
     Yields:
-        The same model. Its quantizers are switched on again at the end of the context, on exceptions too.
+        The same model. At the end of the context, on exceptions too, its quantizers are as they were before.
 
     Raises:
-        FrozenError: If the model is frozen, because it has no float weights any more.
+        FrozenError: If the model is frozen, because it then has no float weights.
 
     Example:
         >>> import daqconvert as dq
@@ -90,13 +90,13 @@ def cache_weights(frozen: nn.Module, enabled: bool = True) -> int:
     """Trade memory for speed: keep the decoded weights of a frozen model, instead of decoding them in every forward.
 
     A frozen model holds one byte for each weight and decodes a layer's codes whenever the layer computes. This call
-    keeps the decoded weights in memory too: 4 bytes for each weight of a float32 model. No result changes. What is
-    kept is in no state dict, artifact or exported file; it moves with `.to()` and `.half()`, and is renewed when a
-    state dict is loaded. If you write into `weight_codes` by hand and the model is compiled, call this again.
+    keeps the decoded weights in memory too: 4 bytes for each weight of a float32 model. No result changes. The decoded
+    weights are in no state dict, artifact or exported file. They move with `.to()` and `.half()`, and are decoded
+    again when a state dict is loaded. If you write into `weight_codes` of a compiled model, call this function again.
 
     Args:
         frozen: A model from `freeze` or `load`; it is changed in place.
-        enabled: False gives the memory back.
+        enabled: False frees the memory again.
 
     Returns:
         The number of bytes that are kept now, in addition to the model itself.
@@ -137,7 +137,7 @@ def unchanged_on_error(sites: Iterable[QuantizedSite]) -> Iterator[None]:
 
 
 def quantized_sites(model: nn.Module) -> dict[str, QuantizedSite]:
-    """Return the quantized sites of a model by dotted name, each once: layers and holders of call sites."""
+    """Return the quantized sites of a model (layers and holders of call sites) by dotted name, each once."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedSite)}
 
 

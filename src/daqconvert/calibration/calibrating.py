@@ -1,9 +1,9 @@
 """The verb `calibrate`: bounds of every quantizer from data in one pass, then output scales from the first batch.
 
-An output scale starts at 1 where the operands' scales carry real units. Where they do not (`site.unitless`), it starts
-as in the paper at `mean|conv(x, W)| / mean|conv(x_q, W_q)|` on the first batch: what the site computes in float over
-what it computes from operands, both without bias, for each channel if the scale has channels. A channel that computes
-only zeros there has no such ratio (its input is zero on this batch, or the batch does not reach the site). It starts
+An output scale starts at 1 if the operands' scales carry real units. If they do not (`site.unitless`), it starts as in
+the paper at `mean|conv(x, W)| / mean|conv(x_q, W_q)|` on the first batch: the site's output in float divided by its
+output from operands, both without bias, per channel if the scale has channels. This ratio does not exist for a channel
+that computes only zeros (its input is zero on this batch, or the batch does not reach the site). Such a channel starts
 at an estimate from its weight alone, because at 0 the gradient of `|output_scale|` is 0 too and the channel could
 never recover.
 """
@@ -36,9 +36,9 @@ class CalibratedInput:
     """What `calibrate` found for one quantized input.
 
     Attributes:
-        name: Dotted name of the site; `" (weight)"` follows it for a weight that depends on the data.
+        name: Dotted name of the site, followed by `" (weight)"` for a weight that depends on the data.
         signed: Whether the input is signed.
-        proven: Whether the dataflow had shown the sign before any data was seen.
+        proven: Whether the sign was known from the model's dataflow before any data was seen.
         minimum: Smallest value seen.
         maximum: Largest value seen.
         lower: Chosen lower bound.
@@ -62,8 +62,8 @@ class CalibrationReport:
         inputs: What was found for each input, in the order of the model.
         batches: Number of batches read.
         method: The method that chose the bounds.
-        unseen: Names of the sites that no batch reached. Those without bounds get placeholders, `[-1, 1]` (`[0, 1]` if
-            unsigned or of 1 bit), and a sign that is not decided yet stays undecided.
+        unseen: Names of the sites that no batch reached. If such a site has no bounds yet, it gets placeholders,
+            `[-1, 1]` (`[0, 1]` if unsigned or of 1 bit); an undecided sign stays undecided.
     """
 
     inputs: tuple[CalibratedInput, ...]
@@ -163,7 +163,7 @@ class _Operand:
 
 
 class _Observing(Watcher):
-    """Shows the input and the weight of a site to their observers."""
+    """Passes the input and the weight of a site to their observers."""
 
     def __init__(self, of_input: InputObserver | None, of_weight: InputObserver | None) -> None:
         self.of_input, self.of_weight = of_input, of_weight
@@ -177,7 +177,7 @@ class _Observing(Watcher):
 
 
 def _operands(sites: dict[str, QuantizedSite], method: str) -> dict[int, _Operand]:
-    """Return the quantizers that need data, by identity, because sites that read one tensor may share a quantizer."""
+    """Return the quantizers that need data, by `id`, because sites that read the same tensor may share a quantizer."""
     found: dict[int, _Operand] = {}
     for site in sites.values():
         for role, quantizer in (("input", site.input_quantizer), ("weight", site.weight_quantizer)):
@@ -188,7 +188,7 @@ def _operands(sites: dict[str, QuantizedSite], method: str) -> dict[int, _Operan
 
 
 def _shared_layers(qmodel: nn.Module) -> set[str]:
-    """Return the names of layers whose weight another site uses too."""
+    """Return the names of the layers whose weight is also used by a site that another module holds."""
     rows = getattr(qmodel, PLAN_ATTRIBUTE, ())
     calls = [row.site.call for row in rows if row.converted and row.site.call is not None]
     layers = ((tensor.removesuffix(".weight"), call.holder) for call in calls for tensor in call.tensors)
@@ -303,7 +303,7 @@ class _OutputScaleStart(Watcher):
         w, top = site.weight_quantizer(weight), site.sum_scale()
         operand = x if site.input_quantizer is None else site.input_quantizer(x)
         acc, scale = safe_products(operation, operand, w, top, site.settings)
-        # NOTE: in float32, for the sums of a float16 layer may pass 65504
+        # NOTE: in float32, because the sums of a float16 layer may exceed 65504
         exact = operation(_wide(x), _wide(weight))
         self.exact = self.exact + _channel_mean(exact, site)
         self.quantized = self.quantized + _channel_mean(acc, site) * scale
@@ -321,7 +321,7 @@ class _OutputScaleStart(Watcher):
 def _estimate(site: QuantizedSite) -> Tensor:
     """Return `mean|W| / mean|W_q|`, per channel if the scale is, times the width of the input's range."""
     quantizer, weight = site.weight_quantizer, site.float_weight()
-    assert isinstance(quantizer, WeightQuantizer) and weight is not None  # as for every unitless site
+    assert isinstance(quantizer, WeightQuantizer) and weight is not None  # true of every unitless site
     weight, operand = _wide(weight), _wide(quantizer(weight)) / levels(quantizer.bits, quantizer.grid)
     layout, dim = quantizer.layout, site.output_scale.dim()
     mean, mean_q = (layout.rows(t).abs().mean(dim=1) if dim else t.abs().mean() for t in (weight, operand))

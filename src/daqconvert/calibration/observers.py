@@ -1,7 +1,7 @@
 """Observers of inputs (range, moments, histogram), and the methods that choose bounds from what was observed.
 
 The histogram has a power-of-two number of equal bins over `[-limit, limit]`. When a value passes the limit, the limit
-doubles and pairs of bins merge. That loses nothing, so one pass over the data is enough.
+doubles and pairs of bins merge. No count is lost in this, so one pass over the data is enough.
 """
 
 from __future__ import annotations
@@ -13,22 +13,24 @@ import torch
 from torch import Tensor
 
 BINS = 8192
-COARSE = 8  # so many bins are merged into one for the first, coarse search of the least error
+COARSE = 8  # number of bins that are merged into one for the first, coarse search for the least error
 LARGEST = torch.finfo(torch.float32).max
-SAMPLE = 1 << 18  # at most so many elements of a batch enter the histogram; range and moments see all elements
+SAMPLE = 1 << 18  # at most this many elements of a batch enter the histogram; range and moments use all elements
 
 
 class InputObserver:
     """Observes the input of one site over any number of batches.
 
-    The arguments say what is taken beside the range: `std` the standard deviation of the first batch (two more passes
-    over it), `histogram` the histogram, `mean` the mean absolute value.
+    The arguments choose what is recorded in addition to the range: `std` the standard deviation of the first batch
+    (which takes two more passes over it), `histogram` the histogram, `mean` the mean absolute value.
 
     Attributes:
         minimum: Smallest value seen.
         maximum: Largest value seen.
         first_std: Standard deviation of the first batch; the paper starts `upper` at three times this.
         finite: Whether all values seen were finite in float32.
+        limit: The histogram covers `[-limit, limit]`; 0 until a value other than 0 is seen.
+        histogram: Estimated number of values in each bin, `(BINS,)`, float64.
 
     Example:
         >>> observer = InputObserver()
@@ -82,7 +84,8 @@ class InputObserver:
 
         The counts are those of `torch.histc`, in a third of its time.
         """
-        place = sample.mul(1.0 / self.limit).add_(1.0).mul_(BINS / 2)  # powers of two, so only the addition rounds
+        # both factors are powers of two, so only the addition rounds
+        place = sample.mul(1.0 / self.limit).add_(1.0).mul_(BINS / 2)
         return torch.bincount(place.int().clamp_(max=BINS - 1), minlength=BINS)
 
     def centers(self) -> Tensor:
@@ -120,9 +123,9 @@ def percentile_bounds(
 
 
 def std_bounds(observer: InputObserver, bits: int, signed: bool) -> tuple[float, float]:
-    """Return the paper's start: 3 standard deviations of the first batch, in both directions if signed.
+    """Return the paper's initial bounds: 3 standard deviations of the first batch, in both directions if signed.
 
-    If the first batch was constant, that would be an empty range, so the range seen is returned.
+    If the first batch was constant, these bounds would be an empty range, so the range seen is returned.
     """
     width = 3.0 * (observer.first_std or 0.0)
     if width == 0.0:
@@ -133,8 +136,8 @@ def std_bounds(observer: InputObserver, bits: int, signed: bool) -> tuple[float,
 def minimum_error_bounds(observer: InputObserver, bits: int, signed: bool) -> tuple[float, float]:
     """Return the bounds with the least squared rounding error on the histogram.
 
-    The search tries all pairs of a coarse grid on a coarser histogram first, then moves one bound at a time in steps
-    that get finer.
+    The search first tries all pairs of a coarse grid of bounds on a merged histogram. Then it moves one bound at a
+    time, in steps that get finer.
     """
     low, high = minmax_bounds(observer, bits, signed)
     merged = observer.histogram.reshape(-1, COARSE).sum(dim=1), observer.centers().reshape(-1, COARSE).mean(dim=1)
@@ -154,7 +157,7 @@ def minimum_error_bounds(observer: InputObserver, bits: int, signed: bool) -> tu
 
 
 def _used(histogram: Tensor, centers: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """Return the centers and counts of the bins that are not empty."""
+    """Return the centers and counts of the bins that are not empty; negative centers become 0 if not `signed`."""
     used = histogram > 0
     values = centers[used]
     return (values if signed else values.clamp(min=0.0)), histogram[used]
@@ -185,9 +188,9 @@ def error_bounds(observer: InputObserver, bits: int, signed: bool) -> tuple[floa
 
 
 def observer_for(method: str, bits: int, by_mean: bool = False) -> InputObserver:
-    """Return an observer that takes only what a method (a key of `METHODS`) needs at this width.
+    """Return an observer that records only what a method (a key of `METHODS`) needs at this number of bits.
 
-    A quantizer that starts `by_mean` takes the mean absolute value of its input whatever the method, as LSQ's does.
+    With `by_mean` (LSQ) it records the mean absolute value, whatever the method.
     """
     of_std = not by_mean and (method == "std" or (method == "mse" and bits == 1))
     return InputObserver(of_std, histogram=not (by_mean or of_std or method == "minmax"), mean=by_mean)

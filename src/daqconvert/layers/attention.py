@@ -1,12 +1,12 @@
-"""Attention whose products are sites: the function, `nn.MultiheadAttention`, and the encoders that would skip it.
+"""Attention whose two products are sites: as a function, in `nn.MultiheadAttention` and in torch's encoders.
 
     attention = softmax(q k^T * scale + mask) v        sites `attention_scores` (q k^T) and `attention_values`
 
-While no site inside computes or is watched, torch's own fused kernels run instead.
+While no site of an attention block computes quantized or is watched, torch's own fused kernels run instead.
 
 torch's `nn.MultiheadAttention` calls no layer, not even its `out_proj`. `QuantMultiheadAttention` makes each of the
-three input projections a site of its own (`q_proj`, `k_proj`, `v_proj`), for their inputs may differ; their weights
-may be rows of one `in_proj_weight`. It calls `out_proj` as the ordinary layer that it is.
+three input projections a site of its own (`q_proj`, `k_proj`, `v_proj`), because their inputs may differ; their
+weights may be rows of one `in_proj_weight`. It calls `out_proj` like any other layer.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def attention(
     scores: Any, values: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
     dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Compute what `F.scaled_dot_product_attention` computes from the same arguments, its products by their sites.
+    """Compute `F.scaled_dot_product_attention` with its two products computed by their sites.
 
-    `scores` and `values` are the holders of the two products, or None for a product that is no site.
+    `scores` and `values` are the holders of the two products; None for a product that is not a site.
     """
     if not (is_computing(scores) or is_computing(values)):
         return F.scaled_dot_product_attention(
@@ -52,9 +52,9 @@ def attention(
 def attention_probabilities(
     scores: Any, query: Tensor, key: Tensor, mask: Tensor | None, dropout_p: float, scale: float | None = None
 ) -> Tensor:
-    """Return `dropout(softmax(q k^T * scale + mask))`, shape `(..., L, S)`, the product by its site.
+    """Return `dropout(softmax(q k^T * scale + mask))`, shape `(..., L, S)`; the site `scores` computes `q k^T`.
 
-    A boolean mask is True where a key takes part; any other mask is added. `scale` is `1 / sqrt(E)` if None.
+    A boolean mask is True where a key takes part; any other mask is added. If `scale` is None, it is `1 / sqrt(E)`.
     """
     factor = math.sqrt(1.0 / query.shape[-1]) if scale is None else scale
     logits = call_site(scores, "matmul", 1, (query * factor, key.transpose(-2, -1)), {})
@@ -138,10 +138,11 @@ def projection_weight(module: nn.MultiheadAttention, projection: str) -> Tensor:
 def merged_mask(
     module: nn.MultiheadAttention, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, keys: int
 ) -> Tensor | None:
-    """Return one mask to add to the scores for both masks of a call; it is `-inf` where a boolean mask is True.
+    """Combine the two masks of a call into one that is added to the scores: `-inf` where a boolean mask is True.
 
     `attn_mask` is `(L, S)` or `(B * heads, L, S)`, `key_padding_mask` `(B, S)` or `(S,)`; each is boolean, floating or
-    None. The queries `q` are `(B, L, E)` or `(L, E)`; `keys` is the number of keys, with those that the block adds.
+    None. The queries `q` are `(B, L, E)` or `(L, E)`; `keys` is the number of keys, including those that the block
+    adds (`add_bias_kv`, `add_zero_attn`). The result is None if both masks are None.
     """
     masks = []
     if attn_mask is not None:
@@ -171,8 +172,8 @@ def unfused_class(original: type[nn.Module]) -> type[Any]:
     """Return a subclass of an encoder, or encoder layer, that avoids torch's fused path while a site in it is active.
 
     In evaluation mode `nn.TransformerEncoderLayer` and `nn.TransformerEncoder` may run a fused kernel, which reads the
-    weights and calls no layer. They decide by an attribute first; here it is a property that is 0 while a site is
-    active.
+    weights and calls no layer. Each reads one of its attributes to decide whether it may. The subclass replaces this
+    attribute by a property that is 0 (no fused kernel) while a site is active.
     """
     name = "activation_relu_or_gelu" if issubclass(original, nn.TransformerEncoderLayer) else "use_nested_tensor"
 

@@ -17,8 +17,8 @@ class BareOperation:
     """Mixin of quantized and frozen layers: the operation without bias or scale, which a family defines.
 
     A family defines `accumulate(x, w, *args)`. It may also define `products(*args)`, which returns an operation whose
-    gradients are known (`functional.products`) and is preferred. An `accumulate` that a subclass or an instance
-    overrides runs instead of both.
+    gradients are known (`functional.products`) and is preferred. If a subclass or an instance overrides `accumulate`,
+    the override is used instead of both.
     """
 
     _gives_products: ClassVar[bool] = False
@@ -41,7 +41,7 @@ class BareOperation:
 
 
 class QuantizedLayer(BareOperation, QuantizedSite):
-    """Mixin of the quantized layers: the state of a quantized site, and a forward around the bare operation."""
+    """Mixin of the quantized layers: the state of a quantized site, and a forward that calls the bare operation."""
 
     original: ClassVar[type[nn.Module]]
     output_dims: ClassVar[int]
@@ -56,7 +56,7 @@ class QuantizedLayer(BareOperation, QuantizedSite):
             layer: A layer of exactly the class that `cls` is registered for.
             settings: Settings with nothing left on `"auto"`.
             name: Dotted name of the layer, for messages.
-            signed: Sign of the input; None where `calibrate` decides.
+            signed: Whether the input is signed; None if `calibrate` decides.
 
         Raises:
             ConversionError: If the weight is empty, not finite, or constant where it must be normalized.
@@ -71,7 +71,7 @@ class QuantizedLayer(BareOperation, QuantizedSite):
         return layer
 
     def channel_layout(self, shape: tuple[int, ...]) -> ChannelLayout:
-        """Return where the output channels of a weight of this shape are."""
+        """Return which dimension of a weight of this shape holds the output channels."""
         return ChannelLayout.forward(shape)
 
     def float_weight(self) -> Tensor:
@@ -80,9 +80,9 @@ class QuantizedLayer(BareOperation, QuantizedSite):
             return self.weight
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the layer's output from integer-valued operands; the original's where `enabled` is False."""
+        """Return the output computed from integer-valued operands; the original layer's if `enabled` is False."""
         original = super().forward
-        if not self.enabled and not self.watchers:  # NOTE: reading a computed weight here too would move its state
+        if not self.enabled and not self.watchers:  # NOTE: do not read `self.weight`: two reads could change its state
             return original(input, *args, **kwargs)
         return self.run(
             input, self.weight, self.bias, self.bare_operation(*args, **kwargs),
@@ -90,5 +90,5 @@ class QuantizedLayer(BareOperation, QuantizedSite):
         )  # fmt: skip
 
     def extra_repr(self) -> str:
-        """Return the original's text and the bits."""
+        """Return the text of the original class and the bits."""
         return f"{super().extra_repr()}, {bits_text(self.settings)}"

@@ -6,9 +6,10 @@ module itself (`OwnCallHolder`), or a module beside a bare parameter (`CallHolde
 
 Some functions are given a weight and multiply by it where torch.fx cannot look: torchvision's
 `shifted_window_attention(x, self.qkv.weight, self.proj.weight, ...)` decides on shapes, so it stays one node of the
-graph. The rewritten forward gives them a `SiteWeight` instead. torch asks that object before any function gets it, and
-a product by it goes through its site. Functions that only move the elements of the weight first, such as
-`rel_pos[index]` or a transpose, move the elements of the operand.
+graph. The rewritten forward gives such a function a `SiteWeight` instead of the weight. torch calls
+`SiteWeight.__torch_function__` in place of every function that receives the object, so that the site computes every
+multiplication by the weight. A function that only moves elements of the weight before that, such as `rel_pos[index]`
+or a transpose, is applied to the operand later.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from daqconvert.layers.site import QuantizedSite, bits_text
 def call_site(holder: Any, function: str, weight_at: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Return what the call `FUNCTIONS[function](*args, **kwargs)` returns, computed by the site of its holder.
 
-    Operand `weight_at` (0 or 1) is the weight; it is None where the holder has codes. With a holder that is neither a
+    Operand `weight_at` (0 or 1) is the weight; it may be None if the holder has codes. If the holder is neither a
     `QuantizedSite` nor a `FrozenSite`, the function itself is called.
     """
     parts = split_call(function, weight_at, args, kwargs)
@@ -39,7 +40,7 @@ def call_site(holder: Any, function: str, weight_at: int, args: tuple[Any, ...],
         return FUNCTIONS[function](*args, **kwargs)
 
     def plain(x: Tensor) -> Tensor:
-        # NOTE: this is the original call, because `operation` adds no bias and may sum in another order
+        # NOTE: makes the original call where it can, because `operation` adds no bias and may sum in another order
         return FUNCTIONS[function](*args, **kwargs) if x is parts.x else parts.operation(x, parts.weight)
 
     return holder.run(parts.x, parts.weight, parts.bias, parts.operation, plain)
@@ -96,9 +97,9 @@ class OwnCallHolder(QuantizedSite):
 
 
 def handle(holder: Any, weight: Tensor | None = None) -> Any:
-    """Return a `SiteWeight` to call a function with, or the weight itself if the holder has no quantizers or codes.
+    """Return a `SiteWeight` to pass to a function, or the weight itself if the holder has no quantizers or codes.
 
-    `weight` is None where the holder is a layer that has it.
+    `weight` is None if the holder is a layer and the weight is its own.
     """
     if isinstance(holder, (QuantizedSite, FrozenSite)):
         return SiteWeight(holder, weight)
@@ -111,12 +112,12 @@ MOVES |= {torch.transpose, torch.t, torch.permute, torch.reshape, torch.flatten,
 
 
 class SiteWeight:
-    """Stands for the weight of a site: the site computes products by it; other functions get the weight itself.
+    """Stands for the weight of a site: the site computes products with it; other functions get the weight itself.
 
     Attributes:
         holder: A quantized or frozen site.
-        weight: The weight; None where the holder is a layer that has it.
-        move: Moves the elements of the weight as they have been moved so far.
+        weight: The weight; None if the holder is a layer and the weight is its own.
+        move: Applies to the weight all moves of elements so far (transposes, indexing, ...).
     """
 
     def __init__(self, holder: Any, weight: Tensor | None = None, move: Move | None = None) -> None:
@@ -127,7 +128,7 @@ class SiteWeight:
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Compute a product by the site of its weight, and any other function from the weight itself."""
+        """Let the site compute a product with its weight; call any other function with the weight itself."""
         return cls._called(func, args, kwargs or {})
 
     @staticmethod
@@ -141,16 +142,16 @@ class SiteWeight:
         return func(*args, **kwargs)
 
     def moved(self, move: Move) -> SiteWeight:
-        """Return a `SiteWeight` of the same weight with its elements moved once more."""
+        """Return a `SiteWeight` of the same weight with one more move of its elements."""
         before = self.move
         return SiteWeight(self.holder, self.weight, lambda weight: move(before(weight)))
 
     def value(self) -> Tensor:
-        """Return the weight in real units, its elements moved."""
+        """Return the weight in real units after all moves of its elements."""
         return self.move(self.value_before_moves())
 
     def value_before_moves(self) -> Tensor:
-        """Return the weight in real units as the module has it."""
+        """Return the weight in real units as the module stores it."""
         found: Tensor = self.holder.weight if self.weight is None else self.weight
         return found
 
@@ -162,7 +163,7 @@ class SiteWeight:
 
 
 def _product(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Compute a product by the site of its weight."""
+    """Return the product of the call `FUNCTIONS[name](*args, **kwargs)`, computed by the site of its `SiteWeight`."""
     weight_at = 1 if name in LAYER_FUNCTIONS else _position(name, args, kwargs)
     parts = split_call(name, weight_at, args, kwargs)
     if not isinstance(parts.weight, SiteWeight):  # the SiteWeight is the bias or the input
@@ -183,6 +184,6 @@ def _product(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor
 
 
 def _position(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Return which operand of a product of matrices is the `SiteWeight`, 0 or 1."""
+    """Return which operand of a matrix product is the `SiteWeight`, 0 or 1."""
     operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, (Tensor, SiteWeight))][-2:]
     return int(isinstance(operands[1], SiteWeight))

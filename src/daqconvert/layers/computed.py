@@ -1,7 +1,7 @@
 """Weights that a layer computes from other parameters before its forward: parametrizations, weight norm, pruning.
 
-A quantized layer keeps computing such a weight, so training goes on as before. A frozen layer needs only the result:
-the parameters that it was computed from are removed.
+A quantized layer keeps computing such a weight, so training goes on as before. A frozen layer needs only the result;
+the parameters that the weight was computed from are removed.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def is_computed(module: nn.Module) -> bool:
 
 
 def plain_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """Return the class that `torch.nn.utils.parametrize` has derived this one from, or the class itself."""
+    """Return the class without parametrization: the base of a class made by torch's `parametrize`, else `cls`."""
     injected = cls.__name__.startswith("Parametrized") and cls.__module__.startswith("torch.nn.utils.parametrize")
     return cls.__bases__[0] if injected else cls
 
 
 @torch.no_grad()
 def settle_weight(module: Any) -> None:
-    """Make every computed tensor of a layer a parameter with its present value, and remove what computed it, in place.
+    """Make every computed tensor of a layer a parameter with its current value, and remove what computed it, in place.
 
     The layer's class changes only if it is parametrized.
     """
@@ -47,7 +47,7 @@ def settle_weight(module: Any) -> None:
         if isinstance(hook, SpectralNorm):
             remove_spectral_norm(module, hook.name)
             for number, loading in list(module._load_state_dict_pre_hooks.items()):
-                # NOTE: torch wraps this hook, does not recognize it and leaves it: it would ask for what is removed
+                # NOTE: torch stores this hook wrapped and so fails to remove it; left there, it would break loading
                 if isinstance(getattr(loading, "hook", loading), SpectralNormLoadStateDictPreHook):
                     del module._load_state_dict_pre_hooks[number]
         elif isinstance(hook, (WeightNorm, BasePruningMethod)):

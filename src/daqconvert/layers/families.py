@@ -1,8 +1,8 @@
 """torch's convolutions, transposed convolutions and `nn.Linear`, quantized and frozen.
 
-Each family is a mixin with the bare operation (`accumulate`, and `products`, which knows its gradients too) and, for
-each torch class, two registered classes that put the mixin in front of it. They honour every constructor argument,
-because they inherit torch's constructor, attributes and forward.
+Each family is a mixin with the bare operation (`accumulate`; `products` is the same operation with known gradients)
+and, for each torch class, two registered classes that inherit from the mixin and the torch class. These classes
+honour every constructor argument, because they inherit torch's constructor, attributes and forward.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ConvOp:
     def products(self: Any, *args: Any) -> Operation:
         """Return the convolution as an operation whose gradients are known."""
         if isinstance(self.padding, str) and self.padding_mode == "zeros":
-            return self.accumulate  # torch decides on which side an odd padding is larger
+            return self.accumulate  # padding "same": torch decides on which side an odd padding is larger
         padding = self.padding if self.padding_mode == "zeros" else (0,) * self.output_dims
         known = ConvolutionProducts(self.stride, padding, self.dilation, self.groups)
         if self.padding_mode == "zeros":
@@ -111,7 +111,7 @@ class ConvTransposeOp:
         return ConvolutionProducts(self.stride, self.padding, self.dilation, self.groups, True, self.output_padding)
 
     def channel_layout(self: Any, shape: tuple[int, ...]) -> ChannelLayout:
-        """Return where the output channels of a weight of this shape are."""
+        """Return which dimensions of a weight of this shape hold the output channels."""
         return ChannelLayout.transposed(shape, self.groups)
 
 

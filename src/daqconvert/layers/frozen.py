@@ -16,11 +16,11 @@ from daqconvert.spec import Settings
 
 
 class FrozenLayer(BareOperation, FrozenSite):
-    """Mixin of the frozen layers: the state of a frozen site, and a forward around the bare operation.
+    """Mixin of the frozen layers: the state of a frozen site, and a forward that calls the bare operation.
 
     Attributes:
-        weight: The weight in real units, decoded from the codes on every access. It is there to be looked at, and for
-            code that asks a layer for its dtype, device or shape; forward does not read it.
+        weight: The weight in real units, decoded from the codes on every access. It exists for inspection, and for
+            code that reads its dtype, device or shape; forward does not read it.
     """
 
     original: ClassVar[type[nn.Module]]
@@ -46,7 +46,7 @@ class FrozenLayer(BareOperation, FrozenSite):
 
     @classmethod
     def adopt(cls, layer: nn.Module, settings: Settings, name: str, buffers: dict[str, Tensor]) -> FrozenLayer:
-        """Make `layer` an instance of this class that holds `buffers`, and no weight where codes replace it."""
+        """Make `layer` an instance of this class that holds `buffers`; if these include codes, delete the weight."""
         weight = layer.weight
         assert isinstance(weight, Tensor)
         dtype = weight.dtype
@@ -62,7 +62,7 @@ class FrozenLayer(BareOperation, FrozenSite):
         stored = self._parameters.get("weight")
         if stored is not None:
             return stored
-        if self.is_integer:  # then a folded batch norm is part of the scale
+        if self.is_integer:  # the scale then includes a folded batch norm
             scale = self.integer_layer().weight_scale * self.integer_layer().factor
         else:
             scale = self.scale if self.settings.a_bits is None else self.scale / self.input_scale
@@ -72,11 +72,11 @@ class FrozenLayer(BareOperation, FrozenSite):
         values = weight_operand(codes, self.settings.w_bits or 0, self.settings.grid, scale.dtype) * scale
         return values.reshape(self.weight_codes.shape).to(self.dtype)
 
-    # NOTE: torch's classes declare `weight` as an attribute, so mypy is told that this property is one
+    # NOTE: torch's classes declare `weight` as an attribute, so this property is annotated as one for mypy
     weight: Tensor = property(real_weight)  # type: ignore[assignment]
 
     def channel_layout(self, shape: tuple[int, ...]) -> ChannelLayout:
-        """Return where the output channels of a weight of this shape are."""
+        """Return which dimension of a weight of this shape holds the output channels."""
         return ChannelLayout.forward(shape)
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -89,5 +89,5 @@ class FrozenLayer(BareOperation, FrozenSite):
         return self.run(input, weight, self.bias, self.bare_operation(*args, **kwargs))
 
     def extra_repr(self) -> str:
-        """Return the original's text and the bits."""
+        """Return the text of the original class and the bits."""
         return f"{super().extra_repr()}, {bits_text(self.settings)}, frozen"

@@ -1,14 +1,14 @@
 """The state that every frozen site shares: uint8 codes instead of a weight, scales instead of bounds.
 
     operand_x = clip(round(x / input_scale), -input_zero_point, n - input_zero_point)
-    operand_w = codes * spacing + lowest                 both of the weight's grid (`functional.grid.coding`)
+    operand_w = codes * spacing + lowest                 spacing and lowest: functional.grid.coding(w_bits, grid)
     y         = operation(operand_x, operand_w) * scale + bias
 
-Where `deploy="integer"` rounds the site's output (`FrozenSite.is_integer`), the last line is that of
-`functional.integer` instead: exact integer sums, bias included, and from those the codes of the output.
+If `deploy="integer"` rounds the site's output (`FrozenSite.is_integer`), `functional.integer` replaces the last line:
+it computes exact integer sums, bias included, and from the sums the codes of the output.
 
-Operands of weights are decoded in every forward, unless `daqconvert.cache_weights` has given the site an
-`OperandCache`: then they take 4 bytes a weight in memory beside the 1 of the code.
+The operand of a weight is decoded in every forward, unless `daqconvert.cache_weights` has given the site an
+`OperandCache`. The cache takes 4 bytes of memory for each weight, in addition to the 1 byte of its code.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from daqconvert.quantizers import ChannelLayout, WeightQuantizer
 from daqconvert.spec import Settings
 
 INTEGER_BUFFERS = ("w_scale", "w_factor", "bias_codes", "y_scale", "y_zero_point", "y_range")
-"""The buffers of the fields of an `IntegerLayer`, in their order."""
+"""The buffers that hold the fields of an `IntegerLayer`, in the order of the fields."""
 
 OWN_BUFFERS = ("weight_codes", "scale", "input_scale", "input_zero_point", "weight_scale", "weight_zero_point")
 BUFFERS = (*OWN_BUFFERS, *INTEGER_BUFFERS)
@@ -50,12 +50,12 @@ class FrozenSite(nn.Module):
         input_zero_point: uint8 scalar buffer; absent where the input stays float.
         weight_scale: float32 scalar buffer; only for a weight that depends on the data.
         weight_zero_point: uint8 scalar buffer; only for a weight that depends on the data.
-        settings: What the plan's row said.
+        settings: Settings of the site's row in the plan.
         dtype: Dtype of the operands.
-        qdq: True computes operands and rescaling by one named operator each (`deploy.onnx.frozen_operators`), which
-            exporting needs; the values are the same.
+        qdq: If True, operands and rescaling are computed by one named operator each (`deploy.onnx.frozen_operators`),
+            as export needs; the values are the same.
         watchers: The watchers that `watching` has attached.
-        cache: Keeps the operand of the codes after `keep_operand()`; None where every forward decodes them.
+        cache: Keeps the weight's operand after `keep_operand()`; None if every forward decodes the codes.
     """
 
     weight_codes: Tensor
@@ -77,7 +77,7 @@ class FrozenSite(nn.Module):
 
         Args:
             x: Float input.
-            weight: The float weight; not used where there are codes.
+            weight: The float weight; not used if the site has codes.
             bias: Float bias `(C_out,)`, or None for no bias.
             operation: The bare products.
 
@@ -95,7 +95,7 @@ class FrozenSite(nn.Module):
         return y
 
     def input_operand(self, x: Tensor) -> Tensor:
-        """Return `code - zero_point` of an input, integer-valued, in the input's dtype."""
+        """Return `code - zero_point` of an input: integer values in the input's dtype."""
         return self._operand(x, self.input_scale, self.input_zero_point, self.settings.a_bits, "input")
 
     def input_codes(self, x: Tensor) -> Tensor:
@@ -103,9 +103,9 @@ class FrozenSite(nn.Module):
         return (self.input_operand(x) + self.input_zero_point).to(torch.uint8)
 
     def weight_operand(self, weight: Tensor | None = None) -> Tensor:
-        """Return the weight's operand in the model's dtype, or the weight itself where it stays float.
+        """Return the weight's operand in the model's dtype, or the weight itself if it stays float.
 
-        The float `weight` is not needed where there are codes.
+        The float `weight` is not needed if the site has codes.
         """
         bits = self.settings.w_bits
         if bits is None or "weight_codes" not in self._buffers:
@@ -122,7 +122,7 @@ class FrozenSite(nn.Module):
         return decode(self.weight_codes, bits, self.settings.grid, self.dtype)
 
     def keep_operand(self, enabled: bool = True) -> int:
-        """Keep the operand of the codes in memory from now on, or no longer; return the bytes that it takes."""
+        """Start or stop keeping the weight's operand in memory; return the number of bytes that it takes."""
         self.cache = OperandCache() if enabled and "weight_codes" in self._buffers else None
         self._renew_cache()
         return 0 if self.cache is None else self.cache.nbytes
@@ -133,7 +133,7 @@ class FrozenSite(nn.Module):
         return "w_factor" in self._buffers
 
     def integer_layer(self) -> IntegerLayer:
-        """Return the numbers that integer deployment computes with; only where `is_integer`."""
+        """Return the numbers that integer deployment computes with; only if `is_integer`."""
         return IntegerLayer(*(self._buffers[key] for key in INTEGER_BUFFERS))  # type: ignore[arg-type] # none is None
 
     def hold(self, settings: Settings, name: str, dtype: torch.dtype, buffers: dict[str, Tensor]) -> None:
@@ -145,7 +145,7 @@ class FrozenSite(nn.Module):
         self.requires_grad_(False)
 
     def hold_integer(self, layer: IntegerLayer) -> None:
-        """Round the output to codes from now on: these numbers take the place of `scale` and of the bias."""
+        """Round the output to codes from now on: the numbers of `layer` replace `scale` and the bias."""
         del self._buffers["scale"]
         for key, value in zip(INTEGER_BUFFERS, layer, strict=True):
             self.register_buffer(key, value)
@@ -164,7 +164,7 @@ class FrozenSite(nn.Module):
         return self
 
     def _output(self, x: Tensor, w: Tensor, bias: Tensor | None, operation: Operation) -> Tensor:
-        """Return the output of two operands; it reuses the memory of the sums where nothing else can hold them."""
+        """Return the output for two operands, written into the memory of the sums if nothing else refers to it."""
         if isinstance(operation, PaddedProducts):
             x, operation = operation.pad(x), operation.products
         if self.is_integer:
@@ -186,13 +186,13 @@ class FrozenSite(nn.Module):
                 operation(x, w), self.input_scale, *layer, self.output_dims, self.layer_name
             )
             return named
-        # a graph that is being compiled cannot depend on values, so it adds up in float32 as every runtime does
+        # a compiled graph cannot choose a dtype by the values, so it sums in float32 as every runtime does
         plain = torch.compiler.is_compiling() or torch.compiler.is_exporting()
         sums = exact_sums(operation, x, w, None if plain else self._sum_bound(w))
         return output_values(sums, layer, self.input_scale, self.output_dims).to(x.dtype)
 
     def _sum_bound(self, w: Tensor) -> int:
-        """Return the largest sum that these weights can make of any input; remembered until the codes change."""
+        """Return an upper bound of the absolute sums over all possible inputs; kept until the codes change."""
         known = self.__dict__.get("_known_bound")
         version = (id(self.weight_codes), self.weight_codes._version)
         if known is None or known[0] != version:
@@ -218,7 +218,7 @@ class FrozenSite(nn.Module):
         self._renew_cache()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenSite:
-        """Move or cast, as `.to()` and `.half()` do; scales stay float32 at least, as when a half model is frozen."""
+        """Move or cast, as `.to()` and `.half()` ask; scales are never cast below float32, as `freeze` makes them."""
         scales = {key: self._buffers[key] for key in SCALES if key in self._buffers}
         super()._apply(fn, recurse)
         for key, before in scales.items():
@@ -238,14 +238,14 @@ def _no_training(name: str) -> str:
 
 
 class OperandCache:
-    """Keeps the operand of one tensor of codes. It is no buffer, so it stands in no state dict and in no file.
+    """Keeps the operand of one tensor of codes. It is not a buffer, so no state dict and no file contains it.
 
-    What the operand was computed from is known: the very tensor of codes, where its memory is, and torch's counter of
-    writes into it. After any of them has changed, the operand is computed again.
+    The cache remembers what the operand was computed from: the tensor object of the codes, its memory address, and
+    torch's counter of writes into it. If any of these has changed, the operand is computed again.
 
     Attributes:
-        kept: The codes, their state (`_state_of`) and their operand; None until it is computed. Replaced as a whole,
-            so that threads may share it.
+        kept: The codes, their state (`_state_of`) and their operand; None until the operand is computed. The tuple is
+            replaced as a whole, so that threads may share it.
 
     Example:
         >>> cache, codes = OperandCache(), torch.tensor([0, 3], dtype=torch.uint8)
@@ -260,10 +260,11 @@ class OperandCache:
         self.kept: tuple[Tensor, tuple[object, ...], Tensor] | None = None
 
     def get(self, codes: Tensor, bits: int, grid: str, dtype: torch.dtype) -> Tensor:
-        """Return the operand of these codes; it is computed unless the one of their present values is kept.
+        """Return the operand of these codes: the kept one if the codes are unchanged, else a newly computed one.
 
-        A model that is being compiled takes what is kept, for a graph cannot ask for the counter of writes. Exporting,
-        tracing and dispatch modes decode the codes, for they have to see where the operand comes from.
+        While a model is being compiled, the kept operand is returned unchecked, because a compiled graph cannot read
+        the counter of writes. Exporting, tracing and dispatch modes always decode the codes, because they have to
+        record where the operand comes from.
         """
         kept = self.kept
         if torch.compiler.is_compiling():
@@ -280,7 +281,7 @@ class OperandCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the operand."""
+        """Number of bytes of the kept operand; 0 if none is kept."""
         return 0 if self.kept is None else self.kept[2].nbytes
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OperandCache:
@@ -296,7 +297,7 @@ class OperandCache:
 
 
 def _state_of(codes: Tensor, dtype: torch.dtype) -> tuple[object, ...]:
-    """What changes with the values of a tensor of codes, or with the operand that is asked for."""
+    """Return a key that changes when the codes are written to or moved, or another dtype is asked for."""
     version = None if codes.is_inference() else codes._version
     return codes.data_ptr(), codes.stride(), codes.device, version, dtype
 
@@ -328,7 +329,7 @@ def empty_values(settings: Settings, weight: Tensor, layout: ChannelLayout | Non
     zero = torch.zeros((), dtype=torch.uint8, device=weight.device)
     per_channel = settings.granularity == "channel" and layout is not None
     values = {"scale": one.expand(layout.channels).clone() if per_channel and layout is not None else one.clone()}
-    # NOTE: in the order of `frozen_values`, so that a loaded model is saved as the same bytes
+    # NOTE: the keys are in the order of `frozen_values`, so that a loaded model is saved as the same bytes
     if settings.w_bits is not None and layout is not None:
         values["weight_codes"] = torch.zeros(weight.shape, dtype=torch.uint8, device=weight.device)
     if settings.a_bits is not None:
@@ -339,7 +340,7 @@ def empty_values(settings: Settings, weight: Tensor, layout: ChannelLayout | Non
 
 
 def drop_quantizers(site: Any) -> None:
-    """Take the state of a `QuantizedSite` off a module that is about to be frozen."""
+    """Remove the state of a `QuantizedSite` from a module that is about to be frozen."""
     for child in ("weight_quantizer", "input_quantizer"):
         site.__dict__.pop(child, None)
         site._modules.pop(child, None)

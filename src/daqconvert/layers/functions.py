@@ -1,4 +1,4 @@
-"""Functions that multiply, by name: which argument is the input, which the weight, which the bias.
+"""Functions that multiply, by name, and which of their arguments is the input, the weight and the bias.
 
 linear, conv1d .. conv3d, conv_transpose1d .. conv_transpose3d     (input, weight, bias, geometry ...)
 matmul, mm, bmm                                                    either operand may be the weight
@@ -96,7 +96,7 @@ def split_call(function: str, weight_at: int, args: tuple[Any, ...], kwargs: dic
 
 
 def _known(function: str, values: dict[str, Any]) -> Operation | None:
-    """Return products with known gradients for a layer's function; None for `padding="same"`."""
+    """Return products with known gradients for one of `LAYER_FUNCTIONS`; None if the padding is a string."""
     if function == "linear":
         return LinearProducts()
     dims, defaults = output_dims(function), {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
@@ -128,7 +128,7 @@ def output_dims(function: str) -> int:
 
 
 def channel_layout(function: str, weight_at: int, shape: tuple[int, ...], groups: int = 1) -> ChannelLayout | None:
-    """Return where the output channels of a call's weight are, or None where that cannot be told.
+    """Return which dimension of a call's weight holds the output channels, or None if that is not known.
 
     `shape` is that of the weight, operand `weight_at` of the call; `groups` matters for transposed convolutions only.
     """

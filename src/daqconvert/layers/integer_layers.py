@@ -1,8 +1,9 @@
-"""Frozen layers of integer deployment: the batch norm folded in, the output rounded to the grid of its reader.
+"""Frozen layers of integer deployment: their batch norm is folded in, their output rounded to the reader's grid.
 
-The reader of a layer is the site whose input quantizer its output meets: the next layer, or the output quantizer of a
-module. A layer that rounds to the reader's grid itself hands on codes, and the reader finds the same codes again.
-The batch norm between the two stays where it is, as a `FoldedBatchNorm` that hands on what it gets.
+The reader of a layer is the site whose input quantizer receives the layer's output: the next layer, or the output
+quantizer of a module. Because the layer already rounds to the reader's grid, the reader computes the same codes again.
+The batch norm between the two stays in the model as a `FoldedBatchNorm`, which returns its input unchanged (only its
+activation, if it has one, still runs).
 The arithmetic is that of `functional.integer`.
 """
 
@@ -23,10 +24,10 @@ from daqconvert.spec import PlanRow
 def make_integer(model: nn.Module, sites: dict[str, FrozenSite], row: PlanRow, empty: bool = False) -> None:
     """Make the frozen layer of a plan's row compute integers, in place, and fold its batch norm.
 
-    `sites` are the model's frozen sites by the names that plans know them by; `empty` leaves the values to be loaded.
+    `sites` maps names of plan rows to the model's frozen sites. If `empty`, the values are placeholders, to be loaded.
 
     Raises:
-        ConversionError: If the batch norm or the reader is not there.
+        ConversionError: If the batch norm or the reader that the row names is missing.
     """
     output, settings = row.site.output, row.settings
     assert output is not None and output.meets is not None and settings is not None
@@ -62,7 +63,7 @@ def _scale_and_bias(site: FrozenSite) -> tuple[Tensor, Tensor]:
 
 
 def _empty(site: FrozenSite) -> IntegerLayer:
-    """Return numbers of the right shapes."""
+    """Return zeros of the right shapes and dtypes, to be loaded."""
     like, channels = site.scale, site.weight_codes.shape[0]
 
     def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -73,9 +74,10 @@ def _empty(site: FrozenSite) -> IntegerLayer:
 
 
 def settle_sums(sites: dict[str, FrozenSite], rows: dict[str, PlanRow]) -> None:
-    """Move the scales of sums of two values to where every runtime gives the same codes, by 1e-4 at most, in place.
+    """Adjust the scales of quantized sums of two values so that every runtime gives the same codes, in place.
 
-    Both arguments go by the names of the plan. See `functional.integer.sums_agree`.
+    No scale grows by more than a factor of `1 + 1e-4`. The keys of both arguments are names of plan rows. See
+    `functional.integer.sums_agree`.
     """
     places = {
         row.site.output.place: row for row in rows.values() if row.site.is_output and row.site.output is not None
@@ -93,7 +95,7 @@ def settle_sums(sites: dict[str, FrozenSite], rows: dict[str, PlanRow]) -> None:
 def _grid_of(
     source: str, sites: dict[str, FrozenSite], rows: dict[str, PlanRow], places: dict[str | None, PlanRow]
 ) -> CodeGrid | None:
-    """Return the grid that a term of a sum lies on: that of the layer's reader, or of an earlier sum's quantizer."""
+    """Return the grid of one term of a sum: the grid of the layer's reader, or of an earlier sum's quantizer."""
     row = rows.get(source)
     meets = row.site.output.meets if row is not None and row.site.output is not None else None
     name = meets if meets is not None else places[source].name if source in places else None
@@ -110,7 +112,7 @@ _CLASSES: dict[type[nn.Module], type[Any]] = {}
 
 
 class FoldedBatchNorm(nn.Module):
-    """Mixin of a batch norm that is folded into the layer before it; only its activation, if it has one, is left."""
+    """Mixin of a batch norm that is folded into the layer before it; only its activation, if any, still runs."""
 
     original: type[nn.Module]
 
@@ -122,7 +124,7 @@ class FoldedBatchNorm(nn.Module):
         return x
 
     def extra_repr(self) -> str:
-        """Return that it is folded."""
+        """Return a note that the batch norm is folded."""
         return "folded into the layer before"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -136,7 +138,7 @@ def folds(module: nn.Module) -> bool:
 
 
 def only_clips(activation: nn.Module) -> bool:
-    """Whether the activation inside a batch norm only clips: then rounding to codes can do it."""
+    """Whether the activation inside a batch norm only clips, so that rounding to codes can replace it."""
     return type(activation) in CLIPPING
 
 
@@ -145,7 +147,7 @@ def _is_norm_act(cls: type[nn.Module]) -> bool:
 
 
 def folded_numbers(norm: Any) -> tuple[Tensor, Tensor]:
-    """Return `g` and `b` of `g * x + b`, which a batch norm that `folds` computes in evaluation mode, in float64."""
+    """Return `g` and `b` in float64: in evaluation mode, a batch norm that `folds` computes `g * x + b`."""
     variance, mean = norm.running_var.double(), norm.running_mean.double()
     g = torch.rsqrt(variance + norm.eps)
     if norm.weight is not None:
@@ -155,7 +157,7 @@ def folded_numbers(norm: Any) -> tuple[Tensor, Tensor]:
 
 
 def fold(norm: Any) -> None:
-    """Turn a batch norm into a `FoldedBatchNorm`, in place; its parameters and statistics are gone."""
+    """Turn a batch norm into a `FoldedBatchNorm`, in place, and remove its parameters and statistics."""
     original = type(norm)
     for name in ("weight", "bias"):
         norm.register_parameter(name, None)

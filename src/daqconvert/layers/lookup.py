@@ -28,7 +28,7 @@ def quantized_class(original: type[nn.Module]) -> type[QuantizedLayer] | None:
 
 
 def frozen_class(original: type[nn.Module]) -> type[FrozenLayer]:
-    """Return the frozen form of exactly this class, without a parametrization that it may have."""
+    """Return the frozen form of exactly this class; a parametrized class counts as the class without it."""
     base = _computes_as(original)
     plain = plain_class(original)
     if base is not None and plain not in FROZEN:
@@ -37,7 +37,7 @@ def frozen_class(original: type[nn.Module]) -> type[FrozenLayer]:
 
 
 def _computes_as(original: type[nn.Module]) -> type[nn.Module] | None:
-    """Return the registered class, this one or a base, whose forward this class has; None if it has its own."""
+    """Return the registered class (`original` or a base) whose forward `original` uses unchanged; None without one."""
     _load_adapters()
     for base in original.__mro__:
         if base in REGISTERED:
@@ -47,7 +47,7 @@ def _computes_as(original: type[nn.Module]) -> type[nn.Module] | None:
 
 
 def _derive(form: type[Any], mixin: type[nn.Module], original: type[nn.Module], prefix: str) -> type[Any]:
-    """Return a class made of the operation of `form`, then `mixin`, then `original`."""
+    """Return a class whose bases are the operation mixin of `form`, then `mixin`, then `original`."""
     operation = tuple(base for base in form.__bases__ if not issubclass(base, nn.Module))
     body = {"original": original, "__reduce_ex__": _reduce, "__module__": original.__module__}
     return type(f"{prefix}{original.__name__}", (*operation, mixin, original), body)
@@ -65,6 +65,6 @@ def _remake(original: type[nn.Module], frozen: bool) -> Any:
 
 
 def _load_adapters() -> None:
-    """Register the layers of timm only if timm has been imported, for importing it takes seconds."""
+    """Register the layers of timm only if timm has been imported already, because importing it takes seconds."""
     if "timm" in sys.modules:
         importlib.import_module("daqconvert.layers.timm")

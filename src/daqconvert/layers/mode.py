@@ -1,8 +1,8 @@
 """Contexts that put a model in training or evaluation mode for a while; every module gets its own mode back.
 
-Reading a weight that is computed from parameters needs evaluation mode too. A parametrization may have state that
-moves whenever the weight is read in training mode (`spectral_norm` takes a step of its power iteration), and only the
-model's own forward may do that.
+Evaluation mode is also needed to read a weight that is computed from parameters. A parametrization may have state that
+changes whenever the weight is read in training mode (`spectral_norm` takes a step of its power iteration), and only
+the model's own forward may change it.
 """
 
 from __future__ import annotations

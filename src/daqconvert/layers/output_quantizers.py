@@ -3,8 +3,8 @@
     y = clip(round(x / scale), -zero_point, n - zero_point) * scale
 
 An output quantizer is a child of the module, called by a forward hook; the module keeps its class and its forward.
-Whatever reads the rounded value quantizes it again by its own input quantizer, and finds the same codes where that has
-the same grid.
+A site that reads the rounded value quantizes it again by its own input quantizer, and finds the same codes if its grid
+is the same.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FROZEN_BUFFERS = ("input_scale", "input_zero_point")
 
 
 def _itself(x: Tensor, weight: Tensor) -> Tensor:
-    """Stand for the products of a site that multiplies by nothing."""
+    """Return the input: the operation of a site that has no weight."""
     return x
 
 
@@ -37,7 +37,7 @@ class OutputQuantizer(QuantizedSite):
         self.attach(settings, name, signed, like, None)
         one = self.output_scale.detach()
         del self.output_scale
-        # NOTE: no parameter, for a learned factor would move the output off the quantizer's grid
+        # NOTE: a buffer, not a parameter, because a learned factor would move the output off the quantizer's grid
         self.register_buffer("output_scale", one, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,7 +74,9 @@ class FrozenOutputQuantizer(FrozenSite):
 
 
 def add_output_quantizer(model: nn.Module, row: PlanRow, frozen: bool) -> None:
-    """Give the module that a plan's row names an output quantizer, in place; `frozen` makes an empty frozen one.
+    """Give the module that a plan's row names an output quantizer, in place.
+
+    With `frozen` it is a frozen one, whose values are placeholders to be loaded.
 
     Raises:
         ConversionError: If there is no such module, or it has a child of that name.
@@ -105,7 +107,7 @@ def quantize_output(module: nn.Module, args: Any, output: Any) -> Any:
     """Return a module's output on the grid of its output quantizer; this is the module's forward hook.
 
     Raises:
-        ConversionError: If the output is no tensor.
+        ConversionError: If the output is not a tensor.
     """
     quantizer: Any = module._modules[OUTPUT_QUANTIZER]
     if not isinstance(output, Tensor):
@@ -117,7 +119,7 @@ def quantize_output(module: nn.Module, args: Any, output: Any) -> Any:
 
 
 def freeze_output_quantizer(quantizer: Any, values: dict[str, Tensor]) -> None:
-    """Turn an `OutputQuantizer` into its frozen form, in place, with the buffers that `frozen_values` has found."""
+    """Turn an `OutputQuantizer` into its frozen form, in place, with the buffers that `frozen_values` returned."""
     settings, name, dtype = quantizer.settings, quantizer.layer_name, quantizer.output_scale.dtype
     drop_quantizers(quantizer)
     quantizer.__class__ = FrozenOutputQuantizer

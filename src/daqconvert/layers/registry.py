@@ -1,9 +1,9 @@
-"""Which class replaces which: one dict each for quantized and frozen, one decorator, keyed by exact type.
+"""The registry of layer classes: one dict of quantized and one of frozen classes, keyed by the exact float class.
 
 A subclass of `nn.Conv2d` that computes as `nn.Conv2d` does (it adds a constructor or a method, or its weight is
 parametrized) gets a quantized class derived from its own (`lookup`). A subclass with a forward of its own is not a
-`Conv2d` here, for replacing it would lose that forward. It gets an entry of its own, or its forward is rewritten
-(`daqconvert.graph.rewrite`).
+`Conv2d` here, because replacing it would lose that forward. Such a class is registered itself, or its forward is
+rewritten (`daqconvert.graph.rewrite`).
 """
 
 from __future__ import annotations

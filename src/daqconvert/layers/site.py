@@ -1,10 +1,10 @@
-"""The state that every quantized site shares, whichever forward computes its products.
+"""The state that every quantized site has, and the computation of its output from integer-valued operands.
 
     y = operation(operand_x, operand_w) * sum_scale + bias
     sum_scale = |output_scale| * weight scale * input scale
 
-Operands are integer-valued (`operand_x = code - zero_point`). All scales come after the sum; the bias stays float and
-is added last.
+Operands are integer-valued (`operand_x = code - zero_point`). All scales are applied after the sum; the bias stays
+float and is added last.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Operation = Callable[[Tensor, Tensor], Tensor]
 
 
 class Watcher:
-    """Sees every computation of a site that `watching` has attached it to. The methods of this base do nothing."""
+    """Is told of every computation of a site that `watching` attached it to. The methods of this base do nothing."""
 
     def before(self, site: Any, x: Tensor, weight: Tensor | None, operation: Operation) -> Tensor:
         """Return the input to compute with. Called just before a site computes, whether or not it quantizes.
@@ -63,12 +63,12 @@ class QuantizedSite(nn.Module):
     """Mixin of every module that holds the quantizers of a site.
 
     Attributes:
-        weight_quantizer: None where the weight stays float; an `InputQuantizer` where the weight depends on the data.
-        input_quantizer: None where the input stays float.
+        weight_quantizer: None if the weight stays float; an `InputQuantizer` if the weight depends on the data.
+        input_quantizer: None if the input stays float.
         output_scale: Learned factor of the output, a parameter of shape `()` or `(C_out,)`.
-        settings: What the plan's row said.
+        settings: Settings of the site's row in the plan.
         layer_name: Dotted name of the site, for messages.
-        enabled: False computes what the original computes with the current weights.
+        enabled: If False, the site computes what the original computes with the current weights.
         watchers: The watchers that `watching` has attached.
 
     Reference: METHOD of the paper, "Distance-aware Quantization" (Kim, Lee, Ham, ICCV 2021), section 3.3.
@@ -91,9 +91,9 @@ class QuantizedSite(nn.Module):
         Args:
             settings: Settings with nothing left on `"auto"`.
             name: Dotted name of the site, for messages.
-            signed: Sign of the input; None where `calibrate` decides.
-            weight: The weight; where it depends on the data, any tensor of the model's dtype and device.
-            layout: Where the weight's output channels are; None for a weight that depends on the data.
+            signed: Whether the input is signed; None if `calibrate` decides.
+            weight: The weight; if it depends on the data, any tensor of the model's dtype and device.
+            layout: Which dimension of the weight holds the output channels; None if the weight depends on the data.
 
         Raises:
             ConversionError: If the weight is empty, not finite, or constant where it must be normalized.
@@ -108,13 +108,16 @@ class QuantizedSite(nn.Module):
             self.input_quantizer = make_input_quantizer(settings, signed, name, weight)
         shape = (layout.channels,) if layout is not None and settings.granularity == "channel" else ()
         one = torch.ones(shape, dtype=weight.dtype, device=weight.device)
-        self.output_scale = nn.Parameter(one, requires_grad=settings.rounding != "lsq")  # LSQ learns steps only
+        self.output_scale = nn.Parameter(one, requires_grad=settings.rounding != "lsq")  # LSQ learns step sizes only
         if isinstance(self.weight_quantizer, WeightQuantizer) and not weight.is_meta:
             self.weight_quantizer.initialize(weight)
         self.train(self.training)
 
     def leave_meta(self) -> None:
-        """Move bounds, flags and output scale from the meta device to where the weights are; `calibrate` sets them."""
+        """Move bounds, flags and output scale from the meta device to the device of the weights.
+
+        Parameters become ones and buffers zeros; `calibrate` sets their values later.
+        """
         weight = self.float_weight()
         places = [t.device for t in (*self.parameters(), *self.buffers()) if not t.is_meta]
         device = weight.device if weight is not None else places[0] if places else torch.device("cpu")
@@ -130,7 +133,7 @@ class QuantizedSite(nn.Module):
                     buffers[name] = torch.zeros_like(tensor, device=device)
 
     def float_weight(self) -> Tensor | None:
-        """Return the weight as the original computes it from its parameters; None where it depends on the data."""
+        """Return the weight as the original computes it from its parameters; None if it depends on the data."""
         return None
 
     @property
@@ -141,7 +144,7 @@ class QuantizedSite(nn.Module):
     def run(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, operation: Operation, plain: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """Return the site's output from integer-valued operands; the original's where `enabled` is False.
+        """Return the output computed from integer-valued operands; that of the original if `enabled` is False.
 
         Args:
             x: Float input.
@@ -191,9 +194,9 @@ class QuantizedSite(nn.Module):
         return compiled_layer(operation, x, weight, bias, self.output_scale, *grids, slopes)
 
     def sum_scale(self, operand: Tensor | None = None) -> Tensor:
-        """Return the real units per integer sum, shape of `output_scale`, float32 at least.
+        """Return the real units per integer sum, in the shape of `output_scale`, in float32 or wider.
 
-        The input's scale is taken from `operand`, what the input quantizer has just returned, if it is given.
+        If `operand`, the last result of the input quantizer, is given, the input's scale is taken from it.
         """
         of_weight = None if self.weight_quantizer is None else self.weight_quantizer.scale()
         of_input: Tensor | float | None = None
@@ -210,7 +213,7 @@ def safe_products(
     """Return `operation(x, w)` of two operands and the sum scale that belongs to it.
 
     float16 overflows at 65504. Operands in float16 are therefore divided by their full range before they are
-    multiplied, and the scale is multiplied by it.
+    multiplied, and the scale is multiplied by the same number.
     """
     half = x.dtype == torch.float16 or (
         torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) == torch.float16

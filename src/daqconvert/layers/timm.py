@@ -22,7 +22,7 @@ from daqconvert.layers.registry import register
 class Conv2dSameOp:
     """A convolution with TensorFlow's "same" padding, which depends on the size of the input.
 
-    The integer-valued operand is padded, where 0 is exactly zero.
+    The padding is applied to the integer-valued operand, in which 0 is exactly zero.
     """
 
     original = Conv2dSame
