@@ -1,8 +1,8 @@
 """A checkpoint: one safetensors file, tensors by name and a JSON text in its metadata, under one SHA-256. No pickle.
 
 Tensors are called `model/KEY` (the state dict), `optimizer/GROUP/SLOT/PARAMETER` and `part/PART/NAME`. The metadata
-holds `format`, `version`, `json` and `sha256`: of the JSON text, then of each tensor in the order of the names: name,
-dtype and shape as `NAME torch.float32 (2, 3)`, then its bytes.
+holds `format`, `version`, `json` and `sha256`. The SHA-256 covers the JSON text and then, for each tensor in the order
+of the names, the text `NAME torch.float32 (2, 3)` (name, dtype, shape) and the tensor's bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from daqconvert.errors import TrainingError
 from daqconvert.files import replacing
 
 FORMAT, VERSION = "daqconvert-checkpoint", 2
-READABLE = ("1", "2")  # 1 holds whole epochs only: its model can be loaded, its run cannot go on
+READABLE = ("1", "2")  # version 1 holds whole epochs only: its model can be loaded, its run not resumed
 MODEL, OPTIMIZER, PART = "model/", "optimizer/", "part/"
 _AGAIN = "Start again with overwrite=True, or put a good copy in its place."
 NOT_WRITTEN = "Free some space or choose another out_dir, then go on with resume=True."
@@ -35,15 +35,15 @@ class Checkpoint:
     """What a checkpoint file holds.
 
     Attributes:
-        tensors: By full name, on the CPU.
-        meta: Recipe, settings of the layers, epochs done, history.
+        tensors: The tensors by full name, on the CPU.
+        meta: What `saving.meta` wrote: recipe, settings of the layers, epochs done, history, ...
     """
 
     tensors: Mapping[str, Tensor]
     meta: Mapping[str, Any]
 
     def part(self, prefix: str) -> dict[str, Tensor]:
-        """Return the tensors whose name starts with `prefix`, without it."""
+        """Return the tensors whose name starts with `prefix`, by the rest of the name."""
         return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
 
 
@@ -69,7 +69,7 @@ def write_checkpoint(
     """Write a checkpoint so that the file is either the old one or the new one, whatever happens meanwhile.
 
     Tied tensors are written under each of their names. `before` is called when the new file is on the disk and the
-    old one still in its place.
+    old one is still in its place.
 
     Raises:
         TrainingError: If it cannot be written; what was there before is unchanged.
@@ -87,7 +87,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint and check that nothing in it was changed.
 
     Raises:
-        TrainingError: If it is missing, truncated, edited, from a newer version, or no checkpoint.
+        TrainingError: If it is missing, truncated, edited, from a newer version, or not a checkpoint.
     """
     if not path.is_file():
         raise TrainingError(f"{path}: no such checkpoint.")
@@ -165,13 +165,13 @@ def layer_settings(qmodel: nn.Module) -> dict[str, dict[str, Any]]:
 def check_model(
     checkpoint: Checkpoint, qmodel: nn.Module, where: str, layers: Mapping[str, Any] | None = None
 ) -> None:
-    """Raise unless a checkpoint's layers, their settings, names and shapes are those of a model.
+    """Raise unless a checkpoint fits a model: the same layers and settings, the same tensor names and shapes.
 
-    `where` names the file in the message. `layers` are the settings to compare with, where they are not those that the
+    `where` names the file in the message. `layers` are the settings to compare with; None stands for those that the
     model has now.
 
     Raises:
-        TrainingError: If they are not; names what differs.
+        TrainingError: If it does not fit; names what differs.
     """
     saved, found = checkpoint.part(MODEL), qmodel.state_dict()
     problems = _settings_problems(checkpoint.meta.get("layers", {}), layers or layer_settings(qmodel))
@@ -203,7 +203,7 @@ def _settings_problems(saved: Mapping[str, Any], found: Mapping[str, Any]) -> li
 
 
 def first_few(problems: Iterable[str], count: int = 3) -> str:
-    """Join the first few problems to one text that says how many more there are."""
+    """Join the first few problems into one text, which says how many more there are."""
     listed = list(problems)
     more = f"; and {len(listed) - count} more" if len(listed) > count else ""
     return "; ".join(listed[:count]) + more

@@ -63,8 +63,8 @@ def evaluate(
         loss_fn: Function of `(outputs, target)` that returns the mean loss over the batch, instead of the cross
             entropy.
         progress: Show a bar where standard error is a terminal.
-        accelerator: An `accelerate.Accelerator` among whose processes the batches are shared, each read by one of
-            them; all get the same result. The model has to be the same on each, as after `finetune`.
+        accelerator: An `accelerate.Accelerator`, among whose processes the batches are shared: each batch is read by
+            one process, and all get the same result. The model has to be the same on each, as after `finetune`.
 
     Returns:
         The shares of targets hit, the mean loss, and the number of targets.
@@ -94,10 +94,10 @@ def measured(
     model: nn.Module, batches: Iterable[Any], *, topk: tuple[int, ...] = (1,), loss_fn: LossFn | None = None,
     progress: bool = True, total: int | None = None, processes: Processes | None = None,
 ) -> EvalResult:  # fmt: skip
-    """Return what `evaluate` does, for batches of this process whose loader was checked.
+    """Return the result of `evaluate` for the batches of this process; their loader has been checked.
 
-    `total` is the number of batches, for the bar. With `processes` all of them have to call this, and the result is
-    over all batches.
+    `total` is the number of batches, for the progress bar. With `processes`, each of them has to call this, and the
+    result covers the batches of all.
 
     Raises:
         DataError: If there is no batch, or one does not fit.
@@ -123,20 +123,21 @@ def measured(
 class Meter:
     """Means over batches: the loss, weighted by inputs, and the share of targets among the `k` largest logits.
 
-    Hits are counted on the device of the outputs, and read when they are asked for: adding a batch waits for nothing.
+    Hits are counted on the device of the outputs and read only when they are asked for, so that adding a batch does
+    not wait for the device.
     """
 
     def __init__(self, topk: tuple[int, ...] = (1,)) -> None:
         self.topk = topk
         self.inputs = 0
         self._loss = 0.0
-        self._counts = [0] * (len(topk) + 1)  # hits, and targets
-        self._unread: Tensor | None = None  # to be added to the counts
+        self._counts = [0] * (len(topk) + 1)  # hits for each k, then the number of targets
+        self._unread: Tensor | None = None  # counts on the device that are not in `_counts` yet
 
     def add(self, loss: float, inputs: int, outputs: Any, target: Any, *, strict: bool) -> None:
         """Count one batch: its mean loss, its number of inputs, the model's outputs and the target, if there is one.
 
-        Unless `strict`, outputs and targets that are no classification count for the loss alone.
+        Without `strict`, a batch whose outputs and targets are no classification counts for the loss alone.
 
         Raises:
             DataError: If `strict` and the targets do not fit the outputs.
@@ -192,7 +193,7 @@ class Meter:
         return self.shares.get(1)
 
     def _read(self) -> list[int]:
-        """Return hits and number of targets."""
+        """Return the hits for each `k`, then the number of targets; waits for the device."""
         if self._unread is not None:
             self._counts = [a + b for a, b in zip(self._counts, self._unread.tolist(), strict=True)]
             self._unread = None

@@ -42,11 +42,11 @@ class FinetuneResult:
 
     Attributes:
         history: One row per epoch since the start of the run, those of earlier, resumed calls included. Keys: `epoch`
-            (from 1), `step` (optimizer steps so far), `lr` and `quantizer_lr` (of its last step), `train_loss`,
+            (from 1), `step` (optimizer steps so far), `lr` and `quantizer_lr` (of the last step), `train_loss`,
             `train_top1`, `val_loss`, `val_top1` (shares 0..1), `images_per_second`, `seconds`; None where there is no
             value. A recipe may add columns, such as `oscillating`.
         epochs: Number of epochs of the run so far, `len(history)`.
-        best_epoch: Number of the best epoch on the validation loader, or None where there is none.
+        best_epoch: Number of the best epoch on the validation loader, or None if no epoch was evaluated.
         best_top1: Top-1 accuracy of that epoch, 0..1, or None.
         seconds: Time that this call took.
         out_dir: The run directory, or None.
@@ -54,8 +54,8 @@ class FinetuneResult:
         best: Path of the checkpoint of the best epoch, or None.
         calibration: What calibration found, if this call had to calibrate.
         stop: Why the run ended before its last epoch, or None.
-        fitted: What became of each layer or block before the first step, by field of the recipe: `gptq` and
-            `reconstruct`.
+        fitted: What was done to each layer or block before the first step, by the recipe's field that asked for it:
+            `gptq` or `reconstruct`.
     """
 
     history: list[Row]
@@ -102,21 +102,21 @@ def finetune(
     If some bounds were never set, the first training batches calibrate the model. SIGTERM and the first Ctrl-C end the
     training after the step in progress, with a checkpoint; SIGUSR1 asks for a checkpoint.
 
-    The random state of every sample and step is a function of the seed and of where the run is, and the caller's is
-    given back at the end. So a run that was killed at any moment and resumed has the weights of one that was not, bit
-    for bit on the CPU, with one process and the same number of threads.
+    The random state of every sample and step is a function of the seed and of where the run is; the caller's random
+    state is restored at the end. So a run that was killed at any moment and resumed ends with the weights of an
+    uninterrupted run, bit for bit on the CPU, with one process and the same number of threads.
 
     Started by `accelerate launch` or `torchrun`, each process trains on its share of the batches, on its own device,
-    and gradients are averaged; batches per step are then those of one process. Otherwise everything happens where the
-    model is.
+    and gradients are averaged; the batches of a step are then counted on each process. Otherwise training runs on the
+    model's device.
 
     Args:
         qmodel: A model from `quantize`, changed in place; after an exception it holds the weights of the last step.
         train_loader: A `DataLoader` or a list, read once an epoch, the same on all processes. Its batches are
             `(input, target)`, or dicts with the target under `target`, `label` or `labels`; with `distill=1.0` they
             need no targets.
-        val_loader: Labelled batches; evaluated after each epoch, and the best epoch is kept.
-        recipe: A name, as `daqconvert recipes` shows them, the path of a TOML file, or a `Recipe`.
+        val_loader: Labelled batches to evaluate on after each epoch; the best epoch's model is kept too.
+        recipe: A name that `daqconvert recipes` lists, the path of a TOML file, or a `Recipe`.
         out_dir: Directory for checkpoints and logs; None writes nothing.
         teacher: Model to distil from; by default a float copy of `qmodel` as it is before the first step.
         loss_fn: Function of `(outputs, target)` that returns the mean loss over the batch, instead of the cross
@@ -218,7 +218,7 @@ def _run(
 
 
 def _close_parts(run: Run) -> None:
-    """Let the parts take off the model what must not outlive this call, the last one first."""
+    """Close the parts, the last one first: they remove from the model what must not outlive this call."""
     with ExitStack() as stack:
         for part in run.parts:
             stack.callback(part.close)

@@ -1,8 +1,8 @@
-"""Training: the epochs of a run and its steps, and what ends it.
+"""The training loop: the epochs and steps of a run, and what ends it.
 
-What a step does is a function of the run's state - model, optimizers, parts, position, history -, of the loaders, and
-of (seed, epoch, step); `saving` writes that state and brings it back. One optimizer step trains on a group of batches:
-each goes forward and backward, the processes agree on the gradient, and the optimizers update the parameters.
+What a step does is a function of the run's state (model, optimizers, parts, position, history), of the loaders, and of
+(seed, epoch, step); `saving` writes the state and restores it. One optimizer step trains on a group of batches: each
+goes forward and backward, the gradient is averaged over the processes, and the optimizers update the parameters.
 
     gradient = mean over processes of the mean over the group's batches of the gradient of each batch's loss
 
@@ -38,7 +38,7 @@ T = TypeVar("T")
 def train(
     run: Run, bar: Bar, on_epoch: Callable[[Row], None] | None = None, on_step: Callable[[Step], None] | None = None
 ) -> None:
-    """Train what is left of a run that is prepared; evaluate and save after each epoch.
+    """Train the epochs that are left of a prepared run; evaluate and save after each of them.
 
     On the main process `on_epoch` is called with each epoch's row, and `on_step` after each optimizer step.
     """
@@ -100,11 +100,11 @@ def groups_of(batches: Iterable[T], count: int) -> Iterator[list[T]]:
 def _take_step(run: Run, wrapped: Any, group: list[Any]) -> tuple[Step, list[float]]:
     """Train on the batches of one group, as the loader gives them, and move the run's position on by one step.
 
-    `wrapped` is called instead of the run's model. Returned are the step, and how often each signal came, summed over
+    `wrapped` is called instead of the run's model. The result is the step, and how often each signal came, summed over
     all processes.
 
     Raises:
-        TrainingError: If the loss is NaN or infinite; the parameters are as they were then.
+        TrainingError: If the loss is NaN or infinite; the step does not change the parameters then.
     """
     position, processes = run.position, run.processes
     number = position.number + 1
@@ -131,7 +131,7 @@ def _take_step(run: Run, wrapped: Any, group: list[Any]) -> tuple[Step, list[flo
 
 
 def _forward_and_backward(run: Run, wrapped: Any, inputs: Inputs, target: Any, share: int, *, last: bool) -> float:
-    """Add one batch's part to the gradients, and to the meter."""
+    """Add the gradients of one of a step's `share` batches, count it in the meter, and return its loss."""
     processes = run.processes
     with processes.syncing(wrapped, last):
         with processes.autocast():
@@ -164,7 +164,7 @@ def _save(run: Run) -> None:
 
 
 def _show(run: Run, bar: Bar) -> None:
-    if not bar.shown:  # reading the hits would wait for the device
+    if not bar.shown:  # no need to read the hits, which would wait for the device
         bar.advance()
         return
     meter, rates = run.position.meter, _rates(run)
@@ -191,13 +191,13 @@ def _row(run: Run) -> Row:
 
 
 def _end_epoch(run: Run, row: Row) -> None:
-    """Evaluate and save a whole epoch; after the last one leave the model as it shall be."""
+    """Evaluate an epoch and save it; after the last one let the parts put the model into its final state."""
     _require_finite(run)
     best = None
     if run.val_epochs is not None:
         try:
             best = _evaluate(run, row)
-        except Ended as ending:  # the epoch is trained, and evaluated when the run goes on
+        except Ended as ending:  # the epoch is trained; a resumed run evaluates it
             save(run)
             raise ended_by(run, ending.signal) from None
     for part in run.parts:
@@ -234,7 +234,11 @@ def _measured(run: Run, batches: Iterator[Any]) -> EvalResult:
 
 
 def _interruptible(run: Run, batches: Iterator[Any]) -> Iterator[Any]:
-    """Leave the evaluation when a signal ends training; several processes finish it, for each of them has to."""
+    """Yield batches until a signal ends training; with several processes all of them, as each has to finish.
+
+    Raises:
+        Ended: When a signal ends training.
+    """
     for batch in batches:
         ending = run.signals.take(run.signals.came)[1] if run.processes.count == 1 else None
         if ending is not None:
@@ -243,7 +247,7 @@ def _interruptible(run: Run, batches: Iterator[Any]) -> Iterator[Any]:
 
 
 def _merit(row: Row) -> tuple[float, float]:
-    """Return what epochs are compared by: top-1 where there is one, then the loss; NaN is the worst loss."""
+    """Return what epochs are compared by, larger is better: top-1, if known, then the loss; NaN is the worst loss."""
     loss, top1 = row["val_loss"], row["val_top1"]
     return (0.0 if top1 is None else top1, -math.inf if math.isnan(loss) else -loss)
 

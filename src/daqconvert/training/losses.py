@@ -23,10 +23,10 @@ IGNORED = -100  # torch's ignore_index
 
 
 def logits_of(outputs: Any, who: str = "the model") -> Tensor:
-    """Return a model's outputs as logits in float32 (float64 stays); `who` returned them, for the message.
+    """Return a model's outputs as logits in float32 (float64 stays); the message says that `who` returned them.
 
     Raises:
-        TrainingError: If it is not one floating-point tensor `(N, C, ...)`.
+        TrainingError: If they are not one floating-point tensor `(N, C, ...)`.
     """
     if not isinstance(outputs, Tensor):
         found = f"a {type(outputs).__name__}"
@@ -89,7 +89,7 @@ def checked_target(logits: Tensor, target: Any) -> Tensor:
 def count_correct(logits: Tensor, target: Any, topk: tuple[int, ...] = (1,)) -> tuple[list[int], int]:
     """Return, for each `k`, how often the target is among the `k` largest logits, and the number of targets.
 
-    Of probabilities the largest is the target.
+    Where targets are probabilities, the class with the largest one is the target.
 
     Raises:
         TrainingError: If there are fewer than `k` classes.
@@ -103,7 +103,7 @@ def count_correct(logits: Tensor, target: Any, topk: tuple[int, ...] = (1,)) -> 
 
 
 def correct(logits: Tensor, target: Any, topk: tuple[int, ...]) -> Tensor:
-    """Return what `count_correct` does as one tensor on the logits' device, the number of targets last.
+    """Return the counts of `count_correct` as one tensor on the logits' device, the number of targets last.
 
     Raises:
         TrainingError: If there are fewer than `k` classes.
@@ -118,7 +118,7 @@ def correct(logits: Tensor, target: Any, topk: tuple[int, ...]) -> Tensor:
     if target.is_floating_point():
         target = target.argmax(dim=1)
     counts = []
-    for k in topk:  # argmax for k = 1: what everybody else calls the model's class, ties too
+    for k in topk:  # for k = 1 argmax, as is usual elsewhere: it decides between equal logits
         best = logits.argmax(dim=1, keepdim=True) if k == 1 else logits.topk(k, dim=1).indices
         counts.append((best == target.unsqueeze(1)).any(dim=1).sum())
     return torch.stack([*counts, (target != IGNORED).sum()])

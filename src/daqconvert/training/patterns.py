@@ -11,11 +11,11 @@ from daqconvert.policy.rules import check_pattern, name_level
 def matching(patterns: Iterable[str], names: Sequence[str], field: str, what: str) -> list[str]:
     """Return the names that at least one pattern matches, in the order of `names`.
 
-    Patterns are dotted names, globs (`*` is any text, dots included), or `re:` and a regular expression. Messages say
-    which `field` of the recipe they are from, and `what` the names are names of.
+    Patterns are dotted names, globs (`*` is any text, dots included), or `re:` and a regular expression. For the
+    message, `field` is the recipe's field that has the patterns, and `what` is what the names belong to: "parameter".
 
     Raises:
-        TrainingError: If a pattern matches no name; names the nearest.
+        TrainingError: If a pattern matches no name; the message proposes the nearest one.
 
     Example:
         >>> matching(["*.bias"], ["0.weight", "0.bias", "2.bias"], "no_decay", "parameter")

@@ -1,10 +1,10 @@
 """What happens before the first step of a run: calibration, the teacher, GPTQ, block reconstruction.
 
-GPTQ and reconstruction work on the run's own training batches. What a few hundred images teach many weights by
-gradients is soon learned by heart. Second moments of the inputs are another matter: every position of every image
-counts, and each layer is a small problem of its own. After GPTQ, steps are for what is left: norms, scales, bounds.
+GPTQ and reconstruction work on the run's own training batches. Weights that are trained by gradients on a few hundred
+images soon overfit. GPTQ needs only the second moments of each layer's inputs, to which every position of every image
+contributes, and it solves a small problem for each layer. After GPTQ, steps are for norms, scales and bounds.
 
-A run that goes on from a checkpoint skips all this and takes the state of the checkpoint.
+A resumed run skips all this and takes the state of its checkpoint.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def start(run: Run, *, resume: bool) -> None:
             checkpoint = run.processes.from_main(lambda: last_of(run.directory))
     if checkpoint is not None:
         check_run(run, checkpoint)
-    if run.val_epochs is not None:  # found now, not after an epoch
+    if run.val_epochs is not None:  # errors in it are found now, not after an epoch
         check_first_batch(run.val_epochs.batches(0, whole=True), "val_loader", needs_target=True)
     if checkpoint is None:
         _start_fresh(run)
@@ -132,7 +132,7 @@ def _endless_batches(run: Run) -> Iterator[Any]:
 
 
 def _note(run: Run, field: str, what: str, rows: list[Fitted]) -> None:
-    """Keep what became of each layer or block for the report, and warn on the main process of those left alone.
+    """Keep what was done to each layer or block for the report; the main process warns of those left alone.
 
     The warning reads `FIELD: 2 of 9 WHAT: NAME (why), NAME (why).`
     """
@@ -145,7 +145,7 @@ def _note(run: Run, field: str, what: str, rows: list[Fitted]) -> None:
 
 
 def _write_start(run: Run, initial: dict[str, Tensor], about: dict[str, Any]) -> None:
-    """Write the recipe and the run's own teacher, in place of what an earlier run left in the directory."""
+    """Remove the files of an earlier run from the directory; write the recipe and the run's own teacher."""
     assert run.directory is not None
     run.directory.clear()
     run.directory.write_recipe(run.recipe)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PRECISIONS = ("no", "bf16", "fp16")
-REFUSED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA")  # they take parameters apart, or want code of their own
+REFUSED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA")  # they split parameters, or need code of their own
 PATCHED = ("forward", "_original_forward", "_is_accelerate_prepared")  # what `prepare_model` leaves on a model
 
 
@@ -36,9 +36,9 @@ class Processes:
     Attributes:
         count: Number of processes.
         index: Number of this process, from 0.
-        device: Where the model is: with several processes this process's own, else that of the model.
+        device: Where the model trains: with several processes this process's own device, else where the model is.
         precision: Precision of the forward: `"no"`, `"bf16"` or `"fp16"`.
-        launcher_accumulate: Batches per step that the launcher was told.
+        launcher_accumulate: Batches per step, as set in the launcher.
     """
 
     def __init__(self, accelerator: Accelerator, model: nn.Module) -> None:
@@ -61,7 +61,7 @@ class Processes:
 
     @contextmanager
     def wrapping(self, model: nn.Module) -> Iterator[Any]:
-        """Yield what is called instead of a model while it trains, and take every trace off the model afterwards.
+        """Yield what is called instead of a model while it trains; afterwards nothing of it is left on the model.
 
         Yields:
             The model itself; among several processes a `DistributedDataParallel` around it.
@@ -93,7 +93,7 @@ class Processes:
         return found
 
     def backward(self, loss: Tensor) -> None:
-        """Add a loss's gradients to those there are; in fp16 they are scaled."""
+        """Add the gradients of a loss to the present ones; in fp16 they are scaled."""
         # NOTE: not `Accelerator.backward`, which divides by the launcher's number of batches, not by that of the group
         scaler = self._accelerator.scaler
         (loss if scaler is None else scaler.scale(loss)).backward()
@@ -101,7 +101,7 @@ class Processes:
     def update(self, optimizers: Steps, clip: float | None) -> float | None:
         """Clip the gradients to a norm of `clip`, unless it is None, and update the parameters.
 
-        Returned is the norm before clipping, or None where it was not needed.
+        The result is the norm before clipping, or None where it was not needed.
         """
         scaler, norm = self._accelerator.scaler, None
         scaled = ScaledOptimizers(optimizers)
@@ -117,12 +117,12 @@ class Processes:
         return norm
 
     def scaler_state(self) -> dict[str, Any]:
-        """Return the state of the gradient scaler, as JSON can hold it; empty where there is none."""
+        """Return the state of the gradient scaler, as values for JSON; empty where there is none."""
         scaler = self._accelerator.scaler
         return {} if scaler is None else dict(scaler.state_dict())
 
     def load_scaler(self, state: dict[str, Any]) -> None:
-        """Take what `scaler_state` returned."""
+        """Restore what `scaler_state` returned."""
         if state and self._accelerator.scaler is not None:
             self._accelerator.scaler.load_state_dict(state)
 
@@ -163,7 +163,7 @@ class Processes:
 
     @torch.no_grad()
     def agree(self, model: nn.Module) -> None:
-        """Give a model the parameters and buffers that it has on the main process, quantizers' flags and signs too."""
+        """Copy a model's parameters and buffers from the main process to all, flags and signs of quantizers too."""
         if self.count == 1:
             return
         from accelerate.utils import broadcast
@@ -180,9 +180,10 @@ class Processes:
 
 @contextmanager
 def launched(model: nn.Module, recipe: Recipe, accelerator: Accelerator | None = None) -> Iterator[Processes]:
-    """Yield the processes that this one was launched among; what Accelerate keeps globally is as before afterwards.
+    """Yield the processes among which this one was launched.
 
-    Without an accelerator of the caller's own, one is made from the launcher's settings and the recipe's `precision`.
+    Without an accelerator of the caller's own, one is made from the launcher's settings and the recipe's `precision`;
+    Accelerate's global state is restored afterwards.
 
     Yields:
         The processes.
@@ -218,8 +219,8 @@ def _accelerator(model: nn.Module, recipe: Recipe) -> Accelerator:
             raise TrainingError(_refusal(name))
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     cpu = not torch.accelerator.is_available() if several else model_device(model).type == "cpu"
-    # NOTE: a layer that no batch reaches has no gradient, and DDP must look for such; where there is none torch says
-    # once, from C++, that it looked in vain
+    # NOTE: a layer that no batch reaches has no gradient, and DDP must look for such layers; where a model has none,
+    # torch warns once, from C++, that the search was not needed
     handler = DistributedDataParallelKwargs(find_unused_parameters=True)
     precision = None if recipe.precision == "launcher" else recipe.precision
     grouped = torch.distributed.is_initialized()
@@ -227,7 +228,7 @@ def _accelerator(model: nn.Module, recipe: Recipe) -> Accelerator:
         made = Accelerator(device_placement=False, mixed_precision=precision, cpu=cpu, kwargs_handlers=[handler])
     except ValueError as error:
         raise TrainingError(f"precision={recipe.precision!r}: {error}") from None
-    if torch.distributed.is_initialized() and not grouped:  # it stays for the calls to come
+    if torch.distributed.is_initialized() and not grouped:  # the group stays for later calls
         atexit.register(_leave_group)
     return made
 
@@ -282,12 +283,12 @@ class Steps(Protocol):
         ...
 
     def step(self) -> None:
-        """Update them."""
+        """Update all trained parameters."""
         ...
 
 
 class ScaledOptimizers:
-    """Several optimizers as the one that `torch.amp.GradScaler` takes: one verdict for all, so all step or none does.
+    """Several optimizers behind the interface of one, for `torch.amp.GradScaler`: all of them step, or none does.
 
     Attributes:
         parameters: All trained parameters.

@@ -1,7 +1,7 @@
 """One training run as plain data: what it is made of, where it stands, and what acts on it beside the optimizers.
 
-What the functions of a run do stands beside it: `preparing` before the first step, `looping` takes steps and epochs,
-`saving` writes checkpoints and goes on from them. Epochs and steps count from 1; a step is one update by the
+The functions that work on a run are in the modules beside this one: `preparing` (before the first step), `looping`
+(steps and epochs) and `saving` (checkpoints and resuming). Epochs and steps count from 1; a step is one update by the
 optimizers.
 """
 
@@ -47,7 +47,7 @@ class Position:
     meter: Meter = field(default_factory=Meter)
 
     def next_epoch(self) -> None:
-        """Stand before the first batch of the next epoch."""
+        """Move to the first batch of the next epoch."""
         self.epoch, self.batches, self.steps, self.seconds, self.meter = self.epoch + 1, 0, 0, 0.0, Meter()
 
     def __str__(self) -> str:
@@ -55,7 +55,7 @@ class Position:
         return f"epoch {self.epoch}, step {self.steps}" if self.batches else f"epoch {self.epoch - 1}"
 
     def to_meta(self, processes: Processes) -> dict[str, Any]:
-        """Return the position as JSON can hold it, its meter over all processes, each of which has to call this."""
+        """Return the position as values for JSON, the meter summed over all processes; each has to call this."""
         return {
             "number": self.number, "epoch": self.epoch, "batches": self.batches, "steps": self.steps,
             "seconds": self.seconds, "meter": processes.sum(self.meter.sums()),
@@ -63,7 +63,7 @@ class Position:
 
     @staticmethod
     def from_meta(meta: dict[str, Any], processes: Processes) -> Position:
-        """Return the position that `to_meta` described; the main process goes on with the meter of all of them."""
+        """Return the position that `to_meta` wrote; the main process gets the sums, the others an empty meter."""
         found = Position(**{**meta, "meter": Meter()})
         if processes.is_main:
             found.meter.load(meta["meter"])
@@ -98,9 +98,9 @@ class Part:
     """Something that acts on a training run beside the optimizers; the methods of this base class do nothing.
 
     A part is made with what it needs of the run, and its constructor's signature says what that is: the model, a
-    number, a folder, or the whole run where it reads or ends that. `parts.assembly` makes the parts. They are called
-    in one fixed order, on every process alike. What a part decides is a function of the run's state, of the recipe and
-    of its own `tensors` and `meta`, so that a resumed run goes on as if it had never stopped.
+    number, a folder, or the whole run where it reads much of the run or may end it. `parts.assembly` makes the parts.
+    They are called in one fixed order, on every process alike. What a part decides is a function of the run's state,
+    of the recipe and of its own `tensors` and `meta`, so that a resumed run goes on as if it had never stopped.
 
     Attributes:
         name: Prefix of its tensors in a checkpoint, and key of its `meta`.
@@ -112,37 +112,37 @@ class Part:
         """Act before the first step, when model, bounds and optimizers are ready; before `load` in a resumed run."""
 
     def before_epoch(self, epoch: int) -> None:
-        """Act before the first step that this call of `finetune` takes of an epoch; the model is in training mode."""
+        """Act before the first step that this call of `finetune` takes in an epoch; the model is in training mode."""
 
     def before_step(self, number: int) -> None:
         """Act before an optimizer step, with its number, counted from 1."""
 
     def after_step(self, step: Step) -> None:
-        """Act after an optimizer step, before a checkpoint of it.
+        """Act after an optimizer step, before a checkpoint is written.
 
         Raises:
             TrainingError: If training must stop here; the last checkpoint stays as it is.
         """
 
     def evaluating(self) -> AbstractContextManager[None]:
-        """Return a context in which the model is as it shall be evaluated and kept as `best`, back as it was after."""
+        """Return a context in which the model is as it is to be evaluated and saved; it is restored afterwards."""
         return nullcontext()
 
     def after_epoch(self, row: Row) -> None:
         """Act after an epoch and its evaluation; may add columns to the epoch's row of the history."""
 
     def finish(self) -> None:
-        """Leave the model as it shall be after the last epoch."""
+        """Put the model into its final state, after the last epoch."""
 
     def close(self) -> None:
-        """Take off the model what must not outlive the call of `finetune`, also after an exception."""
+        """Remove from the model what must not outlive the call of `finetune`, also after an exception."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state that a checkpoint keeps, by name."""
         return {}
 
     def meta(self) -> Any:
-        """Return what else a checkpoint keeps, as JSON can hold it; None for nothing."""
+        """Return what else a checkpoint keeps, as values for JSON; None for nothing."""
         return None
 
     def load(self, tensors: dict[str, Tensor], meta: Any) -> None:
@@ -151,9 +151,9 @@ class Part:
 
 @dataclass
 class Run:
-    """One training run, as one of its processes has it.
+    """One training run, as one of its processes sees it.
 
-    First what it is made of, then what was made before its first step, then where it stands.
+    The attributes come in three groups: what a run is made of, what is made before its first step, where it stands.
 
     Attributes:
         model: The quantized model, trained in place.
@@ -164,15 +164,15 @@ class Run:
         steps: Optimizer steps of an epoch; 0 where unknown.
         train_epochs: The batches to train on, as this process reads them.
         val_epochs: The batches to evaluate on, as this process reads them, or None.
-        layers: Settings of the layers as they were passed; a part may change those of the model while it trains.
-        teacher_kind: What checkpoints say of the teacher.
+        layers: Settings of the layers when `finetune` was called; a part may change the model's while it trains.
+        teacher_kind: Which teacher it has, as noted in checkpoints: none, the model's float copy, or one passed.
         directory: Where checkpoints go, or None.
         show: Whether to show progress, on this process.
         signals: Signals that came from outside since training began.
 
         calibration: What calibration found, if it was needed.
-        fitted: What became of each layer or block before the first step, by field of the recipe: `gptq` and
-            `reconstruct`.
+        fitted: What was done to each layer or block before the first step, by the recipe's field that asked for it:
+            `gptq` or `reconstruct`.
         optimizers: What updates the parameters.
         parts: What acts on the run beside the optimizers.
 
@@ -225,5 +225,5 @@ class Run:
 
     @property
     def folder(self) -> Path | None:
-        """Where this process writes the files of the run: the main one, where there is a directory; else None."""
+        """Folder that this process writes the run's files to; None without one, and on all but the main process."""
         return self.directory.path if self.directory is not None and self.processes.is_main else None

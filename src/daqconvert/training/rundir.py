@@ -1,10 +1,10 @@
 """The run directory: which files `finetune` writes, and the rules for a directory that is there already.
 
-Checkpoints are what a run needs to go on: an error in writing one stops the training. `log.csv` has a line per epoch,
-and is written anew each time, in one go, from the history that the checkpoint holds: after an interruption it never
-holds an epoch that is trained again, nor half a line. Other files grow line by line (`Appended`), and when a run is
-resumed what its checkpoint knows nothing of is dropped from them. They are for looking at, and training needs none of
-them: of one that cannot be written there is one warning, and training goes on.
+A run needs its checkpoints to go on, so an error in writing one stops the training. `log.csv` has a line per epoch. It
+is rewritten as a whole each time, from the history that the checkpoint holds: after an interruption it never has half
+a line, nor an epoch that will be trained again. Other files grow line by line (`Appended`); when a run is resumed,
+lines that are newer than its checkpoint are dropped from them. Training does not need these files: if one cannot be
+written there is one warning, and training goes on.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class RunDirectory:
         teacher: The float model that distillation started with.
         log: One line per epoch.
         recipe: The recipe, as TOML.
-        checkpoints: Folder of the checkpoints that were `last` before, as `step-00000120.safetensors`.
+        checkpoints: Folder of earlier states of `last`, as `step-00000120.safetensors`.
 
     Args:
-        out_dir: The directory; made where it is not there.
+        out_dir: The directory; created if it is missing.
         resume: Go on with the checkpoint in it, if there is one.
         overwrite: Replace the run in it.
 
@@ -82,7 +82,7 @@ class RunDirectory:
         return sorted(self.checkpoints.glob("step-*.safetensors"), reverse=True)
 
     def keep_last(self, step: int) -> None:
-        """Keep `last`, the state after so many steps, under that number; takes no space until `last` is replaced.
+        """Keep `last`, the state after `step` steps, in `checkpoints`; a link takes no space until `last` changes.
 
         Raises:
             OSError: If it cannot be kept.
@@ -145,14 +145,14 @@ class RunDirectory:
 
 
 class Appended:
-    """A text file of whole lines that grows; the first line makes it."""
+    """A text file that grows by whole lines; it is created with the first one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._told: set[Path] = set()
 
     def lines(self) -> list[str]:
-        """Return its lines; the last one is left out where it was cut off, as by a process that was killed."""
+        """Return the lines of the file, without a last one that is cut off because its process was killed."""
         if not self.path.is_file():
             return []
         whole, _, _ = self.path.read_text(encoding="utf-8", errors="replace").rpartition("\n")
@@ -198,7 +198,7 @@ def telling(path: Path, told: set[Path]) -> Iterator[None]:
 
 
 def csv_text(history: Sequence[Mapping[str, Any]]) -> str:
-    """Return the history, one row per epoch, as CSV with a header: `COLUMNS`, then what else the rows hold.
+    """Return the history, one row per epoch, as CSV with a header: `COLUMNS`, then other keys of the rows.
 
     Example:
         >>> csv_text([{"epoch": 1, "train_loss": 0.5}]).splitlines()[1]

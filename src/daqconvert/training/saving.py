@@ -1,9 +1,9 @@
 """How a run is written to its directory, and goes on where it was interrupted.
 
 The state of a run is `last.safetensors`: tensors of model, optimizers and parts, and `meta(run)`. `best.safetensors`
-has the same form, and holds of tensors the model alone, as it was evaluated. `teacher.safetensors` holds the model as
-it was before the first step, because a model in memory may have been trained on since. Before a run goes on it is
-checked that its checkpoint is whole, and of this very run (`check_run`).
+has the same form, but its tensors are those of the model alone, as it was evaluated. `teacher.safetensors` holds the
+model as it was before the first step: a resumed run cannot take its teacher from a model that has been trained since.
+Before a run is resumed, `check_run` makes sure that the checkpoint belongs to this very run.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from daqconvert.training.signals import Terminated
 
 
 def save(run: Run, *, best: dict[str, Tensor] | None = None) -> None:
-    """Write the checkpoints and the log after a step or an epoch; nothing without a directory.
+    """Write the checkpoints and the log after a step or an epoch; without a directory do nothing.
 
     All processes have to call this, and the main one writes. `best` holds the model's tensors if this epoch is the
-    best so far; it is written before `last`, so that `last` never speaks of a best one that is not there.
+    best so far. It is written before `last`, so that `last` never names a best epoch whose file is missing.
     """
     if run.directory is None:
         return
@@ -97,7 +97,7 @@ def meta(run: Run) -> dict[str, Any]:
 
 
 def _fits_to_meta(fitted: dict[str, list[Fitted]]) -> dict[str, list[dict[str, Any]]]:
-    """Return `run.fitted` as JSON can hold it."""
+    """Return `run.fitted` as values for JSON."""
     return {field: [dataclasses.asdict(row) for row in rows] for field, rows in fitted.items()}
 
 
@@ -107,7 +107,7 @@ def _fits_from_meta(about: Mapping[str, list[dict[str, Any]]]) -> dict[str, list
 
 
 def make_optimizers_and_parts(run: Run) -> None:
-    """Make optimizers and parts for the model as it is now, and let every part begin."""
+    """Make optimizers and parts for the model as it is now, and start every part."""
     run.optimizers = Optimizers(run.model, run.recipe, run.total_steps)
     run.parts = parts_for(run)
     for part in run.parts:
@@ -115,18 +115,18 @@ def make_optimizers_and_parts(run: Run) -> None:
 
 
 def restore(run: Run, checkpoint: Checkpoint) -> None:
-    """Take the state of a checkpoint that was checked."""
+    """Bring a run into the state of a checkpoint, which has been checked."""
     about, model = checkpoint.meta, checkpoint.part(MODEL)
     if run.teacher_kind == OWN_TEACHER:
         saved = run.processes.from_main(lambda: _teacher_of(run))
         run.objective.teacher = float_copy(run.model)
         run.objective.teacher.load_state_dict(saved.part(MODEL))
-    run.model.load_state_dict(model)  # which bounds are trained is known now
-    run.fitted = _fits_from_meta(about.get("fitted", {}))  # runs of earlier versions noted none
+    run.model.load_state_dict(model)  # before the optimizers: it tells which bounds are trained
+    run.fitted = _fits_from_meta(about.get("fitted", {}))  # earlier versions did not save them
     make_optimizers_and_parts(run)
     for part in run.parts:
         part.load(checkpoint.part(f"{PART}{part.name}/"), about["parts"].get(part.name))
-    run.model.load_state_dict(model)  # whatever the parts did to it
+    run.model.load_state_dict(model)  # parts may have changed the model
     run.optimizers.load_state_dict(checkpoint.part(OPTIMIZER))
     run.processes.load_scaler(about["scaler"])
     run.history, run.best, run.stop = list(about["history"]), about["best"], about["stop"]
@@ -138,7 +138,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
 
 
 def ended_by(run: Run, signal: str) -> BaseException:
-    """Return what ends a run after a signal: `KeyboardInterrupt` for SIGINT, else an error that says how to go on."""
+    """Return the exception that ends a run after a signal: `KeyboardInterrupt` for SIGINT, else `Terminated`."""
     where = "no out_dir was given, so nothing is kept."
     if run.directory is not None:
         where = f"{run.directory.last} holds the state after {run.saved}. Go on with resume=True."
@@ -150,7 +150,7 @@ def last_of(directory: RunDirectory | None) -> Checkpoint | None:
     """Return the last checkpoint of a run directory, or None where there is none.
 
     Raises:
-        TrainingError: If it is damaged or gone; names the newest earlier one that is good, and what to type.
+        TrainingError: If it is damaged or gone; says how to go on from the newest earlier one that is whole.
     """
     if directory is None or not (directory.last.exists() or directory.kept()):
         return None
@@ -188,10 +188,10 @@ def _teacher_of(run: Run) -> Checkpoint:
 
 
 def check_run(run: Run, checkpoint: Checkpoint) -> None:
-    """Raise unless a checkpoint is of this very run, which has not been changed yet.
+    """Raise unless a checkpoint belongs to this very run; the run is not changed.
 
     Raises:
-        TrainingError: If the checkpoint is of another run, or of an earlier version; names what differs.
+        TrainingError: If the checkpoint is from another run or an earlier version; names what differs.
     """
     assert run.directory is not None
     about, where = checkpoint.meta, str(run.directory.last)

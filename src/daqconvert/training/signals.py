@@ -15,7 +15,7 @@ from typing import Any
 from daqconvert.errors import TrainingError
 
 NAMES = ("SIGUSR1", "SIGTERM", "SIGINT")  # the later, the more urgent; Windows has no SIGUSR1
-USUAL = (signal.SIG_DFL, signal.default_int_handler)
+USUAL = (signal.SIG_DFL, signal.default_int_handler)  # handlers that `listening` replaces
 
 
 class Ended(Exception):
@@ -43,8 +43,8 @@ class Signals:
     def take(self, came: Sequence[float]) -> tuple[bool, str | None]:
         """Return whether to write a checkpoint, and the name of the signal that ends training, or None.
 
-        What is asked for follows from `came`: the attribute, or its sum over processes. A request for a checkpoint is
-        forgotten after that.
+        `came` is the attribute, or its sum over all processes. The attribute's count of SIGUSR1 goes back to 0, so
+        that one request gives one checkpoint.
         """
         ending = next((name for name, n in zip(NAMES[:0:-1], came[:0:-1], strict=True) if n), None)
         asked = bool(came[0]) or ending is not None
@@ -54,7 +54,7 @@ class Signals:
 
 @contextmanager
 def listening() -> Iterator[Signals]:
-    """Listen to signals while the block runs, if it runs in the main thread; earlier handlers are back afterwards.
+    """Listen to signals while the block runs, if it runs in the main thread; earlier handlers are restored.
 
     Yields:
         The signals that have come so far.
@@ -69,7 +69,7 @@ def listening() -> Iterator[Signals]:
 
     def heard(number: int, frame: FrameType | None) -> None:
         signals.came[NAMES.index(signal.Signals(number).name)] += 1
-        if number == signal.SIGINT:  # the next one does not wait
+        if number == signal.SIGINT:  # a second one interrupts at once
             signal.signal(number, before[number])
 
     if threading.current_thread() is threading.main_thread():

@@ -1,1 +1,1 @@
-"""Parts of a run: what acts on it beside the optimizers. `assembly` makes them, in the order in which they act."""
+"""Parts of a run: what acts on it beside the optimizers, a file per kind; `assembly` makes those of a recipe."""

@@ -1,8 +1,9 @@
-"""Which parts a recipe needs, and what each of them gets from the run: in the one order in which they act.
+"""Makes the parts that a recipe needs, in the order in which they act, and gives each what it needs of the run.
 
-First what changes the model or holds it still (widths, bounds, batch norms, oscillating weights), then what watches
-and stops, and last what writes down. Contexts of `evaluating` open in the same order, so that batch norms are
-estimated for the averaged weights; a resumed run has its widths before the average is loaded.
+First come the parts that change the model or hold something in it still (bits, bounds, batch norms, average,
+oscillating weights), then those that watch and stop the run, last those that write files. `evaluating` and `load` are
+called in the same order: batch norms are estimated for the averaged weights, and in a resumed run the model has its
+bits before the average is loaded.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from daqconvert.training.run import Part, Run
 
 
 def parts_for(run: Run) -> list[Part]:
-    """Return the parts of a run whose optimizers are made, new ones."""
+    """Return new parts for a run, whose optimizers have to be there."""
     recipe, oscillation = run.recipe, _oscillation(run)
     parts = _acting(run, oscillation)
     if recipe.patience:
@@ -31,10 +32,10 @@ def parts_for(run: Run) -> list[Part]:
 
 
 def _acting(run: Run, oscillation: Oscillation | None) -> list[Part]:
-    """Return what changes the model or holds it still."""
+    """Return the parts that change the model or hold something in it still."""
     recipe, model, epochs, processes, total = run.recipe, run.model, run.train_epochs, run.processes, run.total_steps
     parts: list[Part] = []
-    if recipe.final_w_sigma or recipe.final_a_sigma:  # sees the bits of the plan, before progressive changes them
+    if recipe.final_w_sigma or recipe.final_a_sigma:  # needs the bits of the plan, before progressive changes them
         final = recipe.final_w_sigma, recipe.final_a_sigma
         parts.append(Sharpening(model, total, final=final, most_bits=recipe.final_sigma_bits))
     if recipe.progressive:
@@ -48,7 +49,7 @@ def _acting(run: Run, oscillation: Oscillation | None) -> list[Part]:
         parts.append(FreshStatistics(model, epochs, processes, recipe.reestimate, wanted=not reconstructed))
     if recipe.ema:
         parts.append(Average(model, recipe.ema, warmup=recipe.ema_warmup))
-    if oscillation is not None:  # within the average, whose frozen weights it puts at their level
+    if oscillation is not None:  # after the average, in which it puts frozen weights at their level
         parts.append(oscillation)
     if recipe.reestimate and recipe.batch_norm == "train":
         parts.append(Reestimation(model, epochs, processes, recipe.reestimate))

@@ -1,8 +1,8 @@
 """Batch norms of a run: freezing their statistics at some point, and estimating them anew before every evaluation.
 
-A running statistic is an average over steps, each with other weights; with few levels a small step of the weights
-moves what a layer returns a lot, so the average describes no model that ever was. Estimated anew, from batches that
-pass the weights as they are, with equal weight each, it describes this one.
+A running statistic is an average over many steps. With few levels, a small step of the weights changes a layer's
+output a lot, so the average describes none of the models that it was taken from. Statistics that are estimated anew,
+with the weights as they are and all batches counting alike, describe the present model.
 
 Source: "Rethinking 'Batch' in BatchNorm" (Wu, Johnson, 2021), https://arxiv.org/abs/2105.07576, section 3 (PreciseBN).
 """
@@ -27,7 +27,7 @@ from daqconvert.training.run import Part
 
 
 class FrozenBatchNorm(Part):
-    """Keeps running statistics, and uses them, after a share of the run's steps."""
+    """After a share of the run's steps, normalizes with the running statistics and does not update them any more."""
 
     name: ClassVar[str] = "batch_norm"
 
@@ -36,7 +36,7 @@ class FrozenBatchNorm(Part):
         self._frozen = False
 
     def start(self) -> None:
-        """Find out when that is.
+        """Compute the last step that updates the statistics.
 
         Raises:
             TrainingError: If the model has no batch norm, or the length of the run is unknown.
@@ -45,7 +45,7 @@ class FrozenBatchNorm(Part):
         self._last = steps_until(self.share, self.total, "batch_norm_freeze_at")
 
     def before_epoch(self, epoch: int) -> None:
-        """Take notice that all modules are in training mode again."""
+        """Note that all modules are in training mode again."""
         self._frozen = False
 
     def before_step(self, number: int) -> None:
@@ -59,16 +59,16 @@ class FrozenBatchNorm(Part):
 class FreshStatistics(Part):
     """Estimates running statistics once, from the first training batches, before the first step.
 
-    For `batch_norm="freeze"`: what training uses from there on are statistics of the quantized model. At few bits
-    those of the float model describe it badly; a teacher that is the float model has taken its own before.
+    For `batch_norm="freeze"`: training then uses statistics of the quantized model. At few bits those of the float
+    model describe it badly. A teacher that is a float copy of the model was made before, and keeps the float ones.
 
     Args:
         model: The model in training.
         epochs: The batches to train on.
         processes: The processes of the run.
         count: Number of batches to estimate from.
-        wanted: Whether to estimate; False where blocks were reconstructed, for their statistics were estimated then,
-            and they were trained with them.
+        wanted: Whether to estimate; False where blocks were reconstructed, because reconstruction has estimated the
+            statistics and trained the blocks with them.
     """
 
     name: ClassVar[str] = "statistics"
@@ -77,7 +77,7 @@ class FreshStatistics(Part):
         self.model, self.epochs, self.processes, self.count, self.wanted = model, epochs, processes, count, wanted
 
     def start(self) -> None:
-        """Estimate, where there are batch norms; a run that is resumed takes those of its checkpoint after this."""
+        """Estimate, if there are batch norms; a resumed run loads the statistics of its checkpoint after this."""
         if self.wanted and batch_norms(self.model):  # `fewshot` is for networks without them, too
             _estimate(self.model, self.epochs, self.processes, 0, self.count)
 
@@ -85,7 +85,8 @@ class FreshStatistics(Part):
 class Reestimation(Part):
     """Estimates running statistics anew, from the first training batches of the epoch, before its evaluation.
 
-    Training does not see it: afterwards the statistics are as they were, bit for bit. After the last epoch they stay.
+    Training is not affected: after the evaluation the statistics are as they were, bit for bit. After the last epoch
+    the model keeps the estimated ones.
 
     Args:
         model: The model in training.
@@ -109,12 +110,12 @@ class Reestimation(Part):
         _require_batch_norms(self.model, "reestimate")
 
     def before_epoch(self, epoch: int) -> None:
-        """Note whose batches are taken."""
+        """Note the epoch whose batches are taken."""
         self._epoch = epoch
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Estimate, and give the statistics back afterwards."""
+        """Estimate, and restore the statistics afterwards."""
         buffers = [b for module in batch_norms(self.model) for b in module.buffers(recurse=False)]
         before = [buffer.clone() for buffer in buffers]
         try:
@@ -130,7 +131,7 @@ class Reestimation(Part):
 
 
 def _estimate(model: nn.Module, epochs: Epochs, processes: Processes, epoch: int, count: int) -> None:
-    """Estimate from the first batches of an epoch, the same on every process; random state is given back."""
+    """Estimate from the first batches of an epoch, the same on every process; the random state is restored."""
     with preserved_random_state(epochs.loader):
         batches = itertools.islice(epochs.batches(epoch, whole=True), count)
         where, device = "train_loader (reestimate)", processes.device
@@ -139,7 +140,7 @@ def _estimate(model: nn.Module, epochs: Epochs, processes: Processes, epoch: int
 
 
 def _require_batch_norms(model: nn.Module, field: str) -> None:
-    """Raise where a field of the recipe has no effect, for the model has no batch norm."""
+    """Raise if a field of the recipe has no effect because the model has no batch norm."""
     if not batch_norms(model):
         raise TrainingError(
             f"{field}: has no effect, for {type(model).__name__} has no batch norm with running statistics. "

@@ -1,11 +1,10 @@
-"""Scalars for TensorBoard in `tensorboard/` of the run directory, where it is installed (extra `log`).
+"""Scalars for TensorBoard in `tensorboard/` of the run directory, if tensorboard is installed (extra `log`).
 
-`tensorboard --logdir runs` shows all runs. A resumed run goes on in the same curves: what was written after the
+`tensorboard --logdir runs` shows all runs. A resumed run goes on in the same curves: what was written after its
 checkpoint is not shown.
 
-The files are written here, and not by torch's `SummaryWriter`: that one writes from a thread of its own, in which a
-full disk is an error that nobody can catch. The records are the same: torch makes the summaries, tensorboard frames
-them.
+The files are written here and not by torch's `SummaryWriter`, which writes from a thread of its own: an error there,
+such as a full disk, cannot be caught. The records are the same: torch makes the summaries, tensorboard frames them.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ class Board(Part):
     Args:
         model: The model in training.
         folder: Where this process writes files, or None.
-        steps: Comes before this part, and makes the scalars of the steps.
-        oscillation: Knows the shares of oscillating weights; None where they are not followed.
+        steps: The part that makes the scalars of the steps; it has to act before this one.
+        oscillation: The part that has the shares of oscillating weights; None where they are not followed.
     """
 
     name: ClassVar[str] = "board"
@@ -58,7 +57,7 @@ class Board(Part):
             self._file = EventFile(folder, self._step + 1 if self._resumed else None)
 
     def after_step(self, step: Step) -> None:
-        """Write what `steps.csv` has just got."""
+        """Write the line that `steps.csv` has just got, if it got one."""
         self._step = step.number
         if self._file is None or self.steps.last is None:
             return
@@ -104,7 +103,7 @@ def _scalars(found: dict[str, Any]) -> list[tuple[str, float]]:
 class EventFile:
     """A file of scalars for TensorBoard, in a folder that is made if it is missing.
 
-    With `purge`, what earlier files of the folder say of that step and later ones is not shown.
+    With `purge`, a step, TensorBoard does not show what earlier files of the folder hold from that step on.
 
     Raises:
         ImportError: If tensorboard is not installed.

@@ -2,10 +2,10 @@
 
     average = decay * average + (1 - decay) * weights,   decay = ema, or with warm-up min(ema, 1 - step ** (-2/3))
 
-after every optimizer step, counted from 1; the first one's weights begin it. Of all parameters and floating-point
-buffers, each once however many names it has; flags, signs and counts are copied. Bounds and scales are averaged too,
-so an averaged model is a quantized model like any other. Where the model changes its bits (`progressive`) the average
-does so first.
+after every optimizer step, counted from 1; the average starts with the weights after the first step. Averaged are all
+parameters and floating-point buffers, each once however many names it has; flags, signs and counts are copied. Bounds
+and scales are averaged too, so an averaged model is a quantized model like any other. If the model has changed its
+bits (`progressive`), the average changes its own before it takes a step in.
 
 Source: timm, `timm.utils.ModelEmaV3`.
 """
@@ -28,11 +28,11 @@ HALVES = (torch.float16, torch.bfloat16)  # too coarse for what one step adds: a
 
 
 class Average(Part):
-    """The average, and its place in a run.
+    """Keeps the average, and puts it in place of the weights for evaluations and after the last epoch.
 
     Args:
         model: The model in training.
-        decay: Of the average, below 1.
+        decay: Decay of the average, below 1.
         warmup: Whether the decay starts small.
     """
 
@@ -64,7 +64,7 @@ class Average(Part):
 
     @torch.no_grad()
     def after_step(self, step: Step) -> None:
-        """Take the weights of this step in."""
+        """Add the weights after this step to the average."""
         self._follow()
         weight = 1.0 - self._average.get_decay(step.number)
         if self._kept is None or not self._kept.valid():
@@ -77,7 +77,7 @@ class Average(Part):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Put the averaged values in the model's place, and its own back afterwards, bit for bit."""
+        """Give the model the averaged values, and its own back afterwards, bit for bit."""
         self._follow()
         pairs = _pairs(self.module, self.model)
         before = [theirs.detach().clone() for _, theirs in pairs]
@@ -102,19 +102,19 @@ class Average(Part):
         return found
 
     def load(self, tensors: dict[str, Tensor], meta: Any) -> None:
-        """Take an averaged model's state; the model has its bits by then."""
+        """Load an averaged model's state; the model already has the bits that go with it."""
         self._follow()
         self.module.load_state_dict(tensors)
 
     def _follow(self) -> None:
-        """Give the average the bits that the model has, its bounds where they are sensible for them."""
+        """Give the average the bits that the model has, and adapt its bounds."""
         for ours, theirs in self._sites:
             if ours.settings is not theirs.settings:
                 set_site_bits(ours, theirs.settings)
 
 
 class Pairs:
-    """What a step reads and writes, as lists that are made once.
+    """The tensors that a step reads and writes, as lists that are made once.
 
     Attributes:
         averaged: Tensors that are averaged: those of the average, and those of the model in training.
@@ -136,7 +136,7 @@ class Pairs:
         self._own = all(id(theirs) in own for _, found in (self.averaged, *self.copied) for theirs in found)
 
     def valid(self) -> bool:
-        """Whether the model still has these tensors; never where its state dict computes some of them."""
+        """Whether the model still has these tensors; always False if its state dict computes some of them."""
         return self._own and all(owner.get(name) is value for owner, name, value in self._owned)
 
 

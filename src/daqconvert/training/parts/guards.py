@@ -1,9 +1,9 @@
-"""What watches a run, warns, and may end it: guard rails, and early stopping.
+"""Parts that watch a run, warn, and may end it: guard rails and early stopping.
 
-Guard rails find what goes wrong at low bits, and say it with a number and with what to try. After every epoch they
-look for ranges that have collapsed, weights that all lie on one level, scales that are dead, and layers that no
-gradient reaches. Of each there is one warning per layer and kind, and training goes on. After every step they look at
-the loss: where it explodes, training stops.
+Guard rails find what goes wrong at low bits; a warning gives a number and says what to try. After every epoch they
+look for ranges that have collapsed, weights that all lie on one level, output scales that have fallen to nearly 0, and
+layers that no gradient reaches. There is one warning per layer and kind in a run, and training goes on. After every
+step they look at the loss: if it explodes, training stops.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from daqconvert.training.rundir import Row, RunDirectory
 LOGGER = logging.getLogger("daqconvert.training")
 
 COLLAPSED = 0.05  # of its start: a range below this has collapsed
-DEAD = 1e-3  # of its start: an output scale below this multiplies with nothing
+DEAD = 1e-3  # of its start: an output scale below this is dead
 ONE_LEVEL = 0.999  # share of the weights on one level
-FEWEST = 16  # weights: fewer may well share a level
+FEWEST = 16  # weights of a layer: if there are fewer, they may well share a level
 LOOK = 8  # steps between two looks for a gradient
-MOMENTUM, FIRST = 0.02, 10  # of the running mean of the loss; steps before an explosion is told from a start
+MOMENTUM, FIRST = 0.02, 10  # of the running mean of the loss; steps at the start that cannot be an explosion
 
 Found = tuple[str, str]
-"""Kind, and what is said after the layer's name."""
+"""The kind of a problem, and the warning's text without the layer's name."""
 
 
 class Guards(Part):
@@ -85,7 +85,7 @@ class Guards(Part):
             self._watch_loss(step)
 
     def after_epoch(self, row: Row) -> None:
-        """Look at every site, tell what is new, and count it in the row."""
+        """Look at every site, log what is new, and count it in the row."""
         told = {(warning["layer"], warning["kind"]) for warning in self.warnings}
         new = []
         counted = {name: level_counts(site) for name, site in self._sites.items()}
@@ -102,7 +102,7 @@ class Guards(Part):
                 LOGGER.warning("epoch %d: %s", warning["epoch"], warning["text"])
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what the run started from."""
+        """Return the ranges and scales that the run started from."""
         return self._start
 
     def meta(self) -> Any:

@@ -38,7 +38,7 @@ class Measure:
     levels: tuple[int, ...] | None
 
     def plain(self) -> dict[str, Any]:
-        """Return it as JSON gives it back, numbers with five significant digits, without the levels.
+        """Return the measure as JSON gives it back, numbers with five significant digits, without the levels.
 
         Example:
             >>> Measure((2, 2), (-3.0, 3.0), (3.0, 3.0), None, (0.1234567, 0.5, 1.0), (1, 2, 2, 1)).plain()["scale"]
@@ -62,7 +62,7 @@ def sites_of(model: nn.Module) -> dict[str, QuantizedSite]:
 
 
 def weight_ranges(site: QuantizedSite) -> Tensor | None:
-    """Return `upper - lower` of the weight, of each channel; None where the weight is not quantized, or is data."""
+    """Return `upper - lower` of the weight per channel; None if it is not quantized, or is another activation."""
     quantizer = site.weight_quantizer
     if not isinstance(quantizer, WeightQuantizer):
         return None
@@ -94,7 +94,7 @@ def input_range(quantizer: InputQuantizer) -> tuple[float, float]:
 
 @torch.no_grad()
 def level_counts(site: QuantizedSite) -> tuple[int, ...] | None:
-    """Return how many weights lie on each level, lowest first; None where the weight is not quantized, or is data."""
+    """Return how many weights lie on each level, lowest first; None where `weight_ranges` returns it."""
     quantizer, weight = site.weight_quantizer, site.float_weight()
     if not isinstance(quantizer, WeightQuantizer) or weight is None or not quantizer.ready:
         return None
@@ -105,7 +105,7 @@ def level_counts(site: QuantizedSite) -> tuple[int, ...] | None:
 
 @torch.no_grad()
 def measure(site: QuantizedSite, *, levels: bool = True) -> Measure:
-    """Measure one site; without `levels` the weights on each level are not counted, which reads all of them."""
+    """Measure one site; `levels=False` does not count the weights on each level, for which all are quantized."""
     quantizer, of_input = site.weight_quantizer, site.input_quantizer
     weight = spread = None
     if isinstance(quantizer, WeightQuantizer):

@@ -34,8 +34,8 @@ from daqconvert.training.rundir import Row
 
 MOMENTUM = 0.01
 SAMPLE = 4096  # weights of a site that are followed where nothing is frozen
-MARGIN = 0.1  # std: how far from the edge of its level a frozen weight must lie where weights are normalized ...
-MIDDLE = 0.25  # ... but nearer to the middle than this part of a level it need not be
+MARGIN = 0.1  # in std: how far from the edge of its level a frozen weight must lie if weights are normalized ...
+MIDDLE = 0.25  # ... but a weight that is within this part of a level from the middle is always far enough
 
 
 class Oscillation(Part):
@@ -47,8 +47,8 @@ class Oscillation(Part):
 
     Args:
         model: The model in training.
-        freeze: Whether to freeze them; then there is a column `frozen`, too.
-        threshold: Frequency from which a weight oscillates.
+        freeze: Whether to freeze oscillating weights; then there is a column `frozen`, too.
+        threshold: Frequency above which a weight oscillates.
     """
 
     name: ClassVar[str] = "oscillation"
@@ -59,16 +59,16 @@ class Oscillation(Part):
         self.shares: dict[str, tuple[float, float]] = {}
 
     def start(self) -> None:
-        """Take the codes before the first step."""
+        """Note the codes before the first step."""
         self.trackers = trackers_of(self.model, freeze=self.freeze)
 
     def before_step(self, number: int) -> None:
-        """Note the weights, so that frozen ones can be given back."""
+        """Note the weights, so that frozen ones can be restored after the step."""
         for tracker in self._each(freezing=True):
             tracker.hold()
 
     def after_step(self, step: Step) -> None:
-        """Take notice of the codes after a step."""
+        """Follow the codes over a step."""
         for tracker in self._each():
             tracker.update(self.threshold)
 
@@ -84,7 +84,7 @@ class Oscillation(Part):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Put frozen weights at their level in what is evaluated, too: an average of weights has others there.
+        """Put frozen weights at their level in the evaluated model too: averaged weights may lie elsewhere.
 
         Yields:
             Nothing.
@@ -98,7 +98,7 @@ class Oscillation(Part):
                 weight.copy_(value)
 
     def finish(self) -> None:
-        """Put frozen weights at their level in what training leaves behind."""
+        """Put frozen weights at their level in the trained model."""
         for tracker in self._each(freezing=True):
             tracker.put()
 
@@ -125,10 +125,10 @@ class Oscillation(Part):
 
 
 def trackers_of(model: nn.Module, *, freeze: bool) -> dict[str, Tracker]:
-    """Return what follows the weight of each site of a model; a weight that two sites share is followed at the first.
+    """Return the tracker of each site's weight, by the site's name; of sites that share a weight only the first has one.
 
-    Samples of many sites are followed together. A weight that may be frozen is followed whole, by a tracker of its
-    own; one that is computed anew from other parameters cannot be set to a value, so it is not frozen.
+    Samples of many sites are followed together, by one tracker. A weight that may be frozen is followed whole, by a
+    tracker of its own. A weight that is computed from other parameters cannot be set to a value and is never frozen.
     """
     groups: dict[Any, dict[str, QuantizedSite]] = {}
     seen: set[int] = set()
@@ -150,19 +150,19 @@ def trackers_of(model: nn.Module, *, freeze: bool) -> dict[str, Tracker]:
 class Tracker:
     """Follows the codes of some sites' weights over the steps, and holds those that are frozen.
 
-    What is followed of all sites stands in one tensor `(N,)`, so a step costs a few operations, not some twenty a
-    site. The grids have one element a bound, `(B,)`:
+    The followed weights of all its sites are in one tensor `(N,)`, so that a step costs a few operations in all and
+    not some twenty for each site. Grids have one element for each bound, `(B,)`:
 
         W = (code - offset) * scale + origin
 
     Args:
-        sites: By name; their weights are on one device, of one dtype, and all of them normalized, or none.
-        most: Weights of a site to follow, evenly spread; None for all, which may be frozen then.
+        sites: Sites by name; their weights have one device and one dtype, and all of them are normalized or none is.
+        most: How many weights of a site to follow, evenly spread; None for all, which then may be frozen.
 
     Attributes:
         freezes: Whether weights may be frozen.
         numel: Number of weights of each site, followed or not.
-        bits: For which the state holds, by site; other bits start a site anew.
+        bits: Bits for which the state holds, by site; when its quantizer has other bits, a site starts anew.
         state: Tensors `(N,)`: `code` (uint8), `direction` (int8, of the last change), `frequency`; where weights may
             be frozen also `average` and `frozen` (bool).
     """
@@ -188,7 +188,7 @@ class Tracker:
         return [_weight(site).detach() for site in self.sites.values()]
 
     def state_of(self, name: str) -> dict[str, Tensor]:
-        """Return the state of one site, by key: parts of `state`, which may be written to."""
+        """Return the state of one site, by key: views of `state`, which may be written to."""
         return {key: value[self._where[name]] for key, value in self.state.items()}
 
     def shares(self, name: str, threshold: float) -> tuple[float, float]:
@@ -218,9 +218,9 @@ class Tracker:
 
     @torch.no_grad()
     def update(self, threshold: float) -> None:
-        """Take notice of the codes after a step; freeze what oscillates, and undo what the step did to the frozen.
+        """Follow the codes over a step; freeze weights whose frequency is above the threshold.
 
-        A weight oscillates whose frequency is above the threshold.
+        What the step did to weights that are frozen already is undone first.
         """
         self._restart_changed()
         if self.freezes:
@@ -246,12 +246,13 @@ class Tracker:
 
     @torch.no_grad()
     def put(self) -> None:
-        """Put frozen weights where their level is now, for bounds and moments move.
+        """Put frozen weights where their level is now, because bounds and moments move.
 
-        In real units that is the middle of the level. A normalized weight goes only so far into its level that it
-        cannot leave it soon: its value is a part of the mean and the std by which all others are measured, and levels
-        may lie several std from where the weights are. (With the middle of levels at 3 std, 1 bit, and most weights
-        frozen, the std would grow without end.) Twice, for putting it there moves mean and std a little.
+        A weight that is not normalized is put to the middle of its level. A normalized weight is moved only so far
+        into its level that it cannot leave it soon: its value is a part of the mean and the std by which all others
+        are measured, and levels may lie several std from where the weights are. (With the middle of levels at 3 std,
+        1 bit, and most weights frozen, the std would grow without end.) Normalized weights are moved twice, because
+        moving them changes mean and std a little.
         """
         level, slack = self.state["code"].to(torch.float32), self._slack()
         for _ in range(2 if self._normalized else 1):
@@ -270,12 +271,12 @@ class Tracker:
             weight.copy_(torch.where(here.reshape(weight.shape), new, weight))
 
     def _give_back(self) -> None:
-        """Undo what the step did to frozen weights: gradient, momentum, weight decay."""
+        """Undo what the step did to frozen weights by gradient, momentum and weight decay."""
         if self._held is not None:
             self._write(self.state["frozen"], torch.cat([held.reshape(-1) for held in self._held]))
 
     def _restart_changed(self) -> None:
-        """Let the sites begin again whose quantizers have other bits by now."""
+        """Start the sites anew whose quantizers have changed their bits."""
         changed = [name for name, q in zip(self.sites, self._quantizers, strict=True) if q.bits != self.bits[name]]
         if changed:
             self._read_bits()
@@ -306,13 +307,13 @@ class Tracker:
         self._low = -self._offset
 
     def _spread(self, values: list[int], counts: list[int]) -> Tensor:
-        """Return a number of each site, repeated so many times, as a float32 tensor on their device."""
+        """Return one value per site, each repeated as often as `counts` says, as float32 on the sites' device."""
         found = torch.tensor(values, dtype=torch.float32).repeat_interleave(torch.tensor(counts))
         return found.to(self.weights()[0].device)
 
     @torch.no_grad()
     def _codes(self) -> Tensor:
-        """Return the codes of now, float32."""
+        """Return the current codes as float32."""
         return self._positions(*self._grid()).round_().add_(self._offset)
 
     def _positions(self, origin: Tensor, scale: Tensor) -> Tensor:
@@ -332,14 +333,14 @@ class Tracker:
         return (lower * std + mean).to(torch.float32), (scale * std).to(torch.float32)
 
     def _bounds(self) -> tuple[Tensor, Tensor]:
-        """Return lower and upper bounds; the lower one is 0 where zero is a level, for codes count from there then."""
+        """Return lower and upper bounds; the lower one is 0 where zero is a level: positions count from zero then."""
         upper = torch.cat([quantizer.upper.detach().reshape(-1) for quantizer in self._quantizers])
         if self._normalized:
             return torch.cat([quantizer.lower.detach().reshape(-1) for quantizer in self._quantizers]), upper
         return upper * self._sign, upper
 
     def _slack(self) -> Tensor | float:
-        """Return how far from the middle of its level a frozen weight may lie, in levels: 0 in real units."""
+        """Return how far from the middle of its level a frozen weight may lie, in levels: 0 if not normalized."""
         if not self._normalized:
             return 0.0
         lower, upper = self._bounds()
@@ -347,7 +348,7 @@ class Tracker:
         return self._of_each(0.5 - (MARGIN / scale).clamp(max=0.5 - MIDDLE))
 
     def _bound_of_each(self) -> Tensor | None:
-        """Return the number of the bound of each weight that is followed, `(N,)`; None where there is one for all."""
+        """Return the index of the bound of each followed weight, `(N,)`; None where there is one bound for all."""
         if sum(self._counts) == 1:
             return None
         firsts = accumulate(self._counts[:-1], initial=0)
@@ -358,7 +359,7 @@ class Tracker:
         return torch.cat([first + channel[::stride] for first, channel, stride in parts])
 
     def _of_each(self, bound: Tensor) -> Tensor:
-        """Return what is known by bound, `(B,)`, for each weight."""
+        """Return the value of its bound for each weight: from `(B,)` to `(N,)`."""
         return bound if self._which is None else bound[self._which]
 
 

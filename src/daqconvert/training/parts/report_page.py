@@ -1,7 +1,7 @@
 """`report.html` and `warnings.jsonl` in the run directory, written anew after every epoch.
 
-Drawing takes up to a second, so of a run of short epochs not every one is drawn: at most a twentieth of the time goes
-into it, and the last epoch always is.
+Drawing the page takes up to a second, so it is left out after some of a run's short epochs: drawing may take at most a
+twentieth of the time. After the last epoch the page is always drawn.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class ReportPage(Part):
 
     Args:
         run: The run.
-        guards: Has its warnings, and the weights on each level.
-        steps: Has the loss by step.
-        snapshots: Has the bounds by epoch.
-        oscillation: Has the shares of oscillating and frozen weights; None where they are not followed.
+        guards: The part that has the warnings and the number of weights on each level.
+        steps: The part that has the loss by step.
+        snapshots: The part that has the bounds by epoch.
+        oscillation: The part that has the shares of oscillating and frozen weights; None where they are not followed.
     """
 
     name: ClassVar[str] = "report"
@@ -91,7 +91,7 @@ class ReportPage(Part):
             write_text(path, "".join(json.dumps(warning) + "\n" for warning in self.guards.warnings), TrainingError)
 
     def _report(self, folder: Path, rows: list[Row], *, finished: bool) -> TrainingReport:
-        """Return what the page shows: the history with the epoch that has just ended, the last one if finished."""
+        """Return what the page shows; `rows` is the history with the epoch that has just ended."""
         run, plan = self.run, current_plan(self.run.model)
         return TrainingReport(
             title=f"{plan.model}, {_widths(plan)}",
@@ -201,7 +201,7 @@ def _environment(run: Run) -> dict[str, object]:
 
 
 def _commands(path: Path) -> Mapping[str, str]:
-    """What goes on with the run, and what repeats it: on the command line where it was started there."""
+    """Return the commands that resume and repeat the run: for the shell if it was started there, else in Python."""
     if (path / "config.json").is_file():
         return {"Go on, if it was interrupted": f"daqconvert finetune --out {path} --resume"}
     recipe = str(path / "recipe.toml")

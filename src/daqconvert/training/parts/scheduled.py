@@ -1,7 +1,7 @@
-"""What changes with the steps of a run: bits step down, roundings sharpen, bounds stand still from some step on.
+"""Parts that follow a schedule: bits step down, roundings sharpen, bounds stand still from some step on.
 
-A point of a run is given as a share of its steps: what happens until `share` holds for the first
-`floor(share * total)` of them.
+A point of a run is given as a share of its steps: what lasts until `share` lasts for the first `floor(share * total)`
+steps.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WIDTHS = 100  # kernel widths that a sharpening rounding goes through in a run
 
 
 def steps_until(share: float, total: int, field: str) -> int:
-    """Return how many optimizer steps lie before a share of a run, all of them at share 1.
+    """Return how many optimizer steps a share of a run has; all of them at share 1.
 
     Args:
         share: From 0 to 1.
@@ -51,10 +51,10 @@ def steps_until(share: float, total: int, field: str) -> int:
 class ProgressiveBits(Part):
     """Starts a run with more levels than the plan has, and steps down to the plan's.
 
-    With stages `(until, w_bits, a_bits)` a site has `max(own bits, stage's bits)` until then, operand by operand;
-    float operands stay float. At every change of width the quantizers move their bounds to where they are sensible for
-    it (`set_bits`). The last step of a run always has the plan's bits. While there are more, no epoch counts as the
-    best one: its accuracy is another model's.
+    In a stage `(until, w_bits, a_bits)`, which lasts until that share of the run, a site has `max(own bits, stage's
+    bits)`, operand by operand; float operands stay float. When their bits change, the quantizers adapt their bounds
+    (`set_bits`). The last step of a run always has the plan's bits. While a model has more bits than the plan, no
+    epoch counts as the best one.
 
     Attributes:
         stage: Index of the stage that the model is in; `len(stages)` is the plan.
@@ -87,7 +87,7 @@ class ProgressiveBits(Part):
             self.run.best = None
 
     def close(self) -> None:
-        """Leave the plan's bits, whenever the run ended."""
+        """Give the model the plan's bits, wherever the run ended."""
         self._enter(len(self.stages))
 
     def meta(self) -> Any:
@@ -95,7 +95,7 @@ class ProgressiveBits(Part):
         return {"stage": self.stage}
 
     def load(self, tensors: Any, meta: Any) -> None:
-        """Enter the stage of the run that is resumed; the model's bounds are loaded after that."""
+        """Enter the stage in which the run was saved; the model's bounds are loaded after that."""
         self._enter(meta["stage"])
 
     def stage_of(self, number: int) -> int:
@@ -113,7 +113,7 @@ class ProgressiveBits(Part):
 
 
 def set_site_bits(site: QuantizedSite, settings: Settings) -> None:
-    """Give a site the widths that settings say, in place, bounds and all; nothing is done where it has them."""
+    """Give a site other settings, in place; its quantizers take over the bits and adapt their bounds."""
     for quantizer, bits in ((site.weight_quantizer, settings.w_bits), (site.input_quantizer, settings.a_bits)):
         if quantizer is not None and bits is not None and quantizer.bits != bits:  # sites may share a quantizer
             quantizer.set_bits(bits)
@@ -129,14 +129,14 @@ class Sharpening(Part):
 
         sigma(step) = own + (final - own) * floor(100 * (step - 1) / total) / 100
 
-    A flat slope lets everything move; a peaked one, whose gradient is largest half way between two levels, acts on
-    what is about to change its level. At one bit that lowered the training loss, at two it brought nothing
-    (`cifar10.py` in `benchmarks`), so operands of more bits than `most_bits` keep their own. Roundings other than
-    DAQ's have no such width, and nothing is done to them, so that a comparison changes the word `rounding` alone. A
-    run of unknown length has no end to move to: it keeps its own as well.
+    A flat slope moves all values alike; a peaked slope, whose gradient is largest half way between two levels, moves
+    those that are about to change their level. At one bit sharpening lowered the training loss, at two it brought
+    nothing (`cifar10.py` in `benchmarks`), so operands of more bits than `most_bits` keep their own width. Roundings
+    other than DAQ's have no such width and stay as they are, so that a comparison of roundings need change nothing but
+    `rounding`. In a run of unknown length all widths stay as well.
 
     Args:
-        model: Has the bits of its plan when the part starts.
+        model: The model, with the bits of its plan when the part starts.
         total: Steps of the run; 0 where unknown.
         final: Kernel widths of weights and inputs at the end, 0 for the model's own.
         most_bits: Operands of at most this many bits are changed.
@@ -176,7 +176,7 @@ class Sharpening(Part):
             quantizer.rounding = Rounding.make("daq", gamma, sigma + (final - sigma) * width / WIDTHS, unit)
 
     def close(self) -> None:
-        """Give every quantizer its own rounding back: it is what its settings say."""
+        """Give every quantizer its own rounding back, that of its settings."""
         for quantizer, (own, *_) in self._moving.items():
             quantizer.rounding = own
 
@@ -184,7 +184,7 @@ class Sharpening(Part):
 class FrozenBounds(Part):
     """Holds bounds and output scales still after a share of the run, while the weights train on.
 
-    Nothing moves them, gradient, momentum and weight decay included: their optimizer rests.
+    Their optimizer takes no more steps, so momentum and weight decay do not move them either.
     """
 
     name: ClassVar[str] = "bounds"
@@ -193,7 +193,7 @@ class FrozenBounds(Part):
         self.optimizers, self.total, self.share = optimizers, total, share
 
     def start(self) -> None:
-        """Find out when that is.
+        """Compute the last step that trains the bounds.
 
         Raises:
             TrainingError: If the length of the run is unknown.

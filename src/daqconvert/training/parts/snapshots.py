@@ -1,11 +1,11 @@
 """Two files of the run directory that grow line by line while a run goes on.
 
-`snapshots.jsonl` says where bounds, scales and weights were after every epoch, an object a line, epoch 0 first:
+`snapshots.jsonl` has bounds and scales after every epoch, one object per line; epoch 0 is before the first step:
 
     {"epoch": 3, "sites": {"layer1.0.conv1": {"bits": [2, 2], "weight": [-2.9, 3.1], ...}}}
 
-`levels`, the number of weights on each level, stands in the first line and in one that is written at the end.
-`steps.csv` holds the loss by step, a line for every ten optimizer steps.
+`levels`, the number of weights on each level, is in the first line and in one more that is written at the end.
+`steps.csv` has the loss by step, a line for every ten optimizer steps.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from daqconvert.training.run import Part, Run, Step
 from daqconvert.training.rundir import Appended, Row
 
 Sites = dict[str, dict[str, Any]]
-EVERY = 10  # steps of a line of `steps.csv`
+EVERY = 10  # steps per line of `steps.csv`
 COLUMNS = ("step", "epoch", "loss", "lr", "quantizer_lr", "grad_norm", "images_per_second")
 
 
@@ -67,7 +67,7 @@ class Snapshots(Part):
             self._add({"epoch": self._epoch, "sites": _sites(self.model)})
 
     def finish(self) -> None:
-        """Add where the weights lie at the end."""
+        """Add a line with the number of weights on each level at the end."""
         if self._file is not None:
             self._add({"epoch": self._epoch, "levels": _levels(self.model)})
 
@@ -76,7 +76,7 @@ class Snapshots(Part):
         return {"epoch": self._epoch}
 
     def load(self, tensors: dict[str, Tensor], meta: Any) -> None:
-        """Go on after what `meta` returned; lines of later epochs go when the file is opened."""
+        """Go on after what `meta` returned; lines of later epochs are dropped when the file is opened."""
         self._epoch, self._resumed = meta["epoch"], True
 
     def _add(self, found: dict[str, Any]) -> None:
@@ -158,6 +158,6 @@ class StepLog(Part):
         return {"step": self._step, "sum": self._sum, "count": self._count}
 
     def load(self, tensors: dict[str, Tensor], meta: Any) -> None:
-        """Go on with what `meta` returned; lines of later steps go when the file is opened."""
+        """Go on with what `meta` returned; lines of later steps are dropped when the file is opened."""
         self._step, self._sum, self._count = meta["step"], meta["sum"], meta["count"]
         self._resumed = True
