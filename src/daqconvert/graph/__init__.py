@@ -1,4 +1,4 @@
-"""Finding the sites of a model: a walk of the module tree for coverage, torch.fx for dataflow."""
+"""Finding the sites of a model, by a walk of the module tree and by torch.fx, and converting them in place."""
 
 from daqconvert.graph.apply import apply_sites, integer_sites
 from daqconvert.graph.sites import Found, find_sites

@@ -1,4 +1,4 @@
-"""Giving a model the sites of a plan, quantized or frozen: layers change class, call sites get holders.
+"""Converting the sites of a plan in a model, to quantized or frozen ones: layers change class, call sites get holders.
 
 The forward of a module that calls a product function is rewritten so that the call goes through the holder.
 """
@@ -39,10 +39,10 @@ def apply_sites(model: nn.Module, rows: Iterable[PlanRow], frozen: bool = False)
     Args:
         model: The float model that the plan was made for, or one of the same structure.
         rows: Rows of the plan that are converted.
-        frozen: Make empty frozen sites, whose values are to be loaded, instead of quantized ones.
+        frozen: Make frozen sites, whose values are placeholders to be loaded, instead of quantized ones.
 
     Raises:
-        ConversionError: If a site is not there, or a weight cannot be quantized.
+        ConversionError: If the model lacks a site of the plan, or a weight cannot be quantized.
     """
     rows = list(rows)
     chosen = {row.name: row for row in rows if not row.site.is_output}
@@ -67,12 +67,12 @@ def apply_sites(model: nn.Module, rows: Iterable[PlanRow], frozen: bool = False)
 
 
 def integer_sites(model: nn.Module, rows: Iterable[PlanRow], empty: bool = False) -> None:
-    """Give the frozen layers of integer deployment their numbers, in place.
+    """Give the frozen layers of integer deployment the numbers to compute with (`IntegerLayer`), in place.
 
     Args:
         model: A frozen model.
         rows: Rows of its plan.
-        empty: Make empty buffers for values that are to be loaded.
+        empty: Make buffers of zeros, whose values are to be loaded.
     """
     rows = [row for row in rows if row.converted and row.site.output is not None]
     layers = [row for row in rows if not row.site.is_output and row.site.output and row.site.output.meets is not None]
@@ -86,13 +86,13 @@ def integer_sites(model: nn.Module, rows: Iterable[PlanRow], empty: bool = False
 
 
 class _Calls:
-    """The call sites that the chosen rows name, as they are found in this model.
+    """The call sites that the chosen rows name, found by tracing this model.
 
     Attributes:
         sites: Name -> call site.
         traced: Modules that make the calls.
-        names: Any dotted name of a layer -> the name it goes by.
-        written: Forwards by what they depend on; modules that are alike share them.
+        names: Any dotted name of a layer -> its site name (the first of its names).
+        written: Key of everything that generated forwards depend on -> the forwards; equal modules share them.
     """
 
     def __init__(self, model: nn.Module, modules: dict[str, nn.Module], chosen: dict[str, PlanRow]) -> None:
@@ -103,7 +103,7 @@ class _Calls:
         needed = {path for row in chosen.values() if row.site.call is not None for path in row.site.call.modules}
         if not needed:
             return
-        copy = copy_model(model, to_look_at=True)  # a module's code may keep what it sees while it is traced
+        copy = copy_model(model, to_look_at=True)  # while it is traced, a module's code may store what it gets
         paths = dict(copy.named_modules(remove_duplicate=False))
         self.names = layer_names(paths)
         with evaluating(copy):
@@ -129,7 +129,7 @@ def _convert_layer(layer: nn.Module | None, row: PlanRow, frozen: bool) -> None:
 
 
 def _rewrite(module: nn.Module, one: Traced, calls: _Calls, chosen: dict[str, PlanRow], frozen: bool) -> None:
-    """Give one module a generated forward, and its calls their holders."""
+    """Give one module a generated forward, and add the holders of its calls."""
     places: dict[tuple[Any, ...], str] = {}
     coded: set[str] = set()
     own: tuple[CallSite, Any] | None = None
@@ -143,11 +143,11 @@ def _rewrite(module: nn.Module, one: Traced, calls: _Calls, chosen: dict[str, Pl
         if site.call.holder == one.path:
             own, places[key] = (site, weight_of), ITSELF
         else:
-            is_layer = site.call.holder == site.name  # which this module may know by another name
+            is_layer = site.call.holder == site.name  # this module may have another name for the layer
             places[key] = call.raw.rpartition(".")[0] if is_layer else site.call.holder.removeprefix(prefix)
             if not is_layer:
                 _add_holder(module, places[key], site, chosen[site.name], weight_of, frozen)
-        kept = call.dynamic or (call.function == HELPER and not is_layer)  # the function may read it, too
+        kept = call.dynamic or (call.function == HELPER and not is_layer)  # the function may read the weight, too
         if chosen[site.name].settings.w_bits is not None and not kept:  # type: ignore[union-attr]
             coded.add(places[key])
     if not places:
@@ -167,9 +167,9 @@ def _rewrite(module: nn.Module, one: Traced, calls: _Calls, chosen: dict[str, Pl
 
 
 def _layout(site: CallSite, row: PlanRow) -> ChannelLayout | None:
-    """Where the output channels of a call's weight are; None for a weight that depends on data.
+    """Return where the output channels of a call's weight are; None for a weight that depends on data.
 
-    With one scale for all channels any layout will do.
+    If the position is not known, the site has one scale for all channels, and any layout gives the same result.
     """
     if site.call.dynamic:
         return None
@@ -178,7 +178,7 @@ def _layout(site: CallSite, row: PlanRow) -> ChannelLayout | None:
 
 
 def _add_holder(module: nn.Module, place: str, site: CallSite, row: PlanRow, weight_of: Any, frozen: bool) -> None:
-    """Add the module that holds the quantizers of a call, beside its parameter."""
+    """Add the module that holds the quantizers or codes of a call, at `place` in the module that makes the call."""
     owner, _, name = place.rpartition(".")
     parent = module.get_submodule(owner)
     if name in parent._modules:
@@ -199,7 +199,7 @@ def _add_holder(module: nn.Module, place: str, site: CallSite, row: PlanRow, wei
 def _make_own(
     module: Any, original: type[nn.Module], site: CallSite, weight_of: Any, row: PlanRow, frozen: bool
 ) -> None:
-    """Make a module with a forward of its own the holder of its quantizers."""
+    """Make a rewritten module the holder of the quantizers of its own weight; if frozen, a child holds the codes."""
     weight = _weight(module, weight_of)
     assert row.settings is not None
     if frozen:
@@ -240,7 +240,7 @@ def _hold(holder: FrozenSite, site: CallSite, row: PlanRow, weight: Tensor) -> N
 
 @torch.no_grad()
 def _weight(module: nn.Module, weight_of: Any) -> Tensor:
-    """The float weight; for one that depends on data, an empty tensor of the module's dtype and device."""
+    """Return the float weight; for one that depends on data, an empty tensor of the module's dtype and device."""
     if weight_of is not None:
         found: Tensor = weight_of(module)
         return found
@@ -249,7 +249,7 @@ def _weight(module: nn.Module, weight_of: Any) -> Tensor:
 
 
 def _unfuse(module: nn.Module) -> None:
-    """Keep a module of torch from taking a fused path that would pass over the sites inside."""
+    """Keep a module of torch from taking a fused path that would bypass the sites inside."""
     if not isinstance(module, (nn.MultiheadAttention, *FUSED)):
         return
     if not any(isinstance(m, (QuantizedSite, FrozenSite)) for m in module.modules()):

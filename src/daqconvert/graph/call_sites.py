@@ -1,10 +1,11 @@
-"""Call sites: what a forward multiplies by itself, beyond calling its layers; what they are named, who holds them.
+"""Finding call sites (products that a forward computes itself, not by calling a layer), their names and holders.
 
-F.linear(x, self.qkv.weight)            the holder is the layer `qkv`, as if it had been called
-a convolution's subclass                the module itself, if its own weight is in what it multiplies by
+What multiplies                         Holder of the quantizers
+F.linear(x, self.qkv.weight)            the layer `qkv`, as if it had been called
+forward of a subclass of nn.Conv2d      the module itself, if the weight is computed from its own `weight`
 F.conv2d(x, self.kernel)                a new module beside the parameter: `kernel_site`
-q @ k.transpose(-2, -1)                 a new module in the one that multiplies: `matmul_site`
-nn.MultiheadAttention                   new modules for its input projections and its two products, as `q_proj_site`
+q @ k.transpose(-2, -1)                 a new child of the module that multiplies: `matmul_site`
+nn.MultiheadAttention                   new children for its input projections and its two products: `q_proj_site`, ...
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ from daqconvert.layers.site import QuantizedSite
 from daqconvert.spec import Call
 
 FEWEST_PER_COLUMN = 16
-"""Weights per output channel from which a product of matrices gets a scale per channel."""
+"""A matrix product gets a scale per channel only if each output channel has at least this many weights."""
 FUSED = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
-"""Modules of torch with a fused path that passes over the sites inside."""
+"""Modules of torch with a fused path that bypasses the sites inside."""
 _ATTENTION_CLASSES: dict[type[nn.MultiheadAttention], type[nn.MultiheadAttention]] = {}
 FIXED_FILTER = "a fixed filter: a buffer, which no training changes"
 
@@ -48,14 +49,14 @@ class CallSite:
         name: Name of the site.
         kind: Class name of the layer that holds it, else the name of the function.
         call: What the plan says about the call.
-        key: What the call is known by in each module that makes it, from `calls.keyed`.
-        weight_shape: Shape of the weight; empty where the weight depends on data.
-        groups: Groups of a convolution; 1 where they are not known.
+        key: Key of the call in each module that makes it, from `calls.keyed`.
+        weight_shape: Shape of the weight; empty if the weight depends on data.
+        groups: Groups of a transposed convolution; 1 if they are not known, and for any other function.
         weight_at: Which operand is the weight, 0 or 1.
-        reason: Why it cannot be converted; empty if it can.
-        one_scale: Why it cannot have a scale per channel; empty if it can.
-        direct: Whether its input is an argument of the forward, as it is or padded.
-        nonnegative: Whether its input is known to be non-negative, as the probabilities of attention are.
+        reason: Why the site cannot be converted; empty if it can.
+        one_scale: Why the site cannot have a scale per channel; empty if it can.
+        direct: Whether the site's input is an argument of the forward, unchanged or padded.
+        nonnegative: Whether the site's input is known to be non-negative, as the probabilities of attention are.
     """
 
     name: str
@@ -77,7 +78,7 @@ class CallSite:
 
     @property
     def extent(self) -> tuple[int, int]:
-        """Number of output channels, and of products in one output element; zeros where not known."""
+        """Number of output channels, and of products in one output element; zeros if not known."""
         shape, function = self.weight_shape, self.call.function
         if len(shape) < 2:
             return 0, 0
@@ -89,7 +90,7 @@ class CallSite:
 
 
 def layer_names(paths: dict[str, nn.Module]) -> dict[str, str]:
-    """Return any dotted name of a layer -> the name that it goes by, the first one that it has."""
+    """Return a dict from every dotted name of a layer to its site name, which is the first of its names."""
     own: dict[int, str] = {}
     for name, module in paths.items():
         if is_site_type(module) or isinstance(module, (QuantizedSite, FrozenSite)):
@@ -100,7 +101,7 @@ def layer_names(paths: dict[str, nn.Module]) -> dict[str, str]:
 def find_call_sites(traced: list[Traced], aliases: dict[str, str]) -> list[CallSite]:
     """Return the call sites of traced modules, each once, in order of the modules.
 
-    `aliases` maps any dotted name of a layer to the name that it goes by.
+    `aliases` maps any dotted name of a layer to its site name (`layer_names`).
     """
     found: dict[str, CallSite] = {}
     for one in traced:
@@ -117,10 +118,11 @@ def find_call_sites(traced: list[Traced], aliases: dict[str, str]) -> list[CallS
 def unseen_sites(
     path: str, module: nn.Module, why: str, aliases: dict[str, str]
 ) -> Iterator[tuple[str, CallSite | str]]:
-    """Yield what a forward that fx cannot follow reads by name: sites of bare parameters, and layers with the reason.
+    """Yield a name and a finding for each matrix that a forward reads, where fx cannot follow that forward.
 
-    `path` is the name of the module, `why` is what fx says, and `aliases` maps any dotted name of a layer to the name
-    that it goes by.
+    For a bare parameter the finding is a `CallSite` with a reason not to convert it. For a layer whose weight is read,
+    the finding is the reason not to convert the layer. `path` is the name of the module, `why` the message of fx, and
+    `aliases` maps any dotted name of a layer to its site name (`layer_names`).
     """
     for tensor in sorted(read_weights(module)):
         name = _join(path, tensor)
@@ -154,7 +156,7 @@ def _is_direct(call: ProductCall) -> bool:
 
 
 def _name(one: Traced, call: ProductCall, aliases: dict[str, str], taken: set[str]) -> tuple[str, str, str]:
-    """The name, the holder and the kind of a call site; `taken` are the holders that the module has already."""
+    """Return the name, the holder and the kind of a call site; `taken` are the holders that the module has already."""
     owner, _, tensor = call.raw.rpartition(".")
     child = one.module.get_submodule(owner) if owner else one.module
     layered = call.function in LAYER_FUNCTIONS or call.function == HELPER
@@ -176,7 +178,7 @@ def _suffix(number: int) -> str:
 
 
 def _described(site: CallSite, one: Traced, call: ProductCall, variant: Variant) -> CallSite:
-    """The site with its shape and groups, and with the reasons for what cannot be done with it."""
+    """Return the site completed by its shape and groups, and by the reasons for what cannot be done with it."""
     if call.function in UNSUPPORTED:
         return replace(site, reason=f"no quantized form of {call.function}")
     if call.function == HELPER:
@@ -209,7 +211,7 @@ def _described(site: CallSite, one: Traced, call: ProductCall, variant: Variant)
 
 
 def _groups(call: ProductCall) -> int | None:
-    """Groups of a transposed convolution, None where they depend on data; 1 for any other function."""
+    """Return the groups of a transposed convolution, None if they depend on data; 1 for any other function."""
     if not call.function.startswith("conv_transpose"):
         return 1
     values = dict(zip(NAMES[call.function], call.node.args, strict=False)) | dict(call.node.kwargs)
@@ -245,7 +247,7 @@ def attention_class(original: type[nn.MultiheadAttention]) -> type[nn.MultiheadA
 
 
 def attention_sites(paths: dict[str, nn.Module]) -> list[CallSite]:
-    """Return the call sites in every `nn.MultiheadAttention`, whose forward calls no layer but `out_proj`."""
+    """Return the call sites in every `nn.MultiheadAttention` that has torch's own forward."""
     found: dict[int, list[CallSite]] = {}
     for path, module in paths.items():
         if not isinstance(module, nn.MultiheadAttention) or id(module) in found:

@@ -1,11 +1,12 @@
-"""Products that a forward computes by itself: `F.linear(x, self.qkv.weight)`, `F.conv2d(x, self.kernel)`, `q @ k`.
+"""Products that a forward computes itself: `F.linear(x, self.qkv.weight)`, `F.conv2d(x, self.kernel)`, `q @ k`.
 
-Swapping layers for quantized ones never reaches such a call, so it is looked for in an fx graph. A value is *data* if
-it depends on the forward's arguments; a weight is free of data and computed from parameters, whatever happens to them
-on the way (a mean that is subtracted, a transpose).
+Replacing layers by quantized ones does not change such a call, so it is looked for in an fx graph. A value is *data*
+if it depends on the forward's arguments. A weight is a value that is computed from parameters and not from data;
+operations before the product (subtracting a mean, a transpose) do not matter.
 
-`find_calls` reads the graph of one module's own forward, whose children are single nodes: it says what each call
-multiplies. `find_reads` reads the graph of a whole model: it says only which calls use a parameter together with data.
+`find_calls` reads the graph of one module's own forward, in which children are single nodes. It returns what each call
+multiplies. `find_reads` reads the graph of a whole model. It returns only which calls use a parameter together with
+data.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ class ProductCall:
 
     Attributes:
         node: The call.
-        function: A name of `daqconvert.layers.functions.FUNCTIONS`, or of `UNSUPPORTED`.
-        weight: The operand that is the weight; of a product of activations the second operand.
-        weight_at: Which of the two operands that is, 0 or 1.
+        function: A name of `daqconvert.layers.functions.FUNCTIONS` or of `UNSUPPORTED`, `HELPER` for a function that
+            gets a weight and may multiply by it, or `SCORES` or `VALUES` for a product of fused attention.
+        weight: The operand that is the weight; in a product of two activations, the second operand.
+        weight_at: Position of `weight` among the two operands, 0 or 1.
         tensors: Parameters and buffers that the weight is computed from, by their names in the module.
         dynamic: Whether the weight depends on the forward's arguments, even if only on their shapes.
     """
@@ -51,7 +53,7 @@ class ProductCall:
 
     @property
     def raw(self) -> str:
-        """Name of the parameter or buffer that is the weight itself; empty where the weight is computed from some."""
+        """Name of the parameter or buffer that is the weight itself; empty if the weight is computed from others."""
         return str(self.weight.target) if self.weight.op == "get_attr" else ""
 
     def is_parameter(self, module: nn.Module) -> bool:
@@ -86,14 +88,17 @@ def find_calls(graph: fx.Graph, module: nn.Module) -> list[ProductCall]:
         if not is_layer and x not in data and origins[x]:
             x, weight, weight_at = weight, x, 0
         elif not is_layer and (x not in data or (weight not in data and not origins[weight])):
-            continue  # a constant that is no weight: a mask, a table of positions
+            continue  # one operand is a constant but not a weight: a mask, a table of positions
         tensors = origins[weight] if is_layer or weight not in data else ()
         found.append(ProductCall(node, function, weight, weight_at, tensors, weight in given))
     return found
 
 
 def keyed(calls: list[ProductCall]) -> Iterator[tuple[tuple[Any, ...], ProductCall]]:
-    """Yield calls with a key that is the same in every trace of one forward, and the same for calls of one weight."""
+    """Yield each call with its key, which is the same in every trace of a forward.
+
+    Calls of the same function with the same weight have the same key.
+    """
     ordinals: dict[tuple[str, ...], dict[Any, int]] = {}
     for call in calls:
         known = ordinals.setdefault(call.tensors or (call.function,), {})
@@ -130,7 +135,7 @@ def _operands(node: fx.Node, function: str) -> list[fx.Node]:
 
 
 def _origins(graph: fx.Graph, module: nn.Module, data: set[fx.Node]) -> dict[fx.Node, tuple[str, ...]]:
-    """For each node the parameters and buffers that it is computed from."""
+    """Return for each node the parameters and buffers that it is computed from (those of 2 dimensions or more)."""
     origins: dict[fx.Node, tuple[str, ...]] = {}
     for node in graph.nodes:
         own: tuple[str, ...] = ()
@@ -165,7 +170,7 @@ class Read(NamedTuple):
 
 
 def find_reads(graph: fx.Graph, root: nn.Module) -> list[Read]:
-    """Return every call in the graph of `root` that joins one of its parameters with data, in graph order."""
+    """Return every call in the graph of `root` that uses one of its parameters together with data, in graph order."""
     data = _data_nodes(graph)
     found = []
     for node in graph.nodes:
@@ -193,7 +198,7 @@ def _is_matrix(root: nn.Module, tensor: str) -> bool:
 
 
 def _data_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that are data: their values depend on an argument of the forward."""
+    """Return the nodes that are data: their values depend on an argument of the forward."""
     data: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder" or (not is_shape(node) and any(n in data for n in node.all_input_nodes)):
@@ -202,7 +207,7 @@ def _data_nodes(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _given(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that depend on an argument, even if only on its shape."""
+    """Return the nodes that depend on an argument, even if only on its shape."""
     given: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder" or not given.isdisjoint(node.all_input_nodes):

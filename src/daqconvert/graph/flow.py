@@ -1,6 +1,6 @@
-"""What the dataflow of a model says about its sites: their order, which are first or last, whose input has a sign.
+"""Facts about sites from a model's dataflow: order, which are first or last, which inputs are non-negative or shared.
 
-It is read off an fx graph of the whole model in evaluation mode.
+They are read from an fx graph of the whole model in evaluation mode.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from daqconvert.layers.functions import LAYER_FUNCTIONS
 
 @dataclass(frozen=True)
 class Flow:
-    """What the dataflow says about the sites, by dotted name.
+    """Facts about the sites from the dataflow; sites are given by dotted name.
 
     Attributes:
         order: Sites in order of their first call.
         first: Sites that a model input reaches without passing another site.
         last: Sites whose output reaches a model output without passing another site.
         nonnegative: Sites whose every input is proven non-negative.
-        inputs: Site -> the first site that reads the same tensor, where several do.
-        outputs: What becomes of the sites' outputs.
+        inputs: Site -> the first site that reads the same tensor; only sites that share their input tensor.
+        outputs: What happens to the sites' outputs before another operation uses them.
     """
 
     order: tuple[str, ...] = ()
@@ -44,11 +44,11 @@ def read_flow(
     graph: fx.Graph, modules: dict[str, nn.Module], sites: dict[str, str], reads: Sequence[tuple[Read, str]] = (),
     indirect: frozenset[str] = frozenset(),
 ) -> Flow:  # fmt: skip
-    """Read a model's dataflow off its graph.
+    """Return the facts that a model's graph tells about its sites.
 
-    `modules` are all named modules, aliases included; `sites` maps any dotted name of a site to the name that it goes
-    by (a module may have two); `reads` are calls that are sites, each with the site's name; `indirect` are sites whose
-    forward may change the input before it multiplies.
+    `modules` are all named modules, aliases included; `sites` maps any dotted name of a site to its site name (one
+    module may have several dotted names); `reads` are calls that are sites, each with the site's name; `indirect` are
+    sites whose forward may change the input before it multiplies.
     """
     by_node: dict[fx.Node, list[str]] = {}
     for read, name in reads:
@@ -79,7 +79,7 @@ def read_flow(
 
 
 def _within(sites: dict[str, str]) -> dict[str, list[str]]:
-    """Dotted name of a module -> the site that it is, or the sites inside it, in order."""
+    """Return a dict: dotted name of a module -> the site that it is, or the sites inside it, in order."""
     within: dict[str, list[str]] = {}
     for name, own in sites.items():
         for path in (name, *above(name)):
@@ -88,7 +88,7 @@ def _within(sites: dict[str, str]) -> dict[str, list[str]]:
 
 
 def above(name: str) -> Iterator[str]:
-    """Yield the dotted names of the modules that a name is inside of, from the nearest to the root.
+    """Yield the dotted names of the modules that contain a name, from the nearest to the root.
 
     Example:
         >>> list(above("layer4.0.conv1"))
@@ -102,7 +102,7 @@ def above(name: str) -> Iterator[str]:
 
 
 def entries(names: list[str]) -> list[str]:
-    """Return which sites of one node see its inputs: the first, or the three projections of an attention block."""
+    """Return the sites of one node that get the node's inputs: the first, or the projections of an attention block."""
     if not names:
         return []
     block = names[0].removesuffix(PROJECTIONS[0])
@@ -110,7 +110,7 @@ def entries(names: list[str]) -> list[str]:
 
 
 def _input_proven(node: fx.Node, proven: set[fx.Node], names: list[str], sites: dict[str, str]) -> bool:
-    """Whether a node is a site's own call with a proven input; of sites inside a module nothing is proven."""
+    """Whether a node is a site's own call with a proven input; a site inside a larger node has no proven input."""
     return _own_call(node, names, sites) and _input(node) in proven
 
 
@@ -127,7 +127,7 @@ def _input(node: fx.Node) -> Any:
 def _same_inputs(
     calls: dict[fx.Node, list[str]], sites: dict[str, str], modules: dict[str, nn.Module]
 ) -> dict[str, str]:
-    """Sites that read the same tensor as another -> the first of them; only sites that are called once count."""
+    """Return a dict: site -> the first site that reads the same tensor; only sites that are called once count."""
     times = Counter(name for names in calls.values() for name in names)
     first: dict[Any, str] = {}
     found: dict[str, str] = {}
@@ -143,9 +143,9 @@ def _same_inputs(
 
 
 def _reach(start: Iterable[fx.Node], calls: dict[fx.Node, list[str]], forward: bool) -> list[fx.Node]:
-    """Calls of sites that are met first on the way from `start`, in graph order.
+    """Return the calls of sites that paths from `start` reach before any other site, in graph order.
 
-    A path ends where only the shape of a tensor is asked for, which carries no values.
+    A path ends at a node that reads only the shape of a tensor, because no values pass through it.
     """
     seen: set[fx.Node] = set()
     stack, met = list(start), set()

@@ -21,7 +21,7 @@ class Traced:
     """A module whose own forward multiplies, with the graphs of that forward.
 
     Attributes:
-        path: Dotted name, the first that the module has.
+        path: Dotted name; the first if the module has several.
         module: The module.
         signature: The arguments of its forward.
         variants: One graph for each way to call it.
@@ -34,7 +34,7 @@ class Traced:
 
 
 def multiplying_modules(paths: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Return the modules, by first name, whose own forward may multiply and which no quantized class replaces."""
+    """Return the modules, by first name, whose own forward may multiply and whose class has no quantized form."""
     found: dict[int, tuple[str, nn.Module]] = {}
     for path, module in paths.items():
         cls = type(module)
@@ -48,8 +48,8 @@ def multiplying_modules(paths: dict[str, nn.Module]) -> dict[str, nn.Module]:
 def trace_modules(paths: dict[str, nn.Module], every: bool = True) -> tuple[list[Traced], dict[str, str]]:
     """Trace the modules that may multiply; return also, by name, why fx could not follow the others.
 
-    Modules that are alike in everything that a trace can see, as the blocks of a transformer, are traced once. `every`
-    asks for a trace of every way that a forward can be called, not only of the plain ones.
+    Modules that are equal in everything that a trace depends on, such as the blocks of a transformer, are traced once.
+    With `every`, each way to call a forward is traced, otherwise only the plain ones (`variants.trace_variants`).
     """
     traced, failed = [], {}
     known: dict[Any, tuple[Signature, list[Variant]] | str] = {}
@@ -71,7 +71,7 @@ def trace_modules(paths: dict[str, nn.Module], every: bool = True) -> tuple[list
 
 
 def fingerprint(module: nn.Module) -> tuple[Any, ...]:
-    """Return everything that a trace of a module can depend on: modules of equal fingerprints have equal traces."""
+    """Return everything that a trace of a module can depend on: modules with equal fingerprints have equal traces."""
     parts: list[Any] = []
     for name, child in module.named_modules():
         tensors = (*child._parameters.items(), *child._buffers.items())
@@ -86,7 +86,7 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _plain(value: Any) -> Any:
-    """A value that says all of itself, such as a number, as it is; any other object by its identity."""
+    """Return what represents an attribute in a fingerprint: a plain value with its type, any other object's `id`."""
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype, type)):
         return (type(value), value)
     if isinstance(value, (tuple, list)):
@@ -95,7 +95,7 @@ def _plain(value: Any) -> Any:
 
 
 def module_calls(one: Traced) -> Iterator[tuple[tuple[Any, ...], ProductCall, Variant]]:
-    """Yield each different call of a module once: key, call, and the graph that it stands in."""
+    """Yield each different call of a module once: its key, the call, and the variant whose graph contains it."""
     seen = set()
     for variant in one.variants:
         for key, call in keyed(find_calls(variant.graph, one.module)):

@@ -1,8 +1,9 @@
-"""What becomes of the output of each site until another operation computes with it: batch norm, activation, sums.
+"""What happens to the output of each site before another operation computes with it: batch norm, activation, sums.
 
 An integer-only runtime computes a convolution, its batch norm and an activation that clips in one step, and rounds the
-result once, to the grid of the site that reads it. So the output of each site, and of each sum of outputs, is followed
-while it has one user and that is a batch norm, an activation that only clips, or an operation that moves elements.
+result once, to the grid of the site that reads it. Therefore the output of each site, and of each sum of outputs, is
+followed as long as it has exactly one user and this user is a batch norm, an activation that only clips, or an
+operation that moves elements.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ SUMS = {"add", "add_", "iadd"}
 
 @dataclass
 class OutputFlow:
-    """What becomes of the outputs of a model's sites.
+    """What happens to the outputs of a model's sites, and to sums of these outputs.
 
     Attributes:
-        sites: Name of a site -> what becomes of its output.
-        sums: What becomes of each sum of such outputs, in order of execution; the name of a sum is its place.
+        sites: Name of a site -> facts about its output.
+        sums: Facts about each sum of outputs, in order of execution; a sum is named by its `place`.
     """
 
     sites: dict[str, SiteOutput] = field(default_factory=dict)
@@ -58,14 +59,14 @@ def find_outputs(
 
 @dataclass
 class _Way:
-    """The way of one output: its nodes, from where it is computed to where another operation takes it.
+    """The way of one output through the graph, from the node that computes it to the last node that is followed.
 
     Attributes:
-        nodes: From the one that computes the output.
-        batch_norm: Dotted name of the batch norm on the way.
-        lower: Lower bound that the way clips to.
-        upper: Upper bound that the way clips to.
-        inside: Whether the way ends inside its last node, before an activation that does more than clip.
+        nodes: The nodes on the way, in order.
+        batch_norm: Dotted name of the batch norm on the way; None without one.
+        lower: Lower bound of the clipping on the way.
+        upper: Upper bound of the clipping on the way.
+        inside: Whether the way ends inside its last node: a batch norm whose built-in activation does more than clip.
     """
 
     nodes: list[fx.Node]
@@ -76,7 +77,7 @@ class _Way:
 
 
 class _Search:
-    """Goes through a graph once and follows what each site and each sum returns."""
+    """Goes through a graph once and follows the output of each site and of each sum."""
 
     def __init__(
         self, graph: fx.Graph, modules: dict[str, nn.Module], own: dict[fx.Node, str], proven: set[fx.Node]
@@ -118,7 +119,7 @@ class _Search:
 
     def _follow(self, start: fx.Node, batch_norm: bool) -> _Way:
         way = _Way([start])
-        direct = batch_norm  # a batch norm is folded only where nothing but copies stand before it
+        direct = batch_norm  # a batch norm is folded only if nothing but operations that change no value precede it
         while len(way.nodes[-1].users) == 1:
             node = next(iter(way.nodes[-1].users))
             module = self._module(node)
@@ -141,7 +142,10 @@ class _Search:
         return way
 
     def _place(self, way: _Way) -> str | None:
-        """The last module on the way that a quantizer can stand behind; one before a clip gives the same codes."""
+        """Return the last module on the way whose output can be quantized; None if there is none.
+
+        A quantizer before a clip gives the same codes as one after it.
+        """
         if way.inside:
             return f"{way.nodes[-1].target}.drop"
         for node in reversed(way.nodes):
@@ -155,11 +159,11 @@ class _Search:
                     return path
             module = self._module(node)
             if module is not None and folds(module):
-                return None  # a runtime folds the batch norm, so what comes before it is never rounded
+                return None  # a runtime folds the batch norm, so values before it are never rounded
         return None
 
     def _readers(self, node: fx.Node) -> tuple[list[str], bool]:
-        """Sites that read a value, its elements moved or not, and whether nothing else reads it."""
+        """Return the sites that read a value (its elements may be moved before), and whether nothing else reads it."""
         readers, alone = [], True
         for user in node.users:
             if user in self.own and (user.args[:1] == (node,) or user.kwargs.get("input") is node):
@@ -172,7 +176,7 @@ class _Search:
         return list(dict.fromkeys(readers)), alone
 
     def _sources(self, node: fx.Node) -> tuple[str, ...]:
-        """Names of the sites and sums that a sum adds; empty where an operand comes from anything else."""
+        """Return the names of the sites and sums that a sum adds; empty if an operand comes from anything else."""
         operands = [a for a in node.args if isinstance(a, fx.Node)]
         if len(operands) < 2 or len(operands) != len(node.args) or node.kwargs:
             return ()
@@ -191,7 +195,7 @@ class _Search:
             if not (folded or clips or self._moves(node, module) or _name(node) in JOINING_CALLS):
                 return ()
             tensors = node.all_input_nodes
-            if len(tensors) > 1:  # joined: each part has a grid of its own
+            if len(tensors) > 1:  # parts that were joined (`cat`): each has a grid of its own
                 parts = [self._source(part) for part in tensors]
                 return tuple(name for part in parts for name in part) if all(parts) else ()
             if not tensors:
@@ -202,7 +206,7 @@ class _Search:
         return self.modules.get(str(node.target)) if node.op == "call_module" else None
 
     def _bounds(self, module: nn.Module | None, node: fx.Node | None = None) -> tuple[float, float] | None:
-        """The bounds that an activation clips to; None where it does more, or where this is no activation."""
+        """Return the bounds that an activation clips to; None if it does more than clip, or is not an activation."""
         if isinstance(module, nn.Hardtanh) and library_type(module) == "Hardtanh":
             return float(module.min_val), float(module.max_val)
         if module is not None:
@@ -218,7 +222,7 @@ class _Search:
         return library_type(module) in SAME if module is not None else _name(node) in SAME_CALLS
 
     def _moves(self, node: fx.Node, module: nn.Module | None) -> bool:
-        """Whether a node returns values of its input, in the same or another place."""
+        """Whether a node only returns values of its input, at the same or another position."""
         if module is not None:
             return library_type(module) in SAME | MOVING and not getattr(module, "return_indices", False)
         return _name(node) in SAME_CALLS | MOVING_CALLS
@@ -230,7 +234,7 @@ def _clip(way: _Way, bounds: tuple[float, float] | None) -> None:
 
 
 def _places(node: fx.Node) -> Iterator[str]:
-    """Dotted names of the modules that return this very value, the innermost first."""
+    """Yield the dotted names of the modules whose output is this node's value, innermost first."""
     if node.op == "call_module":
         yield str(node.target)
     yield from (path for path in node.meta.get("returned_by", ()) if path != node.target)

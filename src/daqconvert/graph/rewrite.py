@@ -1,7 +1,7 @@
-"""Rewriting one module's forward: calls that multiply go through the modules that hold their quantizers.
+"""Rewriting one module's forward so that calls that multiply go through the modules that hold their quantizers.
 
-The module's class becomes a subclass of itself, made here, whose forward is the code that torch.fx writes from the
-traced graphs; attributes, methods, signature and the `state_dict` of everything else stay.
+The module's class is replaced by a generated subclass, whose forward is the code that torch.fx writes from the traced
+graphs. Attributes, methods, the signature and the other entries of the `state_dict` do not change.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ from daqconvert.layers.call_holders import call_site, handle
 
 Forward = Callable[..., Any]
 Forwards = dict[tuple[Any, ...], tuple[tuple[str, ...], Forward]]
-"""What picks a forward (`Signature.state`) -> the arguments that it takes, and the function."""
+"""State of a call (`Signature.state`) -> the names of the arguments that its forward takes, and the forward."""
 
 _CLASSES: dict[Any, type[Any]] = {}
 CODES = "codes"
-"""Child that holds the codes of a frozen module's own weight: any name in the module itself may be taken."""
+"""Name of the child that holds the codes of a frozen module's own weight.
+
+The codes are in a child because the module itself may use any of the names of a `FrozenSite`'s buffers.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +40,7 @@ class Rewriting:
 
     Attributes:
         signature: Signature of the original's forward.
-        forwards: The forwards.
+        forwards: The forwards of the form (quantized or frozen) that the module has.
         coded: The forwards of the frozen form, which do not compute the weights that are stored as codes.
         unused: Parameters and buffers of the module that the coded forwards do not read.
         layer_name: Name of the module, for messages.
@@ -57,7 +60,7 @@ class Rewriting:
         return dataclasses.replace(self, forwards=self.coded)
 
     def drop_unused(self, module: nn.Module) -> None:
-        """Remove the weights of a frozen module that have codes now."""
+        """Remove the weights of a frozen module that codes have replaced."""
         for name in self.unused:
             table = module._parameters if name in module._parameters else module._buffers
             if name in table:
@@ -70,14 +73,14 @@ class Rewritten(nn.Module):
     rewriting: Rewriting
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute what the original computes, its products by the sites.
+        """Compute what the original computes, with each product computed by its site.
 
         Raises:
             ConversionError: If the call takes a path that could not be traced.
         """
         rewriting = self.rewriting
         signature = rewriting.signature
-        values = dict(zip(signature.names, args))  # noqa: B905 # too many arguments are told below
+        values = dict(zip(signature.names, args))  # noqa: B905 # the check below finds surplus arguments
         values.update(kwargs)
         state = signature.state(self.training, values)
         if state not in rewriting.forwards or len(values) != len(args) + len(kwargs):
@@ -87,7 +90,7 @@ class Rewritten(nn.Module):
 
     @property
     def itself(self) -> nn.Module:
-        """Where generated code finds the quantizers of the module's own weight: the module, or its codes."""
+        """Holder of the module's own weight, for generated code: the module, or its child `CODES` if frozen."""
         return self._modules.get(CODES) or self
 
     def __deepcopy__(self, memo: Any) -> Any:
@@ -104,7 +107,7 @@ class Rewritten(nn.Module):
 
 
 def rewritten_class(original: type[nn.Module], mixins: tuple[type, ...], prefix: str) -> type[Any]:
-    """Return a subclass of `original` with a generated forward, and with the state of a site from `mixins`."""
+    """Return a subclass of `original` with a generated forward; `mixins` are added bases, such as `OwnCallHolder`."""
     known = (original, mixins, prefix)
     if known not in _CLASSES:
         forward = functools.wraps(original.forward)(_forward())
@@ -125,8 +128,8 @@ def generate(
 ) -> Rewriting:
     """Write the forwards of one traced module of the class `original`.
 
-    `places` maps the key of a call (from `keyed`) to the name of its holder in the module, `"itself"` for the module;
-    `coded` are the holders that have codes once they are frozen.
+    `places` maps the key of a call (from `keyed`) to the name of its holder in the module (`"itself"` if the module is
+    the holder); `coded` are the holders that have codes in the frozen form.
     """
     forwards: Forwards = {}
     frozen: Forwards = {}
@@ -143,7 +146,7 @@ def generate(
 def _with_sites(
     original: fx.Graph, module: nn.Module, places: dict[tuple[Any, ...], str], coded: frozenset[str]
 ) -> fx.Graph:
-    """The graph with its calls going through their holders; what computed a weight that has codes now is left out."""
+    """Return the graph with its calls going through their holders, without what computes weights that have codes."""
     graph, needless = fx.Graph(), set()
     calls = [(places[key], call) for key, call in keyed(find_calls(original, module)) if key in places]
     attentions = {(call.node, call.function): place for place, call in calls if call.function in (SCORES, VALUES)}
@@ -166,14 +169,17 @@ def _with_sites(
             given = {weight: _handle(graph, weight, handles[node, weight], copied) for weight in weights}
             needless |= given.keys()
             copied[node] = graph.node_copy(node, lambda n, given=given: given.get(n, copied[n]))  # type: ignore[misc]
-    # NOTE: nothing else is removed: a call whose result is not read may still have an effect
+    # NOTE: no other node is removed, because a call whose result is not used may still have an effect
     removable = {copied[node] for node in needless}
     graph.eliminate_dead_code(is_impure_node=lambda node: node not in removable)
     return graph
 
 
 def _handle(graph: fx.Graph, weight: fx.Node, place: str, copied: dict[fx.Node, fx.Node]) -> fx.Node:
-    """The handle that a helper function gets instead of a weight: a layer's own weight, or a bare parameter in it."""
+    """Return the node that makes the `SiteWeight` which a helper function gets instead of a weight.
+
+    If the holder is the layer that owns the weight, the node takes the holder alone; a bare parameter is passed too.
+    """
     holder = graph.create_node("get_attr", place)
     bare = str(weight.target) != f"{place}.weight"
     return graph.call_function(handle, (holder, copied[weight]) if bare else (holder,))
@@ -182,7 +188,7 @@ def _handle(graph: fx.Graph, weight: fx.Node, place: str, copied: dict[fx.Node, 
 def _site_node(
     graph: fx.Graph, call: ProductCall, holder: fx.Node, copied: dict[fx.Node, fx.Node], coded: bool
 ) -> fx.Node:
-    """The node that computes a call by its holder; a weight that has codes is not passed."""
+    """Return the node that computes a call by its holder; a weight that has codes is not passed."""
 
     def place(node: fx.Node) -> Any:
         return None if coded and node is call.weight and not call.dynamic else copied[node]
@@ -208,7 +214,7 @@ def _no_path(rewriting: Rewriting, state: tuple[Any, ...], args: tuple[Any, ...]
 
 
 def weight_function(graph: fx.Graph, weight: fx.Node) -> Callable[[nn.Module], Tensor]:
-    """Return a function that computes a call's weight, a node that depends on no argument, from the module."""
+    """Return a function that computes a call's weight from the module; `weight` must not depend on any argument."""
     own, needed = fx.Graph(), ancestors(weight)
     copied: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
@@ -219,7 +225,7 @@ def weight_function(graph: fx.Graph, weight: fx.Node) -> Callable[[nn.Module], T
 
 
 def ancestors(node: fx.Node) -> set[fx.Node]:
-    """Return a node and everything that it is computed from."""
+    """Return a node and all nodes that it is computed from."""
     found: set[fx.Node] = set()
     stack = [node]
     while stack:
@@ -234,6 +240,6 @@ def write(graph: fx.Graph, name: str) -> Forward:
     """Return the function that a graph describes; its first argument is the module."""
     code = graph.python_code("self")
     scope = dict(code.globals)
-    exec(compile(code.src, f"<{name}, rewritten by daqconvert>", "exec"), scope)  # source: written by torch.fx itself
+    exec(compile(code.src, f"<{name}, rewritten by daqconvert>", "exec"), scope)  # torch.fx wrote the source
     function: Forward = scope["forward"]
     return function

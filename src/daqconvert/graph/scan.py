@@ -1,6 +1,7 @@
-"""Whether a module's code could multiply matrices by itself: read off its bytecode, so that few modules need a trace.
+"""Whether a module's code could multiply matrices itself, judged from its bytecode, so that few modules need a trace.
 
-The code of the forward is searched, of the methods that it names, and of the functions outside torch that it names.
+Searched are the bytecode of the forward, of the methods that it names, and of the functions outside torch that it
+names.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from daqconvert.layers.functions import METHODS, NAMES
 PRODUCT_NAMES = frozenset({*NAMES, *METHODS, "einsum", "_conv_forward", "bilinear", "deform_conv2d"})
 PRODUCT_NAMES |= {"scaled_dot_product_attention", "multi_head_attention_forward"}
 ASKED = {"dtype", "device", "shape", "size", "ndim", "dim", "numel", "requires_grad"}
-"""What is asked of a weight without using its values."""
+"""Attributes and methods of a weight that do not use its values."""
 _OPERATORS = {"@", "@="}
 _KNOWN: dict[type[nn.Module], bool] = {}
 
@@ -53,7 +54,7 @@ def holds_product(module: nn.Module) -> bool:
 
 
 def read_weights(module: nn.Module) -> set[str]:
-    """Return the matrices that a module's forward reads by name, but for those of layers that it calls.
+    """Return the names of the matrices that a module's forward reads, except those of layers that it calls.
 
     The code of the module is read, not run.
 
@@ -83,7 +84,7 @@ def read_weights(module: nn.Module) -> set[str]:
 
 
 def _chains(code: CodeType) -> Iterator[tuple[str, ...]]:
-    """Yield what is read from `self`, as `("fc", "weight")`."""
+    """Yield the chains of attributes that are read from `self`: `("fc", "weight")` for `self.fc.weight`."""
     chain: list[str] | None = None
     for step in dis.get_instructions(code):
         if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and chain is not None:
@@ -115,7 +116,7 @@ def _reachable(cls: type, waiting: list[FunctionType]) -> Iterator[CodeType]:
 
 
 def _functions_of(cls: type, name: str) -> Iterator[FunctionType]:
-    """The methods that a name may call, those of `super()` included; `nn.Module`'s own methods compute nothing."""
+    """Yield the methods of a name in a class and its bases, without `nn.Module`, whose own methods compute nothing."""
     for base in cls.__mro__:
         value = vars(base).get(name)
         value = value.fget if isinstance(value, property) else getattr(value, "__func__", value)

@@ -1,7 +1,7 @@
-"""Which values of an fx graph are proven non-negative: outputs of ReLU and its like, and what operations make of them.
+"""Which values of an fx graph are proven non-negative: outputs of ReLU and similar functions, and values made of them.
 
-A proof holds for functions and modules of torch, timm and torchvision only: a user's class or function of the same
-name proves nothing.
+Only functions and modules of torch, timm and torchvision count as proof: a user's class or function of the same name
+proves nothing.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def nonnegative_nodes(graph: fx.Graph, modules: dict[str, nn.Module]) -> set[fx.
         if _is_nonnegative(node, modules, proven):
             proven.add(node)
         elif _is_in_place(node):
-            # `x.sub_(1)` changes what later calls see as `x`, and every tensor that `x` is a view of
+            # `x.sub_(1)` changes the value of `x` for later calls, and of every tensor that `x` is a view of
             changed = node.args[0] if node.args else None
             while isinstance(changed, fx.Node) and changed in proven:
                 proven.discard(changed)
@@ -75,7 +75,7 @@ def _is_nonnegative(node: fx.Node, modules: dict[str, nn.Module], proven: set[fx
 
 
 def _call_name(node: fx.Node) -> str:
-    """Name of a method, or of a function of torch or Python; empty for a user's function."""
+    """Return the name of a method, or of a function of torch or Python; empty for a user's function."""
     if node.op == "call_method":
         return str(node.target)
     target: Any = node.target
@@ -100,7 +100,7 @@ def library_type(module: nn.Module) -> str:
 
 
 def _activation_is_nonnegative(module: nn.Module) -> bool:
-    """Whether a module is one of timm's norms with an activation, which fx sees as one node, and ends in a ReLU."""
+    """Whether a module is one of timm's norms with a built-in activation whose outputs are non-negative."""
     act = getattr(module, "act", None)
     if "NormAct" not in library_type(module) or not isinstance(act, nn.Module):
         return False
@@ -108,7 +108,7 @@ def _activation_is_nonnegative(module: nn.Module) -> bool:
 
 
 def _all_proven(node: fx.Node, proven: set[fx.Node]) -> bool:
-    """Whether every tensor operand, in lists (of `cat`) too, is proven and every number is non-negative."""
+    """Whether every tensor operand (for `cat`, every one in the list) is proven and every number is non-negative."""
     flat: list[Any] = []
     for arg in (*node.args, *node.kwargs.values()):  # keywords too: `torch.add(x, y, alpha=-1)` subtracts
         flat.extend(arg if isinstance(arg, (list, tuple)) else [arg])
@@ -128,7 +128,10 @@ def _keeps_sign(name: str, node: fx.Node) -> bool:
 
 
 def limit(node: fx.Node, end: str) -> float:
-    """Return the limit, `"min"` or `"max"`, of a call of `clamp`, `clip` or `hardtanh`; infinity where it has none."""
+    """Return the limit `end`, `"min"` or `"max"`, of a call of `clamp`, `clip` or `hardtanh`; infinity if it has none.
+
+    A limit that is not a number, such as a tensor, counts as `-inf`: it proves nothing.
+    """
     key = f"{end}_val" if _call_name(node) == "hardtanh" else end
     place = 1 if end == "min" else 2
     value = node.kwargs.get(key, node.args[place] if len(node.args) > place else None)

@@ -1,8 +1,8 @@
-"""The list of sites of a model: everything that convolves or multiplies by a weight, with its reason if left alone.
+"""The list of a model's sites: everything that convolves or multiplies by a weight, convertible or not.
 
 A site is a layer, found by a walk of the module tree, or a call site, found by tracing the modules that may multiply.
-What is said about it comes from there, from the dataflow of the whole model where torch.fx can follow it, and from a
-dry run that counts multiply-accumulates.
+A site that cannot be converted has a `reason`. More facts about a site come from the dataflow of the whole model, if
+torch.fx can follow it, and from a dry run that counts multiply-accumulates (MACs).
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ RECURRENT = "recurrent layer: its products run in one fused kernel"
 
 @dataclass(frozen=True)
 class Found:
-    """The sites of a model, and where their facts come from.
+    """The sites of a model, and facts about the model as a whole.
 
     Attributes:
-        sites: In order of execution where fx can tell, else of registration.
-        order: `"fx"` or `"modules"`.
-        other_params: Parameters and buffers outside the sites.
-        input_size: Size of the example input behind the MACs, or None.
-        sums: What becomes of each sum of outputs of the sites.
+        sites: The sites in order of execution if fx could follow the model, else in order of registration.
+        order: Which of the two orders `sites` has: `"fx"` (execution) or `"modules"` (registration).
+        other_params: Number of elements of the parameters and buffers outside the sites.
+        input_size: Size of the example input that the MACs are counted with; None if they are not counted.
+        sums: Facts about each sum of outputs of the sites.
     """
 
     sites: tuple[Site, ...]
@@ -53,17 +53,17 @@ class Found:
 
 
 def find_sites(model: nn.Module, example_inputs: Any = None) -> Found:
-    """Find every site of a model: what convolves or multiplies by a weight, with the reason where it is left alone.
+    """Find every site of a model, with a reason for each site that cannot be converted.
 
     Args:
         model: Any module, on any device; not changed.
-        example_inputs: A tensor, a tuple of positional or a dict of keyword arguments; gives the MACs. Without it a
-            timm model's own input size is used, and any other model's MACs stay unknown.
+        example_inputs: A tensor, a tuple of positional or a dict of keyword arguments, to count MACs with. If None,
+            the input size that a timm model states is used, and the MACs of any other model stay unknown.
 
     Raises:
         ConversionError: If the model cannot be copied, or cannot run on the example inputs.
     """
-    model = copy_model(model, to_look_at=True)  # its own code runs below and may keep what it sees
+    model = copy_model(model, to_look_at=True)  # its own code runs below and may store what it gets
     args, kwargs, size = example_arguments(model, example_inputs)
     required = example_inputs is not None
     view = _look(model, (len(args), frozenset(kwargs)) if required else None)
@@ -91,16 +91,16 @@ def find_sites(model: nn.Module, example_inputs: Any = None) -> Found:
 
 @dataclass(frozen=True)
 class _View:
-    """What is seen of a model.
+    """All that the walk and the traces of a model found.
 
     Attributes:
         paths: Any dotted name -> module.
-        aliases: Any dotted name of a layer -> the name it goes by.
-        flow: What the trace of the whole model says, or None where fx cannot follow the model.
+        aliases: Any dotted name of a layer -> its site name (the first of its names).
+        flow: The dataflow of the whole model; None if fx cannot follow the model.
         calls: Name -> call site.
-        failed: Name of a module that may multiply by itself and that fx cannot follow -> the reason.
+        failed: Name of a module whose own forward may multiply and that fx cannot follow -> the reason.
         bypassed: Name of a layer whose weight is used, without a call of the layer, by a forward that cannot be
-            rewritten -> the reason.
+            rewritten -> the reason not to convert the layer.
     """
 
     paths: dict[str, nn.Module]
@@ -117,7 +117,7 @@ class _View:
 
 
 def _look(model: nn.Module, given: tuple[int, frozenset[str]] | None = None) -> _View:
-    """Look at a model: walk its modules, trace it, and trace alone every module that may multiply by itself.
+    """Walk the modules of a model, trace the model, and trace separately every module whose forward may multiply.
 
     The model should be a copy of the user's, because its code runs here with proxies and may keep them. `given` is the
     number of positional arguments and the names of keyword arguments; None for the arguments without a default.
@@ -146,7 +146,7 @@ def _look(model: nn.Module, given: tuple[int, frozenset[str]] | None = None) -> 
                 bypassed.setdefault(name, site)
             elif isinstance(site, CallSite):
                 sites.setdefault(name, site)
-    if "" in aliases:  # the root itself is a layer: fx would look inside it
+    if "" in aliases:  # the root itself is a layer, and fx would trace into it
         flow: Flow | None = Flow((aliases[""],), frozenset({""}), frozenset({""}))
     else:
         known = _in_order(paths, aliases, sites)
@@ -155,7 +155,7 @@ def _look(model: nn.Module, given: tuple[int, frozenset[str]] | None = None) -> 
 
 
 def _in_order(paths: dict[str, nn.Module], aliases: dict[str, str], sites: dict[str, CallSite]) -> dict[str, str]:
-    """Any dotted name of a site -> the name it goes by; an attention block's calls stand before its `out_proj`."""
+    """Return a dict: any dotted name of a site -> its site name; calls of an attention block precede `out_proj`."""
     known: dict[str, str] = {}
     made: dict[str, list[str]] = {}
     for name, site in sites.items():
@@ -170,7 +170,7 @@ def _in_order(paths: dict[str, nn.Module], aliases: dict[str, str], sites: dict[
 
 
 def _owners(paths: dict[str, nn.Module], aliases: dict[str, str], sites: dict[str, CallSite]) -> dict[int, list[str]]:
-    """Identity of a parameter -> the sites that multiply by it, calls first."""
+    """Return a dict: `id` of a parameter -> the names of the sites that multiply by it, call sites first."""
     owners: dict[int, list[str]] = {}
     for name, site in sites.items():
         for tensor in site.call.tensors:
@@ -186,13 +186,13 @@ def _owners(paths: dict[str, nn.Module], aliases: dict[str, str], sites: dict[st
 
 
 def _indirect(sites: dict[str, CallSite]) -> frozenset[str]:
-    """Sites whose forward may change the input before it multiplies: nothing is proven about that input."""
+    """Return the sites whose forward may change the input before it multiplies, so that nothing is proven about it."""
     inside = (site for site in sites.values() if site.call.holder in site.call.modules)
     return frozenset(site.name for site in inside if not site.direct)
 
 
 def _ends(view: _View) -> tuple[frozenset[str], frozenset[str]]:
-    """First and last sites: from the dataflow, else the ends of the module order."""
+    """Return the first and the last sites: from the dataflow if it is known, else the ends of the module order."""
     if view.flow is not None:
         return view.flow.first, view.flow.last
     layers = {name for name, module in view.named.items() if not _layer_reason(name, module, view)}
@@ -201,7 +201,10 @@ def _ends(view: _View) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def _ordered(view: _View) -> list[str]:
-    """Names in order of execution, where fx can tell; what it does not see comes after the others of its module."""
+    """Return the names of sites in order of execution if fx could follow the model, else in order of registration.
+
+    A call site that the dataflow does not contain comes after the other sites of its module.
+    """
     known = dict.fromkeys([*(view.flow.order if view.flow else ()), *view.named])
     before: dict[str, list[str]] = {}
     late: list[tuple[str, str]] = []
@@ -215,9 +218,9 @@ def _ordered(view: _View) -> list[str]:
 
 
 def _behind(order: list[str], late: list[tuple[str, str]]) -> list[str]:
-    """Put each late name, given with the module that it is inside of, behind the last name inside that module.
+    """Insert each late name, given with the module that contains it, behind the last name inside that module.
 
-    Where the module has no other name in `order`, the late name comes last.
+    If the module has no other name in `order`, the late name comes last.
     """
     following: dict[str | None, str | None] = dict(itertools.pairwise([None, *order, None]))
     last: dict[str, str] = {path: name for name in order for path in above(name)}
@@ -239,14 +242,14 @@ def _is_projection(site: CallSite) -> bool:
 
 
 def _in_attention(site: CallSite, view: _View) -> bool:
-    """Whether a call is one that torch's attention block makes before its `out_proj`."""
+    """Whether a call site is in one of torch's attention blocks, which make all their calls before `out_proj`."""
     return isinstance(view.paths[site.call.modules[0]], nn.MultiheadAttention)
 
 
 def _macs(
     model: nn.Module, view: _View, args: tuple[Any, ...], kwargs: dict[str, Any], required: bool
 ) -> dict[str, int] | None:
-    """Multiply-accumulates of every site, None where the forward cannot run on these inputs."""
+    """Return the multiply-accumulates of every site; None if the forward cannot run on these inputs."""
     macs = count_macs(model, _places(view), args, kwargs, required=required)
     if not macs:
         return macs
@@ -259,7 +262,7 @@ def _macs(
         for tensor in site.call.tensors if not site.call.dynamic else ():
             parts.setdefault(tensor, []).append(name)
     for whole, *others in parts.values():
-        if others and not any(macs[name] for name in others):  # one product by all of the tensor
+        if others and not any(macs[name] for name in others):  # one product by the whole tensor, shared by its parts
             sizes = {name: math.prod(view.calls[name].weight_shape) for name in (whole, *others)}
             total = max(sum(sizes.values()), 1)
             macs |= {name: macs[whole] * size // total for name, size in sizes.items()}
@@ -267,7 +270,7 @@ def _macs(
 
 
 def _places(view: _View) -> Places:
-    """Where the sites of a model multiply; a tensor that several sites are parts of is the first one's."""
+    """Return where the sites of a model multiply; a tensor that several sites use parts of is the first site's."""
     tensors: dict[str, str] = {}
     modules: dict[str, str] = {}
     products: dict[str, list[str]] = {}
@@ -283,14 +286,14 @@ def _places(view: _View) -> Places:
 
 def _known(site: Site, macs: dict[str, int] | None) -> int | None:
     calls = macs.get(site.name) if macs else None
-    return None if calls == 0 and site.reason else calls  # a fused call may do its work, unseen
+    return None if calls == 0 and site.reason else calls  # a fused call may do its products uncounted
 
 
 def _never_multiplied(name: str, view: _View, macs: dict[str, int] | None) -> bool:
-    """Whether a helper function gets a bare parameter and is known to multiply nothing by it."""
+    """Whether a site is a bare parameter that a helper function gets but does not multiply by."""
     site = view.calls.get(name)
     helped = site is not None and site.call.function == HELPER and name not in view.named
-    # without inputs to run on, a vector is taken for a scale, as one per head, and not for a weight
+    # without a count of MACs, a vector is taken to be a scale (for example one per head), not a weight
     return helped and (macs.get(name) == 0 if macs is not None else sum(n > 1 for n in site.weight_shape) < 2)  # type: ignore[union-attr]
 
 
@@ -309,7 +312,7 @@ def _layer_site(name: str, view: _View) -> Site:
 
 
 def _call_site(name: str, view: _View, inside: set[int]) -> Site:
-    """The facts of a call site; parameters that are `inside` layers, by their `id`, are counted there."""
+    """Return the facts of a call site; `inside` are the `id`s of parameters that are already counted with a layer."""
     site = view.calls[name]
     channels, reduction = site.extent
     params = sum(p.numel() for p in _weights(view, site) if id(p) not in inside)
@@ -322,7 +325,7 @@ def _call_site(name: str, view: _View, inside: set[int]) -> Site:
 
 
 def _weights(view: _View, site: CallSite) -> list[Tensor]:
-    """Parameters and buffers that a call's weight is computed from."""
+    """Return the parameters and buffers that a call's weight is computed from."""
     found = []
     for name in site.call.tensors:
         path, _, attribute = name.rpartition(".")
@@ -332,14 +335,14 @@ def _weights(view: _View, site: CallSite) -> list[Tensor]:
 
 
 def _own_parameters(module: nn.Module) -> int:
-    """Number of parameters of a site, without those of sites inside it."""
+    """Return the number of parameters of a site, without those of sites inside it."""
     inside = [m for m in module.modules() if m is not module and is_site_type(m)]
     below = {id(p) for m in inside for p in m.parameters()}
     return sum(p.numel() for p in module.parameters() if not _is_lazy(p) and id(p) not in below)
 
 
 def _extent(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Output channels and products per output element."""
+    """Return the number of output channels and of products per output element; zeros if the shape is unknown."""
     if not shape:
         return 0, 0
     groups = int(getattr(module, "groups", 1))
@@ -357,7 +360,7 @@ def _state(model: nn.Module) -> list[Tensor]:
 
 
 def _layer_reason(name: str, module: nn.Module, view: _View) -> str:
-    """Why a layer cannot be converted; empty if it can."""
+    """Return why a layer cannot be converted; empty if it can."""
     parent = view.paths.get(name.rpartition(".")[0]) if name else None
     kind, weight = type(module).__name__, getattr(module, "weight", None)
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
@@ -382,7 +385,7 @@ def _layer_reason(name: str, module: nn.Module, view: _View) -> str:
 
 
 def _notes(view: _View) -> dict[str, tuple[str, ...]]:
-    """Remarks for the plan's rows: other names, shared weights, what is never called."""
+    """Return remarks for the plan's rows: other names, shared weights, callers, layers that are never called."""
     notes: dict[str, list[str]] = {}
     for alias, name in view.aliases.items():
         if alias != name:

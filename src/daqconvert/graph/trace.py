@@ -1,4 +1,4 @@
-"""Tracing a model with torch.fx; sites, and modules of libraries that fx cannot follow, stay single nodes."""
+"""Tracing a model with torch.fx; sites, torch's own modules and what timm declares untraceable become single nodes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from daqconvert.layers.registry import is_site_type
 
 
 class SiteTracer(fx.Tracer):
-    """`torch.fx.Tracer` whose leaves are the sites, torch's own modules, and what timm registers as not traceable.
+    """`torch.fx.Tracer` whose leaves (single nodes) are the sites, torch's own modules and the classes given to it.
 
     Args:
         notrace_modules: More classes that become one node.
         notrace_functions: Functions that become one node.
-        given: Names of the forward's arguments that a caller gives, and how many by position; None: those without a
-            default. All others keep their default, as in a plain call: `if mask is None` is then decided, not guessed.
+        given: The arguments that a caller gives: how many by position, and the names of the keyword arguments. None
+            stands for the arguments without a default. All others keep their default value, so that the trace can
+            decide code such as `if mask is None`.
         alone: Make every child one node: trace a module's own forward and nothing below it.
     """
 
@@ -51,8 +52,8 @@ class SiteTracer(fx.Tracer):
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         """Return the graph of a module's forward, and drop every reference to the module.
 
-        What `torch.fx.Tracer` keeps is in a cycle with the tracer, and would hold the model's buffers in memory until
-        the garbage collector happens to run.
+        `torch.fx.Tracer` keeps references that form a cycle with the tracer. They would hold the model's buffers in
+        memory until the garbage collector runs.
         """
         try:
             return super().trace(root, concrete_args)
@@ -61,7 +62,7 @@ class SiteTracer(fx.Tracer):
             self.submodule_paths, self.tensor_attrs = None, {}
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """Return what reading an attribute of a module gives: a node for a parameter of the root."""
+        """Return the value of an attribute that the traced code reads: a node if it is a parameter of the root."""
         name = self._name(attr_val, read=True) if isinstance(attr_val, Tensor) else None
         proxied = isinstance(attr_val, nn.Parameter) or self.proxy_buffer_attributes
         if name is None or not proxied:
@@ -85,19 +86,19 @@ class SiteTracer(fx.Tracer):
         return self.create_node("get_attr", name, (), {})
 
     def _name(self, tensor: Tensor, read: bool = False) -> str | None:
-        """Name of a parameter or buffer; None for any other tensor.
+        """Return the name of a parameter or buffer; None for any other tensor.
 
-        `torch.fx.Tracer` searches all of the model's tensors for each one that it meets, which takes time in the
-        square of their number; here they are looked up.
+        The tensors are looked up in a dict, because `torch.fx.Tracer` searches all of the model's tensors for each one
+        that it meets, which takes time quadratic in their number. `read` builds the dict again for an unknown tensor.
         """
-        if self._named is None or (read and id(tensor) not in self._named):  # registered while this traces
+        if self._named is None or (read and id(tensor) not in self._named):  # registered during the trace
             named = (*self.root.named_parameters(), *self.root.named_buffers())
-            self._named = {id(tensor): (tensor, name) for name, tensor in reversed(named)}  # the first name stays
+            self._named = {id(tensor): (tensor, name) for name, tensor in reversed(named)}  # the first name wins
         found = self._named.get(id(tensor))
         return None if found is None else found[1]
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        """Return the root's arguments: placeholders for what is given, the defaults of everything else."""
+        """Return the root's arguments: placeholders for the given ones, default values for all others."""
         root_fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)
         proxies = [a for a in args if isinstance(a, fx.Proxy)]
         names = [str(a.node.target) for a in proxies]
@@ -109,7 +110,7 @@ class SiteTracer(fx.Tracer):
 
 
 def _default(proxy: fx.Proxy) -> Any:
-    """The value of an argument that a call does not give; fx names `*args` and `**kwargs` with their stars."""
+    """Return the value of an argument that a call omits; fx names `*args` and `**kwargs` with their stars."""
     name = str(proxy.node.target)
     if name.startswith("*"):
         return {} if name.startswith("**") else ()
@@ -119,11 +120,11 @@ def _default(proxy: fx.Proxy) -> Any:
 def trace(
     model: nn.Module, given: tuple[int, frozenset[str]] | None = None, *, alone: bool = False
 ) -> fx.Graph | None:
-    """Return the graph of a model's forward, or None where fx cannot follow it.
+    """Return the graph of a model's forward, or None if fx cannot follow it.
 
-    The model should be in evaluation mode, and a copy: its own code runs here and may keep what it sees. `given` is
-    the number of positional arguments and the names of keyword arguments, or None for the arguments without a default;
-    `alone` makes every child a single node.
+    The model should be in evaluation mode, and a copy, because its own code runs here and may store proxies. `given`
+    is the number of positional arguments and the names of keyword arguments, or None for the arguments without a
+    default; `alone` makes every child a single node.
     """
     try:
         return SiteTracer(*timm_notrace(), given=given, alone=alone).trace(model)
@@ -132,7 +133,7 @@ def trace(
 
 
 def timm_notrace() -> tuple[tuple[type, ...], tuple[Callable[..., Any], ...]]:
-    """Return the modules and functions that timm registers as not traceable, where timm is in use."""
+    """Return the modules and functions that timm registers as not traceable; none if timm is not imported."""
     if "timm" not in sys.modules:
         return (), ()
     from timm.layers import get_notrace_functions, get_notrace_modules

@@ -1,11 +1,11 @@
-"""Every way a module's own forward can be called, each traced by torch.fx.
+"""Tracing a module's own forward by torch.fx in every way that it can be called.
 
-An fx graph is one path through the code. What usually chooses the path is `self.training`, whether an optional
-argument is given, and flags; so there is a graph (a `Variant`) for each combination, and a call picks its own.
+An fx graph is one path through the code. The path usually depends on `self.training`, on which optional arguments are
+given, and on flags. Therefore each combination has its own graph (a `Variant`), and a call picks the one that fits.
 
-A helper function may stop the trace, as `pad_same(x, ...)`, which decides on sizes. As a rule it computes no product.
-So the function is found by the error that it causes, and the trace is made again with that function as a single node.
-(A helper that multiplies by a weight which it is given gets a handle instead: `layers.call_holders`.)
+A helper function can stop the trace: `pad_same(x, ...)`, for example, branches on sizes. Usually it computes no
+product. So the function is found from the traceback of the error, and the trace is made again with the function as a
+single node. (A helper that multiplies by a weight which it is given gets a `SiteWeight`: `layers.call_holders`.)
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from daqconvert.graph.trace import SiteTracer, timm_notrace
 from daqconvert.models import in_mode
 
 MOST_CHOICES = 4
-"""Most arguments that are varied; with training that makes at most 32 graphs."""
+"""At most this many arguments are varied; with training and evaluation mode there are at most 32 graphs."""
 MOST_HELPERS = 8
-"""Most functions of one forward that are taken as single nodes."""
+"""At most this many functions of one forward become single nodes because they stop the trace."""
 GIVEN = "given"
-"""The state of an argument that is given, and is no flag."""
+"""The state of an argument whose value is given and is neither None, a flag, nor the default."""
 
 Place = tuple[dict[str, Any], str]
 """Where a function is called by name: the globals of the caller, and the name."""
@@ -38,12 +38,13 @@ Place = tuple[dict[str, Any], str]
 
 @dataclass(frozen=True)
 class Signature:
-    """The arguments of a forward, sorted by what a trace does with them.
+    """The arguments of a forward, and the values that a trace tries for them.
 
     Attributes:
         names: All arguments in order, without `self`.
-        defaults: Argument -> its default, where it has one.
-        choices: Argument that chooses a path, None or a flag -> the values that are tried: `GIVEN` for a tensor.
+        defaults: Argument -> its default; only arguments that have one.
+        choices: Argument whose default is None or a flag, because these choose a path -> the values that are tried.
+            For a default of None they are None and `GIVEN` (a placeholder).
     """
 
     names: tuple[str, ...]
@@ -51,12 +52,12 @@ class Signature:
     choices: dict[str, tuple[Any, ...]]
 
     def state(self, training: bool, values: dict[str, Any]) -> tuple[Any, ...]:
-        """Return what picks the graph for a call with these arguments."""
+        """Return the key of the graph for a call with these arguments: `training` and a state for each default."""
         return (training, *(_state(values.get(n, d), d) for n, d in self.defaults.items()))
 
 
 def read_signature(module: nn.Module) -> Signature | None:
-    """Return the signature of a module's forward; None where it takes `*args` or `**kwargs` alone."""
+    """Return the signature of a module's forward; None if it takes only `*args` or `**kwargs`."""
     parameters = inspect.signature(type(module).forward).parameters.values()
     named = [p for p in list(parameters)[1:] if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if not named:
@@ -68,7 +69,7 @@ def read_signature(module: nn.Module) -> Signature | None:
 
 
 def _state(value: Any, default: Any) -> Any:
-    """None or a flag as it is, `"default"` for any other value that is the default, `GIVEN` for all else."""
+    """Return None or a flag unchanged, `"default"` for any other value that equals the default, `GIVEN` otherwise."""
     if value is None or isinstance(value, bool):
         return value
     same = value is default or (type(value) in (int, float, str, tuple) and value == default)
@@ -80,7 +81,7 @@ class Variant:
     """One path through a forward.
 
     Attributes:
-        state: What picks this path, as `Signature.state` returns it.
+        state: Key of the calls that take this path, from `Signature.state`.
         arguments: The arguments that the graph takes, in order.
         graph: The graph of the forward alone; children are single nodes.
     """
@@ -91,17 +92,18 @@ class Variant:
 
 
 class Untraceable(Exception):
-    """The reason why fx cannot follow a forward."""
+    """fx cannot follow a forward; the message is the reason."""
 
 
 def trace_variants(module: nn.Module, every: bool = True) -> tuple[Signature, list[Variant]]:
-    """Trace a module's own forward in every way it can be called; the plain calls come first.
+    """Trace a module's own forward in every way it can be called; the plain calls (all defaults) come first.
 
-    The module should be a copy of the user's, since its code runs here with proxies. Without `every`, only the plain
-    calls are traced, and in evaluation those with every argument and with one flag, which shows what it multiplies.
+    The module should be a copy of the user's, since its code runs here with proxies. Without `every`, these calls are
+    traced, which is enough to find what the forward multiplies: the plain calls in evaluation and in training, and in
+    evaluation a call with every optional argument given and calls with one flag reversed.
 
     Raises:
-        Untraceable: If the plain call cannot be followed, in evaluation or in training.
+        Untraceable: If fx cannot follow the plain call, in evaluation or in training.
     """
     signature = read_signature(module)
     if signature is None:
@@ -148,7 +150,7 @@ def _trace(module: nn.Module, signature: Signature, training: bool, chosen: dict
 
 
 class OwnForward(SiteTracer):
-    """Traces one module's own forward: children are nodes, the arguments `given` placeholders, all others `fixed`."""
+    """Traces one module's own forward: children are nodes, arguments in `given` placeholders, all others `fixed`."""
 
     trace_asserts = True
     proxy_buffer_attributes = True
@@ -158,15 +160,15 @@ class OwnForward(SiteTracer):
         self.names, self.fixed = given, fixed
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """Return what reading an attribute gives.
+        """Return the value of an attribute that the traced code reads.
 
-        Shapes of parameters are constants, so that a forward that asks for one does not need the weight.
+        Shapes of parameters are constants in the graph, so that a forward that reads a shape does not need the weight.
         """
-        self.param_shapes_constant = isinstance(attr_val, nn.Parameter)  # torch.fx can do so for parameters alone
+        self.param_shapes_constant = isinstance(attr_val, nn.Parameter)  # torch.fx supports this for parameters only
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        """Return the root's arguments, placeholders in the order of the signature."""
+        """Return the root's arguments in the order of the signature: placeholders, or fixed values."""
         parameters = list(inspect.signature(root_fn).parameters.values())[1:]
         args: list[Any] = [self.root]
         for parameter in parameters:
@@ -183,7 +185,7 @@ def trace_around(trace: Callable[[], fx.Graph]) -> fx.Graph:
     """Return the graph that `trace` makes, with each function that stops the trace as a single node.
 
     Raises:
-        Exception: Whatever tracing raises where no function of the module's library is to blame.
+        Exception: The error of the trace, if no function outside torch caused it or too many functions did.
     """
     places: list[Place] = []
     while True:
@@ -221,7 +223,7 @@ def _as_node(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _culprit(trace: TracebackType | None) -> Place | None:
-    """The innermost function outside torch that an error passed through and that is called by a global name."""
+    """Return the innermost function outside torch that an error passed through and that a global name refers to."""
     frames = []
     while trace is not None:
         frames.append(trace.tb_frame)

@@ -1,7 +1,7 @@
 """Watching a real forward for weights that it uses without calling their layer.
 
-A trace finds `F.linear(x, self.qkv.weight)` only where fx can follow the code. What really runs leaves no doubt: the
-quantizer of such a layer would do nothing, and the frozen model would compute something else, so it is an error.
+A trace finds `F.linear(x, self.qkv.weight)` only if fx can follow the code; a real forward shows every use. The
+quantizers of such a layer would do nothing, and the frozen model would compute something else, so the use is an error.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HARMLESS |= {Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_flo
 
 
 class _Watch(TorchFunctionMode):
-    """Looks for the weights of layers in the arguments of every function, but where their users run."""
+    """Looks for the weights of layers in the arguments of every function that is called outside their own modules."""
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class _Watch(TorchFunctionMode):
 
 
 class _Inside(Watcher):
-    """Tells the watch that a site computes, and so may use its weight."""
+    """Tells the `_Watch` that a site is computing and may therefore use its weight."""
 
     def __init__(self, watch: _Watch) -> None:
         self.watch = watch
@@ -72,7 +72,8 @@ def watching_weights(
 ) -> Iterator[None]:
     """Raise as soon as the forward of `model` uses the weight of a quantized layer without calling it or its site.
 
-    `shared` are layers from whose weight another site's is computed, as a decoder's from its encoder's.
+    `shared` are layers from whose weight another site's weight is computed (a decoder that uses its encoder's weight);
+    their uses are not checked.
 
     Raises:
         ConversionError: Inside the block; names the layer and the function that used its weight.
@@ -81,7 +82,7 @@ def watching_weights(
     with ExitStack() as stack:
         for site in sites.values():
             stack.enter_context(watching(site, _Inside(watch)))
-        for module in model.modules():  # an embedding may share the weight, and may use it
+        for module in model.modules():  # a module that shares the weight, such as an embedding, may use it
             if any(id(p) in watch.names for p in module._parameters.values()):
                 stack.callback(module.register_forward_pre_hook(watch.enter, prepend=True).remove)
                 stack.callback(module.register_forward_hook(watch.leave).remove)

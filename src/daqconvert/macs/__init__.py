@@ -1,4 +1,4 @@
-"""Multiply-accumulates: which operators ran, how often they multiply, and where their operands came from."""
+"""Counting multiply-accumulates (MACs): which operators ran, how often they multiply, where operands came from."""
 
 from daqconvert.macs.attribution import Places, assign
 from daqconvert.macs.counter import Event, counting

@@ -1,4 +1,4 @@
-"""Which site a product belongs to: by the parameter that its weight operand is computed from."""
+"""Finding the site that a product belongs to, by the parameter that the product's weight operand is computed from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Places:
         sites: Names of all sites: dotted names of modules, or of bare parameters and buffers.
         tensors: Parameter or buffer -> site, for sites that are not the module which holds their weight.
         modules: Module -> site, for weights that depend on the model's inputs.
-        products: Module -> sites that are products of activations, in the order in which it computes them.
+        products: Module -> sites that are products of activations, in the order in which the module computes them.
     """
 
     sites: Collection[str]
@@ -26,7 +26,10 @@ class Places:
     products: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def site(self, event: Event) -> str | None:
-        """Return the name of the site that a product with a weight operand belongs to, or None."""
+        """Return the name of the site that a product with a weight operand belongs to; None if there is no such site.
+
+        If several sites are possible, the one in the running module is preferred.
+        """
         found = [self.tensors[name] for name in event.tensors if name in self.tensors]
         found += [name for name in event.tensors if name in self.sites]  # a site that is named after its parameter
         found += [owner for owner in map(owner_of, event.tensors) if owner in self.sites]
@@ -37,7 +40,7 @@ class Places:
 
 
 def owner_of(tensor: str) -> str:
-    """Return the module that a parameter belongs to, the parametrized one where it is an original.
+    """Return the name of the module that a parameter belongs to; of a parametrization, the parametrized module.
 
     Example:
         >>> owner_of("a.b.weight"), owner_of("a.parametrizations.weight.original0")
@@ -48,15 +51,15 @@ def owner_of(tensor: str) -> str:
 
 
 def assign(events: list[Event], plan: Plan | None) -> list[tuple[Event, str | None]]:
-    """Pair each product with the name of its site, None where no site of the plan has it.
+    """Pair each product with the name of its site; None if it belongs to no site of the plan.
 
-    A tensor may hold the weights of several sites, as the packed projections of an attention block do. A product with
-    such a tensor that nothing tells apart is divided evenly among those of the sites that no other product is known
-    to belong to.
+    A tensor may hold the weights of several sites, such as the packed projections of an attention block. If the site
+    of a product with such a tensor is not known, its MACs are divided evenly among those sites of the tensor to which
+    no other product is known to belong (among all of them if there are none).
 
     Args:
         events: Products with a weight operand, in order of execution.
-        plan: Of the model; None names each product after the module that its weight is a parameter of.
+        plan: The model's plan; if None, each product is named after the module that owns its weight.
     """
     if plan is None:
         return [(e, next(map(owner_of, e.tensors), e.module)) for e in events]
@@ -78,7 +81,7 @@ def assign(events: list[Event], plan: Plan | None) -> list[tuple[Event, str | No
 
 
 def _places(plan: Plan, shared: Collection[str]) -> Places:
-    """The places of a plan's sites; `shared` tensors tell no site."""
+    """Return the places of a plan's sites, without `shared` tensors, from which no single site follows."""
     sites = {row.name for row in plan if not row.site.is_product}
     modules = {name: name for name in sites}
     tensors: dict[str, str] = {}
@@ -86,7 +89,7 @@ def _places(plan: Plan, shared: Collection[str]) -> Places:
         call = row.site.call
         if call is None or call.is_product:
             continue
-        # the bounds and the codes are a site's own, even where the weight is not
+        # the bounds and codes belong to one site, even if the weight is shared
         quantizer = f"{call.holder}.weight_quantizer"
         own = (f"{quantizer}.upper", f"{quantizer}.step", f"{call.holder}.weight_codes")
         tensors |= dict.fromkeys((*own, *(tensor for tensor in call.tensors if tensor not in shared)), row.name)
@@ -97,7 +100,7 @@ def _places(plan: Plan, shared: Collection[str]) -> Places:
 
 
 def _shared_tensors(plan: Plan) -> dict[str, list[PlanRow]]:
-    """Tensors that hold the weights of several sites, with the rows of these."""
+    """Return the tensors that hold the weights of several sites, each with the rows of these sites."""
     rows: dict[str, list[PlanRow]] = {}
     for row in plan:
         for tensor in row.site.call.tensors if row.site.call is not None else ():

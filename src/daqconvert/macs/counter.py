@@ -1,7 +1,8 @@
-"""Watches a model run and notes every product with a weight operand, and every product of activations.
+"""Watches a running model and records every product with a weight operand, and every product of activations.
 
-Values are followed from operator to operator (`provenance`), so what is counted is what ran, not what a model has.
-The hooks are torch's global ones and are removed afterwards: a module's own hooks would switch off fused kernels.
+Values are followed from operator to operator (`provenance`), so the counts are of products that really ran, not of
+layers that a model has. The hooks are torch's global ones, because hooks on a module would switch off fused kernels;
+they are removed afterwards.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ class Event:
     """One product that ran.
 
     Attributes:
-        op: Name of the operator, as `"addmm"`.
+        op: Name of the operator, such as `"addmm"`.
         module: Dotted name of the innermost module that was running.
         macs: Multiply-accumulates.
-        tensors: Names of the parameters and buffers behind the weight operand, aliases included.
+        tensors: Names of the parameters and buffers that the weight operand is computed from, aliases included.
         attention: Whether both operands are activations.
-        x_quantized: Whether the input (the first operand of an attention product) is what a quantizer returned.
-        w_quantized: Whether the weight (the second operand) is.
+        x_quantized: Whether a quantizer returned the input (in an attention product: the first operand).
+        w_quantized: Whether a quantizer returned the weight (in an attention product: the second operand).
     """
 
     op: str
@@ -48,7 +49,7 @@ class Event:
 
 
 class Counter(TorchDispatchMode):
-    """The mode that sees every operator.
+    """The dispatch mode that sees every operator and counts its products.
 
     Attributes:
         events: The products that ran so far, in order of execution.
@@ -64,9 +65,10 @@ class Counter(TorchDispatchMode):
         self._weights: set[str] = set()
 
     def know(self, named: Iterable[tuple[str, Tensor, bool]], inputs: Any) -> None:
-        """Tell the counter what is a parameter or a buffer, and which tensors are the model's inputs.
+        """Tell the counter which tensors are parameters and buffers, and which are the model's inputs.
 
-        Each of `named` is a dotted name, a tensor, and whether it is a weight where it has two dimensions or more.
+        Each item of `named` is a dotted name, a tensor, and whether the tensor may be a weight. It is a weight if it
+        also has two dimensions or more.
         """
         for name, tensor, weight in named:
             first = next(iter(self._provenance.of(tensor).tensors), name)
@@ -78,11 +80,11 @@ class Counter(TorchDispatchMode):
             self._provenance.set(tensor, Origin(data=True))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        """Run an operator, note what it multiplies, and where its values come from."""
+        """Run an operator, and record what it multiplies and where its result comes from."""
         kwargs = kwargs or {}
         if not isinstance(func, torch._ops.OpOverload):
             return func(*args, **kwargs)
-        if func.namespace == "aten":  # torch.inference_mode sends composites such as aten::linear here whole
+        if func.namespace == "aten":  # in torch.inference_mode composites such as aten::linear are not decomposed yet
             with self:
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
@@ -113,13 +115,13 @@ class Counter(TorchDispatchMode):
         self.events.append(Event(op, here, product.macs, tensors, attention, x.quantized, w.quantized))
 
     def enter(self, module: nn.Module, args: Any) -> None:
-        """Note which module runs (a forward pre-hook)."""
+        """Record which module runs (a forward pre-hook)."""
         path = self._paths.get(id(module))
         if path is not None:
             self._running.append(path)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Note that a module is done, and what a quantizer or a layer returned (a forward hook)."""
+        """Record that a module is done, and mark the output of a quantizer or a layer (a forward hook)."""
         path = self._paths.get(id(module))
         if path is not None and path in self._running:
             while self._running.pop() != path:
@@ -130,7 +132,7 @@ class Counter(TorchDispatchMode):
             self._provenance.mark(output, data=True)
 
     def returned(self, method: Any) -> Any:
-        """Wrap a method of a frozen layer that returns an operand."""
+        """Wrap a method of a frozen layer that returns an operand, so that the operand is marked as quantized."""
 
         def wrapper(*args: Any, **kwargs: Any) -> Tensor:
             operand = method(*args, **kwargs)
@@ -146,8 +148,8 @@ def counting(model: nn.Module, inputs: Any, state: Mapping[int, Tensor] | None =
 
     Args:
         model: Any module.
-        inputs: What it will be called with.
-        state: Id of a parameter or buffer -> the tensor that takes its place while the model runs.
+        inputs: The arguments that the model will be called with.
+        state: `id` of a parameter or buffer -> the tensor that replaces it while the model runs.
 
     Yields:
         The counter; its `events` grow as the model runs.
@@ -170,7 +172,7 @@ def counting(model: nn.Module, inputs: Any, state: Mapping[int, Tensor] | None =
 
 
 def _without_compile(name: str) -> str:
-    """A dotted name without the `_orig_mod` that `torch.compile` puts between."""
+    """Return a dotted name without the `_orig_mod` that `torch.compile` inserts."""
     return name.replace("_orig_mod.", "").removesuffix("._orig_mod").removesuffix("_orig_mod")
 
 
@@ -183,5 +185,5 @@ def _named(model: nn.Module, state: Mapping[int, Tensor]) -> Iterator[tuple[str,
             yield _without_compile(name), state.get(id(buffer), buffer), name.endswith("weight_codes")
     for path, module in model.named_modules():
         for key, value in vars(module).items():
-            if isinstance(value, Tensor):  # the weight that the old weight_norm and pruning leave behind
+            if isinstance(value, Tensor):  # a weight that weight_norm or pruning computed
                 yield _without_compile(f"{path}.{key}".lstrip(".")), value, key == "weight" or value.requires_grad

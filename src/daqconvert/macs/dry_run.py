@@ -1,4 +1,4 @@
-"""Multiply-accumulates of each site, counted on a forward that computes shapes and no values where that is enough."""
+"""Multiply-accumulates of each site, counted in a forward that computes only shapes if the model's code allows it."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ from daqconvert.models import evaluating
 def example_arguments(
     model: nn.Module, example_inputs: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any], tuple[int, ...] | None]:
-    """Return what to call a model with: positional and keyword arguments, and the size of the first tensor.
+    """Return the positional and keyword arguments to call a model with, and the size of the first tensor.
 
     Args:
-        model: The model; its device is that of the arguments.
-        example_inputs: A tensor, a tuple of positional or a dict of keyword arguments, or None for the input size of
-            a timm model's own. Sizes are never guessed: where there is none, no arguments and None are returned.
+        model: The model; the arguments are moved to its device.
+        example_inputs: A tensor, a tuple of positional or a dict of keyword arguments, or None for the input size that
+            a timm model states. Sizes are never guessed: for a model that states none, no arguments and None are
+            returned.
 
     Raises:
-        ConversionError: If `example_inputs` is none of these.
+        ConversionError: If `example_inputs` is of any other type.
     """
     like = next((p for p in model.parameters() if not isinstance(p, UninitializedParameter)), torch.empty(0))
     if example_inputs is None:
@@ -52,7 +53,7 @@ def example_arguments(
 
 
 def _default_size(model: nn.Module) -> tuple[int, ...] | None:
-    """`(1, C, H, W)` from a timm model's `pretrained_cfg`; None for any other model."""
+    """Return `(1, C, H, W)` from a timm model's `pretrained_cfg`; None for any other model."""
     cfg = getattr(model, "pretrained_cfg", None)
     size = cfg.get("input_size") if isinstance(cfg, dict) else None
     channels = getattr(model, "in_chans", None)
@@ -67,18 +68,18 @@ def _default_size(model: nn.Module) -> tuple[int, ...] | None:
 def count_macs(
     model: nn.Module, places: Places, args: tuple[Any, ...], kwargs: dict[str, Any], *, required: bool = False
 ) -> dict[str, int] | None:
-    """Return multiply-accumulates per site for one element of the batch, or None where the forward cannot run so.
+    """Return the multiply-accumulates of each site for one element of the batch; None if the forward cannot run.
 
-    The products of a weight count for the module that the weight is a parameter of, or for the bare parameter,
-    whichever module computes them; those of a fused kernel count for each of its weights.
+    The products of a weight count for the module that owns the weight (or for the bare parameter), whichever module
+    computes them; the products of a fused kernel count for each of its weights.
 
     Args:
-        model: On any device, meta included; a copy of the user's, because its code may keep what it sees.
+        model: On any device, meta included; a copy of the user's, because its code may store what it gets.
         places: Which site a product belongs to.
         args: Positional example inputs; their first dimension is the batch.
         kwargs: Keyword example inputs.
-        required: The inputs are the user's own: where shapes are not enough, the model runs on their values, and an
-            error is raised if that fails.
+        required: Whether the inputs are the user's own. If so, and a run on shapes fails, the model runs on their
+            values, and an error is raised if this fails too.
 
     Raises:
         ConversionError: If `required` and the model cannot run on these inputs.
@@ -98,7 +99,7 @@ def count_macs(
             macs[site] = macs.get(site, 0) + event.macs
     for module, sites in places.products.items():
         ran = attention.get(module, [])
-        if len(sites) == 1 or (sites and len(ran) % len(sites) == 0):  # several sites take turns, call after call
+        if len(sites) == 1 or (sites and len(ran) % len(sites) == 0):  # several sites take turns
             macs |= {site: sum(ran if len(sites) == 1 else ran[i :: len(sites)]) for i, site in enumerate(sites)}
     return {name: count // max(batch, 1) for name, count in macs.items()}
 
@@ -106,13 +107,13 @@ def count_macs(
 def observe(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, required: bool = False
 ) -> list[Event] | None:
-    """Return every product of one forward in evaluation mode, run on shapes alone where the model's code allows.
+    """Return every product of one forward in evaluation mode, run on shapes only if the model's code allows this.
 
     Args:
         model: On any device, meta included; a copy of the user's.
         args: Positional example inputs.
         kwargs: Keyword example inputs.
-        required: Run on values, and raise, where a run on shapes fails; otherwise None is returned.
+        required: If a run on shapes fails: True runs on values, and raises if this fails too; False returns None.
 
     Raises:
         ConversionError: If `required` and the model cannot run on these inputs.
@@ -120,7 +121,7 @@ def observe(
     with evaluating(model), torch.no_grad(), _unfused():
         try:
             return _on_shapes(model, args, kwargs)
-        except Exception:  # NOTE: the model's code may do what fake tensors cannot (.item(), numpy): no guess
+        except Exception:  # NOTE: the model's code may do what fake tensors cannot (.item(), numpy)
             if not required:
                 return None
         try:
@@ -145,7 +146,7 @@ def _on_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and buffer of each module, of a shared module once: `functional_call` restores it once."""
+    """Yield every parameter and buffer with its name, those of a shared module once (see `functional_call`)."""
     for path, module in model.named_modules():
         for name, value in (*module._parameters.items(), *module._buffers.items()):
             if value is not None:
@@ -160,7 +161,7 @@ def _run(model: nn.Module, inputs: Any, state: dict[int, Tensor], forward: Calla
 
 @contextmanager
 def _unfused() -> Iterator[None]:
-    """Switch off attention's fused kernels, which fake tensors run on real zeros; unfused, it counts the same."""
+    """Switch off attention's fused kernels, which would run on real zeros with fake tensors; the count is the same."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

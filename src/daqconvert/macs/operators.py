@@ -1,11 +1,11 @@
-"""Which operators multiply and add, and how often: one multiply-accumulate (MAC) is one product of one sum.
+"""Which operators multiply and add, and how often. One multiply-accumulate (MAC) is one product inside a sum.
 
     convolution              elements of the output * elements of one output channel's filter
     transposed convolution   elements of the input * elements of one input channel's filter
     matrix product           n * k * m, times the batch
-    attention                queries * keys * head size, once for the scores and once for their sum, masked or not
+    attention                queries * keys * head size, once for the scores and once for the values, masked or not
 
-A fused kernel counts as what it computes. Biases, scales and softmax do not count.
+A fused kernel counts as the products that it computes. Biases, scales and softmax do not count.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ class Product(NamedTuple):
 
     Attributes:
         macs: Multiply-accumulates.
-        x: One operand; None where it is made inside a fused kernel.
-        w: The other operand; the weight, where `role` is `"weight"`.
-        role: `"weight"` where `w` is a weight wherever it comes from (a convolution's, a fused layer's), `"attention"`
-            where neither operand is, `"matrix"` where that depends on what the operands come from.
+        x: One operand; None if it is computed inside a fused kernel.
+        w: The other operand (the weight if `role` is `"weight"`); None if it is computed inside a fused kernel.
+        role: `"weight"` if the operator makes `w` a weight, whatever it is computed from (convolution, fused layer);
+            `"attention"` if neither operand is a weight; `"matrix"` if this depends on what the operands are computed
+            from.
     """
 
     macs: int
@@ -37,7 +38,7 @@ class Product(NamedTuple):
 
 
 def products_of(operator: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[Product]:
-    """Return the products that one call of an operator, as `"aten::mm"`, computes: none for most operators.
+    """Return the products that one call of an operator, such as `"aten::mm"`, computes: none for most operators.
 
     Example:
         >>> import torch
@@ -49,7 +50,7 @@ def products_of(operator: str, args: tuple[Any, ...], kwargs: dict[str, Any], ou
 
 
 def _matrix(first: int) -> Callable[..., list[Product]]:
-    """`a @ b` of operands `first` and `first + 1`: `a` is `(..., n, k)`, `b` `(..., k, m)` or `(k,)`."""
+    """Return a counter of `a @ b`, arguments `first` and `first + 1`: `(..., n, k)` and `(..., k, m)` or `(k,)`."""
 
     def count(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[Product]:
         named = [kwargs[key] for key in ("mat1", "mat2", "batch1", "batch2", "mat", "vec") if key in kwargs]
@@ -74,12 +75,12 @@ def _deformable(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list
 
 
 def _time_convolution(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[Product]:
-    """`conv_tbc`, whose weight is `(kernel, C_in, C_out)`."""
+    """Count `conv_tbc`, whose weight is `(kernel, C_in, C_out)`."""
     return [Product(out.numel() * math.prod(args[1].shape[:2]), args[0], args[1], "weight")]
 
 
 def _trilinear(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[Product]:
-    """`nn.Bilinear` sums over both inputs for every output; of the two products in each term the first is counted."""
+    """Count `nn.Bilinear`, a sum of `x1 * W * x2` over both inputs; only the first product in each term is counted."""
     shapes = []
     for tensor, expanded in zip(args[:3], args[3:6], strict=True):
         shape = list(tensor.shape)
@@ -99,14 +100,14 @@ def _attention(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[
 
 
 def _lengths(x: Tensor) -> list[int]:
-    """Tokens of every sequence of a batch `(N, L, E)`, nested or not."""
+    """Return the number of tokens in every sequence of a batch `(N, L, E)`, nested or not."""
     if x.is_nested:
         return [int(row[0]) for row in x._nested_tensor_size()]
     return [int(x.shape[1])] * int(x.shape[0])
 
 
 def _heads(q: Tensor, k: Tensor, size: int, x: Tensor | None, weights: tuple[Tensor, Tensor]) -> list[Product]:
-    """An attention block; `weights` are the packed input projection `(3 E, E)` and the output projection `(E, E)`."""
+    """Count an attention block; `weights` are the packed input projection `(3 E, E)` and the output projection."""
     queries, keys = _lengths(q), _lengths(k)
     pairs = sum(a * b for a, b in zip(queries, keys, strict=True))
     return [
@@ -132,7 +133,7 @@ def _recurrent_layer(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) ->
 
 
 def _recurrent(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[Product]:
-    """Every matrix among the weights meets every token once."""
+    """Count a recurrent layer: every token is multiplied once by every matrix among the weights."""
     x, weights = args[0], [w for w in args[1] if w.dim() > 1]
     tokens = x.numel() // max(1, x.shape[-1])
     return [Product(tokens * w.numel(), None, w, "weight") for w in weights]

@@ -1,8 +1,8 @@
 """Where the values of a tensor come from, followed operator by operator through a running model.
 
-An `Origin` is kept for each storage, so views need no rule. The storage is held by a `StorageWeakRef`: such a weak
-reference keeps the storage's address from being used again, so an entry that outlives its tensor is never taken for
-another tensor's. (A fake tensor has a storage too, one without memory.)
+An `Origin` is stored for each storage, so a view of a tensor needs no rule of its own. Each entry holds a
+`StorageWeakRef`, which keeps the storage's address from being reused, so that an entry which outlives its tensor is
+never mistaken for that of another tensor. (A fake tensor has a storage too, one without memory.)
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ MOVES = frozenset(
     replication_pad2d replication_pad3d cat stack index index_select gather take embedding im2col repeat
     repeat_interleave roll flip pixel_shuffle pixel_unshuffle channel_shuffle""".split()
 )
-"""Operators that return the values of their operands at other places, with zeros beside them at most."""
+"""Operators that return the values of their operands at other positions, at most with added padding."""
 
 BLANKS = frozenset("empty empty_strided empty_like new_empty new_empty_strided zeros zeros_like new_zeros".split())
-"""Operators that return memory with nothing, or zeros alone, in it."""
+"""Operators that return memory that is uninitialized or all zeros."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What is known of the values of one storage.
+    """What is known about the values of one storage.
 
     Attributes:
         data: Whether the values depend on the model's inputs, or are a layer's output.
-        tensors: Names of the parameters and buffers that they are computed from; empty where `data`.
-        quantized: Whether they are what a quantizer returned, moved about at most.
-        blank: Whether nothing, or zeros alone, has been written yet.
+        tensors: Names of the parameters and buffers that the values are computed from; empty if `data`.
+        quantized: Whether a quantizer returned the values; they may have been moved since.
+        blank: Whether nothing, or only zeros, has been written to the storage so far.
     """
 
     data: bool = False
@@ -52,10 +52,10 @@ class _Facts:
     """What an operator's schema says about it.
 
     Attributes:
-        name: Without the namespace.
-        written: Position and name of each argument that it writes into.
-        moves: Whether it only moves values about.
-        creates: Whether what it returns depends on no operand's values.
+        name: Name of the operator, without the namespace.
+        written: Position and name of each argument that the operator writes into.
+        moves: Whether the operator only moves values.
+        creates: Whether the result does not depend on the values of any operand.
     """
 
     name: str
@@ -77,27 +77,27 @@ def _facts(operator: Any) -> _Facts:
 
 
 class Provenance:
-    """The origins of all tensors that were seen, by storage."""
+    """The origins of all tensors seen so far, by storage."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[StorageWeakRef, Origin]] = {}
 
     def of(self, tensor: Tensor | None) -> Origin:
-        """Return the origin of a tensor; a tensor that nothing is known of is a constant."""
+        """Return the origin of a tensor; an unknown tensor is a constant."""
         ref = None if tensor is None else _storage(tensor)
         found = None if ref is None else self._known.get(ref.cdata)
         return CONSTANT if found is None else found[1]
 
     def set(self, tensor: Tensor, origin: Origin) -> None:
-        """Note where a tensor's values come from."""
+        """Record where a tensor's values come from."""
         ref = _storage(tensor)
         if ref is not None:
             self._known[ref.cdata] = (ref, origin)
 
     def mark(self, value: Any, *, given: Any = (), data: bool = False, quantized: bool = False) -> None:
-        """Add to what is known of the tensors nested in `value`: they are data, or what a quantizer returned.
+        """Mark the tensors nested in `value` as `data`, as `quantized`, or both, in addition to what is known of them.
 
-        A tensor that shares its memory with one nested in `given` stays as it is.
+        A tensor that shares its memory with one nested in `given` is not marked.
         """
         kept = {ref.cdata for t in tensors_in(given) if (ref := _storage(t)) is not None}
         for tensor in tensors_in(value):
@@ -108,7 +108,7 @@ class Provenance:
                 self.set(tensor, Origin(before.data or data, tensors, before.quantized or quantized))
 
     def follow(self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        """Note the origin of what an operator returned or wrote."""
+        """Record the origin of the tensors that an operator returned or wrote."""
         facts = _facts(operator)
         inputs = list(tensors_in((args, kwargs)))
         result = self._result(facts, args, kwargs, inputs)
@@ -130,7 +130,7 @@ class Provenance:
             return origins[0]
         data = any(o.data for o in origins)
         tensors = frozenset().union(*(o.tensors for o in origins)) if origins and not data else frozenset()
-        if facts.name == "copy_":  # how padding_mode="circular" fills its memory
+        if facts.name == "copy_":  # padding_mode="circular" fills its memory this way
             quantized = origins[1].quantized and (origins[0].blank or origins[0].quantized)
         else:
             values = [o for t, o in zip(inputs, origins, strict=True) if t.is_floating_point()]
@@ -139,7 +139,7 @@ class Provenance:
 
 
 def tensors_in(value: Any, *, deep: bool = False) -> Iterator[Tensor]:
-    """Yield the tensors in nested tuples, lists and mappings, and where `deep` in the attributes of an object."""
+    """Yield the tensors in nested tuples, lists and mappings; with `deep`, also those in attributes of objects."""
     if isinstance(value, Tensor):
         yield value
         return
@@ -147,17 +147,17 @@ def tensors_in(value: Any, *, deep: bool = False) -> Iterator[Tensor]:
         value = list(value.values())
     elif deep and not isinstance(value, (tuple, list, type)) and hasattr(value, "__dict__"):
         value = list(vars(value).values())
-        deep = False  # one level: what a detector's ImageList or a graph's batch keeps
+        deep = False  # attributes of one level, such as the tensors of a detector's ImageList or of a graph's batch
     if isinstance(value, (tuple, list)):
         for item in value:
             yield from tensors_in(item, deep=deep)
 
 
 def _keeps(facts: _Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the operator returns its operands' own values."""
+    """Whether the operator returns its operands' values, moved at most, so that quantized values stay quantized."""
     if facts.name == "constant_pad_nd":
         return not (kwargs.get("value", args[2] if len(args) > 2 else 0))
-    if facts.name == "div":  # the float16 path divides integers by the largest of them
+    if facts.name == "div":  # the float16 path (`layers.site.safe_products`) divides operands
         return not isinstance(args[1], Tensor) and not kwargs
     return facts.moves
 
@@ -167,5 +167,5 @@ def _storage(tensor: Tensor) -> StorageWeakRef | None:
         return None
     try:
         return StorageWeakRef(tensor.untyped_storage())
-    except (NotImplementedError, RuntimeError):  # a subclass without memory of its own
+    except (NotImplementedError, RuntimeError):  # a tensor subclass without memory of its own
         return None

@@ -1,4 +1,4 @@
-"""Deciding which layer gets which bits: a `Policy` in, a `Plan` out; knows `spec` and `errors` alone."""
+"""Deciding which layer gets which bits: makes a `Plan` from a `Policy`; imports only `spec` and `errors`."""
 
 from daqconvert.policy.policy_files import from_dict, from_toml
 from daqconvert.spec.toml import to_dict, to_toml

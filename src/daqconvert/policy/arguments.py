@@ -1,4 +1,4 @@
-"""Keyword arguments of `quantize` and `plan` become a `Policy`."""
+"""Making a `Policy` from the keyword arguments of `quantize` and `plan`."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class Unset(Enum):
 
 
 UNSET = Unset.UNSET
-"""Default of arguments for which None means something: the caller did not say."""
+"""Default of arguments for which None has a meaning of its own: the caller gave no value."""
 
 Position = Mapping[str, Any] | Sequence[int | None] | None
-"""First or last sites: None leaves them float, `(w_bits, a_bits)`, or a dict of settings."""
+"""How first or last sites are quantized: None leaves them float, `(w_bits, a_bits)`, or a dict of settings."""
 
 
 def build(
@@ -55,17 +55,18 @@ def build(
     """Return the policy that these arguments ask for.
 
     Args:
-        policy: A `Policy`, the path of a `.toml` file, or a dict of the file's shape.
-        preset: Name of a preset instead.
+        policy: A `Policy`, the path of a `.toml` file, or a dict of the same structure as the file.
+        preset: Name of a preset, instead of `policy`.
         first: Replaces the policy's `first`: None leaves first sites float, `(w_bits, a_bits)`, or a dict of settings.
         last: Replaces the policy's `last`, in the same forms.
-        exclude: Names or patterns of layers to leave alone, besides the policy's own; a single one may be a string.
-        rules: Rules after the policy's own, each a `Rule` or a dict like one `[[rule]]` table; a single one needs no
-            list.
-        include: Names or patterns of the only layers to convert, instead of the policy's own; None for the policy's.
+        exclude: Names or patterns of layers to leave in float, in addition to the policy's; a single one may be a
+            string.
+        rules: Rules that are added after the policy's, each a `Rule` or a dict like one `[[rule]]` table; a single one
+            needs no list.
+        include: Names or patterns of the only layers to convert, instead of the policy's; None keeps the policy's.
         bits: Name or pattern -> bits of weight and input (one number), `(w_bits, a_bits)`, or None for float; these
             become rules after all others.
-        **settings: Fields of `Settings`, which override the policy's `[default]`; those that are `UNSET` do not.
+        **settings: Fields of `Settings`, which override the policy's `[default]`; a field with value `UNSET` does not.
 
     Raises:
         PolicyError: If policy and preset are both given, or any part cannot be understood.

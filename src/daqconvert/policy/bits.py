@@ -1,4 +1,4 @@
-"""Bits per layer from a mapping: `bits={"layer4.*": 2, "fc": (8, 8), "head": None}`, or a file's table `[bits]`."""
+"""Rules from a mapping of bits: `bits={"layer4.*": 2, "fc": (8, 8), "head": None}`, or a file's table `[bits]`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ PLACE = "bits"
 
 
 def bits_rules(bits: object, where: str) -> tuple[Rule, ...]:
-    """Return a rule per entry of a mapping of bits, in its order.
+    """Return a rule for each entry of a mapping of bits, in the order of the mapping.
 
     A number sets both `w_bits` and `a_bits`, a pair sets `(w_bits, a_bits)`; None or 32 is floating point.
 
     Raises:
-        PolicyError: If it is no mapping, or a key is no name or pattern, or a value is no bits; names `where`.
+        PolicyError: If `bits` is not a mapping, a key not a name or pattern, or a value not bits; the message starts
+            with `where`.
 
     Example:
         >>> [rule.changes for rule in bits_rules({"layer4.*": 2, "fc": (8, None)}, "arguments bits")]
@@ -41,7 +42,7 @@ def bits_rules(bits: object, where: str) -> tuple[Rule, ...]:
 
 
 def _pair(name: str, value: Any, where: str) -> tuple[int | None, ...]:
-    if isinstance(value, Mapping):  # `layer4.0.conv1 = 2` without quotes is TOML for a table in a table in a table
+    if isinstance(value, Mapping):  # TOML reads `layer4.0.conv1 = 2` without quotes as nested tables
         path, inner = [name], value
         while isinstance(inner, Mapping) and inner:
             key, inner = next(iter(inner.items()))

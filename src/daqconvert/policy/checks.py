@@ -1,7 +1,7 @@
-"""Checks of the parts of a policy, the same for one that was written in Python and one that was read from a file.
+"""Checks of the parts of a policy, the same for policies written in Python and policies read from a file.
 
-Each function returns the part as it is stored. `where` is the place that a message names: `policy.toml rule 3`,
-`arguments [first]`.
+Each function returns the part as it is stored. `where` is the place that error messages name, such as
+`policy.toml rule 3` or `arguments [first]`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def checked_changes(changes: object, where: str) -> dict[str, Any]:
     """Return settings to change (setting name -> value), each as `Settings` stores it.
 
     Raises:
-        PolicyError: If it is no mapping, or a name is no setting, or a setting cannot take its value.
+        PolicyError: If `changes` is not a mapping, a name is not a setting, or a setting cannot take its value.
 
     Example:
         >>> checked_changes({"w_bits": 32, "w_gamma": 3}, "[default]")
@@ -43,8 +43,9 @@ def checked_rule(rule: object, where: str) -> Rule:
     """Return a rule whose parts fit together.
 
     Raises:
-        PolicyError: If it is no `Rule`, has both `match` and `type` or neither, has one of them that is no text or a
-            bad regular expression, changes nothing, or changes something to an impossible value.
+        PolicyError: If `rule` is not a `Rule`, has both `match` and `type` or neither, if the one it has is not a text
+            or is a bad regular expression, if `optional` is not a bool, or if the rule changes nothing or changes a
+            setting to an impossible value.
     """
     if not isinstance(rule, Rule):
         raise PolicyError(f"{where}: expected a Rule; found {reprlib.repr(rule)}.")
@@ -68,7 +69,7 @@ def checked_position(value: object, where: str) -> dict[str, Any] | None:
     """Return the settings to change for first or last sites, or None to leave them float.
 
     Raises:
-        PolicyError: If it is neither, or holds an unknown or impossible setting.
+        PolicyError: If `value` is neither None nor a mapping, or contains an unknown or impossible setting.
     """
     return None if value is None else checked_changes(value, where)
 
@@ -77,7 +78,7 @@ def checked_patterns(patterns: object, where: str) -> tuple[str, ...]:
     """Return a list of names and patterns of layers as a tuple.
 
     Raises:
-        PolicyError: If it is not a list or tuple of texts, or one is a bad regular expression.
+        PolicyError: If `patterns` is not a list or tuple of texts, or one of them is a bad regular expression.
     """
     if not isinstance(patterns, Sequence) or isinstance(patterns, (str, bytes)):
         raise PolicyError(f'{where}: expected a list of names such as ["head"]; found {reprlib.repr(patterns)}.')
@@ -88,10 +89,10 @@ def checked_patterns(patterns: object, where: str) -> tuple[str, ...]:
 
 
 def checked_include(patterns: object, where: str) -> tuple[str, ...]:
-    """Return names and patterns of the only layers to convert, a list or a single text, as a tuple.
+    """Return names and patterns of the only layers to convert, given as a list or a single text, as a tuple.
 
     Raises:
-        PolicyError: If it is neither, is empty, or holds a bad regular expression.
+        PolicyError: If `patterns` is neither, is empty, or contains a bad regular expression.
 
     Example:
         >>> checked_include("layer4.*", "arguments include")
@@ -109,7 +110,7 @@ def checked_policy(policy: Policy) -> Policy:
     """Return the policy with every part checked, and its values as `Settings` stores them.
 
     Raises:
-        PolicyError: If any part of it is malformed; names the part.
+        PolicyError: If any part of it is malformed; the message names the part.
 
     Example:
         >>> checked_policy(Policy(rules=(Rule({"w_bits": 32}, match="fc"),))).rules[0].changes

@@ -1,9 +1,9 @@
-"""What `deploy="integer"` adds to a plan: to which grid each output is rounded, and output quantizers.
+"""What `deploy="integer"` adds to a plan: the grid to which each output is rounded, and output quantizers.
 
-The output of a convolution that only one quantized input reads - with or without a batch norm, a clip or a pool
-between them - is rounded to that input's grid. Where several inputs read it, or a sum, or anything else, it gets an
-output quantizer of its own, of 8 bits. So does each sum of such outputs. The output of a linear layer may stay in
-float, because its integer kernel returns float.
+If only one quantized input reads the output of a convolution (with or without a batch norm, a clip or a pool between
+them), the output is rounded to the grid of that input. If several inputs, a sum or anything else reads the output, it
+gets an output quantizer of its own, of 8 bits. Each sum of such outputs gets one too, unless only one quantized input
+reads the sum. The output of a linear layer may stay in float, because its integer kernel returns float.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from daqconvert.spec.auto import resolve_computed
 OUTPUT_BITS = 8
 INTEGER = "integer"
 LARGEST_WEIGHT = 127
-"""The largest code of a weight that an integer kernel takes."""
+"""The largest absolute value of a weight's operand that an integer kernel takes (int8)."""
 
 STAYS = "its output stays in float"
 NO_PLACE = f"{STAYS}: no module of the model returns it, so no quantizer can stand there"
@@ -31,8 +31,9 @@ LSQ_TOO_WIDE = f"{STAYS}: codes of LSQ at 8 bits reach -128, an integer kernel t
 def with_outputs(policy: Policy, rows: Sequence[PlanRow], sums: Sequence[SiteOutput]) -> tuple[PlanRow, ...]:
     """Return the rows of a plan with what `deploy="integer"` decides about outputs.
 
-    The rows have their signs already, `sums` are in order of execution, and the policy's default gives the rounding of
-    the output quantizers that are added. Where no row asks for it, the rows are returned as they are.
+    The signs of the rows must be decided already, and `sums` be in order of execution. The output quantizers that are
+    added take their rounding from the policy's default. If no row has `deploy="integer"`, the rows are returned
+    unchanged.
     """
     if not any(row.settings is not None and row.settings.deploy == INTEGER for row in rows):
         return tuple(rows)
@@ -74,7 +75,10 @@ class _Outputs:
         )
 
     def _reader(self, output: SiteOutput) -> str | None:
-        """The site whose quantized input is all that reads an output; None where there is more, or none."""
+        """Return the site whose quantized input is the only reader of an output; None if there is no single reader.
+
+        Sites that share one input quantizer count as one reader: the site that has it.
+        """
         rows = [self.by_name[name] for name in output.readers]
         if not output.alone or not rows or any(r.settings is None or r.settings.a_bits is None for r in rows):
             return None
@@ -97,7 +101,7 @@ class _Outputs:
 
 
 def _why_float(row: PlanRow, settings: Settings) -> str:
-    """Why the output of a site is not rounded to integers; empty if it is, or may stay in float as a linear's."""
+    """Return why the output of a site is not rounded to codes; empty if it is, or if the site is a linear layer."""
     output = row.site.output
     if "transpose" in (row.site.kind if row.site.call is None else row.site.call.function).lower():
         return TRANSPOSED

@@ -1,8 +1,8 @@
-"""A whole `Plan` as JSON and back: what a saved artifact says about its layers.
+"""Converting a whole `Plan` to JSON and back; a saved artifact contains the plan in this form.
 
-The shape is that of the dataclasses in `spec`, field by field, and reading is as strict as `plain_values`. Besides, a
-plan must make sense: no two rows have one name, and a row is either converted, with settings that hold no `"auto"`, or
-left alone with a reason.
+The JSON has the structure of the dataclasses in `spec`, field by field, and is read strictly (`plain_values`). In
+addition a plan must be consistent: no two rows have the same name, and a row either has settings without `"auto"` (it
+is converted), or a reason (it is left in float).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from daqconvert.spec.plain_values import from_plain, to_plain
 
 ORDERS = ("fx", "modules")
 LATER = ("delta", "alpha")
-"""Settings that a plan does not have if it was written before they existed."""
+"""Settings that are missing in older files, because these were written before the settings existed."""
 
 
 def plan_to_dict(plan: Plan) -> dict[str, Any]:
@@ -41,8 +41,8 @@ def plan_from_dict(data: object) -> Plan:
         data: What a JSON reader returned.
 
     Raises:
-        PolicyError: If a field is missing, unknown or of the wrong type, two rows have one name, or a row contradicts
-            itself; names the field.
+        PolicyError: If a field is missing, unknown or of the wrong type, two rows have the same name, or a row
+            contradicts itself; the message names the field.
 
     Example:
         >>> plan_from_dict(plan_to_dict(Plan((), "Net"))) == Plan((), "Net")

@@ -1,8 +1,8 @@
 """Reading policies from TOML and from plain dicts; the format is described in `docs/policies.md`.
 
-TOML has no None, so bits are written 32 for "left in floating point" and `first = false` leaves first sites float;
-a dict may use None for both. What is read is never trusted: unknown keys and wrong types are errors. `spec.toml`
-writes policies; plans have a form of their own, JSON, in `plan_json`.
+TOML has no None, so 32 bits mean "left in floating point" and `first = false` leaves first sites float; a dict may use
+None for both. Reading is strict: unknown keys and wrong types are errors. `spec.toml` writes policies; plans are
+written as JSON (`plan_json`).
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def from_toml(source: str | Path) -> Policy:
     r"""Read a policy from a TOML file, or from TOML text.
 
     Args:
-        source: A path, or text: a string is a path if it is one line that ends in `.toml` or holds no `=`.
+        source: A path, or text: a string is a path if it is one line that ends in `.toml` or contains no `=`.
 
     Raises:
-        PolicyError: If the file cannot be read, is no TOML, or holds anything that is no policy; names the file, the
-            rule's number and the key.
+        PolicyError: If the file cannot be read, is not TOML, or contains anything that does not belong to a policy;
+            the message names the file, the number of the rule and the key.
 
     Example:
         >>> from_toml('[default]\nw_bits = 4\n').default.w_bits
@@ -69,12 +69,12 @@ def _read(path: Path) -> str:
 
 
 def from_dict(data: Mapping[str, Any], name: str = "dict") -> Policy:
-    """Return the policy that a dict of the TOML file's shape describes.
+    """Return the policy that a dict of the same structure as a TOML file describes.
 
     Args:
         data: `{"default": {...}, "rule": [{"match": ..., ...}], "bits": {"layer4.*": 2}, "first": {...},
-            "last": False, "exclude": [...], "include": [...]}`, each key optional. `bits` speaks after the rules.
-        name: Where it comes from, for messages.
+            "last": False, "exclude": [...], "include": [...]}`, each key optional. `bits` is applied after the rules.
+        name: Where the dict comes from, for messages.
 
     Raises:
         PolicyError: For an unknown key, a wrong type, a rule with both or neither of match and type, or a setting
@@ -102,7 +102,7 @@ def from_dict(data: Mapping[str, Any], name: str = "dict") -> Policy:
 
 
 def rule_from_dict(data: object, where: str) -> Rule:
-    """Return the rule that one `[[rule]]` table describes; `where` is its place, for the error.
+    """Return the rule that one `[[rule]]` table describes; error messages name `where`.
 
     Raises:
         PolicyError: For an unknown key, a wrong type, both or neither of match and type, or an impossible value.
@@ -135,7 +135,7 @@ def _changes(data: object, where: str) -> dict[str, Any]:
 
 
 def _table(data: object, valid: Iterable[str], where: str) -> Mapping[str, Any]:
-    """Return `data`, which must be a table that has no keys but the `valid` ones."""
+    """Return `data`, which must be a table without any keys other than the `valid` ones."""
     if not isinstance(data, Mapping):
         raise PolicyError(f"{where}: expected a table; found {reprlib.repr(data)}.")
     for key in data:

@@ -1,7 +1,8 @@
-"""Policies with a name: `paper-w1a1` ... `paper-w3a32` follow the paper exactly.
+"""Presets, which are policies with a name: `paper-w1a1` ... `paper-w3a32` follow the paper exactly.
 
-Per tensor, mean subtracted, mid-rise grid, the slope of the published soft rounding with its published temperatures,
-first and last layer float. Bits as in the paper's table; `a32` leaves the input float.
+They quantize per tensor, subtract the mean of weights, use the mid-rise grid and the slope of the published soft
+rounding with its published temperatures, and leave the first and the last layer float. The bits are those of the
+paper's table; `a32` leaves the input float.
 
 References: Distance-aware Quantization (Kim, Lee, Ham, ICCV 2021), https://github.com/cvlab-yonsei/DAQ.
 """
@@ -33,7 +34,7 @@ def preset(name: str) -> Policy:
         name: One of `preset_names()`.
 
     Raises:
-        PolicyError: If there is no such preset; names the nearest.
+        PolicyError: If there is no such preset; the message names the nearest.
 
     Example:
         >>> policy = preset("paper-w1a32")

@@ -1,7 +1,8 @@
-"""A `Policy` and the sites of a model become a `Plan`.
+"""Making a `Plan` from a `Policy` and the sites of a model.
 
-Precedence: exact name > pattern > type > position (first, then last) > default; among equals the later wins; `exclude`
-beats all, then `include`. All that applies to a site is applied from the weakest to the strongest, setting by setting.
+Precedence: exact name > pattern > type > position (last over first) > default. Among rules of equal precedence the
+later wins. `exclude` overrides all of them, and then `include`. Everything that applies to a site is applied from the
+weakest to the strongest, setting by setting.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from daqconvert.spec.row import (
 )
 
 EXACT_SUM = 2**24
-"""The first integer after which not every integer is a float32."""
+"""The largest integer up to which float32 represents every integer exactly."""
 
 SUM_NOTE = "sums may pass 2**24: layouts and batch sizes may differ in the last bit"
 PAPER_NOTE = "departs from the paper: input may be negative, signed if calibrate sees negative values"
@@ -37,7 +38,10 @@ COMPUTED_NOTE = "its weight is computed from the input: quantized per tensor as 
 
 
 class _Step(NamedTuple):
-    """One thing that applies to a site: its strength, its name in the plan, what it changes."""
+    """A default, position or rule that applies to a site: its strength, its name in the plan, what it changes.
+
+    `reason` is why the site is left in float, if the step does that.
+    """
 
     level: Level
     label: str
@@ -55,23 +59,24 @@ def resolve(
     input_size: tuple[int, ...] | None,
     sums: Sequence[SiteOutput] = (),
 ) -> Plan:
-    """Return the plan of a policy for the sites of one model; decides everything, does nothing.
+    """Return the plan of a policy for the sites of one model; nothing is converted.
 
     Args:
         policy: The rules.
-        sites: Convolution and linear layers, in the order that the plan shall have.
+        sites: The sites of the model, in the order that the rows of the plan shall have.
         model: Class name of the model.
-        order: `"fx"` or `"modules"`: what the sites' order, first, last and signs were read from.
-        other_params: Parameters and buffers outside the sites.
-        input_size: Size of the example input behind the sites' MACs, or None.
+        order: `"fx"` or `"modules"`: the source of the sites' order, first, last and signs.
+        other_params: Number of elements of the parameters and buffers outside the sites.
+        input_size: Size of the example input that the sites' MACs were counted with; None if they were not.
         sums: Sums of outputs of the sites.
 
     Returns:
-        One row per site, and per quantizer of an output that `deploy="integer"` adds; no sites give an empty plan.
+        A plan with a row for each site and for each output quantizer that `deploy="integer"` adds; without sites it is
+        empty.
 
     Raises:
         PolicyError: If the policy is malformed, a rule or exclude entry matches no layer or names one that cannot
-            be converted, or a layer's settings cannot go together.
+            be converted, or the settings of a layer contradict each other.
 
     Example:
         >>> sites = [Site("stem", "Conv2d", first=True), Site("fc", "Linear", nonnegative=True)]
@@ -88,7 +93,7 @@ def resolve(
 
 
 class _Matchers(NamedTuple):
-    """The rules, `include` and `exclude` of a policy, ready to be asked about each site."""
+    """Matchers for the rules, `include` and `exclude` of a policy."""
 
     rules: Matcher
     include: Matcher
@@ -100,7 +105,7 @@ class _Matchers(NamedTuple):
 
 
 def _row(policy: Policy, matchers: _Matchers, site: Site) -> PlanRow:
-    """Decide about one site; what depends on other sites (sign, remarks) is decided later."""
+    """Return the row of one site; `_finished` adds what depends on other sites (sign, remarks)."""
     if site.reason:
         return PlanRow(site, None, "-", reason=site.reason, notes=site.notes)
     excluded = [rule for _, rule, _ in matchers.exclude.about(site)]
@@ -121,7 +126,7 @@ def _row(policy: Policy, matchers: _Matchers, site: Site) -> PlanRow:
 
 
 def _why_not(site: Site, merged: Settings) -> tuple[str, tuple[str, ...]]:
-    """Why a site that can be converted is left alone, and the settings that decided it; an empty text if it is not."""
+    """Return why the settings leave a site in float (empty if they do not), and the names of the deciding settings."""
     if site.is_product:
         if merged.attention is None:
             return PRODUCT_OFF, ("attention",)
@@ -134,7 +139,7 @@ def _why_not(site: Site, merged: Settings) -> tuple[str, tuple[str, ...]]:
 
 
 def _settled(site: Site, merged: Settings, where: str) -> Settings:
-    """A site's settings with nothing left on `"auto"`."""
+    """Return a site's settings with nothing left on `"auto"`."""
     if site.is_product:
         bits = dict.fromkeys(BIT_FIELDS, merged.attention)
         merged = merged.replace(**bits, share_inputs=False, deploy="float")
@@ -149,7 +154,7 @@ def _settled(site: Site, merged: Settings, where: str) -> Settings:
 
 
 def _finished(policy: Policy, rows: Sequence[PlanRow]) -> tuple[PlanRow, ...]:
-    """The rows with signs and remarks; an input that several sites share has one sign, proven for all or for none."""
+    """Return the rows with signs and remarks; a shared input is unsigned only if this is proven for all its sites."""
     groups = input_groups(rows)
     unproven = {groups.get(row.name, row.name) for row in rows if row.converted and not row.site.nonnegative}
     done = []
@@ -165,7 +170,7 @@ def _finished(policy: Policy, rows: Sequence[PlanRow]) -> tuple[PlanRow, ...]:
 
 
 def _steps(policy: Policy, rules: Matcher, site: Site) -> list[_Step]:
-    """All that applies to a site, the weakest first; the default comes first and changes nothing."""
+    """Return all steps that apply to a site, the weakest first; the default comes first and changes nothing."""
     steps = [_Step(Level.DEFAULT, "default", {})]
     if site.first and not site.is_product:
         steps.append(_position("first", policy.first))
@@ -175,7 +180,7 @@ def _steps(policy: Policy, rules: Matcher, site: Site) -> list[_Step]:
     for place, rule, level in rules.about(site):
         if any(name in taken for name in rule.changes):
             steps.append(_Step(level, f"{place}: {label(rule)}", rule.changes))
-    return sorted(steps, key=lambda step: step.level)  # stable: among equals the later wins
+    return sorted(steps, key=lambda step: step.level)  # stable, so that among equals the later wins
 
 
 def _position(name: str, changes: Mapping[str, Any] | None) -> _Step:
@@ -201,11 +206,11 @@ def _notes(policy: Policy, site: Site, settings: Settings, nonnegative: bool) ->
 
 
 def largest_sum(site: Site, settings: Settings) -> int:
-    """Return the largest absolute value that a site's sum of integer products can reach, 0 if an operand is float.
+    """Return the largest absolute value that a site's sum of integer products can reach; 0 if an operand is float.
 
     It is `reduction * (2**a_bits - 1) * w`, with `w = 2**w_bits - 1` on the mid-rise grid, `2**(w_bits - 1) - 1` on
-    the integer grid, `2**(w_bits - 1)` on that of LSQ, and `2**w_bits - 1` where the second operand is computed from
-    the model's input. The settings have nothing left on `"auto"`.
+    the integer grid, `2**(w_bits - 1)` on the grid of LSQ, and `2**w_bits - 1` if the second operand is computed from
+    the model's input. The settings must have nothing left on `"auto"`.
 
     Example:
         >>> largest_sum(Site("fc", "Linear", reduction=10), resolve_auto(Settings(w_bits=8, a_bits=8)))

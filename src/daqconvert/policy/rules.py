@@ -1,13 +1,13 @@
-r"""Which layers a rule means, and how strongly.
+r"""Which layers a rule applies to, and with which precedence (`Level`).
 
-A name rule holds one text, read in this order:
+A name rule (`match`) has one text. The first of these readings that fits is used:
 
 * the exact dotted name of a layer (`"layer4.0.conv1"`; the root module's name is `""`);
 * `re:` and a regular expression that must match the whole name (`"re:layer[34]\..*"`);
 * a glob: `*` is any text, **dots included** (`"layer4.*"` reaches `layer4.0.conv1`), `?` is one character,
   `[34]` one of these; upper and lower case differ.
 
-A type rule holds the class name of the layer (`"Linear"`, `"Conv2d"`), compared as a whole.
+A type rule (`type`) has the class name of the layer (`"Linear"`, `"Conv2d"`), which must be equal.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ REGEX_PREFIX = "re:"
 
 
 class Level(IntEnum):
-    """How strongly something applies to a layer: the higher level wins, among equals the later."""
+    """Precedence of what applies to a layer: the higher level wins; among equal levels the later wins."""
 
     DEFAULT = 0
     POSITION = 1
@@ -35,10 +35,10 @@ class Level(IntEnum):
 
 
 def check_pattern(pattern: str, where: str) -> str:
-    """Return `pattern`, a name, a glob, or `re:` and a regular expression, if it can be matched against names.
+    """Return `pattern` unchanged if it is valid: a name, a glob, or `re:` and a regular expression.
 
     Raises:
-        PolicyError: If the text after `re:` is no regular expression.
+        PolicyError: If the text after `re:` is not a regular expression.
 
     Example:
         >>> check_pattern("re:layer[34]", "rule 1")
@@ -56,7 +56,7 @@ def check_pattern(pattern: str, where: str) -> str:
 
 
 def name_level(pattern: str, name: str) -> Level | None:
-    """Return how strongly `pattern` applies to the layer called `name`, or None if it does not.
+    """Return the level at which `pattern` applies to the layer called `name`, or None if it does not apply.
 
     Example:
         >>> name_level("layer4.*", "layer4.0.conv1").name, name_level("fc", "fc").name, name_level("fc", "fc2")
@@ -70,7 +70,7 @@ def name_level(pattern: str, name: str) -> Level | None:
 
 
 def rule_level(rule: Rule, site: Site) -> Level | None:
-    """Return how strongly `rule`, which has either `match` or `type`, applies to a site, or None if it does not.
+    """Return the level at which `rule`, which has either `match` or `type`, applies to a site; None if it does not.
 
     Example:
         >>> rule_level(Rule({"w_bits": 2}, type="Linear"), Site("head", "Linear")).name
@@ -82,7 +82,7 @@ def rule_level(rule: Rule, site: Site) -> Level | None:
 
 
 def is_name(pattern: str) -> bool:
-    """Return whether a pattern is a plain name, which only the layer of exactly this name matches.
+    """Return whether a pattern is a plain name, which matches only the layer with exactly this name.
 
     Example:
         >>> is_name("layer4.0.conv1"), is_name("layer4.*"), is_name("re:fc")
@@ -92,10 +92,10 @@ def is_name(pattern: str) -> bool:
 
 
 class Matcher:
-    """Finds those of a policy's rules that apply to a layer, without asking each rule that names another one.
+    """Finds the rules of a policy that apply to a layer; rules with a plain name are looked up by the name.
 
-    A plan that was written as a policy has a rule per layer: to ask each rule about each layer would take time in the
-    square of their number.
+    A plan that was written as a policy has a rule for each layer, and testing each rule against each layer would take
+    quadratic time.
 
     Example:
         >>> matcher = Matcher((Rule({"w_bits": 2}, match="layer4.*"), Rule({"w_bits": 3}, match="fc")))
@@ -115,11 +115,11 @@ class Matcher:
 
     @classmethod
     def of_patterns(cls, patterns: Iterable[str]) -> Matcher:
-        """Return a matcher for names and patterns that come without settings."""
+        """Return a matcher for names and patterns without settings, as in `include` and `exclude`."""
         return cls(Rule({}, match=pattern) for pattern in patterns)
 
     def about(self, site: Site) -> Iterator[tuple[str, Rule, Level]]:
-        """Yield the rules that apply to a layer, in order, each with its place and its strength."""
+        """Yield the rules that apply to a layer, in order: the rule's place, the rule and its level."""
         for number in sorted((*self._named.get(site.name, ()), *self._others)):
             place, rule = self._places[number]
             level = rule_level(rule, site)
@@ -128,7 +128,7 @@ class Matcher:
 
 
 def label(rule: Rule) -> str:
-    """Return what a rule looks for, as messages and plans show it.
+    """Return the name, pattern or type of a rule as messages and plans show it.
 
     Example:
         >>> label(Rule({}, match="layer4.*")), label(Rule({}, type="Linear"))
@@ -138,7 +138,7 @@ def label(rule: Rule) -> str:
 
 
 def places(rules: Iterable[Rule]) -> Iterator[tuple[str, Rule]]:
-    """Yield each rule after what messages and plans call its place: `rule 1`, `rule 2`, or `bits`.
+    """Yield pairs of a rule's place, as messages and plans name it (`rule 1`, `rule 2`, or `bits`), and the rule.
 
     Example:
         >>> [place for place, _ in places((Rule({}, "a"), Rule({}, "b", place="bits"), Rule({}, "c")))]
@@ -151,18 +151,19 @@ def places(rules: Iterable[Rule]) -> Iterator[tuple[str, Rule]]:
 
 
 def _place(rule: object) -> str:
-    return rule.place if isinstance(rule, Rule) else ""  # `checks` refuses what is no rule
+    return rule.place if isinstance(rule, Rule) else ""  # `checks` refuses anything else later
 
 
 def check_matches(policy: Policy, sites: Sequence[Site]) -> None:
-    """Refuse rules, and entries of `include` and `exclude`, that have nothing to act on.
+    """Raise for rules, and for entries of `include` and `exclude`, that have no effect on the sites.
 
-    Where the model has no sites nothing is refused, because the caller has a better error.
+    If the model has no sites, nothing is raised, because the caller reports this with a better message.
 
     Raises:
-        PolicyError: If a rule that is not optional matches no layer or only layers that cannot be converted, if it
-            names such a layer exactly, if it sets what the layers that it matches do not take (`attention` of a layer,
-            `w_bits` of an attention product), or if an include or exclude entry matches no layer.
+        PolicyError: If a rule that is not optional matches no layer or only layers that cannot be converted; if its
+            `match` is the exact name of such a layer; if it sets only what the layers that it matches do not take
+            (`attention` of a layer, `w_bits` of an attention product); if an include or exclude entry matches no
+            layer; or if an include entry matches only layers that cannot be converted.
     """
     if not sites:
         return
@@ -209,7 +210,7 @@ def _check_rule(rule: Rule, sites: Sequence[Site], named: Mapping[str, Sequence[
 
 
 def _check_effect(rule: Rule, sites: Sequence[Site], where: str) -> None:
-    """Refuse a rule whose settings none of its layers takes."""
+    """Raise for a rule whose settings none of the layers that it matches takes."""
     if not rule.changes or any(name in settable(site) for site in sites for name in rule.changes):
         return
     names = ", ".join(rule.changes)
