@@ -1,8 +1,8 @@
-"""The verb `export`: a frozen model as a file for another runtime, compared with the model before it is put in place.
+"""The verb `export`: a frozen model as a file for another runtime, which is compared with the model.
 
-An ONNX file holds packed codes and is compared in ONNX Runtime; a `.pt2` file is a program of `torch.export`, which is
-loaded again. `export_float` writes a float model through the same steps as an ONNX file, which a frozen one can be
-compared with in size and time.
+An ONNX file holds packed codes and is compared in ONNX Runtime. A `.pt2` file holds a program of `torch.export`, which
+is loaded again for the comparison. `export_float` writes a float model as an ONNX file through the same steps, so that
+the files of a float and a frozen model can be compared in size and time.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from daqconvert.layers import FrozenSite, QuantizedSite
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-PROGRAM = ".pt2"  # a path that ends so gets a program of torch.export
+PROGRAM = ".pt2"  # a path with this ending gets a program of torch.export, any other an ONNX file
 HINT = "Make room, or choose another place."
 
 
@@ -50,16 +50,17 @@ def export(
     frozen: nn.Module, path: str | Path, example_inputs: Any, *, dynamic_batch: bool = True,
     check_batches: Iterable[Any] | None = None, overwrite: bool = False,
 ) -> ExportReport | ProgramReport:  # fmt: skip
-    """Write a frozen model as an ONNX file of weights packed at their bits, and compare the two in ONNX Runtime.
+    """Write a frozen model as an ONNX file with packed weights, and compare the two in ONNX Runtime.
 
-    The file holds `w_bits` bits per weight and standard operators (opset 21) that ONNX Runtime folds when it loads the
-    file; batch norm, biases and scales stay float32. Outputs, classes and the codes of every layer are compared on the
-    example inputs and on `check_batches`, with the CPU provider and the default options. A path that ends in `.pt2`
-    gets a program of `torch.export` instead, which is loaded again and compared with the model, element by element.
+    The file holds `w_bits` bits per weight, and standard operators (opset 21) that unpack them once, when ONNX Runtime
+    loads the file; batch norm, biases and scales stay float32. Outputs, classes and the codes of every layer are
+    compared on the example inputs and on `check_batches`, with the CPU provider and the default options. For a path
+    that ends in `.pt2`, a program of `torch.export` is written instead; it is loaded again and compared with the
+    model, element by element.
 
     Args:
         frozen: A model from `freeze` or `load`; it is not changed. A float16 or bfloat16 model is exported in float32.
-        path: The file to write; directories that are missing are made.
+        path: The file to write; missing directories are created.
         example_inputs: A tensor, a tuple of positional or a dict of keyword arguments.
         dynamic_batch: Whether the first dimension of the inputs is left open.
         check_batches: Further batches to compare on, in the forms that `calibrate` takes; targets are not used.
@@ -67,11 +68,11 @@ def export(
 
     Returns:
         How well each layer and the outputs agree; `print` it. `report.agrees` is the verdict. A file that does not
-        agree is written all the same, with a warning.
+        agree is still written, with a warning.
 
     Raises:
-        ExportError: If the model is not frozen, cannot be exported or written, or a package is missing. No file is
-            left behind then, and an existing one is unchanged.
+        ExportError: If the model is not frozen, cannot be exported or written, or a package is missing. In that case
+            no file is left behind, and an existing file is unchanged.
 
     Example:
         >>> import tempfile
@@ -118,7 +119,7 @@ def _write_onnx(
     model: nn.Module, path: str | Path, example_inputs: Any, dynamic_batch: bool = True,
     check_batches: Iterable[Any] | None = None, overwrite: bool = False,
 ) -> ExportReport:  # fmt: skip
-    """Write a frozen or float model as an ONNX file, compared with the model before it is put in place."""
+    """Write a frozen or float model as an ONNX file, after comparing the file with the model."""
     place = _free_path(path, overwrite)
     require_packages()
     arguments = example_arguments(example_inputs)
@@ -171,7 +172,7 @@ def _require_frozen(model: nn.Module) -> None:
 
 
 def _output_names(model: nn.Module, arguments: Arguments) -> list[str]:
-    """Run the model once; a single tensor is called `output`, several get names made of their places in the result."""
+    """Run the model once and name its output tensors: a single one `output`, several by their places in the result."""
     try:
         with torch.no_grad():
             result = model(*arguments[0], **arguments[1])
@@ -203,7 +204,7 @@ def _serialize(proto: ModelProto) -> bytes:
 
 
 def _notes(model: nn.Module) -> list[str]:
-    """Return what a user of the file has to know besides its agreement, a sentence each."""
+    """Return what else a user of the file has to know, beside how well it agrees, a sentence each."""
     notes = []
     sites = [m for m in model.modules() if isinstance(m, FrozenSite)]
     transposed = [m.layer_name for m in sites if isinstance(m, nn.modules.conv._ConvTransposeNd)]

@@ -1,5 +1,6 @@
-"""How two models are compared, whatever runs them: codes and outputs layer by layer, classes, and time.
+"""How two models are compared, in any runtime: codes and outputs layer by layer, classes, and time.
 
-`probes` watch the layers of a model or of an ONNX file, `agreement` sums up differences over batches, `verifying`
-holds the verb `verify`, `export_report` and `verify_report` are what the two verbs return, `timing` measures latency.
+`probes` records what the layers of a model or of an ONNX file compute, `agreement` sums up differences over batches,
+`verifying` holds the verb `verify`, `export_report` and `verify_report` hold what the verbs `export` and `verify`
+return, `timing` measures latency.
 """

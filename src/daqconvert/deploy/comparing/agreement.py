@@ -13,7 +13,7 @@ from daqconvert.errors import ExportError
 
 
 class Noise:
-    """Signal, noise and the largest difference of tensors, summed in float64."""
+    """Signal `sum(reference^2)`, noise `sum((reference - candidate)^2)` and the largest difference, in float64."""
 
     def __init__(self) -> None:
         self.signal = self.noise = self.largest = 0.0
@@ -22,14 +22,14 @@ class Noise:
         """Add the tensors of two models, pair by pair; `name` is what messages call them.
 
         Raises:
-            ExportError: If their numbers or shapes differ.
+            ExportError: If the two lists differ in length or in a shape.
         """
         shapes = [tuple(t.shape) for t in reference], [tuple(t.shape) for t in candidate]
         if shapes[0] != shapes[1]:
             raise ExportError(f"{name}: expected tensors of shapes {shapes[0]}, found {shapes[1]}.")
         for wanted, found in zip(reference, candidate, strict=True):
             wide, difference = wanted.double(), found.double() - wanted.double()
-            same = (wide == found.double()) | (wide.isnan() & found.isnan())  # equal infinities differ by NaN
+            same = (wide == found.double()) | (wide.isnan() & found.isnan())  # inf - inf is NaN
             difference = torch.where(same, 0.0, difference).abs()
             self.signal += float(torch.where(wide.isfinite(), wide, 0.0).square().sum())
             self.noise += float(difference.square().sum())
@@ -49,7 +49,7 @@ class Noise:
 class OutputNoise(Noise):
     """Signal and noise of a model's outputs, and equal classes.
 
-    A sample's class is the largest entry of its row in the first output of shape `(N, classes)`.
+    A sample's class is the index of the largest entry in its row of the first output of shape `(N, classes)`.
     """
 
     def __init__(self) -> None:
@@ -95,10 +95,11 @@ class CodeDifferences:
 
 
 class FileAgreement:
-    """Compares a frozen model with its ONNX file, whose bytes are given.
+    """Compares a frozen model with its ONNX file, given as bytes.
 
-    The model runs twice: on its own, and with every layer given the codes that the same layer has in the file. What
-    differs the second time is what this layer, and no layer before it, computes otherwise.
+    For each batch the model runs twice: once on its own, and once with the input codes of every layer replaced by
+    those that the layer has in the file. In the second run, differences do not add up from layer to layer: each shows
+    where it arises.
     """
 
     def __init__(self, model: ModuleProbe, content: bytes) -> None:
@@ -109,7 +110,7 @@ class FileAgreement:
         self.codes_same = {name: CodeDifferences() for name in self.names}
 
     def add(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        """Run both on one batch of arguments."""
+        """Run model and file on the arguments of one batch, and add up how they differ."""
         watch = set(self.names)
         own, theirs = self.model.run(args, kwargs, watch), self.file.run(args, kwargs, watch)
         same = self.model.run(args, kwargs, watch, forced=theirs.codes) if watch else own

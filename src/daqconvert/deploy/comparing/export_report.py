@@ -15,7 +15,7 @@ from daqconvert.spec.text_table import text_table
 
 CODE_SHARE = 1e-4  # largest share of codes that may differ for the same input codes, by one level; one code always may
 CLASS_SHARE = 0.999  # smallest share of equal classes; one sample's class may always differ
-SAME_CODES_SQNR = 60.0  # smallest SQNR of the output for the same codes: float32 rounding alone leaves far more
+SAME_CODES_SQNR = 60.0  # smallest SQNR of the output for the same codes; with float32 rounding alone it is far higher
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class LayerAgreement:
     Attributes:
         name: Dotted name of the layer.
         elements: Number of codes compared.
-        differing: Number of codes that differ when each of the two computes from its own input on.
+        differing: Number of codes that differ when model and file each run on their own.
         largest: Largest of these differences, in levels.
-        differing_same: Number of codes that differ when every layer before is given the same codes in both.
+        differing_same: Number of codes that differ when the layers before get the same input codes in model and file.
         largest_same: Largest of these differences, in levels.
     """
 
@@ -40,23 +40,23 @@ class LayerAgreement:
 
     @property
     def share(self) -> float:
-        """Share of codes that differ end to end."""
+        """Share of codes that differ when model and file each run on their own."""
         return self.differing / max(self.elements, 1)
 
     @property
     def share_same(self) -> float:
-        """Share of codes that differ when the layers before are given the same codes."""
+        """Share of codes that differ when the layers before get the same input codes."""
         return self.differing_same / max(self.elements, 1)
 
     @property
     def agrees(self) -> bool:
-        """Whether for the same input codes at most 1 code of 10,000 differs (one always may), by one level."""
+        """Whether, for the same input codes, at most 1 code in 10,000 differs, by one level; one code always may."""
         return self.largest_same <= 1 and self.differing_same <= max(1.0, CODE_SHARE * self.elements)
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What `export` wrote, and how well ONNX Runtime agrees with the model it was made from.
+    """How well the ONNX file that `export` wrote, run in ONNX Runtime, agrees with its model.
 
     Attributes:
         path: The file.
@@ -65,10 +65,10 @@ class ExportReport:
         samples: Number of samples compared.
         largest_difference: Largest absolute difference of an output.
         sqnr: SQNR of the outputs.
-        sqnr_same_codes: SQNR of the outputs when every layer is given the same codes in both, so that nothing but
-            float rounding differs.
+        sqnr_same_codes: SQNR of the outputs when every layer gets the same input codes in model and file, so that
+            nothing but float rounding differs.
         class_agreement: Share of samples with the same class, or None where no output is of shape `(N, classes)`.
-        notes: Sentences on what a user of the file has to know besides.
+        notes: What else a user of the file has to know, a sentence each.
     """
 
     path: str
@@ -133,7 +133,7 @@ class ExportReport:
 
 @dataclass(frozen=True)
 class ProgramReport:
-    """What `export` wrote as a program of `torch.export`, and how well it agrees with the model.
+    """How well the program of `torch.export` that `export` wrote agrees with its model.
 
     Attributes:
         path: The file.
@@ -149,7 +149,7 @@ class ProgramReport:
 
     @property
     def agrees(self) -> bool:
-        """Whether the reloaded program computes every element of the outputs the same."""
+        """Whether every element of the reloaded program's outputs equals the model's."""
         return self.largest_difference == 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -163,7 +163,7 @@ class ProgramReport:
 
 
 def db_text(value: float) -> str:
-    """Return an SQNR in words, with its unit: an infinite one is `identical`.
+    """Return an SQNR as text: in dB, or `identical` if it is infinite.
 
     Example:
         >>> db_text(12.34), db_text(math.inf)

@@ -1,8 +1,8 @@
-"""What every layer of a model sees and returns, for any kind of model: a module, or an ONNX file made by `export`.
+"""Recording the input codes and outputs of a model's layers; the model is a torch module or a file made by `export`.
 
-A frozen layer of integer deployment has taken over the batch norm and the activation that follow it: its output is
-theirs. To be compared with it, the same layer of a float or quantized model is recorded after these modules, its
-*epilogue*.
+A frozen layer of integer deployment also computes the batch norm and the activation that follow it, its *epilogue*.
+So that outputs can be compared, the output of the same layer in a float or quantized model is recorded after the
+epilogue.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class ModuleProbe:
     """Watches a torch model, float, quantized or frozen, in evaluation mode.
 
     Attributes:
-        epilogues: By the name of a layer, the batch norm and activation after which its output is recorded, because
-            the model that this one is compared with has folded them into the layer.
+        epilogues: Name of a layer -> the batch norm and activation after which its output is recorded, because the
+            other model of the comparison has folded them into this layer.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -82,8 +82,9 @@ class ModuleProbe:
     ) -> Recording:
         """Run the model on these arguments and record the layers named in `watch`.
 
-        Frozen layers that `forced` has codes of, per call, compute with these instead of their own. Their own are what
-        is recorded: that is what each layer makes of the same input codes.
+        `forced` holds input codes by the name of a frozen layer, one tensor per call. The layer computes with them
+        instead of its own codes. Its own codes are recorded all the same: they show what the layers before it make of
+        the forced codes.
         """
         recording, device = Recording([]), model_device(self.model)
         with ExitStack() as stack:
@@ -105,7 +106,7 @@ class ModuleProbe:
 
 
 class _Recorder(Watcher):
-    """Records one site; a frozen one may be made to compute with given codes."""
+    """Records one site; if it is frozen and `forced` is not None, makes it compute with those codes."""
 
     def __init__(self, recording: Recording, name: str, forced: list[Tensor] | None) -> None:
         self.recording, self.name, self.forced = recording, name, forced
@@ -118,12 +119,12 @@ class _Recorder(Watcher):
         calls += found
         if own is None or self.forced is None or not isinstance(site, FrozenSite):
             return x
-        # NOTE: exact: round((code - zero_point) * scale / scale) is the code again
+        # NOTE: exact: quantizing (code - zero_point) * scale gives the same code again
         forced = _real_values(self.forced[at].to(own.device), site.input_scale, site.input_zero_point)
         return torch.empty_like(x).copy_(forced)  # in the layout of `x`, which picks the kernel
 
     def after(self, site: Any, y: Tensor) -> None:
-        self.recording.outputs.setdefault(self.name, []).append(y.detach().cpu().clone())  # a sum may be in place
+        self.recording.outputs.setdefault(self.name, []).append(y.detach().cpu().clone())  # `+=` may follow
 
 
 def _real_values(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -160,7 +161,8 @@ class OnnxProbe:
     """Watches an ONNX file, in ONNX Runtime.
 
     The results are those of the file itself. Codes and outputs of layers are read from copies in memory whose graph
-    has further outputs, each kind in a session of its own, since watching a layer's output keeps it from being fused.
+    has them as further outputs. Codes and outputs have a session each, because a layer whose output is read is not
+    fused.
 
     Attributes:
         tensors: Per layer, the names of its `"codes"` and `"outputs"`.
@@ -199,7 +201,7 @@ class OnnxProbe:
         return recording
 
     def _real(self, name: str, kind: str, tensor: str, found: dict[str, Tensor]) -> Tensor:
-        """Return a recorded tensor, in real units where it is a layer's output that the file holds as codes."""
+        """Return a recorded tensor; a layer's output that the file holds as codes is returned in real units."""
         grid = self.tensors[name].get("grids", {}).get(tensor) if kind == "outputs" else None
         value = found[tensor]
         if grid is None:
@@ -227,7 +229,7 @@ class OnnxProbe:
 
 
 def epilogues(model: object) -> dict[str, SiteOutput]:
-    """Return what each layer of a model frozen for integer deployment has taken over, by name; else nothing."""
+    """Return the epilogue of each layer of a model frozen for integer deployment, by name; `{}` for other models."""
     if not isinstance(model, nn.Module):
         return {}
     rows = getattr(model, PLAN_ATTRIBUTE, ())

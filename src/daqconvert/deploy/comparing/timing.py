@@ -1,9 +1,10 @@
-"""Latency of several models, each in a process of its own, in turns.
+"""Latency of several models, timed in turns, each in a process of its own.
 
-The thread pools of two sessions in one process spin against each other and spoil both times, and so do those of torch
-and ONNX Runtime. So each contender is opened in a new process, and while one is timed the others wait. A machine gets
-slower and faster from minute to minute: rounds in which each contender has a turn spread that over all of them. Times
-are in seconds per call.
+The thread pools of two sessions of ONNX Runtime in one process spin, and take processors from each other even while
+they wait; so do those of torch and ONNX Runtime. So each model that is timed, a *contender*, is opened in a new
+process, and while one is timed the others wait. The speed of a machine changes from minute to minute: there are
+several rounds, in each of which every contender has a turn, so that such changes meet all contenders. Times are in
+seconds per call.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Timing:
 
     Attributes:
         median: Median over the rounds of the median within a round, in seconds per call.
-        p95: Seconds that 95 of 100 calls, of all rounds together, did not exceed.
+        p95: 95th percentile over the calls of all rounds together, in seconds per call.
         rounds: The median of each round.
     """
 
@@ -47,7 +48,7 @@ class Timing:
 
     @classmethod
     def of(cls, rounds: list[list[float]]) -> Timing:
-        """Return the figures of the seconds of each call, per round; no round is empty.
+        """Return the times of a contender from the seconds of each call, listed by round; no round is empty.
 
         Example:
             >>> Timing.of([[1.0, 2.0, 9.0], [1.0, 4.0, 5.0]])
@@ -79,12 +80,12 @@ def time_in_turns(
         threads: Threads of one contender.
         rounds: Number of turns of each contender.
         repeats: Number of timed calls in a turn.
-        warmup: Number of calls before them in each turn, while the caches hold another contender's tensors.
+        warmup: Number of calls at the start of each turn that are not timed: caches hold another contender's tensors.
         tick: Called with a contender's name when it is opened and after each of its turns.
 
     Raises:
-        ExportError: If a contender cannot be opened or fails; names it.
-        ValueError: If a number is below 1.
+        ExportError: If a contender cannot be opened or fails; the message names it.
+        ValueError: If `threads`, `rounds` or `repeats` is below 1.
     """
     if min(threads, rounds, repeats) < 1:
         raise ValueError(f"expected 1 or more; found threads={threads}, rounds={rounds}, repeats={repeats}")
@@ -96,7 +97,7 @@ def time_in_turns(
             tell(name)
         for number in range(rounds):
             names = list(pipes)
-            for name in names[number % len(names) :] + names[: number % len(names)]:  # no fixed order
+            for name in names[number % len(names) :] + names[: number % len(names)]:  # each round begins with another
                 pipes[name].send((repeats, warmup))
                 found[name].append(_receive(name, pipes[name]))
                 tell(name)
@@ -137,7 +138,7 @@ def _receive(name: str, pipe: Any) -> list[float]:
 
 
 def _serve(pipe: Any, opener: Opener, threads: int) -> None:
-    """Open a contender and time it whenever the pipe asks for that, until the pipe is closed."""
+    """Open a contender, and time it whenever the pipe asks for times, until the pipe is closed."""
     try:
         torch.set_num_threads(threads)
         with torch.no_grad():

@@ -45,7 +45,7 @@ class LayerComparison:
 
     @property
     def identical(self) -> bool:
-        """Whether nothing that could be read in both differs."""
+        """Whether everything that could be read in both models is the same."""
         return not self.differing and self.largest_difference in (0.0, None)
 
     @property
@@ -65,7 +65,7 @@ class VerifyReport:
         agreement: Share of samples with the same top-1 class, or None where no output is of shape `(N, classes)`.
         sqnr: SQNR of the outputs.
         largest_difference: Largest absolute difference of an output.
-        layers: The layers that both have, in the reference's order of execution.
+        layers: The layers that both models have, in the reference's order of execution.
     """
 
     reference: str
@@ -88,12 +88,12 @@ class VerifyReport:
 
     @property
     def code_agreement(self) -> float | None:
-        """Share of equal codes over all layers; None where the two have no codes to compare."""
+        """Share of equal codes over all layers; None where the models have no codes to compare."""
         return 1 - sum(layer.differing for layer in self.layers) / self.codes if self.codes else None
 
     @property
     def first_difference(self) -> str | None:
-        """Name of the first layer whose input codes differ; None where none does or none has codes in both."""
+        """Name of the first layer whose input codes differ; None if there is no such layer."""
         return next((layer.name for layer in self.layers if layer.differing), None)
 
     def first_below(self, sqnr: float) -> str | None:
@@ -101,7 +101,7 @@ class VerifyReport:
         return next((row.name for row in self.layers if row.sqnr is not None and not row.sqnr >= sqnr), None)
 
     def where(self) -> str:
-        """Return in words where the two first differ, by their codes if both have codes, else by outputs.
+        """Return a sentence on where the models first differ: by codes if both have codes, else by outputs.
 
         Example:
             >>> row = LayerComparison("conv", 40.0, 0.1, codes=100, differing=2, largest=1)
@@ -152,10 +152,10 @@ class VerifyReport:
         """Draw the SQNR of every layer's output by depth.
 
         Args:
-            path: The picture, a name that ends in `.png`, `.svg` or `.pdf`; an existing file is replaced.
+            path: File to write, whose name ends in `.png`, `.svg` or `.pdf`; an existing file is replaced.
 
         Raises:
-            ExportError: If it cannot be written, or matplotlib is not installed.
+            ExportError: If the picture cannot be written, or matplotlib is not installed.
         """
         plot_reports([self], path)
 
@@ -164,7 +164,7 @@ def plot_reports(reports: Sequence[VerifyReport], path: str | Path, title: str =
     """Draw several comparisons into one picture, a line each; `path` ends in `.png`, `.svg` or `.pdf`.
 
     Raises:
-        ExportError: If it cannot be written, no report has a layer, or matplotlib is not installed.
+        ExportError: If the picture cannot be written, no report has a layer, or matplotlib is not installed.
     """
     place = Path(path)
     kind = place.suffix.lower().removeprefix(".")
@@ -196,7 +196,7 @@ def _curve(report: VerifyReport) -> Curve:
 
 
 def share_text(value: float) -> str:
-    """Return a share of 0 to 1 in percent; one that is not 1 is never shown as 100 %.
+    """Return a share of 0 to 1 in percent; a share below 1 is never shown as 100 %.
 
     Example:
         >>> share_text(0.5), share_text(0.999999), share_text(1.0)

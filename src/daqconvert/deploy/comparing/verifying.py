@@ -38,7 +38,7 @@ def verify(reference: Model, candidate: Model, batches: Iterable[Any], max_batch
         A row for each layer in the reference's order of execution, and figures of the outputs; `print` it.
 
     Raises:
-        ExportError: If a file cannot be read, or outputs of one name have different shapes.
+        ExportError: If a file cannot be read, or outputs or codes have different shapes in the two models.
         DataError: If there is no batch.
 
     Example:
@@ -58,9 +58,9 @@ def verify_all(
     models: Mapping[str, Model], pairs: Sequence[Pair], batches: Iterable[Any], max_batches: int | None = None,
     names: Mapping[str, str] | None = None,
 ) -> list[VerifyReport]:  # fmt: skip
-    """Compare pairs of models, given by key, and return a report for each; every model runs once per batch.
+    """Compare pairs of models, given by their keys, and return a report for each pair; a model runs once per batch.
 
-    `names` is what the reports call the models, by key; without it they are called by their keys.
+    `names` gives, by key, what the reports call the models; without it they call them by their keys.
 
     Raises:
         DataError: If there is no batch.
@@ -112,7 +112,7 @@ class _Sums:
                 code_sums.add(name, reference.codes[name], candidate.codes[name])
 
     def report(self, reference: str, candidate: str) -> VerifyReport:
-        """Return the report on two models of these names."""
+        """Return the report, in which the models have these names."""
         rows = (
             LayerComparison(
                 name, None if noise is None else noise.sqnr, None if noise is None else noise.largest,

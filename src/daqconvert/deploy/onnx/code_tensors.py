@@ -1,14 +1,14 @@
 """Which tensors of a graph are codes: they are written as uint8, and as float only for nodes that compute in float.
 
-A *code tensor* is known by the name of the float tensor that it stands for. In the file it is a uint8 tensor with a
-scale and a zero point. Nodes that only move elements (a max pool, a reshape, a pad with zero) move its codes; a clip
-that all its codes satisfy is left out; in front of every other node stands a `DequantizeLinear`. An operand (an
-integer-valued float tensor of the frozen model) is a code tensor as well: its scale is 1, and it is written as `Cast`
-and `Sub`.
+A *code tensor* is a uint8 tensor of the file, with a scale and a zero point. It stands for a float tensor of the graph
+and is found by the name of that float tensor. Nodes that only move elements (a max pool, a reshape, a pad with
+zero) are given the codes; a clip that changes none of the codes is left out; every other node is given the values
+that a `DequantizeLinear` computes. An operand (an integer-valued float tensor of the frozen model) is a code tensor as
+well: its scale is 1, and it is written as `Cast` and `Sub`.
 
-A sum of two code tensors that is rounded to the grid of a third is written as `Add`, for which ONNX Runtime has an
-integer kernel, where that computes the same codes on every processor (`functional.integer.sums_agree`). Elsewhere it
-is written as `Sum`, which runtimes compute in float32, product by product, as the frozen model does.
+ONNX Runtime has an integer kernel for `Add`. A sum of two code tensors that is rounded to the grid of a third is
+written as `Add` if this kernel computes the same codes on every processor (`functional.integer.sums_agree`). Otherwise
+it is written as `Sum`, which runtimes compute in float32 from the dequantized values, as the frozen model does.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class CodeTensor:
         codes: Name of the uint8 tensor.
         scale_name: Name of the float32 scalar; empty for an operand, which has none.
         zero_point_name: Name of the uint8 scalar.
-        scale: Real units per code; of an operand, that of the input it was rounded from.
+        scale: Real units per code; for an operand, those of the input that it was rounded from.
         zero_point: The code of zero.
         low: Smallest code.
         high: Largest code.
@@ -61,11 +61,11 @@ class CodeTensor:
         return dataclasses.replace(self, scale_name="")
 
     def moved(self, codes: str) -> CodeTensor:
-        """Return the tensor of the same values in other places, whose codes have another name."""
+        """Return the code tensor after a node has moved its elements; `codes` is the name of the moved codes."""
         return dataclasses.replace(self, codes=codes)
 
     def same(self, other: CodeTensor) -> bool:
-        """Return whether a code means the same value in both."""
+        """Return whether a code means the same value in both tensors."""
         return (self.scale, self.zero_point, self.is_operand) == (other.scale, other.zero_point, other.is_operand)
 
 
@@ -79,7 +79,7 @@ class CodeTensors:
         writer: Takes the nodes.
         constants: Values of initializers and constants by name.
         outputs: Names of the graph's outputs, which are float.
-        rounded_to: Returns the grid to which a float tensor is rounded, if nothing else reads it.
+        rounded_to: Returns the grid that a float tensor of this name is rounded to, None if anything else reads it.
     """
 
     def __init__(
@@ -91,19 +91,19 @@ class CodeTensors:
         self.known: dict[str, CodeTensor] = {}
 
     def value(self, name: str) -> str:
-        """Return the name of a float tensor with the values of `name`; for a code tensor, its nodes are written."""
+        """Return the name of a float tensor with the values of `name`; write the nodes that compute it from codes."""
         tensor = self.known.get(name)
         if tensor is None:
             return name
         return self._operand(tensor) if tensor.is_operand else self.real(tensor, tensor.scale_name)
 
     def real(self, tensor: CodeTensor, scale_name: str) -> str:
-        """Return the name of `(codes - zero_point) * scale`, with the scale of that name."""
+        """Write `(codes - zero_point) * scale`, with the scale of that name, and return the result's name."""
         inputs = [tensor.codes, scale_name, tensor.zero_point_name]
         return self.writer.once("DequantizeLinear", inputs, f"{tensor.codes}.value")
 
     def _operand(self, tensor: CodeTensor) -> str:
-        # NOTE: no DequantizeLinear: ONNX Runtime takes it as leave to round the weights and bias beside it anew
+        # NOTE: no DequantizeLinear: ONNX Runtime would then round the weights and bias of the same node again
         operand = self.writer.once("Cast", [tensor.codes], f"{tensor.codes}.operand", to=1)  # TensorProto.FLOAT
         if not tensor.zero_point:
             return operand
@@ -111,7 +111,7 @@ class CodeTensors:
         return self.writer.once("Sub", [operand, zero], f"{operand}.centred")
 
     def write(self, node: NodeProto) -> bool:
-        """Write an ordinary node if it reads a code tensor, and return whether it does; its inputs may be changed."""
+        """Write a node that is no placeholder, if it reads a code tensor; return whether it does."""
         tensors = [self.known.get(name) for name in node.input]
         if not any(tensors):
             return False
@@ -149,7 +149,7 @@ class CodeTensors:
         return (low is None or low <= tensor.low) and (high is None or tensor.high <= high)
 
     def _moves(self, node: NodeProto, tensors: list[CodeTensor | None]) -> bool:
-        """Return whether a node only moves elements, or adds zeros, so that it may be given codes."""
+        """Return whether a node only moves elements, or pads with zeros, so that it may be given codes."""
         if node.op_type not in MOVING or len(node.output) > 1:
             return False
         first = tensors[0]
@@ -165,7 +165,7 @@ class CodeTensors:
         return True
 
     def _move(self, node: NodeProto, tensor: CodeTensor) -> None:
-        """Write a node that moves elements so that it moves codes; what it pads with is the zero point."""
+        """Write a node that moves elements, with codes as its input; a pad then pads with the zero point."""
         output = node.output[0]
         for i, name in enumerate(node.input):
             known = self.known.get(name)

@@ -6,9 +6,10 @@
     Requantize                  the integer layer of `integer_nodes`
 
 `NAME.input_codes` is the uint8 tensor of a layer's input codes, unless those are the codes of another layer's output;
-`NAME.output` is the layer's output in float, `NAME.output_codes` that of integer deployment; a weight that depends on
-the data has `NAME.weight_codes`. The `k`-th further call of one layer appends `.k`. The model's metadata says under
-`daqconvert.layers` which tensors belong to which layer, and the scale and zero point of an output that is codes.
+`NAME.output` is the layer's output in float, `NAME.output_codes` are its codes in integer deployment; a weight that
+depends on the data has its codes in `NAME.weight_codes`. Names of the `k`-th further call of a layer end in `.k`. The
+model's metadata says under `daqconvert.layers` which tensors belong to which layer, and which scale and zero point an
+output has that is held as codes.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ LAYERS_KEY = "daqconvert.layers"
 def expand(model: ModelProto, output_names: list[str]) -> ModelProto:
     """Return the model of `lowering.lower`, changed in place, with its placeholders written out.
 
-    Outputs get the names given, one each, and everything that tells of the machine that exported it is removed.
+    The outputs are renamed to `output_names`, and what describes the machine that exported the model is removed.
     """
     del model.metadata_props[:]
     del model.graph.metadata_props[:]
@@ -110,8 +111,8 @@ class Expansion:
             self.writer.nodes.append(node)
 
     def _input(self, node: NodeProto, given: dict[str, Any]) -> None:
-        """Write an input quantizer; one that reads the same tensor with the same numbers is shared."""
-        layer, _, role = given["layer"].partition("::")  # `layers.frozen_site` writes there whose operand it is
+        """Write an input quantizer; layers that quantize the same tensor with the same numbers share one."""
+        layer, _, role = given["layer"].partition("::")  # `layers.frozen_site` appends `::weight` for a weight
         tensor = self._quantize(node, given["bits"], layer, role or "input")
         self._entry(layer)["codes"].append(tensor.codes)
         self.tensors.known[node.output[0]] = tensor.as_operand()
@@ -127,7 +128,7 @@ class Expansion:
         self._result(node.output[0], tensor)
 
     def _quantize(self, node: NodeProto, bits: int, layer: str, role: str) -> CodeTensor:
-        """Return the codes of a tensor; they are there already where it lies on that grid."""
+        """Return the codes of a tensor on a grid; nodes are written only if these codes do not exist yet."""
         x = node.input[0]
         scale, zero_point = (self.values[name] for name in node.input[1:3])
         numbers = (scale.item(), zero_point.item())
@@ -151,7 +152,7 @@ class Expansion:
     def _rounded_to(self, name: str) -> CodeGrid | None:
         """Return the grid that a float tensor is rounded to, if nothing else reads it.
 
-        A ReLU may stand between where the zero point is 0, for the grid then has no negative values.
+        If the zero point is 0, a ReLU may stand between, because the grid has no negative values then.
         """
         readers = self.readers.get(name, [])
         if len(readers) != 1 or name in self.outputs:
@@ -165,12 +166,12 @@ class Expansion:
         return CodeGrid(self.values[node.input[1]].item(), self.values[node.input[2]].item())
 
     def _weight(self, node: NodeProto, given: dict[str, Any]) -> None:
-        """Take note of a weight: the node that computes with it decides how it is unpacked."""
+        """Note a weight without writing it: the node that computes with it decides how it is unpacked."""
         codes = self.values[node.input[0]]
         self.products.weights[node.output[0]] = PackedWeight(given["layer"], codes, given["bits"], given["grid"])
 
     def _rescale(self, node: NodeProto, given: dict[str, Any]) -> None:
-        """Write `sum * scale + bias`, the vectors shaped to stand at the channel's dimension."""
+        """Write `sum * scale + bias`, with scale and bias shaped to broadcast along the dimension of the channels."""
         acc, layer, output = node.input[0], given["layer"], node.output[0]
         if output not in self.outputs:
             output = self._unused(layer, "outputs", "output")
@@ -190,7 +191,7 @@ class Expansion:
             self.writer.node("Add", [acc, bias], output)
 
     def _requantize(self, node: NodeProto, given: dict[str, Any]) -> None:
-        """Write the codes of an output, whose products are written already."""
+        """Write the codes of a layer's output; its products are written already."""
         layer = given["layer"]
         entry = self._entry(layer)
         scale, zero_point, limits = (self.values[name] for name in node.input[5:8])
@@ -205,7 +206,7 @@ class Expansion:
         self._result(node.output[0], tensor)
 
     def _result(self, name: str, tensor: CodeTensor) -> None:
-        """Let a tensor of codes stand for a float tensor of the graph."""
+        """Let a code tensor stand for the float tensor `name`; if that is an output of the graph, write it as well."""
         self.tensors.known[name] = tensor
         if name in self.outputs:
             inputs = [tensor.codes, tensor.scale_name, tensor.zero_point_name]
@@ -275,7 +276,7 @@ def _rename_outputs(model: ModelProto, output_names: list[str]) -> None:
 
 
 def _name_batch(model: ModelProto) -> None:
-    """Give the open dimension its name, in the inputs and in whatever an output's size is computed from it."""
+    """Give the open dimension its name, in the inputs and in the sizes of outputs that are computed from it."""
     symbols = {d.dim_param for i in model.graph.input for d in i.type.tensor_type.shape.dim if d.dim_param}
     for value in (*model.graph.input, *model.graph.output):
         del value.metadata_props[:]

@@ -1,15 +1,15 @@
-"""A frozen layer as operators of its own: what torch.export sees, and what stands in the ONNX graph until `expansion`.
+"""Custom operators for the steps of a frozen layer, which `torch.export` sees and `expansion` writes out later.
 
     operand = input_operand(x, scale, zero_point)     clip(round(x / scale), -zero_point, n - zero_point)
     weight  = weight_operand(codes)                   integer-valued, from uint8 codes
     y       = rescale(sum, scale, bias)               sum * scale + bias
     y       = requantize(sum, ...)                    integer deployment: codes of the output, on their grid
-    y       = round_to_grid(x, scale, zero_point)     integer deployment: an output's quantizer
+    y       = round_to_grid(x, scale, zero_point)     integer deployment: an output quantizer
 
-Each computes what the frozen layer computes without it. As operators of their own they survive the exporter's constant
-folding and merging of equal nodes, and `layer`, which changes nothing in the values, carries the name of the layer
-into the graph. In ONNX they become the placeholders `daqconvert::InputOperand`, `WeightOperand`, `Rescale`,
-`Requantize` and `RoundToGrid`, which never reach a file.
+Each computes exactly what the frozen layer computes without the operator. As custom operators they survive the
+exporter's constant folding and merging of equal nodes. Their argument `layer` has no effect on values: it carries the
+name of the layer into the graph. In ONNX they become the placeholders `daqconvert::InputOperand`, `WeightOperand`,
+`Rescale`, `Requantize` and `RoundToGrid`, which never reach a file.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, layer: str) -> Te
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Return how `torch.onnx.export` writes the operators: as one placeholder node each."""
+    """Return the functions by which `torch.onnx.export` writes each operator, as one placeholder node."""
     place_input = _placeholder("InputOperand", {"x": "float", "scale": "float", "zero_point": "uint8"}, bits="INT")
     place_weight = _placeholder("WeightOperand", {"codes": "uint8"}, bits="INT", grid="STRING")
     place_rescale = _placeholder("Rescale", {"acc": "float", "scale": "float", "bias": "float"}, output_dims="INT")

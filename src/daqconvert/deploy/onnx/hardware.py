@@ -1,9 +1,9 @@
-"""Whether this machine adds products of 8-bit integers exactly: ONNX Runtime's kernels leave that to the processor.
+"""Whether ONNX Runtime adds products of 8-bit integers exactly on this machine: it depends on the processor.
 
-An x86 processor without VNNI has one instruction for it, `vpmaddubsw`, which adds two products of a `uint8` and an
-`int8` in 16 bits and saturates. ONNX Runtime uses it, for speed, where there is nothing better. A sum of two products
-beyond 32,767 is then wrong, without a warning: 255 * 127 * 2 is such a sum, 15 * 127 * 2 is not. VNNI and AMX add in
-32 bits, and so does every kernel for Arm.
+An x86 processor without VNNI has one instruction for such sums, `vpmaddubsw`, which adds two products of a `uint8`
+and an `int8` in 16 bits and saturates. ONNX Runtime uses it, for speed, where there is nothing better. A sum of two
+products beyond 32,767 is then wrong, without a warning: 255 * 127 * 2 is such a sum, 15 * 127 * 2 is not. VNNI and AMX
+add in 32 bits, and so does every kernel for Arm.
 
 References: ONNX Runtime, "Quantize ONNX models", section "When and why do I need to try U8U8?",
 https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html.
@@ -19,13 +19,13 @@ import torch
 
 X86 = ("x86_64", "amd64", "i386", "i686", "x86")
 ARM = ("aarch64", "arm64")
-EXACT = frozenset({"avx512vnni", "avxvnni", "amxint8"})  # without underscores, in which the sources differ
+EXACT = frozenset({"avx512vnni", "avxvnni", "amxint8"})  # without underscores: sources write them differently
 SATURATES_ABOVE = 2**15 - 1
 CPUINFO = Path("/proc/cpuinfo")
 
 
 def exact_int8() -> bool | None:
-    """Return whether 8-bit integer kernels add exactly on this machine, or None where that cannot be found out.
+    """Return whether 8-bit integer kernels add exactly on this machine, or None if that is unknown.
 
     Example:
         >>> exact_int8() in (True, False, None)
@@ -41,7 +41,7 @@ def exact_int8() -> bool | None:
 
 
 def may_saturate(largest_input: int, largest_weight: int) -> bool:
-    """Return whether a sum of two products of such codes does not fit the 16 bits of x86 without VNNI.
+    """Return whether a sum of two such products may exceed the 16 bits that x86 without VNNI has for it.
 
     `largest_input` is the largest `uint8` input code, zero point included, `largest_weight` the largest absolute
     `int8` weight.
@@ -54,7 +54,7 @@ def may_saturate(largest_input: int, largest_weight: int) -> bool:
 
 
 def features() -> frozenset[str] | None:
-    """Return the processor's features, in small letters and without underscores, or None where they are not known.
+    """Return the processor's features, in lower case and without underscores, or None if they are unknown.
 
     The sources are, in this order: torch (2.10 and later), `/proc/cpuinfo`, and `sysctl` on macOS.
     """

@@ -4,8 +4,8 @@
     linear, integer deployment        MatMulInteger(codes, weight) -> Add(bias) -> Cast -> Mul(m) -> QuantizeLinear
     linear, float output              Dequantize(codes), Dequantize(weight) -> MatMul
 
-ONNX Runtime makes a `QLinearConv` of the first and a `MatMulIntegerToFloat` of the last. Weights are unpacked from bit
-planes into int8 by standard operators, once, at load.
+ONNX Runtime turns the first row into a `QLinearConv` and the last into a `MatMulIntegerToFloat`. Weights are unpacked
+from bit planes into int8 by standard operators, once, when the file is loaded.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FLOAT, INT8 = 1, 3  # of TensorProto
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight operand of the graph, which is not unpacked yet: who multiplies with it decides how.
+    """A weight operand that is not unpacked yet; the node that multiplies with it decides how it is unpacked.
 
     Attributes:
         layer: Name of its layer.
@@ -58,7 +58,7 @@ class ProductWriter:
 
     Attributes:
         weights: Name of a tensor of the graph -> the weight that it stands for.
-        input_scales: Name of an operand -> name of the scale that takes it to real units.
+        input_scales: Name of an operand -> name of the scale that converts it to real units.
         in_real_units: Name of a product -> name of the tensor that holds it in real units already.
     """
 
@@ -70,7 +70,7 @@ class ProductWriter:
         self._sums: dict[str, str] = {}
 
     def move(self, node: NodeProto) -> bool:
-        """Take note of a transposed weight, or write a pad of an operand; return whether the node is done with."""
+        """Note a transposed weight, or write a pad of an operand; return whether this settles the node."""
         weight = self.weights.get(node.input[0]) if node.input else None
         if weight is not None and node.op_type == "Transpose" and weight.codes.ndim == 2:
             self.weights[node.output[0]] = dataclasses.replace(weight, transposed=not weight.transposed)
@@ -96,9 +96,9 @@ class ProductWriter:
             self.writer.node("Identity", [key], name)
 
     def write(self, node: NodeProto, ending: NodeProto) -> bool:
-        """Write a product whose sum `ending` (`Requantize` or `Rescale`) takes to codes or real units.
+        """Write a product; the node `ending` (`Requantize` or `Rescale`) converts its sum to codes or real units.
 
-        Return False, and write nothing, where a runtime cannot compute it with integers.
+        Return False, and write nothing, if a runtime cannot compute the product with integers.
         """
         if len(node.input) < 2 or node.input[0] not in self.input_scales or node.input[1] not in self.weights:
             return False
@@ -120,7 +120,7 @@ class ProductWriter:
         """Write the codes `y` of the output of a product that ends in `Requantize`."""
         product = self._sums[ending.input[0]]
         scale = y.scale_name
-        if product.endswith(".units"):  # it counts in units of the output already
+        if product.endswith(".units"):  # the product is in units of the output's scale already
             scale = self.writer.constant("daq.unit", np.float32(1.0))
         clipped = (y.low, y.high) != (0, 255)
         first = f"{y.codes}.unclipped" if clipped else y.codes
@@ -161,7 +161,7 @@ class ProductWriter:
 
     def _float_linear(self, node: NodeProto, x: CodeTensor, weight: PackedWeight, ending: NodeProto) -> None:
         sum_scale, output = self.values[ending.input[1]], node.output[0]
-        if node.op_type == "Gemm":  # of two dimensions: ONNX Runtime would join MatMul and Add to a Gemm in float
+        if node.op_type == "Gemm":  # two dimensions: ONNX Runtime would join a MatMul and its Add to a float Gemm
             acc = self._integer_product(node, x, weight, np.int8(1))
             acc = self.writer.node("Cast", [acc], f"{output}.cast", to=FLOAT)
             scale = self.writer.constant(weight.named("scale"), sum_scale)
@@ -178,24 +178,24 @@ class ProductWriter:
     def _integer_product(
         self, node: NodeProto, x: CodeTensor, weight: PackedWeight, factor: np.ndarray | np.generic
     ) -> str:
-        """Return the int32 sums of products of codes and the int8 weight."""
+        """Write the int32 sums of products of codes and int8 weight, and return their name."""
         integers = self._inputs_first(node, weight, factor)
         inputs = [x.codes, integers, x.zero_point_name]
         return self.writer.node("MatMulInteger", inputs, f"{node.output[0]}.products")
 
     def _inputs_first(self, node: NodeProto, weight: PackedWeight, factor: np.ndarray | np.generic) -> str:
-        """Return the int8 weight with inputs at its first dimension, as a product of matrices takes it."""
+        """Write the int8 weight with inputs at its first dimension, as a matrix product needs it; return its name."""
         integers = self._int8(weight, factor)
         if weight.transposed == any(a.name == "transB" and a.i for a in node.attribute):
             return integers
         return self.writer.once("Transpose", [integers], f"{integers}.turned", perm=[1, 0])
 
     def _real(self, x: CodeTensor, operand: str) -> str:
-        """Return the input in real units."""
+        """Write the input in real units, and return its name."""
         return self.tensors.real(x, self.input_scales[operand])
 
     def _int8(self, weight: PackedWeight, factor: np.ndarray | np.generic) -> str:
-        """Return the unpacked weight times `factor`, as int8."""
+        """Write the unpacked weight times `factor`, as int8, and return its name."""
         codes = weight.named("weight_codes")
         name = f"{codes}.int8"
         if not self.writer.begin(name):
@@ -214,7 +214,7 @@ class ProductWriter:
 
 
 def weight_scale(sum_scale: np.ndarray, x_scale: np.float32) -> np.ndarray:
-    """Return float32 `w` for which `x_scale * w` is `sum_scale` in float32, or next to it where there is none."""
+    """Return float32 `w` for which `x_scale * w` is `sum_scale` in float32, or the nearest one if there is none."""
     best = (sum_scale.astype(np.float64) / np.float64(x_scale)).astype(np.float32)
     for direction in (-np.inf, np.inf):
         other = np.nextafter(best, np.float32(direction))

@@ -79,7 +79,7 @@ def lower(model: nn.Module, arguments: Arguments, dynamic_batch: bool) -> ModelP
     With `dynamic_batch` the first dimension of the inputs is left open.
 
     Raises:
-        ExportError: If torch cannot export the model; says at which step and why.
+        ExportError: If torch cannot export the model; the message says at which step and why.
     """
     require_packages()
     what = type(model).__name__
@@ -108,7 +108,7 @@ def lower(model: nn.Module, arguments: Arguments, dynamic_batch: bool) -> ModelP
 
 @contextmanager
 def _writing_operators(model: nn.Module) -> Iterator[None]:
-    """Let every frozen layer call the operators of `frozen_operators`, with its dotted name."""
+    """Let every frozen layer call the operators of `frozen_operators`, with its dotted name, during the context."""
     layers = {name: module for name, module in named_layers(model).items() if isinstance(module, FrozenSite)}
     try:
         for name, layer in layers.items():
@@ -120,7 +120,7 @@ def _writing_operators(model: nn.Module) -> Iterator[None]:
 
 
 def repeated(arguments: Arguments) -> Arguments:
-    """Return arguments with a batch of one repeated, because torch.export takes a size of 1 for a constant."""
+    """Return arguments with a batch of one repeated, because torch.export treats a size of 1 as a constant."""
     return tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t, arguments)
 
 
@@ -148,7 +148,7 @@ def quiet() -> Iterator[None]:
         with warnings.catch_warnings(), contextlib.redirect_stderr(printed):
             for category in (DeprecationWarning, FutureWarning):
                 warnings.filterwarnings("ignore", category=category, module=r"(torch|onnxscript|onnx_ir|onnx)\b")
-            # torch warns of a model that stores a tensor of its forward in itself; on a copy that does no harm
+            # torch warns if a forward stores a tensor as an attribute of the model; on a copy that does no harm
             warnings.filterwarnings("ignore", message=r"The tensor attributes? .* assigned during export")
             yield
         sys.stderr.write(printed.getvalue())  # what the model itself printed; after a failure the error says enough
@@ -158,7 +158,7 @@ def quiet() -> Iterator[None]:
 
 
 def first_lines(error: BaseException) -> str:
-    """Return the innermost cause of an error of torch's in a line or two, without colours."""
+    """Return the innermost cause of a torch error as one line, without colour codes."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
@@ -169,8 +169,8 @@ def first_lines(error: BaseException) -> str:
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return every site, quantized or frozen, and every float layer that could be one, by dotted name.
 
-    A frozen layer with a forward of its own keeps its codes in a child; that child goes by the layer's name, so that
-    it meets the quantized layer under the same name.
+    A frozen layer with a forward of its own keeps its codes in a child module. The child is listed under the name of
+    the layer, so that frozen and quantized layers have the same names.
     """
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():

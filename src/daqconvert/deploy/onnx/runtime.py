@@ -20,7 +20,7 @@ ERRORS_ONLY = 3  # ONNX Runtime's log severity
 
 
 def require_packages(names: Sequence[str] = PACKAGES) -> None:
-    """Raise `ExportError` if a package that export needs is not installed; says how to install it."""
+    """Raise `ExportError` if a package that export needs is not installed; the message says how to install it."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise ExportError(
@@ -74,7 +74,7 @@ class OnnxModel:
         """Return the output tensor, or a tuple of them, for the arguments that the torch model takes.
 
         Raises:
-            ExportError: If the number or the names of the tensors are not the file's.
+            ExportError: If the number or the names of the tensors do not match the file's inputs.
         """
         outputs = self.run(args, kwargs)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
@@ -85,12 +85,12 @@ class OnnxModel:
             results = self._session.run(None, self.feeds(args, kwargs))
         except ExportError:
             raise
-        except Exception as error:  # NOTE: as when the file is opened
+        except Exception as error:  # NOTE: no common base class, as when the file is opened
             raise ExportError(f"ONNX Runtime cannot run the model: {str(error).strip()[:400]}") from error
         return [torch.from_numpy(value) for value in results]
 
     def bound(self, *args: Any, **kwargs: Any) -> Callable[[], object]:
-        """Return a call with fixed arguments that gives ONNX Runtime's own arrays: what is timed."""
+        """Return a function, for timing, that runs the model on these arguments and returns NumPy arrays."""
         feeds = self.feeds(args, kwargs)
         return lambda: self._session.run(None, feeds)
 

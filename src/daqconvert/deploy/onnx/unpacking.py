@@ -8,9 +8,9 @@ those of `functional.packing.pack`: plane 0 holds the least significant bits, el
     codes   = OR over p of 2**p where bits[p]  (1, 8, bytes)   Where, Split, BitwiseOr
     operand = step * codes + lowest            the weight's    Transpose, Cast, Mul, Sub, Reshape, Slice
 
-ONNX Runtime computes all of it once, at load. Everything before the last cast is one byte an element: that keeps
-loading fast and the memory for it at `b` bytes per weight. `BitShift` would do as well, but OpenVINO folds a shift to
-the right into a division that does not always round down.
+ONNX Runtime computes all of this once, when it loads the file. Tensors before the last cast have one byte per
+element, so that loading is fast and takes `b` bytes of memory per weight. `BitShift` would do as well, but OpenVINO
+folds a shift to the right into a division that does not always round down.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ class GraphWriter:
         return output
 
     def begin(self, name: str) -> bool:
-        """Return whether this tensor is asked for the first time, and take note that it has been."""
+        """Return whether this name is given for the first time, and remember it."""
         new = name not in self._begun
         self._begun.add(name)
         return new
 
     def once(self, op: str, inputs: list[str], output: str, **attributes: Any) -> str:
-        """Add a node with one output unless this method has added that already; return the output's name."""
+        """Add a node with one output unless its name has been given before; return the output's name."""
         if self.begin(output):
             self.node(op, inputs, output, **attributes)
         return output
@@ -72,7 +72,8 @@ class GraphWriter:
 def add_weight(writer: GraphWriter, name: str, codes: np.ndarray, bits: int, grid: str, output: str) -> None:
     """Write the packed codes of one weight, and the nodes that make its integer-valued float operand `output`.
 
-    `name` (as `layer1.0.conv1.weight_codes`) becomes that of the initializer, and begins those of all tensors between.
+    The initializer is called `name`, as `layer1.0.conv1.weight_codes`; the names of the tensors on the way to `output`
+    begin with it.
     """
     count, size = codes.size, -(-codes.size // 8)
     planes = pack(torch.tensor(codes), bits).numpy().reshape(bits, 1, size)
@@ -100,7 +101,7 @@ def add_weight(writer: GraphWriter, name: str, codes: np.ndarray, bits: int, gri
 
 
 def _join_planes(writer: GraphWriter, name: str, x: str, bits: int) -> str:
-    """Return the codes: the planes, whose bits are in their places already, joined by OR."""
+    """Write the codes, which are the planes joined by OR (their bits are in place already), and return their name."""
     from onnx import helper
 
     planes = [f"{name}.plane{bit}" for bit in range(bits)]
