@@ -1,9 +1,9 @@
-"""How the model of an artifact is rebuilt: from a name of timm's or torchvision's and arguments that do no harm.
+"""How the model of an artifact is rebuilt: from its name in timm or torchvision and from arguments that do no harm.
 
-The file may come from anybody. So a source is a name, never an import path, and an argument is a number, a text of
-letters or a list of these. `save` and `load` both refuse arguments that make a builder read a file, use the network or
-choose a device. A model is first built on torch's `meta` device, where tensors take no memory, in a limited number of
-steps; only one that fits the stored tensors is then built with values.
+An artifact may come from anybody. So its source is a name, never an import path, and an argument is a number, a text
+of letters or a list of these. `save` and `load` both refuse arguments that make a builder read a file, use the network
+or choose a device. A model is first built on torch's `meta` device, where tensors take no memory, in a limited number
+of steps; only one that fits the stored tensors is then built with values.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ REFUSED_WORDS = frozenset(
     "cache cfg checkpoint config custom device dir dtype file filename fn hf hub load path pretrained pruned repo "
     "state url uri weights".split()
 )
-# ... and is none of these, which only shape the model.
+# ... unless the whole name is one of these, which only shape the model.
 HARMLESS = frozenset(
     "bbox_reg_weights block_config bn_weight_init drop_path init_weights pretrained_window_size "
     "pretrained_window_sizes state_dim transformer_drop_path use_checkpoint".split()
 )
-LARGEST_NUMBER = 4096  # in arguments; a larger one must be a size of a stored tensor or smaller (num_classes=21843)
-MOST_VALUES = 256
-STEPS, STEPS_PER_TENSOR = 5_000, 200  # torch calls of a builder; of timm's, the most are 30 a tensor
-SPARE_ELEMENTS = 1 << 26  # of buffers that are not stored, as masks of attention, besides 8 for each stored element
+LARGEST_NUMBER = 4096  # in arguments; a size of a stored tensor allows larger ones (num_classes=21843)
+MOST_VALUES = 256  # in all arguments together
+STEPS, STEPS_PER_TENSOR = 5_000, 200  # torch calls that a builder may make; timm's make at most 30 per tensor
+SPARE_ELEMENTS = 1 << 26  # for buffers that are not stored (attention masks), besides 8 per stored element
 
 
 def check_source(source: str | None, kwargs: Mapping[str, Any], largest: int) -> None:
@@ -42,7 +42,7 @@ def check_source(source: str | None, kwargs: Mapping[str, Any], largest: int) ->
     `largest` is the largest size in the shapes of the stored tensors.
 
     Raises:
-        ArtifactError: If it may not; names the argument.
+        ArtifactError: If the source or an argument is refused; the message names it.
     """
     if source is None:
         if kwargs:
@@ -106,13 +106,13 @@ class _Budget(TorchFunctionMode):
 
 
 def outline(source: str, kwargs: Mapping[str, Any], tensors: int, elements: int) -> nn.Module:
-    """Build a model on the `meta` device, in as many steps as an artifact of so many tensors and elements justifies.
+    """Build a model on the `meta` device; the numbers of stored tensors and elements limit the steps of its builder.
 
     Source and arguments have passed `check_source`. A few builders compute with real tensors and cannot work on `meta`
     (torchvision's RegNets): their models are built with values, and the number of elements is limited as well.
 
     Raises:
-        ArtifactError: If it cannot be built, or its buffers outside the state dict are out of proportion.
+        ArtifactError: If it cannot be built, or its buffers outside the state dict are too large for these elements.
     """
     steps, most = STEPS + STEPS_PER_TENSOR * tensors, 8 * elements + SPARE_ELEMENTS
     try:
@@ -131,13 +131,13 @@ def outline(source: str, kwargs: Mapping[str, Any], tensors: int, elements: int)
 
 
 def build(source: str, kwargs: Mapping[str, Any], tensors: int) -> nn.Module:
-    """Build, with values, the model that `outline` has shown to fit; raises `ArtifactError` if that fails."""
+    """Build the model with values, after `outline` has shown that it fits; raises `ArtifactError` if that fails."""
     with _Budget(STEPS + STEPS_PER_TENSOR * tensors, math.inf):
         return _build(source, kwargs)
 
 
 def _build(source: str, kwargs: Mapping[str, Any]) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):  # random values are overwritten: the user's generator must not move
+    with torch.random.fork_rng(devices=[]):  # values are overwritten: the user's generator must not advance
         try:
             return build_model(source, pretrained=False, **kwargs)
         except (DaqError, TypeError) as error:

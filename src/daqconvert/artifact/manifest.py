@@ -1,8 +1,8 @@
 """The manifest of an artifact, `daqconvert.json`: which model it is, how it was quantized, what the tensor file holds.
 
-It is one object with exactly the fields of `Manifest` and `checksum`, the SHA-256 of the same object without it, as
-JSON with sorted keys and no spaces. The checksum finds damage and careless edits; it is no signature, so every field
-is checked as if it came from an attacker. `docs/artifact.md` specifies the bytes.
+The file is one JSON object with exactly the fields of `Manifest` and a `checksum`: the SHA-256 of the object without
+its checksum, written as JSON with sorted keys and no spaces. The checksum finds damage and careless edits. It is no
+signature, so every field is checked as if it came from an attacker. `docs/artifact.md` specifies the bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from daqconvert.spec import Plan
 
 FORMAT, VERSION = "daqconvert-artifact", 1
 MANIFEST, TENSORS = "daqconvert.json", "model.safetensors"
-LARGEST_MANIFEST = 16 << 20  # bytes; that of a model of ten thousand layers is smaller
+LARGEST_MANIFEST = 16 << 20  # bytes; the manifest of a model with ten thousand layers is smaller
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 DTYPES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1}
 DTYPES |= {"uint64": 8, "uint32": 4, "uint16": 2, "uint8": 1, "bool": 1, "complex64": 8}
@@ -54,7 +54,7 @@ class TensorEntry:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes that it takes in the tensor file; 0 if it is the same as another tensor."""
+        """Bytes in the tensor file; 0 if another entry holds the same tensor."""
         return 0 if self.same_as is not None else math.prod(self.stored_shape) * DTYPES[self.dtype]
 
 
@@ -132,8 +132,8 @@ def read_manifest(path: str | Path) -> Manifest:
         path: The directory.
 
     Raises:
-        ArtifactError: If the manifest is missing, damaged, edited, of another format or from a newer version; names
-            the file and the field.
+        ArtifactError: If the manifest is missing, damaged, edited, of another format or from a newer version; the
+            message names the file and the field.
     """
     file = Path(path) / MANIFEST
     return parse_manifest(_content(file), str(file))
@@ -143,7 +143,7 @@ def parse_manifest(content: bytes, file: str) -> Manifest:
     """Check the bytes of a manifest and return what they say; `file` is what messages call it.
 
     Raises:
-        ArtifactError: If anything is not as `docs/artifact.md` specifies; names the file and the field.
+        ArtifactError: If anything is not as `docs/artifact.md` specifies; the message names the file and the field.
     """
     try:
         return _checked(_object(content, file), file)
@@ -178,7 +178,7 @@ def _content(file: Path) -> bytes:
             raise ArtifactError(f"{directory}: not an artifact: {what}. Make one with daqconvert.save(frozen, path).")
         with file.open("rb") as stream:
             return stream.read(LARGEST_MANIFEST + 1)
-    except (OSError, ValueError) as error:  # ValueError: for a path with a null character
+    except (OSError, ValueError) as error:  # ValueError: the path has a null character
         if isinstance(error, ArtifactError):
             raise
         raise ArtifactError(f"{shown(str(file))}: cannot be read ({told(error)}).") from None

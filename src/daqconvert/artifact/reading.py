@@ -1,4 +1,4 @@
-"""The verb `load`: an artifact back to a frozen model, everything checked before anything is used."""
+"""The verb `load`: an artifact becomes a frozen model again; all of it is checked before any of it is used."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def load(path: str | Path, model: nn.Module | Callable[[], nn.Module] | None = N
 
     Returns:
         The frozen model, identical to the one that was saved. Each tensor is on the device of the skeleton's tensor,
-        or on the CPU if that is `meta`. Buffers that a state dict leaves out are the skeleton's.
+        or on the CPU if that is `meta`. Buffers that a state dict leaves out are taken from the
+        skeleton.
 
     Raises:
         ArtifactError: If the artifact is missing, truncated, edited or from a newer version, names no source and no
@@ -96,10 +97,10 @@ def _rebuild(path: str | Path, manifest: Manifest, where: str) -> nn.Module:
 
 
 def try_source(manifest: Manifest, where: str) -> None:
-    """Raise unless the manifest's source builds a model that its tensors fit; no large tensor is made for that.
+    """Raise unless the manifest's source builds a model that its tensors fit; no large tensor is made for this.
 
     Raises:
-        ArtifactError: If it does not; begins with `where`, and names what differs.
+        ArtifactError: If they do not fit; the message begins with `where` and names what differs.
     """
     if manifest.source is None:
         return
@@ -112,7 +113,7 @@ def try_source(manifest: Manifest, where: str) -> None:
 
 
 def _placed(frozen: nn.Module, state: dict[str, Tensor], manifest: Manifest) -> dict[str, Tensor]:
-    """Return the state dict on the model's devices; parameters of one tensor stay one parameter."""
+    """Return the state dict on the model's devices; parameters that share a tensor stay one parameter."""
     parameters = {name for name, _ in frozen.named_parameters(remove_duplicate=False)}
     state_dict = frozen.state_dict()
     placed: OrderedDict[str, Tensor] = OrderedDict()

@@ -1,10 +1,12 @@
-"""A skeleton, which is a float model of the saved structure, made ready for the values of an artifact.
+"""How a skeleton, a float model of the saved structure, is made ready for the values of an artifact.
 
-The sites of the stored plan become empty frozen layers, and every key, shape, dtype and width must be the artifact's.
+The sites of the stored plan become empty frozen layers, and every key, shape, dtype and number of bits must match the
+artifact's.
 
-An artifact holds no code. Where a model's forward multiplies by itself, it was rewritten when the model was quantized,
-and it is rewritten again when the artifact is loaded, from the library as it is then. A forward that has changed since
-may compute something else, so the manifest holds a hash of the source of each one.
+An artifact holds no code. A forward with call sites, which multiplies by calling functions, was rewritten when the
+model was quantized. When the artifact is loaded, this forward is rewritten again, from the library that is installed
+then. If the library has changed since, the forward may compute something else, so the manifest holds a hash of the
+source of each rewritten forward.
 """
 
 from __future__ import annotations
@@ -29,10 +31,11 @@ from daqconvert.spec import PlanRow
 
 
 def fit(skeleton: nn.Module, manifest: Manifest, where: str) -> nn.Module:
-    """Turn a skeleton, in place, into a frozen model with places for the artifact's values; its dtype may differ.
+    """Turn a skeleton of any dtype, in place, into a frozen model with places for the artifact's values.
 
     Raises:
-        ArtifactError: If a layer, shape, dtype or width is not the artifact's; begins with `where`, and names it.
+        ArtifactError: If a layer, shape, dtype or number of bits differs; the message begins with `where` and names
+        it.
     """
     rows = manifest.plan.converted
     if type(skeleton).__name__ != manifest.model and "" not in (row.name for row in rows):
@@ -94,7 +97,7 @@ def _check_keys(frozen: nn.Module, manifest: Manifest, where: str) -> None:
 
 
 def _misfit(value: object, entry: TensorEntry, exact: bool) -> str:
-    """Return what is wrong with a tensor, if anything; unless `exact`, it may have another floating dtype."""
+    """Return what is wrong with a tensor, `""` if nothing; unless `exact`, any floating-point dtype will do."""
     if not isinstance(value, Tensor):
         return "the model holds no tensor there"
     if tuple(value.shape) != entry.shape:
@@ -106,10 +109,10 @@ def _misfit(value: object, entry: TensorEntry, exact: bool) -> str:
 
 
 def check_values(frozen: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Raise if one of the values that a model from `fit` is about to get has more bits than its layer.
+    """Raise if a code or zero point for a model from `fit` has more bits than its layer allows.
 
     Raises:
-        ArtifactError: If a code or zero point is too large; begins with `where`, and names the tensor.
+        ArtifactError: If a code or zero point is too large; the message begins with `where` and names the tensor.
     """
     for name, module in frozen.named_modules():
         if not isinstance(module, FrozenSite):
@@ -146,10 +149,10 @@ def forward_hashes(model: nn.Module) -> dict[str, str]:
 
 
 def _check_forwards(model: nn.Module, stored: Mapping[str, str], where: str) -> None:
-    """Raise if a forward that is rewritten here is not the one whose hash was stored.
+    """Raise if a forward that is rewritten now is not the one whose hash was stored.
 
     Raises:
-        ArtifactError: If it is another; begins with `where`, and names the class and its library.
+        ArtifactError: If it is another; the message begins with `where` and names the class and its library.
     """
     for name, digest in forward_hashes(model).items():
         if stored.get(name) != digest:

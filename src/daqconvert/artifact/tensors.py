@@ -1,9 +1,9 @@
 """The tensor file of an artifact, `model.safetensors`: codes as packed bit planes, every other tensor as it is.
 
-It is read by the `safetensors` library, but written here, one tensor after the other, so that never more than one of
-them is packed at a time; the library would need them all in memory. The bytes are those that it would write: the
-header's length (8 bytes), the header (JSON, padded with spaces to a multiple of 8), the values, wider dtypes first and
-tensors of one dtype by name.
+The file is read by the `safetensors` library, but written here, one tensor after the other, so that only one packed
+tensor is in memory at a time; the library would need all of them. The bytes are those that the library would write:
+the header's length (8 bytes), the header (JSON, padded with spaces to a multiple of 8), the values, wider dtypes first
+and tensors of one dtype by name.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from daqconvert.errors import ArtifactError
 from daqconvert.functional.packing import pack, unpack
 from daqconvert.layers.frozen_site import FrozenSite
 
-# of torch's dtypes in a safetensors file, in the order in which their tensors stand there
+# names of torch's dtypes in a safetensors file, in the order in which the file holds their tensors
 _NAMES = {
     "uint64": "U64", "int64": "I64", "float64": "F64", "complex64": "C64", "float32": "F32", "uint32": "U32",
     "int32": "I32", "bfloat16": "BF16", "float16": "F16", "uint16": "U16", "int16": "I16", "int8": "I8",
@@ -73,7 +73,7 @@ def _check_kind(key: str, value: object) -> str:
 
 
 def write_tensors(file: Path, entries: Mapping[str, TensorEntry], state: Mapping[str, Tensor]) -> None:
-    """Write what `collect` returned, on any device, as a safetensors file, codes packed.
+    """Write the tensors that `collect` returned, from any device, as a safetensors file with packed codes.
 
     Raises:
         ArtifactError: If a code does not fit in its bits.
@@ -115,9 +115,9 @@ def sha256(file: Path) -> str:
 
 
 def read_tensors(file: Path, manifest: Manifest) -> dict[str, Tensor]:
-    """Return the whole state dict, on the CPU, codes unpacked; keys of one tensor get one tensor.
+    """Return the whole state dict, on the CPU, with codes unpacked; keys that shared a tensor share one again.
 
-    Before a value is read, the file's size, checksum and names are found to be what the manifest says.
+    Size and checksum of the file, and the names in it, are compared with the manifest before any value is read.
 
     Raises:
         ArtifactError: If the file is missing, truncated or edited, or does not hold exactly what the manifest says.

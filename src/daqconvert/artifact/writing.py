@@ -121,7 +121,7 @@ def _free_directory(path: str | Path, overwrite: bool) -> Path:
 def _draft(
     frozen: nn.Module, entries: Mapping[str, TensorEntry], source: str | None, kwargs: Mapping[str, Any]
 ) -> Manifest:
-    """Return the manifest of a tensor file that is not written yet: all but its size and hash."""
+    """Return the manifest before the tensor file is written: without the size and hash of that file."""
     try:
         plain: dict[str, Any] = json.loads(json.dumps(kwargs))
     except (TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Images in folders: one folder a class, with `train/` and `val/` above them or split by a seeded choice."""
+"""Images in folders, one for each class, which lie in `train/` and `val/` or are split by a seeded choice."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from daqconvert.errors import DataError, nearest
 
 VAL_NAMES = ("val", "validation", "valid", "test")
 HOLDOUT = 0.1
-NO_LABEL = -100  # what cross entropy and top-1 leave out
+NO_LABEL = -100  # the label of images that cross entropy and top-1 leave out
 
 
 def open_folder(
@@ -24,7 +24,7 @@ def open_folder(
 ) -> tuple[Dataset[Any], Dataset[Any], int, tuple[str, ...], str]:
     """Return training and validation images of a folder, number and names of its classes, and one line about them.
 
-    The folder has `train/` and `val/` in it, or a folder for each class, of which `holdout` is held out by choice.
+    The folder holds `train/` and `val/`, or a folder for each class; then a seeded choice holds out `holdout` images.
 
     Raises:
         DataError: If a split is missing, a class is empty or there are no images.
@@ -49,7 +49,7 @@ def open_folder(
 
 
 def open_classes(path: Path, classes: Sequence[str] | None = None) -> Folder:
-    """Return all images of a folder of class folders; `classes` numbers them if another folder decides that.
+    """Return all images of a folder of class folders; `classes` are the numbered names if another folder decides them.
 
     Raises:
         DataError: If a class is empty or there are no images.
@@ -99,14 +99,14 @@ def _classes(path: Path) -> tuple[str, ...]:
 
 
 class Folder(ImageFolder):
-    """A folder of class folders, numbered by the order of `classes`, some of which it may lack."""
+    """A folder of class folders, numbered by the order of `classes`; some classes may have no folder."""
 
     def __init__(self, path: Path, classes: Sequence[str]) -> None:
         self._names = list(classes)
         super().__init__(str(path), loader=load_image, allow_empty=True)
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-        """Return the names and their numbers, which are the training split's even if this one lacks a class."""
+        """Return the class names and their numbers: those of the training split, even if this split lacks a class."""
         return self._names, {name: number for number, name in enumerate(self._names)}
 
 
@@ -144,7 +144,7 @@ def stratified(labels: list[int], holdout: float | int | None, seed: int, where:
     """Return sorted positions of the images that remain and of those held out; every class has its share in both.
 
     Raises:
-        DataError: If nothing would remain on one side; it calls the data `where`.
+        DataError: If one side would be empty; the message calls the data `where`.
     """
     count = holdout_count(holdout, len(labels), where)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -163,7 +163,7 @@ def holdout_count(holdout: float | int | None, rows: int, where: str) -> int:
     """Return how many of `rows` images to hold out, from a share (below 1), a number, or None for a tenth.
 
     Raises:
-        DataError: If nothing would remain on one side; it calls the data `where`.
+        DataError: If one side would be empty; the message calls the data `where`.
 
     Example:
         >>> holdout_count(0.25, 10, "data"), holdout_count(3, 10, "data")

@@ -2,12 +2,12 @@
 
 `create_loaders` opens the data (`splits.py`) and sends its images through the transforms that the model expects
 (`transforms.py`). Without data it takes scikit-learn's handwritten digits: 1797 real scans of 8 x 8 pixels that come
-with its wheel. Their pixels 0..16 are divided by 16, enlarged bilinearly by a whole factor (4 by default: 32 x 32,
-what a small timm network takes with its stem's strides), and normalized with `MEAN` and `STD`, measured on the pixels
-of the default training split.
+with the package. Pixels, 0..16, are divided by 16, enlarged bilinearly by a whole factor (4 by default: 32 x 32 is
+large enough for the strides of a small timm network), and normalized with `MEAN` and `STD`, which were measured on the
+pixels of the default training split.
 
-`answered_by` makes labels where there are none: what a model answers for each image, so that other models can be
-measured against it.
+`answered_by` gives images without labels the class that a model predicts, so that other models can be measured against
+this model.
 
 Source of the digits: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits (1998), UCI machine learning
 repository.
@@ -35,9 +35,9 @@ from daqconvert.models import evaluating
 
 Images = Dataset[Any]
 
-# of the digits
-SIDE = 8  # of a scan
-DIGITS_SIZE = 32  # of an image, where nothing asks for another
+# numbers of the digits
+SIDE = 8  # pixels of a scan
+DIGITS_SIZE = 32  # pixels of an image, unless the user or the model asks for another size
 HELD_OUT = 450
 MEAN, STD = 0.305, 0.324
 
@@ -98,7 +98,7 @@ def create_loaders(
         augment: Whether training images are cropped and mirrored at random (the digits never are); an `Augmentation`
             says what else they go through.
         calibration_images: Number of training images to calibrate with.
-        num_workers: Number of processes that decode.
+        num_workers: Number of processes that decode images.
         seed: Seed of the order, of the choice of calibration images and of the images that are held out.
         options: Passed on to `open_splits`: `holdout`, `data_root`, `download`, `num_classes`, `val`.
 
@@ -198,7 +198,7 @@ class Transformed(Dataset[tuple[Any, int]]):
 
 
 def _digits(config: InputConfig, side: int | None, seed: int) -> tuple[Images, Images, Images, dict[str, Any]]:
-    """Return the digits in the same form."""
+    """Return what `_images` returns, for the digits."""
     channels, height, _ = config.input_size
     side = side or (height if config.fixed_size else DIGITS_SIZE)
     found = load_digits(side, channels, seed=seed)
@@ -215,7 +215,7 @@ def _digits(config: InputConfig, side: int | None, seed: int) -> tuple[Images, I
 
 @dataclass(frozen=True)
 class Digits:
-    """The two splits: images `(N, channels, size, size)` float32, labels `(N,)` int64, and their rows in the table."""
+    """The two splits: images `(N, channels, size, size)` float32, labels `(N,)` int64, and row numbers."""
 
     train_images: Tensor
     train_labels: Tensor
@@ -228,7 +228,8 @@ class Digits:
 def load_digits(size: int = 32, channels: int = 1, held_out: int = HELD_OUT, seed: int = 0) -> Digits:
     """Return the digits, split by a seeded choice that keeps the share of every class.
 
-    The side of the images, `size`, is a multiple of 8. A network that takes colour gets several equal `channels`.
+    The side of the images, `size`, is a multiple of 8. For a network that takes colour, `channels` is the number of
+    equal copies.
 
     Raises:
         DataError: If scikit-learn is missing or the size is no multiple of 8.
@@ -255,10 +256,10 @@ def load_digits(size: int = 32, channels: int = 1, held_out: int = HELD_OUT, see
 
 
 def answered_by(model: nn.Module, loaders: Loaders) -> Loaders:
-    """Return loaders whose `val` has a model's answers as labels; unchanged if its images have labels already.
+    """Return loaders whose `val` has a model's predictions as labels; if it has labels already, the same loaders.
 
     Args:
-        model: Model that answers with logits `(N, C)`.
+        model: Model that returns logits `(N, C)`.
         loaders: Loaders from `create_loaders`.
 
     Example:
@@ -282,7 +283,7 @@ def answered_by(model: nn.Module, loaders: Loaders) -> Loaders:
 
 
 class Answered(Dataset[tuple[Any, int]]):
-    """The images of a data set with a model's answers, `(N,)` int64, as labels."""
+    """The images of a data set, with a model's predicted classes, `(N,)` int64, as labels."""
 
     def __init__(self, images: Dataset[Any], answers: Tensor) -> None:
         self.images = images

@@ -21,7 +21,7 @@ class InputConfig:
     Attributes:
         input_size: `(channels, height, width)`.
         mean: Subtracted from pixel values in 0..1, per channel.
-        std: Divides them afterwards, per channel.
+        std: Divides the pixel values afterwards, per channel.
         interpolation: timm's word for the filter that resizes, such as `"bilinear"` or `"bicubic"`.
         crop_pct: Share of the resized image's side that evaluation keeps.
         fixed_size: Whether the model takes only images of this size.
@@ -58,7 +58,7 @@ def input_config(model: nn.Module, source: str | Source | None = None) -> InputC
     transforms = models.get_model_weights(source.name).DEFAULT.transforms()
     crop, resize = getattr(transforms, "crop_size", None), getattr(transforms, "resize_size", None)
     if not crop or not resize:
-        return None  # detection and segmentation
+        return None  # a model for detection or segmentation
     mean, std = tuple(transforms.mean), tuple(transforms.std)
     size = (3, crop[0], crop[0])
     return InputConfig(size, mean, std, transforms.interpolation.value, crop[0] / resize[0])

@@ -1,6 +1,6 @@
 """Images in a parquet file: a column `image` of encoded bytes (JPEG, PNG, ...) and an integer column `label`.
 
-Rows are numbered from 0 over the whole file, whatever part of it is read. Class names are read from the schema's
+Rows are numbered from 0 over the whole file, also if only a part of it is read. Class names are read from the schema's
 metadata entry `classes` (comma separated) where there is one.
 """
 
@@ -28,12 +28,12 @@ class ParquetImages(Dataset[tuple[Any, int]]):
         transform: Called with each `PIL.Image` (in its own mode); None returns the image.
         start: First row.
         stop: One past the last row; None for the end of the file.
-        cache: Whether to decode all rows at once into one uint8 tensor `(rows, H, W, 3)`, which is read later.
+        cache: Whether to decode all rows now, into one uint8 tensor `(rows, H, W, 3)` that later reads use.
 
     Attributes:
         labels: int64 tensor `(rows,)`.
         class_names: Names from the metadata, or None.
-        num_classes: Number of names, or largest label of the whole file plus one.
+        num_classes: Number of class names; without them, the largest label of the whole file plus one.
 
     Raises:
         DataError: If the file is missing, damaged, lacks a column or holds an impossible label.

@@ -60,8 +60,8 @@ def open_splits(
 
     Args:
         data: A folder with `train/` and `val/` (or `validation/`), each with a folder of images per class; a folder
-            of such class folders; a folder of images alone, without labels; a `.parquet` file; or a name such as
-            `torch/NAME` or `hfds/NAME`.
+            that holds such class folders itself; a folder of images alone, without labels; a `.parquet` file; or a
+            name such as `torch/NAME` or `hfds/NAME`.
         holdout: Share (below 1) or number of the images of one folder or parquet file that are kept for evaluation;
             None for a tenth. Of a parquet file these are the last rows, of a folder a seeded choice from every class.
         seed: Seed of that choice.
@@ -69,7 +69,7 @@ def open_splits(
         download: Whether a timm data set may be downloaded.
         num_classes: Number of classes, if the data does not say it.
         val: Other data to evaluate on, all of it: a folder of class folders or of images alone, or a parquet file.
-            All of `data` is trained on then.
+            In that case all of `data` is trained on.
 
     Raises:
         DataError: If there is no such data, a split is missing, or a class is empty.
@@ -102,7 +102,7 @@ def _open_flat(path: Path, holdout: float | int | None, seed: int) -> Splits:
 
 
 def _open_two(data: Path, val: Path, holdout: float | int | None) -> Splits:
-    """Open all of one place for training and all of another for evaluation."""
+    """Open all images of `data` for training and all images of `val` for evaluation."""
     if holdout is not None:
         raise DataError(f"{val}: is what is evaluated on, so nothing of {data} is held out. Leave holdout out.")
     train, classes, names = _whole(data)

@@ -1,7 +1,7 @@
 """From a PIL image to what a network takes: a float32 tensor `(channels, height, width)`, normalized.
 
-Large images go through timm's own transforms; small ones (at most `SMALL` pixels a side, as CIFAR's) through a random
-crop after padding by an eighth (4 pixels at 32) and a flip, as the paper trains, and then through the rest of timm's.
+Large images go through timm's own transforms. Small ones (at most `SMALL` pixels a side, such as CIFAR's) are padded
+by an eighth (4 pixels at 32), cropped at random and flipped, as in the paper's training; the rest is timm's again.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def image_transform(
 ) -> Callable[[Any], Any]:
     """Return the transform from a `PIL.Image` to a normalized tensor of `config.input_size`.
 
-    With `train` it augments: it crops, mirrors if `flip` allows it, and does `more`. `small` says of which kind the
-    images are.
+    With `train` it augments: it crops, mirrors if `flip` allows it, and does `more`. `small` says whether the images
+    are small, as described at the top of this file.
 
     Raises:
         DataError: If timm does not know the automatic augmentation.
@@ -92,7 +92,7 @@ def _timm_training(config: InputConfig, flip: bool, more: Augmentation) -> tuple
             "rand-m9-mstd0.5, augmix-m3-w3, original, v0 or 3a."
         ) from None
     primary, secondary, final = found
-    if more.color_jitter:  # timm leaves it out where there is an automatic augmentation
+    if more.color_jitter:  # timm has no color jitter together with an automatic augmentation
         secondary.transforms.append(transforms.ColorJitter(*(more.color_jitter,) * 3))
     return primary, secondary, final
 

@@ -80,7 +80,7 @@ def time_in_turns(
         threads: Threads of one contender.
         rounds: Number of turns of each contender.
         repeats: Number of timed calls in a turn.
-        warmup: Number of calls at the start of each turn that are not timed: caches hold another contender's tensors.
+        warmup: Number of calls before them that are not timed, because caches hold another contender's tensors.
         tick: Called with a contender's name when it is opened and after each of its turns.
 
     Raises:
