@@ -2,8 +2,8 @@
 
 A source is `timm:NAME`, `torchvision:NAME`, `hf-hub:ORG/NAME` (through timm) or `module:function`; a bare name is a
 timm name. An import path runs code, so it is imported only when a user types it, and only `timm:` and `torchvision:`
-sources may stand in an artifact (`Source.is_trusted_name`). Nothing here uses the network unless `pretrained=True` is
-asked for.
+sources may be named in an artifact (`Source.is_trusted_name`). Nothing here uses the network unless it is called with
+`pretrained=True`.
 
 Weights are read from safetensors, or from torch files that hold tensors only: no pickled code is ever run.
 """
@@ -38,7 +38,7 @@ class Source:
 
     Attributes:
         kind: `"timm"`, `"torchvision"`, `"hf-hub"` or `"import"`.
-        name: The name there; for `"import"` the path `module:function`.
+        name: Name of the model within its kind; for `"import"` the path `module:function`.
     """
 
     kind: str
@@ -46,7 +46,7 @@ class Source:
 
     @property
     def is_trusted_name(self) -> bool:
-        """Whether building it runs nothing but timm's or torchvision's code, without a download."""
+        """Whether building the model runs only code of timm or torchvision, without a download."""
         return self.kind in ("timm", "torchvision")
 
     def __str__(self) -> str:
@@ -57,7 +57,7 @@ def parse_source(text: str | Source) -> Source:
     """Return the `Source` that a string names; nothing is imported or looked up.
 
     Raises:
-        ConversionError: If the string has none of these forms.
+        ConversionError: If the string has none of the forms of a source.
 
     Example:
         >>> parse_source("resnet18"), parse_source("torchvision:resnet18").is_trusted_name
@@ -102,7 +102,7 @@ def build_model(
     source = parse_source(source)
     builder = {"timm": _build_timm, "hf-hub": _build_timm, "torchvision": _build_torchvision, "import": _build_import}
     with warnings.catch_warnings():
-        # GoogLeNet and Inception announce a future default of their random start here; the user need not hear of it.
+        # GoogLeNet and Inception warn that their default initialization will change, which does not concern users.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*default weight initialization.*")
         model = builder[source.kind](source, pretrained, kwargs)
     if checkpoint is not None:
@@ -152,7 +152,7 @@ def _unknown(source: Source, name: str, valid: list[str], other: str) -> str:
 def _call(build: Callable[[], nn.Module], source: Source, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
     try:
         return build()
-    except Exception as error:  # download stacks raise many types, all of them the same to the user
+    except Exception as error:  # downloads raise errors of many types, which mean the same to the user
         what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
         if pretrained and not isinstance(error, TypeError):
             raise ConversionError(
@@ -212,7 +212,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
 
     The file is safetensors, or a torch file that holds tensors only. What training scripts wrap around a state dict is
     taken off: an entry `state_dict` or `model`, and `module.` before every name. `num_batches_tracked` may be missing,
-    for no forward in evaluation reads it.
+    because no forward in evaluation mode reads it.
 
     Raises:
         ConversionError: If the file is missing or damaged, or its names and shapes are not the model's.

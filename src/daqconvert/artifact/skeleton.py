@@ -35,7 +35,7 @@ def fit(skeleton: nn.Module, manifest: Manifest, where: str) -> nn.Module:
 
     Raises:
         ArtifactError: If a layer, shape, dtype or number of bits differs; the message begins with `where` and names
-        it.
+            it.
     """
     rows = manifest.plan.converted
     if type(skeleton).__name__ != manifest.model and "" not in (row.name for row in rows):

@@ -49,7 +49,7 @@ def open_folder(
 
 
 def open_classes(path: Path, classes: Sequence[str] | None = None) -> Folder:
-    """Return all images of a folder of class folders; `classes` are the numbered names if another folder decides them.
+    """Return all images of a folder of class folders; `classes` gives their order if another folder decides it.
 
     Raises:
         DataError: If a class is empty or there are no images.

@@ -1,6 +1,6 @@
 """Images in a parquet file: a column `image` of encoded bytes (JPEG, PNG, ...) and an integer column `label`.
 
-Rows are numbered from 0 over the whole file, also if only a part of it is read. Class names are read from the schema's
+Rows are numbered from 0 over the whole file, even if only a part of it is read. Class names are read from the schema's
 metadata entry `classes` (comma separated) where there is one.
 """
 

@@ -60,7 +60,7 @@ def open_splits(
 
     Args:
         data: A folder with `train/` and `val/` (or `validation/`), each with a folder of images per class; a folder
-            that holds such class folders itself; a folder of images alone, without labels; a `.parquet` file; or a
+            that directly holds such class folders; a folder of images alone, without labels; a `.parquet` file; or a
             name such as `torch/NAME` or `hfds/NAME`.
         holdout: Share (below 1) or number of the images of one folder or parquet file that are kept for evaluation;
             None for a tenth. Of a parquet file these are the last rows, of a folder a seeded choice from every class.

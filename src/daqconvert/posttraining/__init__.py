@@ -1,8 +1,9 @@
-"""What improves a quantized model without labels and without training it as a whole: GPTQ, blocks, batch norms.
+"""Improving a quantized model without labels and without training it as a whole: GPTQ, blocks, batch norms.
 
 `choose_codes` (GPTQ) and `reconstruct` (block reconstruction) take a calibrated model, some batches of inputs and the
-names of its blocks, change the model in place and say of each layer or block what became of its error. `reestimate`
-takes the statistics of batch norms anew. `parameter_sizes` and `step_in_sizes` are for optimizers, in training too.
+names of its blocks, change the model in place and return the error of each layer or block before and after.
+`reestimate` replaces the running statistics of batch norms. `parameter_sizes` and `step_in_sizes` let an optimizer
+step in units of each parameter's size; training uses them as well.
 """
 
 from daqconvert.posttraining.blocks import block_names

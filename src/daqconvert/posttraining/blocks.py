@@ -1,9 +1,9 @@
-"""The blocks of a quantized model: their names, their order in a forward, what they are called with and return.
+"""The blocks of a quantized model: their names, their order in a forward, their inputs and outputs.
 
 A block is an innermost module that holds two quantized layers or more, such as a residual block, an inverted residual,
 an attention or an MLP. A block and the batch norms that follow it are a *stage*. The inputs of a stage are recorded by
-forwards that end there; where all that it is called with is the output of the stage before, that output is carried on
-and no forward is needed.
+forwards that end there. If the only input of a stage is the output of the stage before, that output is carried on and
+no forward is needed.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 def block_names(model: nn.Module) -> list[str]:
     """Return the names of a quantized model's blocks and of the layers between them, in the model's order.
 
-    The first and the last quantized layer are left out where they are in no block: the first one sees what the float
-    model's sees, and what the last one returns are the logits.
+    The first and the last quantized layer are left out unless they are in a block: the first gets the same input as in
+    the float model, and the last returns the logits.
 
     Args:
         model: A model from `quantize`.
@@ -59,13 +59,13 @@ def block_names(model: nn.Module) -> list[str]:
 
 @dataclass
 class Stage:
-    """A block as the first forward shows it, with the batch norms that follow it.
+    """A block, as the first forward shows it, and the batch norms that follow it.
 
     Attributes:
-        names: Names of the modules; what one returns is all that the next one is called with.
+        names: Names of the modules; the output of each is the only input of the next.
         chained: Whether the only input of the first module is the tensor that the stage before this one returned.
         calls: How often one forward calls the first module.
-        tensor: Whether the last module returns one tensor of floating point.
+        tensor: Whether the last module returns one floating-point tensor.
     """
 
     names: list[str]
@@ -130,11 +130,11 @@ class _Order:
 
 
 class BlockFlow:
-    """What a model, in evaluation mode, calls one stage after another with, and what these return.
+    """The inputs and outputs of one stage after another, in a model in evaluation mode.
 
     Attributes:
         block: The stage that was reached last, as a module.
-        calls: What it is called with, one entry per batch.
+        calls: Arguments that this stage is called with, one entry per batch.
     """
 
     def __init__(self, model: nn.Module, batches: list[Any]) -> None:
@@ -143,7 +143,7 @@ class BlockFlow:
         self.calls: list[Call] = []
 
     def reach(self, stage: Stage, given: list[Tensor] | None) -> None:
-        """Go on to the next stage; `given` is what the stage before it returns now, if that is all that it takes."""
+        """Go on to the next stage; `given` are the present outputs of the stage before, if it takes nothing else."""
         self.block = stage.module(self.model)
         self._first = self.model.get_submodule(stage.names[0])
         self.calls = [((tensor,), {}) for tensor in given] if given is not None else self._record()
@@ -171,7 +171,7 @@ class BlockFlow:
 
 
 def copied(call: Call) -> Call:
-    """Return a call with copies of its tensors: some blocks change their input in place, and it is used again."""
+    """Return a call with copies of its tensors: some blocks change their input in place, and calls are used again."""
     found: Call = tree_map_only(Tensor, torch.clone, call)
     return found
 
@@ -190,9 +190,10 @@ def rows_of(call: Call, rows: Tensor) -> Call:
 
 
 def treats_rows_alone(block: nn.Module, call: Call, target: Tensor) -> bool:
-    """Return whether a float block computes for some rows of a call what it computed for them in the whole: `target`.
+    """Return whether a float block treats rows alone: called with some rows, it returns these rows of `target`.
 
-    It does not where the first dimension is not that of the samples, or where something else has to fit the batch.
+    `target` is the block's output for the whole call. A block does not treat rows alone if the first dimension is not
+    that of the samples, or if something else in the block depends on the size of the batch.
 
     Example:
         >>> x = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))

@@ -1,17 +1,18 @@
-"""GPTQ: weights get the codes with which a layer's outputs stay what they were, not the nearest ones.
+"""GPTQ: weights get the codes that change a layer's output least, not the nearest ones.
 
 Rounding to the nearest level minimizes the error of the weight. What matters is the error of the layer's output, where
-the errors of many weights add up or cancel, as their inputs are correlated. For a weight `W` and inputs `X`, columns
-side by side, as the quantized layers before it and their quantizers give them,
+the errors of many weights add up or cancel, because their inputs are correlated. For a weight `W` and inputs `X`, one
+in each column, as they come from the quantized layers before and the layer's input quantizer,
 
     minimize  || Q X - W X ||^2   over weights Q on the grid
 
-for which the second moments `X X^T` of a few hundred images are enough: no labels, no gradients, no epochs.
+This needs only the second moments `X X^T` of a few hundred images: no labels, no gradients, no epochs.
 
-`choose_codes` goes through a model in the order of a forward, so that inputs are what the layers before give with the
-levels already chosen for them. Layers of one block are treated together: one forward of each batch, which ends at the
-last of them, collects the inputs of all. `columns` gives the columns `X` of one layer, `second_order_levels` solves
-for its levels. Tensors there are `(G, ...)`: a grouped layer is `G` small problems, a layer without groups is one.
+`choose_codes` goes through a model in the order of a forward, so that the inputs of a layer come from layers whose
+levels are already chosen. Layers of one block are treated together: one forward of each batch, which ends at the last
+of these layers, collects the inputs of all. `columns` gives the columns `X` of one layer, `second_order_levels` solves
+for its levels. In these two, tensors are `(G, ...)`: a grouped layer is `G` small problems, a layer without groups is
+one.
 
 Reference: "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (Frantar, Ashkboos,
 Hoefler, Alistarh, ICLR 2023), https://arxiv.org/abs/2210.17323.
@@ -42,15 +43,15 @@ from daqconvert.report.fits import Fitted
 from daqconvert.report.progress import progress
 
 DAMPING = 0.01  # as in the reference
-MOST_INPUTS = 8192  # of one output: second moments are the square of it
-MOST_POSITIONS = 256  # of one image; neighbours say nearly the same, and the time goes with their number
-BLOCK = 128  # columns whose errors are carried on at once: one product with a large matrix instead of many with rows
+MOST_INPUTS = 8192  # of one output; the second moments have this number squared
+MOST_POSITIONS = 256  # of one image; neighbours are nearly equal, and the time grows with the number
+BLOCK = 128  # columns whose errors are passed on together: one product of large matrices instead of many small ones
 TINY = 1e-10
 
 
 @torch.no_grad()
 def choose_codes(model: nn.Module, batches: list[Any], blocks: list[str], *, show: bool = True) -> list[Fitted]:
-    """Set the weights of a quantized model, in place, to levels with which its layers' outputs stay what they were.
+    """Set the weights of a quantized model, in place, to the levels that change its layers' outputs least.
 
     Some layers keep their nearest levels: those whose grid has no fixed scale (normalized weights, LSQ), transposed
     and 3-D convolutions, and those whose weight is shared, computed, or depends on the data.
@@ -92,7 +93,7 @@ def choose_codes(model: nn.Module, batches: list[Any], blocks: list[str], *, sho
 
 
 def _choose(site: QuantizedLayer, name: str, moments: Tensor) -> Fitted:
-    """Set the weight of one layer to the better of two choices; `moments` are the second moments of its inputs."""
+    """Set a layer's weight to its GPTQ levels if they err less than the nearest; `moments` are those of its inputs."""
     quantizer = site.weight_quantizer
     assert isinstance(quantizer, WeightQuantizer)
     moments = moments.cpu() if moments.device.type == "mps" else moments  # MPS has no float64
@@ -116,7 +117,7 @@ def _nearest(scaled: Tensor, quantizer: WeightQuantizer) -> Tensor:
 
 
 def _stage(blocks: list[str], name: str) -> str:
-    """Return the block that a layer is in, its own name where it is in none."""
+    """Return the name of the block that a layer is in, or its own name if it is in none."""
     return next((block for block in blocks if name == block or name.startswith(f"{block}.")), name)
 
 
@@ -178,14 +179,14 @@ def _why_not(site: Any, weight: Tensor | None, operation: Operation) -> str:
 
 
 class _Inputs(Watcher):
-    """Adds up the second moments of layers' inputs; it ends each forward at the last of `left` calls."""
+    """Adds up the second moments of layers' inputs; ends a forward when `left`, the number of calls to come, is 0."""
 
     def __init__(self) -> None:
         self.found: dict[nn.Module, Tensor] = {}
         self.left = 0
 
     def before(self, site: Any, x: Tensor, weight: Tensor | None, operation: Operation) -> Tensor:
-        """Add the moments of one call; end the forward where it was the last."""
+        """Add the moments of one call; end the forward if that was the last call."""
         assert weight is not None
         quantizer = site.input_quantizer
         grid = x if quantizer is None else quantizer(x) * quantizer.scale()
@@ -200,7 +201,8 @@ class _Inputs(Watcher):
 def _gather(model: nn.Module, batches: Iterable[Any], names: list[str], calls: int) -> dict[str, Tensor]:
     """Return `X X^T` of the layers `names`, shape `(G, K, K)`, with inputs as their quantizers give them.
 
-    One forward calls these layers `calls` times, all together. They compute in float, the layers before them do not.
+    One forward calls these layers `calls` times, all together. They compute in float; the layers before them are
+    quantized.
     """
     inputs, sites = _Inputs(), quantized_sites(model)
     with ExitStack() as stack:
@@ -224,8 +226,8 @@ def has_columns(operation: Operation) -> bool:
 def columns(operation: Operation, x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return the columns of an input `x` that a weight of this shape is multiplied with, at evenly spaced positions.
 
-    Their shape is `(G, K, P)`: groups, inputs of an output, positions of all images. The operation is one of which
-    `has_columns` is true.
+    Their shape is `(G, K, P)`: groups, inputs of an output, positions of all images. `has_columns` must be true of the
+    operation.
 
     Example:
         >>> x = torch.arange(8.0).reshape(2, 4)
@@ -268,7 +270,7 @@ def second_moments(columns: Tensor) -> Tensor:
 def second_order_levels(
     weight: Tensor, moments: Tensor, scale: Tensor, nearest: Callable[[Tensor], Tensor], damping: float
 ) -> Tensor:
-    """Return operands `Q`, in float64, with which `Q * scale` multiplies `X` nearly as `weight` does.
+    """Return operands `Q`, in float64, for which `(Q * scale) X` is close to `weight X`.
 
     Column after column is rounded, the one with the largest input first, and all columns that are not yet rounded make
     up for its error: `w_j -= (w_i - q_i) U_ij / U_ii`, where `U^T U = (X X^T + d I)^-1` (equation 3 of the reference;
@@ -321,5 +323,5 @@ def _power(weight: Tensor, moments: Tensor) -> float:
 
 
 def _ridge(moments: Tensor, damping: float) -> Tensor:
-    mean = moments.diagonal(dim1=1, dim2=2).mean(dim=1).clamp(min=TINY)  # so that a group without inputs can be solved
+    mean = moments.diagonal(dim1=1, dim2=2).mean(dim=1).clamp(min=TINY)  # a group whose inputs are all 0 can be solved
     return damping * mean[:, None, None] * torch.eye(moments.shape[1], dtype=moments.dtype, device=moments.device)

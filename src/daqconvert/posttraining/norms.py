@@ -1,7 +1,7 @@
-"""Batch norms: their running statistics are estimated anew for the weights as they are.
+"""The running statistics of batch norms, estimated again for the present weights.
 
-A running statistic is a moving average over training steps, each with other weights; of the model as it is it may say
-little. The mean over some batches that pass today's weights, every batch with equal weight, describes this model.
+A running statistic is a moving average over training steps, each of which had other weights. So it may not fit the
+present model. The mean over some batches that all pass the present weights, each batch counted equally, does.
 
 Source: "Rethinking 'Batch' in BatchNorm" (Wu, Johnson, 2021), https://arxiv.org/abs/2105.07576, section 3 (PreciseBN).
 """
@@ -30,13 +30,13 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
 
 @torch.no_grad()
 def reestimate(model: nn.Module, batches: Any, autocast: Any = torch.enable_grad) -> None:
-    """Replace the running statistics of all batch norms by the mean over some batches of the batches' statistics.
+    """Replace the running statistics of all batch norms by the mean of the statistics of some batches.
 
     All other modules are in evaluation mode meanwhile, so there is no dropout.
 
     Args:
-        model: Any model; its modules have their modes back afterwards.
-        batches: Inputs, for each batch positional and keyword arguments.
+        model: Any model; afterwards its modules are in the modes that they had.
+        batches: Pairs `(args, kwargs)`, one for each batch.
         autocast: Function that makes the context of a forward.
 
     Example:
@@ -61,6 +61,6 @@ def reestimate(model: nn.Module, batches: Any, autocast: Any = torch.enable_grad
 
 
 def _eager(model: nn.Module) -> AbstractContextManager[Any]:
-    """Return a context in which a compiled model runs eagerly: equal weights need a count, which breaks its graph."""
+    """Return a context in which a compiled model runs eagerly: batch norms that count batches break its graph."""
     compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules())
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

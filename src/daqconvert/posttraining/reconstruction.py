@@ -1,17 +1,17 @@
-"""Block reconstruction: block after block learns to return what it returned in float, from the inputs it will get.
+"""Block reconstruction: each block learns to return what it returns in the float model, one block after another.
 
     minimize  || B_q(x_q) - B(x) ||^2 / || B(x) ||^2   over the parameters of one block
 
-where `x` is what the float network gives the block `B`, and `x_q` what the quantized blocks before it give. What a few
-hundred images teach a whole network by its logits is soon learned by heart; a block's outputs are thousands of numbers
-for every image, and with the blocks before it finished, a block does not run after inputs that move.
+where `x` is what the float network gives the block `B`, and `x_q` what the quantized blocks before it give. A whole
+network that learns from the logits of a few hundred images soon overfits. The outputs of a block are thousands of
+numbers for every image, and because the blocks before it are finished, its inputs do not change while it learns.
 
 `reconstruct` goes through the blocks in the order in which a forward reaches them; `fit` trains one, by steps of Adam
 in units of each parameter's own size (`sizes.py`).
 
 Reference: "BRECQ: Pushing the Limit of Post-Training Quantization by Block Reconstruction" (Li et al., ICLR 2021),
-https://arxiv.org/abs/2102.05426, section 3.2 and algorithm 1, with the squared error for its Fisher-weighted one, and
-with weights that move freely under the gradient of their rounding instead of up or down.
+https://arxiv.org/abs/2102.05426, section 3.2 and algorithm 1, with the squared error instead of the Fisher-weighted
+one, and with weights that follow the gradient of their rounding instead of a learned choice of up or down.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ from daqconvert.quantizers import WeightQuantizer
 from daqconvert.report.fits import Fitted
 from daqconvert.report.progress import progress
 
-RATE = 0.02  # of a parameter's size, for each step
-VALUES = 1 << 19  # of a block's output in one step: many images where they are small, few where they are large
+RATE = 0.02  # learning rate, in units of each parameter's size
+VALUES = 1 << 19  # of a block's output in one step: many images if its output is small, few if it is large
 
 
 def reconstruct(
@@ -56,8 +56,9 @@ def reconstruct(
 ) -> list[Fitted]:  # fmt: skip
     """Train blocks of a quantized model, in place, to return what those of a float model return.
 
-    The batch norms of a block take their statistics anew first. One block's inputs and outputs are held for all
-    batches. Blocks that a forward calls more than once, or that do not return one tensor, stay as they are.
+    First the running statistics of a block's batch norms are estimated again. The inputs and outputs of one block at a
+    time are held in memory, for all batches. Blocks that a forward calls more than once, or that do not return one
+    tensor, stay as they are.
 
     Args:
         model: A calibrated model from `quantize`.
@@ -70,8 +71,8 @@ def reconstruct(
         show: Whether to show progress.
 
     Returns:
-        One entry for each block that a forward reaches, in that order; both errors are those with new statistics of
-        its batch norms. `left_alone` says why a block stays as it is.
+        One entry for each block that a forward reaches, in that order; both errors are measured with the new
+        statistics of its batch norms. `left_alone` says why a block stays as it is.
 
     Example:
         >>> from daqconvert.models import float_copy
@@ -147,7 +148,7 @@ class Examples:
     whole: bool
 
     def draw(self, generator: torch.Generator) -> tuple[Call, Tensor]:
-        """Return one batch, or as many of its rows as give `VALUES` values, two at least."""
+        """Return one batch, or as many of its rows, but at least two, as give `VALUES` values."""
         index = int(torch.randint(len(self.calls), (), generator=generator))
         call, target = self.calls[index], self.targets[index]
         count = len(target) if self.whole else max(2, VALUES // max(1, target[0].numel()))
@@ -170,9 +171,9 @@ def fit(
     block: nn.Module, examples: Examples, trained: list[nn.Parameter], steps: int, generator: torch.Generator,
     advance: Callable[[], None],
 ) -> tuple[float, float]:  # fmt: skip
-    """Train parameters of a block, in place, to return the targets; give the error over all examples before and after.
+    """Train parameters of a block, in place, to return the targets; return the error on all examples before and after.
 
-    Where the error does not fall, the parameters stay as they were. The block is in evaluation mode; the rate falls
+    If the error does not fall, the parameters stay as they were. The block is in evaluation mode; the rate falls
     from `RATE` to 0 as a cosine; `generator` draws the examples; `advance` is called at every step.
     """
     before = examples.error(block)
@@ -204,10 +205,10 @@ def fit(
 
 @torch.no_grad()
 def _settle(block: nn.Module, trained: list[nn.Parameter]) -> None:
-    """Put trained weights on the levels that they have, which changes nothing that the block returns.
+    """Move trained weights to the levels that they are rounded to, which does not change what the block returns.
 
-    Training leaves many of them right between two levels, where every step pushes them to the other one. Without this,
-    the smallest step of the training that follows would draw their levels anew.
+    Training leaves many weights halfway between two levels, where every step pushes them to the other level. If they
+    stayed there, even the smallest step of the training that follows would change their levels.
 
     Reference: "Overcoming Oscillations in Quantization-Aware Training" (Nagel et al., ICML 2022), section 3.
     """
@@ -218,7 +219,7 @@ def _settle(block: nn.Module, trained: list[nn.Parameter]) -> None:
 
 
 def _on_levels(weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
-    """Return a weight on its levels, in its own units; a normalized one as it is: its levels would move with it."""
+    """Return a weight moved to its levels; a normalized weight as it is, because its levels would move with it."""
     if quantizer.normalize:
         return weight
     layout, scale = quantizer.layout, torch.as_tensor(quantizer.scale())

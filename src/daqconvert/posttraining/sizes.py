@@ -1,7 +1,7 @@
 """How large a parameter is, so that a step can be a share of it.
 
-Channels of one layer may differ a thousandfold in size where a batch norm follows; a rate that is one number for all
-of them destroys the small ones or leaves the large ones where they are.
+Channels of one layer may differ a thousandfold in size if a batch norm follows. A learning rate that is one number for
+all of them destroys the small channels or leaves the large ones almost unchanged.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from daqconvert.quantizers import WeightQuantizer
 from daqconvert.quantizers.base import Quantizer
 from daqconvert.quantizers.starting import normal_clip
 
-SHARE = 0.1  # of a value, which is its size
+SHARE = 0.1  # size of a parameter that is no quantized weight, as a share of its value
 
 
 def quantized_weights(model: nn.Module) -> Iterator[tuple[nn.Parameter, WeightQuantizer]]:
@@ -42,9 +42,9 @@ def bounds_and_scales(model: nn.Module) -> set[nn.Parameter]:
 def parameter_sizes(model: nn.Module) -> dict[nn.Parameter, Tensor]:
     """Return how large each parameter is, as a tensor that broadcasts against the parameter.
 
-    The size of a quantized weight is about the distance of two levels, per channel if its bounds are; that of bounds,
-    LSQ's steps and output scales is a tenth of each value; that of anything else a tenth of its root mean square, or
-    0.1 where it is all 0.
+    The size of a quantized weight is about the distance of two levels, for each channel if its bounds are per channel.
+    The size of bounds, LSQ's steps and output scales is a tenth of each value. The size of anything else is a tenth of
+    its root mean square, or 0.1 if it is all 0.
 
     Args:
         model: A quantized model, or a part of one.
@@ -79,10 +79,11 @@ def _level_distance(weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
 
 @torch.no_grad()
 def step_in_sizes(optimizer: torch.optim.Optimizer, sizes: dict[nn.Parameter, Tensor]) -> None:
-    """Let an optimizer take a step, but move each parameter by that many of its sizes instead.
+    """Let an optimizer take a step, with the change of each parameter multiplied by the parameter's size.
 
     Args:
-        optimizer: An optimizer whose steps do not depend on the size of the gradient, such as Adam; it has gradients.
+        optimizer: An optimizer whose steps do not depend on the size of the gradient, such as Adam; its
+            parameters have gradients.
         sizes: Size of each of its parameters, from `parameter_sizes`.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
