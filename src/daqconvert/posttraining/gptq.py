@@ -323,5 +323,5 @@ def _power(weight: Tensor, moments: Tensor) -> float:
 
 
 def _ridge(moments: Tensor, damping: float) -> Tensor:
-    mean = moments.diagonal(dim1=1, dim2=2).mean(dim=1).clamp(min=TINY)  # a group whose inputs are all 0 can be solved
+    mean = moments.diagonal(dim1=1, dim2=2).mean(dim=1).clamp(min=TINY)  # so that zero inputs can be solved
     return damping * mean[:, None, None] * torch.eye(moments.shape[1], dtype=moments.dtype, device=moments.device)

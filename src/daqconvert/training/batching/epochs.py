@@ -1,11 +1,12 @@
 """Epochs over a loader whose n-th batch is a function of (seed, epoch, n), shared out to the processes of a run.
 
-A `DataLoader` over a data set with indices is read through one of our own, `SeededLoader`: there every sample is a
-function of (seed, epoch, index), whatever `num_workers`, and batches that are skipped are not loaded. Anything else
-that gives batches is read as it is, with the random state set before each of them; batches that are skipped are read.
+A `DataLoader` over a data set with indices is read through a `SeededLoader`: every sample is a function of (seed,
+epoch, index), whatever `num_workers`, and batches that are skipped are not loaded. Any other loader is read as it is,
+with the random state set before each batch; there, batches that are skipped are read as well.
 
-Process `r` of `n` takes batch `r` of every `n` in a row; where the last ones are fewer some processes take one of
-theirs twice, so that all take as many steps. A loader that was shared out before is not again.
+Process `r` of `n` takes batch `r` of every `n` in a row. If fewer than `n` remain at the end, some batches are taken
+again, so that all processes take as many steps. A loader that is shared out already is not shared out
+again.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ class Epochs:
     Args:
         loader: The user's loader; read, never changed.
         seed: Seed of the run.
-        index: Number of this process.
+        index: Number of this process, from 0.
         count: Number of processes.
-        even: Whether all processes get the same number of batches, some batches twice; else each is read once.
+        even: Whether all processes get the same number of batches, some of them twice; else each batch is read once.
 
     Example:
         >>> epochs = Epochs([0, 1, 2], seed=0, index=1, count=2)
@@ -69,7 +70,7 @@ class Epochs:
             yield from self._share(group, index, count)
 
     def _share(self, batches: list[Any], index: int, count: int) -> list[Any]:
-        """Return the batches that one process takes of some batches in a row."""
+        """Return those of some batches in a row that one process takes."""
         if not self.even:
             return batches[index::count]
         return [batches[(first + index) % len(batches)] for first in range(0, len(batches), count)]
@@ -99,7 +100,7 @@ def is_shared(loader: Any) -> bool:
 
 
 def can_be_seeded(loader: Any) -> bool:
-    """Return whether a loader is a plain `DataLoader` over a data set with indices, which decide all that it gives."""
+    """Return whether a loader is a plain `DataLoader` over a data set with indices, which alone decide its batches."""
     plain = isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__
     return plain and not isinstance(loader.dataset, IterableDataset) and hasattr(loader.dataset, "__getitem__")
 
@@ -116,13 +117,13 @@ class SeededDataset(Dataset[Any]):
     def __getitem__(self, key: tuple[int, Any]) -> Any:
         epoch, index = key
         if epoch != self._epoch and get_worker_info() is not None and hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)  # the copy in a worker that persists: only it can tell it
+            self.dataset.set_epoch(epoch)  # a persistent worker has a copy of its own
         self._epoch = epoch
         seed_generators(derived_seed(self.seed, epoch, index, "data"))
         return self.dataset[index]
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "dataset":  # `__getitems__` would read past us
+        if name.startswith("__") or name == "dataset":  # `__getitems__` would bypass `__getitem__`
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
@@ -141,7 +142,7 @@ class SeededLoader:
         return list(itertools.islice(sampler, length(self.loader)))
 
     def read(self, epoch: int, batches: list[Any]) -> Iterator[Any]:
-        """Yield what the user's loader would for these lists of indices (single ones where it does not batch)."""
+        """Yield what the user's loader would give for these lists of indices (single ones if it does not batch)."""
         single = self.loader.batch_sampler is None
         self._chosen.keys = [(epoch, b) if single else [(epoch, index) for index in b] for b in batches]
         if self._copy is None or not self.loader.persistent_workers:
@@ -179,7 +180,7 @@ class _Chosen(Sampler[Any]):
 
 
 class _WorkerStart:
-    """Start of a worker: it leaves signals to the process that trains, which ends its workers when it stops."""
+    """Start of a worker: it ignores signals, because the training process handles them and ends its workers."""
 
     def __init__(self, own: Callable[[int], None] | None) -> None:
         self.own = own

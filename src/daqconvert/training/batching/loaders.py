@@ -21,7 +21,7 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def check_loader(loader: Any, name: str) -> None:
-    """Raise unless a loader, an argument of this name, can be read more than once and is not known to be empty.
+    """Raise unless a loader can be read more than once and is not known to be empty; `name` is the argument's name.
 
     Raises:
         DataError: If it is not iterable, is an iterator that one pass uses up, or is empty.
@@ -70,7 +70,7 @@ def check_first_batch(batches: Iterable[Any], name: str, *, needs_target: bool, 
 def read_batch(
     batch: Any, device: torch.device, where: str, *, needs_target: bool, hint: str = ""
 ) -> tuple[Inputs, Any]:
-    """Return a batch's inputs and its target, None if it has none, on a device.
+    """Return the inputs of a batch and its target, or None if it has no target, on a device.
 
     A batch is a tensor; a tuple or list `(input, target)`; or a dict of keyword arguments, with the target under
     `"target"`, `"label"` or `"labels"`. `where` is the place and `hint` the advice in the error's message.

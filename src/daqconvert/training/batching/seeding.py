@@ -1,8 +1,9 @@
-"""Random state as a function of where a run is, so that nothing of it has to be stored.
+"""Random state as a function of the place in a run, so that no random state has to be stored.
 
 The order of an epoch is a function of (seed, epoch), a sample of (seed, epoch, index), a step's dropout of (seed,
 epoch, step). Whatever draws from torch, numpy, `random`, or a generator of the loader or its sampler is covered, in
-workers too. A data set with a random generator of its own is not: only it could set that back.
+workers too. A data set with a random generator of its own is not covered: only the data set could set this
+generator.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ def seed_generators(value: int, *, devices: bool = False) -> None:
 def seed_epoch(seed: int, epoch: int, *loaders: Any) -> None:
     """Set the random state of torch, numpy, `random` and the loaders for one epoch.
 
-    Epochs count from 1; 0 is the calibration. A loader or sampler with `set_epoch` is told the epoch. Workers that
-    persist start anew, for their random state goes on from one epoch to the next. A loader that is None is skipped.
+    Epochs count from 1; 0 is the calibration. A loader or sampler with `set_epoch` is told the epoch. Persistent
+    workers are started again, because their random state would go on from one epoch to the next. A loader that is None
+    is skipped.
     """
     value = derived_seed(seed, epoch)
     seed_generators(value, devices=True)
@@ -59,7 +61,7 @@ def seed_epoch(seed: int, epoch: int, *loaders: Any) -> None:
 
 @contextmanager
 def preserved_random_state(*loaders: Any) -> Iterator[None]:
-    """Give torch, numpy, `random` and the loaders' generators their random state back after the context.
+    """Restore the random state of torch, numpy, `random` and the loaders' generators after the context.
 
     A loader that is None is skipped.
     """

@@ -1,10 +1,11 @@
-"""What training minimizes.
+"""The loss that training minimizes.
 
     loss = (1 - distill) * hard(z, y) + distill * T^2 * KL(softmax(z_teacher / T) || softmax(z / T))
            + feature_weight * features
 
-`hard` is the cross entropy or the user's `loss_fn`, with mixed targets where inputs are mixed; a part with weight 0 is
-not computed. The teacher is the user's, or the model itself as it was before the first step, in float.
+`hard` is the cross entropy or the user's `loss_fn`, with mixed targets if inputs are mixed; `T` is the temperature;
+`features` is in `features.py`. A part with weight 0 is not computed. The teacher is the user's, or a float copy of the
+model as it was before the first step.
 """
 
 from daqconvert.training.objective.loss import Objective

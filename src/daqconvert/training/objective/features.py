@@ -2,14 +2,15 @@
 
     loss = mean over the features f of  mean((s_f - t_f)^2) / mean(t_f^2)
 
-with the first tensor that a module returns, in float32: at 1 the difference is as large as the teacher's output.
+where `s_f` and `t_f` are the first tensors that module `f` returns in student and teacher, in float32. At a loss of 1
+the difference is as large as the teacher's output.
 
 A recipe names the modules in `features`; `"auto"` means the blocks and the layers between them
-(`posttraining.block_names`), as far as student and teacher both have them and call them alike.
+(`posttraining.block_names`), except those that the teacher lacks or calls differently.
 
 Hooks collect the tensors. They are attached at the first step and stay until `close`, because `torch.compile` looks at
-hooks when it compiles and not again: a model that was compiled and has run before that is refused with a message.
-They record nothing outside of a training step and break no graph; in a copy or a pickle of the model they do nothing.
+hooks only when it compiles. A model that was compiled and has run before the first step is refused with a message. The
+hooks record nothing outside of a training step and break no graph; in a copy or a pickle of the model they do nothing.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def feature_names(recipe: Recipe, model: nn.Module) -> list[str]:
         >>> feature_names(Recipe(features=("1", "0*")), nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
         ['0', '1']
     """
-    modules = dict(model.named_modules(remove_duplicate=False))  # a teacher calls no quantizer
+    modules = dict(model.named_modules(remove_duplicate=False))  # quantizers are left out: a teacher has none
     names = [name for name, module in modules.items() if name and not isinstance(module, Quantizer)]
     named = set(matching([f for f in recipe.features if f != AUTO], names, "features", "module"))
     if AUTO in recipe.features:
@@ -48,10 +49,10 @@ def feature_names(recipe: Recipe, model: nn.Module) -> list[str]:
 
 
 def optional_names(recipe: Recipe, model: nn.Module) -> set[str]:
-    """Return the features that only `"auto"` means.
+    """Return the names of the features that `"auto"` adds to those that the user named.
 
-    The user did not name them, so they are skipped where the teacher lacks them or calls them differently; for a
-    feature that the user named this is an error.
+    They are skipped if the teacher lacks them or calls them differently; for a feature that the user named, this is an
+    error.
     """
     if AUTO not in recipe.features:
         return set()
@@ -117,7 +118,7 @@ def _shape(output: Any) -> torch.Size | None:
 
 
 def feature_loss(ours: dict[str, list[Any]], theirs: dict[str, list[Any]], names: list[str]) -> Tensor:
-    """Return the feature loss of the student's outputs and the teacher's, which are lists of calls by name.
+    """Return the feature loss; `ours` and `theirs` hold, by name, the outputs of each call in student and teacher.
 
     A feature that is called several times counts as the mean over its calls.
 

@@ -1,8 +1,8 @@
 """The loss of a batch: its parts are computed and weighed here, and inputs are mixed where the recipe says so.
 
-Mixup and cutmix are timm's: two images become one, and so do their targets. A batch has one weight and one box, drawn
-from NumPy's global generator; the i-th input of an even batch is mixed with the i-th from its end. The last input of
-an odd batch stays as it is.
+Mixup and cutmix are timm's: two images become one, and so do their targets. The weight of mixup, or the box of cutmix,
+is drawn once for a batch, from NumPy's global generator. The i-th input of an even batch is mixed with the i-th from
+its end. The last input of an odd batch stays as it is.
 
 Sources: "mixup: Beyond Empirical Risk Minimization" (Zhang, Cisse, Dauphin, Lopez-Paz, ICLR 2018),
 https://arxiv.org/abs/1710.09412; "CutMix" (Yun et al., ICCV 2019), https://arxiv.org/abs/1905.04899; timm,
@@ -179,7 +179,7 @@ class Mixture:
 
 
 def mixed(inputs: Inputs, recipe: Recipe) -> Mixture:
-    """Return a batch with its inputs mixed by `mixup` and `cutmix` of the recipe; the caller's tensors stay.
+    """Return a batch, its inputs mixed by `mixup` and `cutmix` of the recipe; the caller's tensors are not changed.
 
     Raises:
         DataError: If the inputs are not one floating-point tensor `(N, ...)`, with cutmix images `(N, C, H, W)`.

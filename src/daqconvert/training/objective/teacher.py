@@ -1,4 +1,4 @@
-"""Who teaches: nobody, a float copy of the model itself, or a model that the user passes."""
+"""The teacher of a run: none, a float copy of the model itself, or a model that the user passes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Optimizers: which parameters they train, how these decay, what the learning rates are, and state as flat tensors.
+"""The two optimizers of a run: which parameters they train, weight decay, learning rates, and their state.
 
-There are two. Quantizer parameters (`lower`, `upper`, `step`, `output_scale`) have one of their own, which is Adam
-without weight decay in the published training; everything else has the other, which is SGD with momentum there.
+One trains the quantizer parameters (`lower`, `upper`, `step`, `output_scale`); in the published training it is Adam
+without weight decay. The other trains everything else; in the published training it is SGD with momentum.
 
 Source: "Distance-aware Quantization" (Kim, Lee, Ham, ICCV 2021) and its published training code; timm,
 https://github.com/huggingface/pytorch-image-models, `timm.optim`.

@@ -35,7 +35,7 @@ def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
 
 
 def undecayed(model: nn.Module, recipe: Recipe) -> set[str]:
-    """Return the names of the parameters that `no_decay` spares; a pattern that matches none is a `TrainingError`."""
+    """Return the names of the parameters that `no_decay` means; a pattern that matches none is a `TrainingError`."""
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     return set(matching(recipe.no_decay, names, "no_decay", "parameter"))
 

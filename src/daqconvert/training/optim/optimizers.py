@@ -1,10 +1,10 @@
 """Two optimizers that step together: how they are made by name, stepped, and kept as flat tensors.
 
-Names are those of timm's factory, as far as an optimizer needs no more than a gradient and keeps only tensors and
-numbers. `sgd` is plain SGD with momentum here, as in torch and in the published recipes; timm means Nesterov's by it,
-which is `nesterov` here and there.
+Names are those of timm's factory; an optimizer that needs more than gradients, or keeps anything but tensors and
+numbers, is refused. `sgd` is plain SGD with momentum here, as in torch and in the published recipes. In timm, `sgd` is
+Nesterov's variant; `nesterov` means that variant both here and in timm.
 
-State is flat tensors by name, and comes back bit for bit. `SLOT/PARAMETER` is a tensor of one parameter's state, as
+State is flat tensors by name, and is restored bit for bit. `SLOT/PARAMETER` is a tensor of one parameter's state, as
 `momentum_buffer/conv.weight`. A Python number is a scalar tensor whose slot says its type: `step:int/conv.weight`.
 What an optimizer keeps once for a whole parameter group is `group.SLOT/INDEX`, as `group.step/0`.
 """
@@ -35,7 +35,7 @@ from daqconvert.training.recipes import Recipe
 class Optimizers:
     """One optimizer for the weights and one for the quantizers, stepped together; a group without parameters has none.
 
-    Make it after calibration or loading: only then is it known which `lower` bounds are trained.
+    Make it after calibration or loading, because only then is it known which `lower` bounds are trained.
 
     Args:
         model: A quantized model.
@@ -46,8 +46,8 @@ class Optimizers:
         named: Parameters by group and name.
         optimizers: Optimizer of each group.
         total_steps: The argument of this name.
-        resting: Groups that `step` leaves as they are; empty at first. It is no part of the state: a part fills it
-            again when a run is resumed.
+        resting: Groups that `step` leaves as they are; empty at first. The state does not hold them: the
+            part that named them does so again when a run is resumed.
 
     Raises:
         TrainingError: If no parameter is trainable, an optimizer is unknown or cannot be used, a pattern of
@@ -179,7 +179,7 @@ def check_optimizer(name: str, field: str) -> None:
 
 
 def make_optimizer(name: str, groups: list[dict[str, Any]], lr: float, momentum: float = 0.9) -> torch.optim.Optimizer:
-    """Return an optimizer by a name that `check_optimizer` lets pass; each group has its `weight_decay`.
+    """Return an optimizer by a name that `check_optimizer` accepts; each group has its own `weight_decay`.
 
     Example:
         >>> make_optimizer("sgd", [{"params": [nn.Parameter(torch.zeros(2))]}], 0.1).defaults["nesterov"]
@@ -219,8 +219,8 @@ def _problem(name: str) -> str:
 _TYPES = {"bool": (bool, torch.bool), "int": (int, torch.int64), "float": (float, torch.float64)}
 _VALUES = (Tensor, bool, int, float)
 _GROUP = "group."
-_OTHERS = ("params", "lr", "initial_lr")  # of a parameter group; the rates are a function of the step
-_ON_CPU = ("step", "mu_product")  # torch keeps these there, whatever the parameter's device
+_OTHERS = ("params", "lr", "initial_lr")  # of a group, and no state: the rates are a function of the step
+_ON_CPU = ("step", "mu_product")  # torch keeps these slots on the CPU, whatever the parameter's device
 
 
 def _group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -278,7 +278,7 @@ def _restore_state(
 
 
 def _fits(tensor: Tensor, parameter: Tensor) -> bool:
-    """Return whether state of this shape may be a parameter's: its own, some sizes 1 instead, or fewer dimensions."""
+    """Return whether a parameter's state may have this shape: the same, some sizes 1 instead, or fewer dimensions."""
     if tensor.dim() != parameter.dim():
         return tensor.dim() < parameter.dim()
     return all(size in (1, own) for size, own in zip(tensor.shape, parameter.shape, strict=True))
@@ -289,7 +289,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _as_tensor(slot: str, value: Any) -> tuple[str, Tensor]:
-    """Return a slot, with the type of a number, and its value as a tensor."""
+    """Return the name of a slot, which ends in the type of a number, and its value as a tensor."""
     if isinstance(value, Tensor):
         return slot, value
     for word, (kind, dtype) in _TYPES.items():
@@ -299,7 +299,7 @@ def _as_tensor(slot: str, value: Any) -> tuple[str, Tensor]:
 
 
 def _as_value(slot: str, tensor: Tensor, parameter: Tensor | None) -> tuple[str, Any]:
-    """Return a slot and its value, as the optimizer had them; `parameter` is None for state of a group."""
+    """Return the name and value of a slot, as the optimizer had them; `parameter` is None for state of a group."""
     plain, _, word = slot.partition(":")
     if word in _TYPES:
         return plain, _TYPES[word][0](tensor.item())

@@ -1,7 +1,7 @@
 """The fields of a recipe as declarations: default, meaning, and the kind of values that a field takes.
 
-A field is one line: `epochs: int = setting(5, "Passes over the training loader.", Integer(1))`. What a kind refuses is
-a `ValueError` that says what was expected; the caller adds the names of field and recipe.
+A field is one line: `epochs: int = setting(5, "Passes over the training loader.", Integer(1))`. A kind refuses
+a value with a `ValueError` that says what was expected; the caller adds the names of field and recipe.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def setting(default: T, meaning: str, kind: Kind, *, before: T | None = None) ->
         default: Value of the field in the recipe `quick`.
         meaning: One or two sentences for users, with code in backticks.
         kind: Kind of values that the field takes, with its bounds or choices.
-        before: What runs did that were written before there was this field; None for a field that was always there.
+        before: Value that stands for what runs did before this field was added; None if the first version had
+            the field.
     """
     return dataclasses.field(default=default, metadata={"meaning": meaning, "kind": kind, "before": before})
 
@@ -53,7 +54,7 @@ class Kind:
         raise NotImplementedError
 
     def parsed(self, text: str) -> Any:
-        """Return the value that a text means; a text that means none comes back, for `stored` to refuse."""
+        """Return the value that a text means, or the text itself, which `stored` refuses, if it means none."""
         if text.lower() in _WORDS:
             return _WORDS[text.lower()]
         try:
@@ -77,7 +78,7 @@ class Integer(Kind):
 
 @dataclass(frozen=True)
 class Number(Kind):
-    """A finite number within bounds, stored as a float: from `least` to `most`, `above` and `below` left out.
+    """A finite number, stored as a float: from `least` to `most`, greater than `above` and less than `below`.
 
     Example:
         >>> Number(above=0).stored(2), Number(least=0, below=1).expected
@@ -110,7 +111,7 @@ class Number(Kind):
 
 
 class Limit(Kind):
-    """A number greater than 0, or None for no limit; TOML has no None, so 0 means it too."""
+    """A number greater than 0, or None for no limit; TOML has no None, so 0 means no limit too."""
 
     def stored(self, value: Any) -> float | None:
         """Return the number as a float, None for None and 0."""
@@ -181,7 +182,7 @@ class Names(Kind):
 
 
 class Stages(Names):
-    """Stages `(until, w_bits, a_bits)` with rising shares of the run and falling bits.
+    """Stages `(until, w_bits, a_bits)`: shares of the run that rise, and bits that never rise.
 
     Example:
         >>> Stages().stored([[0.25, 4, 4], [0.5, 2, 4]])

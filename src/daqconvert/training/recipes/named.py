@@ -112,8 +112,8 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
         texts: One text for each field.
 
     Raises:
-        TrainingError: If a text has another form, or names no field (the message says the nearest) or a value that the
-            field cannot take.
+        TrainingError: If a text has another form, no field has its name (the message says the nearest), or the field
+            cannot take its value.
 
     Example:
         >>> parse_overrides(["lr=0.1", "features=layer1,layer2", "progressive=[[0.2, 4, 4]]"])
@@ -136,16 +136,16 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
 BEFORE: dict[str, Any] = {
     name: field.metadata["before"] for name, field in FIELDS.items() if field.metadata["before"] is not None
 }
-"""For each field that came later, what the runs before it did."""
+"""For each field that was added after the first version: the value that stands for what earlier runs did."""
 
 
 def completed(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a run's recipe as they were written, together with those that came later.
+    """Return the fields of a run's recipe as they were written, and those that were added since, as `BEFORE` has them.
 
     Example:
         >>> completed({"final_a_sigma": 2.0})["final_sigma_bits"], completed({})["final_sigma_bits"]
         (2, 1)
     """
     sharpened = fields.get("final_w_sigma") or fields.get("final_a_sigma")
-    bits = {} if sharpened else {"final_sigma_bits": 1}  # nothing was sharpened, so today's default fits as well
+    bits = {} if sharpened else {"final_sigma_bits": 1}  # no kernel width moved, so the present default says the same
     return {**BEFORE, **bits, **fields}

@@ -1,7 +1,7 @@
-"""The recipe itself: its fields in groups, and what they must not say together.
+"""The recipe itself: its fields in groups, and which of their values contradict each other.
 
 Learning rates are per optimizer step and follow the schedule from step 0; `epochs` counts passes over the loader. A
-share of a run is a number from 0 to 1, of its steps.
+share of a run is a number from 0 to 1: a share of its optimizer steps.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ class Recipe:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a dict of plain values, as JSON gives them back."""
+        """Return the fields as a dict of plain values, as they come back from JSON."""
         found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return found
 
@@ -253,7 +253,7 @@ FIELDS: dict[str, dataclasses.Field[Any]] = {field.name: field for field in data
 
 
 def check_field(name: str, value: Any, where: str) -> Any:
-    """Return a value that the user wrote as the field of this name stores it; `where` is for the message.
+    """Return a user's value in the form in which the field `name` stores it; error messages begin with `where`.
 
     Raises:
         TrainingError: If the field cannot take the value.
@@ -265,7 +265,7 @@ def check_field(name: str, value: Any, where: str) -> Any:
 
 
 def check_names(values: Iterable[str], where: str) -> None:
-    """Raise `TrainingError`, with the nearest field, if a name is not a field's; `where` is for the message."""
+    """Raise `TrainingError` if a name is not a field's; the message begins with `where` and says the nearest field."""
     for name in values:
         if name not in FIELDS:
             raise TrainingError(f"{where}: {name!r} is not a field of a recipe.{nearest(name, FIELDS)}")
@@ -278,7 +278,7 @@ _GRADIENT_STEPS = re.compile("sgd|momentum|nesterov")
 def _contradiction(recipe: Recipe) -> str:
     """Return which valid fields do not go together and what to change, `""` if there are none.
 
-    An option that can have no effect is an error, never a shrug.
+    An option that can have no effect is an error, because nothing else would tell the user.
     """
     if recipe.features and not recipe.feature_weight:
         return "features: have no effect with feature_weight=0.0. Set feature_weight=1.0, or leave features out"
