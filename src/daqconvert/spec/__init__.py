@@ -1,4 +1,4 @@
-"""The data that deciding and doing share: what a user asks for (`settings`), what was decided (`plan`)."""
+"""The data that `policy` (deciding) and `graph`, `layers` (doing) share: settings, facts about sites, plans."""
 
 from daqconvert.spec.diff import PlanDiff, RowChange
 from daqconvert.spec.plans import Plan

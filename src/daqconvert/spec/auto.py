@@ -1,6 +1,6 @@
-"""What `"auto"` means: the one place where bits decide a weight's grid, normalization and granularity.
+"""The meaning of `"auto"`: only this file derives a weight's grid, normalization and granularity from its bits.
 
-The constants below are choices that rest on measurements; to change one, change it here.
+The constants below were chosen by measurements.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ NORMALIZE_UP_TO_BITS = 2
 """Weights of at most this many bits are normalized by `normalize="auto"`, as the paper does."""
 
 MIDRISE_UP_TO_BITS = 1
-"""Weights of at most this many bits take the mid-rise grid by `grid="auto"` even where not normalized."""
+"""Weights of at most this many bits get the mid-rise grid from `grid="auto"` even if they are not normalized."""
 
 
 def resolve_auto(settings: Settings, where: str = "settings") -> Settings:
-    """Return the settings with nothing left on `"auto"`, refusing what no quantizer can do.
+    """Return the settings with nothing left on `"auto"`; raise for combinations that no quantizer can do.
 
-    * `normalize`: True where the weight has at most `NORMALIZE_UP_TO_BITS` bits and the grid is not asked to be
-      `"integer"`, else False.
-    * `grid`: `"midrise"` where normalized or of at most `MIDRISE_UP_TO_BITS` bits, else `"integer"`.
-    * `granularity`: `"tensor"` where normalized, as in the paper, else `"channel"`. (With a mean per channel each
-      filter would lose its response to the sum of the inputs, which are not negative, and training at 1 bit ends
-      several points lower.)
+    * `normalize`: True if the weight has at most `NORMALIZE_UP_TO_BITS` bits and the grid is not set to `"integer"`,
+      else False.
+    * `grid`: `"midrise"` if normalized or of at most `MIDRISE_UP_TO_BITS` bits, else `"integer"`.
+    * `granularity`: `"tensor"` if normalized, as in the paper, else `"channel"`. (With a mean per channel each filter
+      would lose its response to the sum of the inputs, which are not negative, and training at 1 bit ends several
+      points of accuracy lower.)
 
-    A float weight gets False and `"integer"`, which nothing reads. LSQ has a grid of its own, `"twos"`, is not
-    normalized, and is per `"tensor"` unless asked otherwise. `where` names the layer and the rule for the error.
+    A float weight gets False and `"integer"`, which nothing reads. LSQ has its own grid, `"twos"`, is not normalized,
+    and is per `"tensor"` unless set otherwise. `where` names the layer and the rule in error messages.
 
     Raises:
         PolicyError: For `grid="integer"` at 1 bit, whose largest code `2**(w_bits - 1) - 1` is 0, and for
@@ -80,10 +80,10 @@ def _resolve_lsq(settings: Settings, where: str) -> Settings:
 
 
 def check_lsq_bits(settings: Settings, where: str) -> None:
-    """Refuse LSQ at 1 bit.
+    """Raise for LSQ at 1 bit.
 
     Raises:
-        PolicyError: If rounding is `"lsq"` and a width is 1.
+        PolicyError: If rounding is `"lsq"`, and `w_bits` or `a_bits` is 1.
     """
     if settings.rounding == "lsq" and 1 in (settings.w_bits, settings.a_bits):
         name = "w_bits" if settings.w_bits == 1 else "a_bits"
@@ -96,8 +96,8 @@ def check_lsq_bits(settings: Settings, where: str) -> None:
 def resolve_computed(settings: Settings) -> Settings:
     """Return the settings of a site whose second operand is computed from the model's input.
 
-    Both operands are quantized as inputs are: per tensor, on the levels of an input's quantizer. There is no weight to
-    take a mean from, and the mid-rise grid, which has no zero, is for weights.
+    Both operands are quantized as inputs are: per tensor, on the levels of an input's quantizer. There is no weight
+    whose mean could be subtracted, and the mid-rise grid, which has no zero, is only for weights.
 
     Example:
         >>> resolve_computed(Settings(w_bits=1)).granularity

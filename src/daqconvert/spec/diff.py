@@ -1,4 +1,4 @@
-"""What changes from one plan to another: `PlanDiff`."""
+"""The differences between two plans: `PlanDiff`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _SITE_FACTS = ("kind", "weight_shape", "params")
 
 @dataclass(frozen=True)
 class RowChange:
-    """One layer that two plans treat differently.
+    """One site that two plans treat differently.
 
     Attributes:
-        before: Its row in the first plan.
-        after: Its row in the second plan.
+        before: The site's row in the first plan.
+        after: The site's row in the second plan.
     """
 
     before: PlanRow
@@ -30,7 +30,7 @@ class RowChange:
 
     @property
     def what(self) -> dict[str, tuple[object, object]]:
-        """Setting or fact of the site -> its values before and after; rules and reasons are not compared."""
+        """What differs: name of a setting or fact -> its values before and after. Rules and reasons do not count."""
         pairs: dict[str, tuple[object, object]] = {
             fact: (getattr(self.before.site, fact), getattr(self.after.site, fact)) for fact in _SITE_FACTS
         }
@@ -51,10 +51,10 @@ class RowChange:
 
 @dataclass(frozen=True)
 class PlanDiff:
-    """The difference between two plans; false where there is none, and printable.
+    """The difference between two plans. It is false if there is none, and prints as text.
 
     Attributes:
-        changed: Layers of both plans that are treated differently, in the order of the first.
+        changed: Sites of both plans that are treated differently, in the order of the first plan.
         added: Rows that only the second plan has.
         removed: Rows that only the first plan has.
         before: Sizes of the first plan.
@@ -80,8 +80,8 @@ class PlanDiff:
 
         Args:
             before: The first plan's rows by name.
-            after: The second plan's.
-            sizes: Totals of both.
+            after: The second plan's rows by name.
+            sizes: Totals of the first and the second plan.
         """
         both = (RowChange(row, after[name]) for name, row in before.items() if name in after)
         return cls(
@@ -96,7 +96,7 @@ class PlanDiff:
         return bool(self.changed or self.added or self.removed or self.before != self.after)
 
     def __str__(self) -> str:
-        """Return a line per layer that changed, was added (`+`) or removed (`-`), and the totals that changed."""
+        """Return a line for each site that changed, was added (`+`) or removed (`-`), and the totals that changed."""
         if not self:
             return "no difference"
         lines = [str(change) for change in self.changed]

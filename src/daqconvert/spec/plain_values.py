@@ -1,8 +1,8 @@
-"""Frozen dataclasses as the plain values that JSON holds - objects, lists, texts, numbers, null - and back.
+"""Converting frozen dataclasses to the plain values of JSON (objects, lists, texts, numbers, null) and back.
 
-A dataclass is an object with a key for each field, a tuple a list. What is read may have been edited by hand, so
-reading is strict: each field must be there, none besides, each of its annotated type, and no count is negative. An
-error names the path of the value, what was expected there and what was found.
+A dataclass becomes an object with a key for each field, a tuple becomes a list. A file may have been edited by hand,
+so reading is strict: every field must be present and have its annotated type, no other field is allowed, and no
+integer may be negative. An error names the path of the value, what was expected there and what was found.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 def to_plain(value: Any) -> Any:
-    """Return a dataclass as nested dicts and lists; whatever else it holds stays as it is.
+    """Return a dataclass as nested dicts and lists; values that are neither dataclass nor tuple do not change.
 
     Example:
         >>> from daqconvert.spec import SiteOutput
@@ -37,14 +37,14 @@ def to_plain(value: Any) -> Any:
 def from_plain(
     kind: type[T], value: object, where: str, *, error: type[DaqError] = PolicyError, later: Collection[str] = ()
 ) -> T:
-    """Return the dataclass that `to_plain` wrote, refusing anything else.
+    """Return the dataclass that `to_plain` wrote; raise for anything else.
 
     Args:
-        kind: The dataclass.
+        kind: The class to return an instance of.
         value: What a JSON reader returned.
-        where: Path of the value, for the message.
-        error: Class of the error.
-        later: Fields that may be missing, since files written before they existed do not have them.
+        where: Path of the value, for error messages.
+        error: Class of the errors that are raised.
+        later: Fields that may be missing, because older files were written before the fields existed.
 
     Raises:
         DaqError: Of the class `error`, if a field is missing, unknown or of the wrong type, or the dataclass itself
@@ -82,7 +82,7 @@ class _Reader:
         fields = {name: self.read(hints[name], value[name], f"{where}.{name}") for name in names if name in value}
         try:
             return kind(**fields)
-        except self.error as problem:  # "w_bits: expected ..." has the path of the field
+        except self.error as problem:  # a message such as "w_bits: expected ..." gets the path in front
             field = str(problem).partition(":")[0]
             raise self.error(f"{where}{'.' if field in names else ': '}{problem}") from None
 
@@ -109,7 +109,7 @@ class _Reader:
 
 
 def _is_scalar(kind: Any, value: object) -> bool:
-    """Whether a value is of a type that JSON has; a float may be written as an integer, and counts start at 0."""
+    """Whether a value has the scalar type `kind`; a float may be written as an integer, and an int is 0 or more."""
     if kind is int:
         return type(value) is int and value >= 0
     if kind is float:

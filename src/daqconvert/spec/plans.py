@@ -1,4 +1,4 @@
-"""What was decided about one model: `Plan`; immutable, printable before anything happens."""
+"""All decisions about one model: `Plan`, which is immutable and can be printed before a model is converted."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from daqconvert.spec.totals import Totals
 
 @dataclass(frozen=True)
 class Plan:
-    """A policy applied to one model: one row per convolution or linear, immutable and printable.
+    """A policy applied to one model: one row for each site, immutable and printable.
 
     Attributes:
-        rows: One per site, in order of execution where fx can tell, else of registration; `deploy="integer"` adds one
-            for each output quantizer.
+        rows: One for each site, in order of execution if fx could follow the model, else in order of registration;
+            `deploy="integer"` adds one for each output quantizer.
         model: Class name of the model.
-        order: `"fx"` or `"modules"`: what first and last sites and signs were read from.
-        other_params: Parameters and buffers outside the sites.
-        input_size: Size of the example input behind the MACs, or None.
+        order: `"fx"` or `"modules"`: the source of the order, of first and last sites and of signs.
+        other_params: Number of elements of the parameters and buffers outside the sites.
+        input_size: Size of the example input that the MACs were counted with; None if they were not.
         policy: Name of the policy.
 
     Example:
@@ -59,7 +59,7 @@ class Plan:
 
     @property
     def skipped(self) -> tuple[PlanRow, ...]:
-        """Rows of the sites left alone, each with its reason."""
+        """Rows of the sites that stay in float, each with its reason."""
         return tuple(row for row in self.rows if not row.converted)
 
     @property
@@ -69,17 +69,17 @@ class Plan:
 
     @property
     def macs(self) -> int | None:
-        """Multiply-accumulates of all sites at batch size 1, or None where no input size is known."""
+        """Multiply-accumulates of all sites at batch size 1, or None if no input size is known."""
         return self.totals.macs
 
     @property
     def bops(self) -> int | None:
-        """Bit operations, `MACs * w_bits * a_bits` with 32 for float, or None where no input size is known."""
+        """Bit operations, `MACs * w_bits * a_bits` with 32 for float, or None if no input size is known."""
         return self.totals.bops
 
     @property
     def bytes(self) -> int:
-        """Bytes of all parameters at the planned bits (4 for each one outside the sites), scales not counted."""
+        """Bytes of all parameters at the planned bits (4 bytes for each one outside the sites), without scales."""
         return self.totals.bytes
 
     @property
@@ -92,7 +92,7 @@ class Plan:
         return input_groups(self.rows)
 
     def diff(self, other: Plan) -> PlanDiff:
-        """Return what changes from this plan to another; false where nothing does, printable.
+        """Return the difference between this plan and another; it is false if there is none, and prints as text.
 
         Args:
             other: The second plan.
@@ -101,7 +101,7 @@ class Plan:
         return PlanDiff.of(mine, others, (self.totals, other.totals))
 
     def to_toml(self) -> str:
-        """Return a policy file that gives this plan again for the same model, with comments that say what it is of.
+        """Return the text of a policy file that gives this plan again for the same model; comments name the model.
 
         Example:
             >>> from daqconvert.policy import from_toml
@@ -119,7 +119,7 @@ class Plan:
         )
 
     def __str__(self) -> str:
-        """Return the plan as plain text, one row a line (`daqconvert.report` draws the same with lines)."""
+        """Return the plan as plain text, one row per line (`daqconvert.report` draws the same table with lines)."""
         table = [("layer", "type", "weight", "input", "decided by", "remarks"), *map(_text_row, self.rows)]
         totals, size = self.totals, f"{self.float_bytes / 1e6:.2f} MB -> {self.bytes / 1e6:.2f} MB"
         if self.totals.bops is not None and self.totals.float_bops is not None:

@@ -1,8 +1,9 @@
-"""A policy that gives the rows of a plan again, in the form that a person would like to edit.
+"""Making a policy that gives the rows of a plan again, in a form that is easy to edit.
 
 The most common settings become `[default]`, and what the first and the last sites have in common becomes `[first]` and
-`[last]`. Each other difference becomes a rule with the exact name of its site, or a line of `[bits]` where only bits
-differ. What `"auto"` would settle in the same way is written as `"auto"`, so that bits can be changed by themselves.
+`[last]`. Every other difference becomes a rule with the exact name of its site, or a line of `[bits]` if only bits
+differ. A setting is written as `"auto"` if `"auto"` gives the same value, so that someone who edits the bits need not
+change other settings.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ def reproduce(rows: Iterable[PlanRow]) -> Policy:
 
 
 def plan_toml(rows: Sequence[PlanRow], heading: str) -> str:
-    """Return `reproduce(rows)` as TOML, under comments: the heading, and how many sites each rule converts."""
-    rows = [row for row in rows if not row.site.is_output]  # what `deploy` adds again
+    """Return `reproduce(rows)` as TOML, after comments with `heading` and the number of sites that a rule converts."""
+    rows = [row for row in rows if not row.site.is_output]  # `deploy="integer"` adds output quantizers again
     policy = reproduce(rows)
     bits = {rule.match: rule for rule in policy.rules if rule.match and set(rule.changes) <= set(BIT_FIELDS)}
     rules = tuple(rule for rule in policy.rules if rule.match not in bits)
@@ -79,7 +80,7 @@ def plan_toml(rows: Sequence[PlanRow], heading: str) -> str:
 
 
 def exact_pattern(name: str) -> str:
-    """Return a pattern that matches the site of this name and no other: nearly always the name itself.
+    """Return a pattern that matches only the site of this name: the name, with special characters escaped.
 
     Example:
         >>> exact_pattern("layer4.0"), exact_pattern("a*"), exact_pattern("re:a")
@@ -90,7 +91,7 @@ def exact_pattern(name: str) -> str:
 
 
 def _loosened(row: PlanRow) -> PlanRow:
-    """The row with `"auto"` wherever that gives its settings again."""
+    """Return the row with every setting on `"auto"` for which `"auto"` gives the same value."""
     settings = row.settings
     if settings is None or row.site.is_computed:
         return row
@@ -104,7 +105,7 @@ def _loosened(row: PlanRow) -> PlanRow:
 
 
 def _exclude_pattern(row: PlanRow) -> str:
-    """The pattern that excluded the row, as its label tells, else its name."""
+    """Return the pattern that excluded the row, taken from the row's `rule`; without one, the exact name."""
     if row.reason == EXCLUDED and row.rule.startswith(_EXCLUDE) and row.rule.endswith('"'):
         return row.rule.removeprefix(_EXCLUDE)[:-1]
     return exact_pattern(row.name)
@@ -131,7 +132,10 @@ def _attention(row: PlanRow) -> int | None:
 
 
 def _position(key: str, decided: Sequence[PlanRow], default: Settings) -> dict[str, Any] | None:
-    """What most first (or last) sites change of the default; nothing where one site is both, None for float."""
+    """Return the changes that most first (or last) sites make to the default; None for float.
+
+    They are empty if a site is both first and last.
+    """
     rows = [row for row in decided if getattr(row.site, key) and not row.site.is_product]
     if any(row.reason == FLOAT_POSITION[key] for row in rows):
         return None
@@ -142,7 +146,7 @@ def _position(key: str, decided: Sequence[PlanRow], default: Settings) -> dict[s
 
 
 def _changes(row: PlanRow, default: Settings, ends: Mapping[str, dict[str, Any] | None]) -> dict[str, Any]:
-    """What a rule for this one site has to change."""
+    """Return the settings that a rule for this one site has to change; empty if it needs no rule."""
     base = default
     if not row.site.is_product:
         for key in ("first", "last"):

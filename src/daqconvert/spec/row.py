@@ -1,4 +1,4 @@
-"""What is done with one site, and why: `PlanRow`, and the reasons for leaving a site alone."""
+"""The decision about one site, with its reason: `PlanRow`, and the reasons for leaving a site in float."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LEVELS = ("granularity", "grid", "normalize")
 
 
 def settable(site: Site) -> tuple[str, ...]:
-    """Return the settings that a policy decides for a site; the others follow from what the site is.
+    """Return the settings that a policy decides for a site; the others are fixed by the kind of the site.
 
     Example:
         >>> "attention" in settable(Site("fc", "Linear")), "w_bits" in settable(Site("fc", "Linear"))
@@ -39,15 +39,15 @@ def settable(site: Site) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class PlanRow:
-    """What is done with one site, and why.
+    """The decision about one site, with its reason.
 
     Attributes:
         site: The site.
-        settings: Its settings with nothing left on `"auto"`, or None if it is left alone.
-        rule: The rule that decided, as `default`, `first`, `rule 2: "layer4.*"`, `exclude: "head"`.
-        reason: Why it is left alone; empty if it is converted.
-        signed: False: unsigned input, proven; True: signed; None: `calibrate` decides from data.
-        notes: Remarks: those of the site, and those that were made when it was decided.
+        settings: Settings of the site with nothing left on `"auto"`; None if the site stays in float.
+        rule: The rule that decided, such as `default`, `first`, `rule 2: "layer4.*"`, `exclude: "head"`.
+        reason: Why the site stays in float; empty if it is converted.
+        signed: Whether the input is signed: False if proven non-negative; None if `calibrate` decides from data.
+        notes: Remarks: those of the site, and those of the decision.
     """
 
     site: Site
@@ -93,20 +93,20 @@ class PlanRow:
 
     @property
     def bops(self) -> int | None:
-        """Bit operations of one forward at batch size 1, `MACs * w_bits * a_bits`; None where the MACs are unknown."""
+        """Bit operations of one forward at batch size 1, `MACs * w_bits * a_bits`; None if the MACs are unknown."""
         return None if self.site.macs is None else self.site.macs * self.bits[0] * self.bits[1]
 
     @property
     def float_bops(self) -> int | None:
-        """Bit operations in float32, `MACs * 32 * 32`; None where the MACs are unknown."""
+        """Bit operations in float32, `MACs * 32 * 32`; None if the MACs are unknown."""
         return None if self.site.macs is None else self.site.macs * FLOAT_BITS**2
 
     @property
     def weight_bytes(self) -> int | None:
-        """Bytes of its own parameters at the planned bits; None where their size is not known (a lazy layer).
+        """Bytes of the site's own parameters at the planned bits; None if their size is not known (a lazy layer).
 
-        The codes of `N` weights are packed into `w_bits * ceil(N / 8)` bytes; all else, such as a bias, is counted as
-        float32. A weight that is computed from the model's input is not stored.
+        The codes of `N` weights are packed into `w_bits * ceil(N / 8)` bytes; all other parameters, such as a bias,
+        count as float32. A weight that is computed from the model's input is not stored.
         """
         site, s = self.site, self.settings
         weight = math.prod(site.weight_shape) if site.weight_shape else 0
@@ -116,13 +116,13 @@ class PlanRow:
 
     @property
     def float_bytes(self) -> int | None:
-        """Bytes of its own parameters in float32; None where their size is not known."""
+        """Bytes of the site's own parameters in float32; None if their size is not known."""
         known = self.site.is_computed or self.site.weight_shape or self.site.params
         return 4 * self.site.params if known else None
 
     @property
     def scale_bytes(self) -> int:
-        """Bytes that its frozen form needs besides: scales in float32, and zero points of inputs of a byte each."""
+        """Bytes of the frozen form's scales (float32) and input zero points (a byte each), not in `weight_bytes`."""
         s = self.settings
         if s is None:
             return 0
@@ -131,11 +131,11 @@ class PlanRow:
 
 
 def input_groups(rows: Iterable[PlanRow]) -> dict[str, str]:
-    """Return the sites that use another's input quantizer: name -> name of the site that has it.
+    """Return the sites that use the input quantizer of another site: name -> name of the site that has it.
 
-    Sites share where all of them ask for `share_inputs`, read the same tensor (`Site.reads`), and quantize it in the
-    same way: bits, rounding, slope and temperature of the input. The first of them in the plan keeps the quantizer.
-    Products of two activations share nothing.
+    Sites share an input quantizer if all of them have `share_inputs`, read the same tensor (`Site.reads`), and
+    quantize it in the same way: bits, rounding, slope, temperature and kernel width of the input. The first of them in
+    the plan has the quantizer. Products of two activations never share one.
 
     Args:
         rows: All rows of a plan.

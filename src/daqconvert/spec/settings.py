@@ -1,7 +1,7 @@
 """What a user asks for: `Settings`, `Rule`, `Policy`, and the checks of each value.
 
-All are frozen dataclasses. Bits are integers 1..8, or `None` for "left in floating point" (`32` is accepted at
-the door and means the same). Names of layers are dotted paths as in `named_modules()`; the root module's is `""`.
+The three are frozen dataclasses. Bits are integers 1..8, or `None` for "left in floating point" (`32` is accepted and
+stored as `None`). Names of layers are dotted paths as in `named_modules()`; the name of the root module is `""`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def check_bits(name: str, value: object) -> int | None:
     """Return a bit-width as 1..8 or `None`.
 
     Args:
-        name: What the value is called in the error.
+        name: Name of the value in error messages.
         value: An integer 1..8, or `None` or 32 for floating point.
 
     Raises:
@@ -56,7 +56,7 @@ def check_setting(name: str, value: object) -> Any:
         value: The value as the user wrote it.
 
     Raises:
-        PolicyError: If there is no such setting or it cannot take that value; names the nearest valid one.
+        PolicyError: If there is no such setting or it cannot take the value; the message names the nearest valid one.
     """
     if name in BIT_FIELDS:
         return check_bits(name, value)
@@ -112,23 +112,23 @@ class Settings:
     Attributes:
         w_bits: Bits of the weight, 1..8, or None for float.
         a_bits: Bits of the input, 1..8, or None for float.
-        granularity: Bounds and output scale per output `"channel"` or per `"tensor"`, `"auto"` (by bits).
-        grid: `"midrise"` (odd multiples, no zero), `"integer"` (symmetric, with zero), `"twos"` (one level more below
-            zero, of LSQ alone), `"auto"` (by bits and rounding).
-        normalize: Quantize `(W - mean) / std` as the paper does (True), `W` itself (False), `"auto"` (by bits).
-        rounding: Gradient of the rounding: `"daq"` (DASR), `"ste"` (1), `"ewgs"`, `"dsq"`, or `"lsq"`, which has a
-            learned step in place of bounds and output scale.
-        slope: `"unit"` scales the DASR gradient to a mean of 1 between two levels, `"paper"` leaves it.
+        granularity: Whether bounds and output scale are per output `"channel"`, per `"tensor"`, or `"auto"` (by bits).
+        grid: Levels of the weight: `"midrise"` (odd multiples, no zero), `"integer"` (symmetric, with zero), `"twos"`
+            (one more level below zero than above, only for LSQ), or `"auto"` (by bits and rounding).
+        normalize: Quantize `(W - mean) / std` as the paper does (True), `W` itself (False), or `"auto"` (by bits).
+        rounding: Gradient of the rounding: `"daq"` (DASR, the paper's soft rounding), `"ste"` (1), `"ewgs"`, `"dsq"`,
+            or `"lsq"`, which learns a step size instead of bounds and output scale.
+        slope: `"unit"` scales the DASR gradient to a mean of 1 between two levels, `"paper"` does not scale it.
         w_gamma: Temperature of the weight's soft rounding.
         w_sigma: Kernel width of the weight's soft rounding.
         a_gamma: Temperature of the input's soft rounding.
         a_sigma: Kernel width of the input's soft rounding.
         delta: Scaling factor of EWGS, 0 or more.
-        alpha: Parameter of DSQ, in (0, 1): the smaller it is, the nearer are soft levels to hard ones.
+        alpha: Parameter of DSQ, in (0, 1): the smaller it is, the closer the soft levels are to hard ones.
         attention: Bits of both operands of products of two activations, 1..8, or None (False) to leave them float.
         share_inputs: Whether layers that read the same tensor at the same bits share one input quantizer.
-        deploy: `"float"` leaves what is between the layers in float, as the paper does; `"integer"` quantizes every
-            output too, so that an integer-only runtime can compute it.
+        deploy: `"float"` leaves everything between the layers in float, as the paper does; `"integer"` quantizes every
+            output too, so that an integer-only runtime can run the model.
 
     With `slope="unit"` the two temperatures `w_gamma` and `a_gamma` cancel out and change nothing.
 
@@ -170,14 +170,14 @@ SETTING_NAMES = tuple(f.name for f in dataclasses.fields(Settings))
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule of a policy: which layers (`match` or `type`), and the settings it changes for them.
+    """One rule of a policy: the layers that it applies to (`match` or `type`), and the settings it changes for them.
 
     Attributes:
         changes: Setting name -> value; only what the rule changes.
         match: A dotted name, a glob on dotted names, or `re:` and a regular expression; None for a type rule.
         type: A class name such as `"Linear"`; None for a name rule.
-        optional: If True, matching no layer is no error.
-        place: What messages and plans call it: `""` for `rule N`, `"bits"` if it was one line of a mapping of bits.
+        optional: If True, it is not an error that the rule matches no layer.
+        place: Name of the rule in messages and plans: `"bits"` for an entry of a mapping of bits; `""` for `rule N`.
 
     Example:
         >>> Rule({"w_bits": 2}, match="layer4.*").changes["w_bits"]
@@ -195,17 +195,17 @@ class Rule:
 class Policy:
     """Rules that say which layers get how many bits.
 
-    Precedence: exact name > pattern > type > position > default; among equals the later wins; `exclude` beats all,
-    then `include`.
+    Precedence: exact name > pattern > type > position > default. Among rules of equal precedence the later wins.
+    `exclude` overrides all of them, and then `include`.
 
     Attributes:
-        default: Settings of every layer that no rule touches.
+        default: Settings of every layer, which the rest of the policy changes.
         rules: Rules by name, pattern or type.
         first: Changes for first sites (a model input reaches them without passing another); None leaves them float.
         last: Changes for last sites (they reach a model output without passing another); None leaves them float.
-        exclude: Names, globs or `re:` patterns of layers to leave alone.
-        include: Names, globs or `re:` patterns of the only layers to convert; empty for all.
-        name: Where the policy comes from, for messages: a file or preset name.
+        exclude: Names, globs or `re:` patterns of layers to leave in float.
+        include: Names, globs or `re:` patterns of the only layers to convert; empty converts all.
+        name: Where the policy comes from, for messages: name of a file or preset.
 
     Example:
         >>> Policy(Settings(w_bits=4, a_bits=4), rules=(Rule({"w_bits": 2}, match="layer4.*"),)).first

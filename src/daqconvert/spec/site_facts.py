@@ -1,4 +1,4 @@
-"""What was found in a model before anything is decided: a `Site`, the `Call` of a call site, its `SiteOutput`."""
+"""Facts that are found in a model before anything is decided: `Site`, and its parts `Call` and `SiteOutput`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class Call:
     """Where a site computes, if that is not the forward of the layer it is named after.
 
     Attributes:
-        function: Name of what is called: `"linear"`, `"conv2d"`, `"matmul"`, `"scaled_dot_product_attention"`, ...
+        function: Name of the function that is called: `"linear"`, `"conv2d"`, `"matmul"`, `"attention_scores"`, ...
         modules: Dotted names of the modules whose forwards make the call, and are rewritten.
         holder: Dotted name of the module that holds the quantizers.
         tensors: Dotted names of the parameters and buffers that the weight is computed from; none for a product of
             activations.
-        dynamic: Whether the second operand depends on the model's inputs: it has no codes to store.
+        dynamic: Whether the second operand depends on the model's inputs, so that it has no codes to store.
     """
 
     function: str
@@ -37,19 +37,20 @@ class Call:
 
 @dataclass(frozen=True)
 class SiteOutput:
-    """What becomes of the output of a site, or of a sum, until another operation computes with it.
+    """What happens to the output of a site, or to a sum of outputs, before another operation computes with it.
 
     Attributes:
-        place: Dotted name of a module that returns it and can have an output quantizer; None where there is none.
-        batch_norm: Dotted name of the batch norm that it goes through first; None where it goes through none.
-        lower: Lower bound of the activation that it goes through (0 for a ReLU); None where there is none.
-        upper: Upper bound of the activation that it goes through (6 for a ReLU6); None where there is none.
-        readers: Names of the sites that read it.
-        alone: Whether nothing but these sites reads it.
-        nonnegative: Whether it is proven non-negative.
-        sources: Names of the sites and places whose outputs a sum adds; empty for the output of a site.
-        after: Name of the site before a sum; empty for the output of a site.
-        meets: Name of the site to whose input's grid it is rounded, which `deploy="integer"` decides; None for float.
+        place: Dotted name of a module that returns the output and can have an output quantizer; None if there is none.
+        batch_norm: Dotted name of the batch norm that the output goes through first; None if there is none.
+        lower: Lower bound of the activation that the output goes through (0 for a ReLU); None if there is none.
+        upper: Upper bound of the activation that the output goes through (6 for a ReLU6); None if there is none.
+        readers: Names of the sites that read the output.
+        alone: Whether only these sites read the output.
+        nonnegative: Whether the output is proven non-negative.
+        sources: Of a sum: names of the sites, and `place`s of the sums, that it adds; empty for the output of a site.
+        after: Of a sum: name of the last site that runs before it; empty for the output of a site.
+        meets: Name of the site whose input grid the output is rounded to, decided by `deploy="integer"`; None for
+            float.
     """
 
     place: str | None = None
@@ -69,23 +70,23 @@ class Site:
     """One convolution, linear layer or product found in a model, before anything is decided about it.
 
     Attributes:
-        name: Dotted path, the first of its aliases.
-        kind: Class name, as `"Conv2d"`.
-        weight_shape: Shape of the weight; empty where it has none.
+        name: Dotted path; the first, if a layer has several.
+        kind: Class name of the layer, such as `"Conv2d"`; for a call site without a layer, name of the function.
+        weight_shape: Shape of the weight; empty if there is none or it is not known.
         out_channels: Number of output channels.
         reduction: Number of products summed in one output element.
-        params: Number of its parameters (weight and bias).
-        reason: Why it cannot be converted; empty if it can.
-        first: Whether it is a first site.
-        last: Whether it is a last site.
-        nonnegative: Whether the dataflow proves its input non-negative.
-        macs: Multiply-accumulates of one forward at batch size 1, or None where no input size is known.
+        params: Number of elements of the site's parameters (weight and bias).
+        reason: Why the site cannot be converted; empty if it can.
+        first: Whether a model input reaches the site without passing another site.
+        last: Whether the site's output reaches a model output without passing another site.
+        nonnegative: Whether the dataflow proves the site's input non-negative.
+        macs: Multiply-accumulates of one forward at batch size 1, or None if no input size is known.
         notes: Remarks for the plan's row.
-        call: The call, if it is a call site; None for a layer.
-        one_scale: Why its bounds and scale cannot be per channel; empty if they can.
-        reads: Name of the first site that reads the same input tensor, where several do (its own for the first);
-            else empty.
-        output: What becomes of its output; None where that cannot be told.
+        call: The function call, if it is a call site; None for a layer.
+        one_scale: Why bounds and scale cannot be per channel; empty if they can.
+        reads: If several sites read the same input tensor, name of the first of them (for the first itself, its own
+            name); else empty.
+        output: What happens to the site's output; None if it is not known.
     """
 
     name: str
@@ -107,7 +108,7 @@ class Site:
 
     @property
     def is_output(self) -> bool:
-        """Whether it is an output quantizer, which `deploy="integer"` adds, and multiplies nothing."""
+        """Whether it is an output quantizer, which `deploy="integer"` adds and which multiplies nothing."""
         return self.kind == OUTPUT_KIND
 
     @property
@@ -118,10 +119,10 @@ class Site:
 
     @property
     def is_product(self) -> bool:
-        """Whether both operands are activations, as in attention: quantized only where `attention` asks for it."""
+        """Whether both operands are activations, as in attention; it is quantized only if `attention` has bits."""
         return self.call is not None and self.call.is_product
 
     @property
     def is_computed(self) -> bool:
-        """Whether its second operand depends on the model's inputs, so that no codes of it can be stored."""
+        """Whether the second operand depends on the model's inputs, so that no codes of it can be stored."""
         return self.call is not None and (self.call.dynamic or self.call.is_product)

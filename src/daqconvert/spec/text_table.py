@@ -1,4 +1,4 @@
-"""Plain text in aligned columns, for what prints itself (`str(plan)`, reports); tables with lines are in `report`."""
+"""Plain text in aligned columns, for `str(plan)` and `str` of reports; tables with lines are in `report`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 
 def text_table(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
-    """Return a line for each row, two blanks between columns; those whose index is in `right` are set to the right.
+    """Return a line for each row, two spaces between columns; columns whose index is in `right` are right-aligned.
 
     Example:
         >>> text_table([("a", "n", "why"), ("bc", "12", "")], right={1})

@@ -1,6 +1,6 @@
-"""Writing TOML, and policies as plain dicts and as TOML (`policy.policy_files` reads them).
+"""Writing dicts as TOML, and policies as plain dicts and as TOML (`policy.policy_files` reads them).
 
-TOML has no None, so it says 32 for bits that are left in floating point, and `first = false`, `attention = false`.
+TOML has no None, so None is written as 32 for bits, and as `false` for `first`, `last` and `attention`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from daqconvert.spec.row import FLOAT_BITS
 from daqconvert.spec.settings import BIT_FIELDS, Policy, Rule
 
 LONGEST_LIST = 100
-"""Most characters of a list on one line; the items of a longer list get a line each."""
+"""A list of at most this many characters is on one line; the items of a longer list get a line each."""
 
 
 def to_dict(policy: Policy) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def to_toml(policy: Policy, bits: Mapping[str, list[int]] | None = None) -> str:
 
     Args:
         policy: The policy; its `name` is not part of the text.
-        bits: Name of a layer -> `[w_bits, a_bits]`: rules that the file holds as its table `[bits]`.
+        bits: Name of a layer -> `[w_bits, a_bits]`: rules that are written as the table `[bits]`.
 
     Example:
         >>> print(to_toml(Policy(first=None, last=None)).splitlines()[:2])
@@ -58,21 +58,22 @@ def to_toml(policy: Policy, bits: Mapping[str, list[int]] | None = None) -> str:
     """
     data = to_dict(policy)
     if not data["rule"]:
-        del data["rule"]  # `rule = []` would only puzzle a reader
+        del data["rule"]  # `rule = []` would have no effect
     return toml_text(data | ({"bits": dict(bits)} if bits else {}))
 
 
 def toml_text(data: Mapping[str, Any]) -> str:
     """Return a dict as the text of a TOML file: values first, then tables.
 
-    tomlkit writes it, because it keeps `[2, 4]` on one line and puts each rule under `[[rule]]`, as a person would.
-    The smaller tomli-w gives every number of a list a line of its own: the bits of one layer would take four lines.
+    It is written by tomlkit, because tomlkit keeps `[2, 4]` on one line and puts each rule under `[[rule]]`, as a
+    person would. The smaller package tomli-w writes each item of a list on its own line, so that the bits of one layer
+    would take four lines.
 
     Example:
         >>> toml_text({"bits": {"layer4.0": [2, 4]}, "exclude": ["fc"]}).splitlines()
         ['exclude = ["fc"]', '', '[bits]', '"layer4.0" = [2, 4]']
     """
-    import tomlkit  # imported here, since most callers never write a file
+    import tomlkit  # imported here, because most callers never write a file
 
     document = tomlkit.document()
     for key, value in data.items():

@@ -10,18 +10,18 @@ from daqconvert.spec.row import PlanRow
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over the rows of a plan; what is unknown is left out of a sum and counted beside it.
+    """Sums over the rows of a plan; unknown values are left out, and `unknown_macs` and `unknown_bytes` count them.
 
     Attributes:
         sites: Number of sites.
         converted: Number of quantized sites.
-        params: Parameters of the sites, and parameters and buffers outside them.
-        macs: Multiply-accumulates at batch size 1; None where all are unknown.
-        bops: Bit operations, `MACs * w_bits * a_bits`; None where all are unknown.
-        float_bops: Bit operations with 32 bits everywhere; None where all are unknown.
+        params: Number of elements of the sites' parameters, and of parameters and buffers outside the sites.
+        macs: Multiply-accumulates at batch size 1; None if all are unknown.
+        bops: Bit operations, `MACs * w_bits * a_bits`; None if all are unknown.
+        float_bops: Bit operations with 32 bits everywhere; None if all are unknown.
         bytes: Bytes of all parameters at the planned bits, float32 outside the sites.
         float_bytes: Bytes of all parameters in float32.
-        scale_bytes: Bytes of scales and zero points besides.
+        scale_bytes: Bytes of scales and zero points, which `bytes` does not include.
         unknown_macs: Number of sites whose MACs are unknown.
         unknown_bytes: Number of sites whose size is unknown.
 
@@ -48,7 +48,7 @@ class Totals:
 
         Args:
             rows: Rows of a plan.
-            other_params: Parameters and buffers outside the sites.
+            other_params: Number of elements of the parameters and buffers outside the sites.
         """
         scale_bytes = sum(row.scale_bytes for row in rows)
         rows = [row for row in rows if not row.site.is_output]
@@ -68,6 +68,6 @@ class Totals:
 
 
 def _known(values: Iterable[int | None]) -> int | None:
-    """The sum of the values that are known; None where none is."""
+    """Return the sum of the known values; None if no value is known."""
     known = [value for value in values if value is not None]
     return sum(known) if known else None
