@@ -1,7 +1,7 @@
 """The codes of an operand: one byte an element, what a convolution keeps for its backward instead of the operand.
 
-A quantizer returns its operand as a plain tensor and leaves the codes on it; `codes_of` finds them there unless
-somebody changed the operand in between. A tensor that a forward hook returned instead has no codes; it is kept itself.
+A quantizer returns its operand as a plain tensor with the codes as an attribute; `codes_of` finds them there, unless
+the operand was changed in between. A tensor that a forward hook returned instead has no codes: it is kept itself.
 
 A weight is seen as `(A, B, C, D)`, in this order in memory; its output channel is `a * C + c`
 (`kernels/quantizer.cpp`).
@@ -55,13 +55,13 @@ class WeightCodes:
 
 
 def attach(operand: Tensor, codes: InputCodes | WeightCodes) -> Tensor:
-    """Leave the codes on their operand, and return it."""
+    """Attach the codes to their operand as an attribute, and return the operand."""
     setattr(operand, _ATTRIBUTE, (codes, _version(operand)))
     return operand
 
 
 def codes_of(operand: Tensor) -> InputCodes | WeightCodes | None:
-    """Return the codes that a quantizer left on its operand; None where there are none, or it was changed since."""
+    """Return the codes that a quantizer attached to its operand; None without any, or if it was changed since."""
     found = getattr(operand, _ATTRIBUTE, None)
     return found[0] if found is not None and found[1] == _version(operand) else None
 

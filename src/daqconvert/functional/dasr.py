@@ -140,7 +140,7 @@ class _ClipRoundBackward(torch.autograd.Function):
 
 
 def refuse(ctx: Any, *grads: Any) -> Any:
-    """Raise `DaqError`, for no operator here has a second derivative: the backward of their backwards."""
+    """Raise `DaqError`: this is the backward of every backward, because no operator has a second derivative."""
     raise DaqError(
         "dasr has no second derivative: its slope holds the temperature controller constant. "
         "Drop create_graph=True, or compute the penalty under `with daqconvert.disabled(model):`."

@@ -9,11 +9,11 @@ Convention, for `b` bits, `n = 2**b - 1` and `m = 2**(b - 1) - 1`:
 
 Operands are integers held in floating point: sums of their products are exact in float32 below 2**24, whatever the
 layout or the order. Scales are applied after the sum. Codes are what is stored: `q` for inputs and midrise weights,
-the operand less the lowest one for the others; uint8, `0 .. n`.
+the operand minus the lowest operand for the others; uint8, `0 .. n`.
 
-Each formula stands here once. Who needs a gradient gives the rounding whose gradient it is; who needs values alone (a
-frozen layer, the body of a fused operator without kernels, an exporter) gives none. Plain operations of torch run on
-every device, and a compiler can fuse them. Arithmetic is float32 at least.
+Each formula is written once, here. A caller that needs a gradient passes a `Rounding`; one that needs values alone (a
+frozen layer, a fused operator without kernels, an exporter) passes None. The formulas are plain operations of torch,
+which run on every device and which a compiler can fuse. Arithmetic is float32 at least.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Rounding:
     Attributes:
         kind: One of `functional.dasr.KINDS`.
         c: First constant of `functional.dasr.through_rounding`.
-        a: Second constant; for EWGS it is `delta`, which the gradient reads by way of `c = delta / n` alone.
+        a: Second constant; for EWGS it is `delta`, from which `c = delta / n` follows: its gradient reads `c` alone.
     """
 
     kind: str = "daq"
@@ -49,7 +49,7 @@ class Rounding:
 
     @staticmethod
     def ewgs(delta: float, intervals: int) -> Rounding:
-        """Return the rounding of EWGS on a grid of so many intervals.
+        """Return the rounding of EWGS with the factor `delta`, on a grid of `intervals` intervals.
 
         Example:
             >>> Rounding.ewgs(0.75, 15).over(3).c
@@ -59,7 +59,7 @@ class Rounding:
 
     @staticmethod
     def dsq(alpha: float) -> Rounding:
-        """Return the rounding of DSQ."""
+        """Return the rounding of DSQ; `alpha`, in (0, 1), says how far soft levels are from hard ones."""
         return Rounding("dsq", *dsq_coefficients(alpha))
 
     @staticmethod
@@ -93,7 +93,7 @@ def quantize_input(
 def input_scale(lower: Tensor, upper: Tensor, bits: int) -> Tensor:
     """Return `scale = (upper - lower) / n` with `lower <= 0 <= upper` enforced, float32 at least."""
     high, low = wide(upper), wide(lower)
-    # NOTE: not clamp, whose gradient at 0 itself is 0 in some versions: a bound that starts there would stay for good
+    # NOTE: not clamp, whose gradient at 0 itself is 0 in some versions: a bound that starts at 0 would never move
     width = torch.where(high < 0.0, 0.0, high) - torch.where(low > 0.0, 0.0, low)
     return width.clamp(min=TINY) / float(2**bits - 1)
 

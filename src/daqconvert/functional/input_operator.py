@@ -5,9 +5,9 @@
     operand    = clip(round(x / scale), -zero_point, n - zero_point)
     codes      = operand + zero_point                                  uint8: what a convolution keeps
 
-It saves `x` alone for its backward. float32 on the CPU runs in the compiled kernels where there are such, everything
-else in the plain operations of `functional.grid`, with the same codes. `input_operand` is the form of a frozen layer:
-no gradient, no codes, nothing kept.
+For its backward the operator saves `x` and a few scalars. float32 on the CPU runs in the compiled kernels if there are
+any, everything else in the plain operations of `functional.grid`, with the same codes. `input_operand` is the form for
+a frozen layer: no gradient, no codes, nothing kept.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return what the operator returns, without gradient.
 
-    `into` gives the compiled kernels a tensor of the shape and strides of its argument to write the operand to.
+    `into(x)` returns a tensor of the shape and strides of `x`, into which the compiled kernels write the operand.
     """
     library = kernels(x, lower, upper)
     scale, zero_point = parameters(lower, upper, bits)
@@ -119,8 +119,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients to `x`, `lower` and `upper` from those to operand and scale.
 
-    Everything else is as in the forward. With `in_place` nobody else holds `grad`: its memory takes the gradient to
-    `x` where the kernels compute.
+    The other arguments are those of the forward. With `in_place` nobody else may hold `grad`: where the kernels run,
+    they write the gradient to `x` into its memory.
     """
     if grad is None:
         grad = torch.zeros_like(x)  # the operand was not used, its scale was

@@ -1,4 +1,4 @@
-"""The arithmetic of integer deployment: what a frozen model, its reference and an integer runtime compute alike.
+"""The arithmetic of integer deployment, in which a frozen model, its reference and an integer runtime agree.
 
 One layer has input codes `x` of scale `sx` and zero point `zx`, integer weights `w` (`|w| <= 127`) of scale `sw` per
 output channel, and an output of scale `sy` and zero point `zy`:
@@ -6,16 +6,17 @@ output channel, and an output of scale `sy` and zero point `zy`:
     acc = sum((x - zx) * w) + bias                      int32;  bias = round(b / (sx * sw)), b the float bias
     y   = clip(round(float32(acc) * m) + zy, low, high)         m = float32(float32(sx * sw) / sy)
 
-`round` is half to even; each product, quotient and conversion is rounded to float32 by itself. `low` and `high` hold
-an activation that clips. Stored weights are the layer's operands times `factor`. It is `127 // n`, which refines the
-unit of the bias at no cost; negative where the channel's scale is (a batch norm with negative gamma); 0 where the
-scale is 0 or so small that the bias would not fit: the output of such a channel is its bias.
+`round` is half to even; each product, quotient and conversion is rounded to float32 by itself. `low` and `high`
+include the limits of an activation that clips. Stored weights are the layer's operands times `factor`, which is
+`127 // n`: that refines the unit of the bias at no cost. It is negative where the channel's scale is negative (a batch
+norm with negative gamma), and 0 where the scale is 0 or so small that the bias would not fit; the output of such a
+channel is its bias.
 
-What stands between layers is float32 arithmetic on `(code - zero point) * scale`. A sum of two such values that is
-rounded to a third grid needs care. The frozen model computes `round((a * sa + b * sb) / sy)` in float32, operation by
-operation. ONNX Runtime's integer kernel for sums multiplies by `sa / sy` and `sb / sy` instead, with or without fused
-multiply-adds, whichever the processor has. For most scales all three give equal codes for all 65,536 pairs of codes;
-where they do not, `agreeing_scale` finds a scale next to the one asked for, for which they do.
+Between layers, values are `(code - zero point) * scale` in float32. A sum of two such values that is rounded to a
+third grid needs care. The frozen model computes `round((a * sa + b * sb) / sy)` in float32, operation by operation.
+ONNX Runtime's integer kernel for sums multiplies by `sa / sy` and `sb / sy` instead, with fused multiply-adds where
+the processor has them. For most scales all three ways give equal codes for all 65,536 pairs of codes; where they do
+not, `agreeing_scale` finds a scale close to the one asked for, for which they do.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def integer_layer(
 
 
 def code_of(value: float, scale: float, zero_point: int) -> int:
-    """Return the code of a real value, which may be below or above those that a grid has.
+    """Return the code of a real value, not clipped to the codes of a grid.
 
     Example:
         >>> code_of(6.0, 0.5, 3), code_of(-6.0, 0.5, 3)
@@ -106,7 +107,7 @@ def code_of(value: float, scale: float, zero_point: int) -> int:
 
 
 def requantize(acc: Tensor, layer: IntegerLayer, x_scale: Tensor, output_dims: int) -> Tensor:
-    """Return the codes of a layer's output less their zero point, integer-valued, in float32.
+    """Return the codes of a layer's output minus their zero point, integer-valued, in float32.
 
     `acc` are its sums of products, exact integers in any dtype; `output_dims` dimensions follow the channel.
     """
@@ -121,7 +122,7 @@ def requantize(acc: Tensor, layer: IntegerLayer, x_scale: Tensor, output_dims: i
 def output_values(acc: Tensor, layer: IntegerLayer, x_scale: Tensor, output_dims: int) -> Tensor:
     """Return a layer's output in real units, `requantize` times the scale of the output.
 
-    Nobody else holds the sums `acc`: where the kernels can, they compute it in one pass in that memory.
+    Nobody else may hold the sums `acc`: where the kernels run, they write the output into that memory, in one pass.
     """
     library = kernels(acc, layer.weight_scale, x_scale) if only_values(acc) and acc.dtype == torch.float32 else None
     sizes = None if library is None else memory_sizes(acc, output_dims)
@@ -147,8 +148,8 @@ def exact_sums(products: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tenso
     """Return `products(x, w)` of integer-valued operands, every sum exact, as float32, float64 or int32.
 
     `largest` is the largest size that a sum can have. Up to 2**24 float32 is exact; above, parts of the channels are
-    summed in float32 and added in int32, or all is summed in float64 where the channels cannot be split. None sums in
-    float32 whatever comes.
+    summed in float32 and added in int32, or all is summed in float64 where the channels cannot be split. With None,
+    all is summed in float32 without a check.
     """
     if _IN_INT32:
         return _int32_sums(products, x, w)
@@ -170,7 +171,7 @@ def exact_sums(products: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tenso
 
 @contextmanager
 def int32_reference() -> Iterator[None]:
-    """Compute all sums of integer deployment in int32 while the context lasts: slow, and beyond doubt."""
+    """Compute all sums of integer deployment in int32 while the context lasts: slow, but certainly exact."""
     global _IN_INT32
     before, _IN_INT32 = _IN_INT32, True
     try:

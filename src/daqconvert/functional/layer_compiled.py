@@ -1,9 +1,9 @@
-"""A quantized layer as a compiler should see it: a forward in plain operations to fuse, a backward of one operator.
+"""A quantized layer under `torch.compile`: a forward in plain operations that fuse, a backward that is one operator.
 
-Left to itself a compiler keeps the operand beside the input, sums the gradient of each bound in a pass of its own,
-computes the slope again in each, and a scalar's whole formula again for every vector of elements it is used with. So
-the few numbers of a layer come from one operator, which is called once, and the backward is that of
-`functional.layer_operator`, on the input and the weight alone. Values are the same, bit for bit.
+A compiler that is left to itself keeps the operand beside the input, sums the gradient of each bound in a separate
+pass, computes the slope again in each pass, and computes a scalar's formula again for every vector of elements. So the
+few scalars of a layer come from one operator, which is called once, and the backward is that of
+`functional.layer_operator`, from the input and the weight alone. Values are the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def compiled_layer(
     operation: KnownProducts, x: Tensor, weight: Tensor, bias: Tensor | None, output_scale: Tensor,
     of_input: InputGrid, of_weight: WeightGrid, slopes: tuple[Tensor, Tensor],
 ) -> Tensor:  # fmt: skip
-    """Return what `functional.layer_operator.quantized_layer` does for float32, under `torch.compile`.
+    """Return the output of `functional.layer_operator.quantized_layer` for float32, under `torch.compile`.
 
     `slopes` are `c` and `a` of the roundings of input and weight, each as a tensor `(2,)` on the CPU, so that they may
-    change from step to step; of the grids' own roundings the kind alone is read.
+    change from step to step without compiling anew; only the kind is read from the grids' own roundings.
     """
     i, w = of_input, of_weight
     constants = list(w.view), i.bits, w.bits, w.grid, KINDS.index(i.rounding.kind), KINDS.index(w.rounding.kind)
@@ -94,8 +94,8 @@ def decode(geometry: Sequence[int]) -> KnownProducts:
     return ConvolutionProducts(stride, padding, dilation, geometry[0], bool(geometry[1]), output_padding)
 
 
-# The two operators, as torch.library wants them: flat arguments in the order of the schema. Nothing reads a rounding
-# where only values are asked for.
+# The two operators, as torch.library wants them: flat arguments in the order of the schema. The forward computes
+# values alone, so the rounding of its grid is never read.
 
 
 def _forward(
@@ -133,8 +133,8 @@ _scratch = threading.local()
 def scratch_like(x: Tensor) -> Tensor:
     """Return a tensor of the shape and strides of `x` in memory that each thread keeps, valid until the next call.
 
-    The operand lives as long as one operator. Given back each time, its pages would be mapped again each time: a
-    tenth of the step's time for the largest layers.
+    The operand is needed during one operator only. If its memory were freed each time, its pages would have to be
+    mapped again each time: a tenth of the step's time for the largest layers.
     """
     before: Tensor | None = getattr(_scratch, "memory", None)
     if before is None or before.numel() < x.numel():

@@ -2,9 +2,10 @@
 
     y = products(operand_x, operand_w) * sum_scale + bias,    sum_scale = |output_scale| * weight scale * input scale
 
-It keeps `x` and the weight, which a float layer keeps too, and the codes of both operands, a byte an element; it keeps
-neither the operands nor the sums. A gradient is written where the one that it comes from was. What the layer computes
-is what `quantize_input`, `quantize_weight` and `scaled_products` compute one after the other.
+For its backward it keeps `x` and the weight, which a float layer keeps too, and the codes of both operands, one byte
+per element; it keeps neither the operands nor the sums. In the backward, a gradient is written into the memory of the
+gradient that it is computed from. The values are those of `quantize_input`, `quantize_weight` and `scaled_products`,
+one after the other.
 """
 
 from __future__ import annotations
@@ -162,7 +163,7 @@ def add_scale_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients to `output_scale` and to the input's `scale` from that to the sum scale.
 
-    That to the weight's upper bound is added to `grad_upper`, in place, unless the weight is unitless.
+    The gradient to the weight's upper bound is added to `grad_upper`, in place, unless the weight is unitless.
     """
     upper, in_scale, top, n = _scale_parts(scale, bits, of_weight)
     library = kernels(grad, output_scale, upper, in_scale, grad_upper)

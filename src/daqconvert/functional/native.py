@@ -2,9 +2,9 @@
 
 The kernels (`daqconvert.kernels`) take dense float32 on the CPU, in memory order, by address. They compute the slope
 of the DASR rounding, `c * coth((u + a) / 2)` with `u = |1 - 2t|` in [0, 1], from a few numbers that `slope_numbers`
-chooses: the coefficients of a polynomial that is exact to float32 or, where no short one is, the constants of
-`c * (1 + 2 / (exp(a) expm1(u) + expm1(a)))`. A polynomial divides nothing, and the farther the pole at `u = -a`, the
-lower its degree: 5 for the default, whose `a` is 4.
+chooses: the coefficients of a polynomial that is exact to float32 or, where no short polynomial is, the constants of
+`c * (1 + 2 / (exp(a) expm1(u) + expm1(a)))`. A polynomial needs no division. The farther away the pole at `u = -a`
+is, the lower its degree may be: 5 for the default, whose `a` is 4.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def kernels(*tensors: Tensor | None) -> ctypes.CDLL | None:
     """Return the compiled kernels if they can take these tensors, else None: plain torch computes then.
 
     They take float32 and uint8 on the CPU; None stands for an argument that is not given. They do not take a subclass
-    of a tensor, which may have no memory, and nothing while a mode watches every operator, which would not see them.
+    of a tensor, which may have no memory. While a torch dispatch mode is active they take nothing, because the mode
+    has to see every operation and would not see theirs.
     """
     if torch._C._len_torch_dispatch_stack():
         return None
@@ -44,9 +45,10 @@ def kernels(*tensors: Tensor | None) -> ctypes.CDLL | None:
 
 
 def only_values(*tensors: Tensor | None) -> bool:
-    """Whether nothing but the values of what is computed from these tensors is asked for.
+    """Whether only the values of what is computed from these tensors are needed.
 
-    That is: no gradient, no tracing and compiling, which have to see plain operations, no transform of `torch.func`.
+    That means: no gradient, no tracing or compiling (which have to see plain operations), no transform of
+    `torch.func`.
 
     Example:
         >>> only_values(torch.ones(1)), only_values(torch.ones(1, requires_grad=True))
@@ -83,7 +85,7 @@ def is_dense(x: Tensor) -> bool:
 
 
 def in_memory_order(x: Tensor, like: Tensor) -> Tensor:
-    """Return `x` with the strides of `like`, copied where they differ: then element `i` of both is the same one."""
+    """Return `x` with the strides of `like`, copied where they differ, so that elements correspond in memory."""
     if x.stride() == like.stride() and is_dense(x):
         return x
     return torch.empty_like(like, dtype=x.dtype).copy_(x)
@@ -92,7 +94,7 @@ def in_memory_order(x: Tensor, like: Tensor) -> Tensor:
 def row_major(weight: Tensor, view: Sequence[int]) -> Tensor:
     """Return a weight whose elements lie in memory in the order of its view `(A, B, C, D)`, copied where they do not.
 
-    Rows of one channel may lie in any order inside themselves, as those of a `channels_last` convolution do.
+    The elements of one channel may lie in any order among themselves, as in a `channels_last` convolution.
     """
     if weight.is_contiguous():
         return weight
@@ -114,9 +116,10 @@ def address(x: Tensor | None) -> int | None:
 
 @lru_cache(maxsize=256)
 def slope_numbers(kind: int, c: float, a: float) -> tuple[ctypes.Array[ctypes.c_float], int]:
-    """Return a rounding as the kernels take it: numbers, and how to use them, a polynomial's degree or a constant.
+    """Return a rounding as the kernels take it: numbers, and how to use them.
 
-    The arguments are the `numbers` of a `Rounding`.
+    How is a polynomial's degree, `SLOPE_ONE`, `RATIONAL`, `SCALED` or `SECH`. The arguments are the `numbers` of a
+    `Rounding`.
 
     Example:
         >>> [slope_numbers(1, 1.0, a)[1] for a in (16.0, 4.0, 2.0, 0.0625)]
@@ -132,12 +135,12 @@ def slope_numbers(kind: int, c: float, a: float) -> tuple[ctypes.Array[ctypes.c_
         found = _polynomial(c, a, degree)
         if found is not None:
             return (ctypes.c_float * len(found))(*found), degree
-    far = min(a, 80.0)  # no larger than float32 holds: beyond, the slope is c everywhere
+    far = min(a, 80.0)  # exp(80) fits into float32; beyond, the slope is c everywhere
     return (ctypes.c_float * 3)(c, math.exp(far), math.expm1(far)), RATIONAL
 
 
 def _polynomial(c: float, a: float, degree: int) -> list[float] | None:
-    """Return coefficients, highest power first, from Chebyshev's nodes; None where they miss by more than `ERROR`."""
+    """Return coefficients, highest power first, from Chebyshev nodes; None if their error is larger than `ERROR`."""
     nodes = 0.5 + 0.5 * torch.cos(math.pi * (torch.arange(degree + 1, dtype=torch.float64) + 0.5) / (degree + 1))
     powers = torch.arange(degree, -1, -1, dtype=torch.float64)
     coefficients = torch.linalg.solve(nodes[:, None] ** powers, c / torch.tanh((nodes + a) / 2))
@@ -162,7 +165,7 @@ def register(
     the outputs, for which `remember` saves what it needs.
     """
     name = f"daqconvert::{schema.partition('(')[0]}"
-    # a compiler may keep its tensors in the layout that its convolutions like: without the tag it would transpose them
+    # the tag lets a compiler pass tensors in the layout that its convolutions prefer, instead of transposing them
     _LIBRARY.define(schema, tags=(torch.Tag.flexible_layout,))
     _LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
     torch.library.register_fake(name, fake, lib=_LIBRARY)

@@ -38,7 +38,7 @@ from daqconvert.functional.products import KNOWN, Gradients, KnownProducts, resc
 def can_compile(operation: Any, x: Tensor, w: Tensor, scale: Tensor) -> bool:
     """Whether a layer is being compiled for the CPU, not exported, with known products of float32 operands.
 
-    Elsewhere there are no kernels of ours, and the compiler does better with plain operations.
+    Elsewhere this project has no kernels, and the compiler does better with plain operations.
     """
     if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or not isinstance(operation, KNOWN):
         return False
@@ -97,9 +97,9 @@ class _ScaledProducts(torch.autograd.Function):
 
 
 def differentiable(gradients: Any, arguments: tuple[Any, ...]) -> Any:
-    """Return the first derivative `gradients(*arguments)`; where somebody keeps its graph, it refuses a second one.
+    """Return the first derivative `gradients(*arguments)`; under `create_graph=True` a second derivative raises.
 
-    For that every tensor has to be an argument of its own: autograd does not look into containers.
+    For that, every tensor has to be an argument of its own: autograd does not look into containers.
     """
     if torch.is_grad_enabled():  # create_graph=True
         return _Backward.apply(gradients, *arguments)
@@ -134,8 +134,8 @@ def product_gradients(
 ) -> Gradients:  # fmt: skip
     """Return the gradients to the operand of the input, to `scale * operand` of the weight, and to the bias.
 
-    Those that are not wanted are None. `x` is the operand of the input or, with their zero point, its codes; `w` the
-    operand of the weight or its codes; `scale` the scale of the sums; `shape` that of the input.
+    Those that are not wanted are None. `x` is the operand of the input or, if `zero_point` is given, its codes; `w` is
+    the operand of the weight or its codes; `scale` is the scale of the sums; `shape` is that of the input.
     """
     operand_x = None
     if wanted[1]:
@@ -150,9 +150,9 @@ def product_gradients(
 def split_gradient(
     grad: Tensor, w: Tensor | WeightCodes, operation: KnownProducts, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients to the operand of the weight and to the scale from that to their product.
+    """Return the gradients to the operand of the weight and to the scale from `grad`, that to their product.
 
-    `w` is the operand or its codes; the memory of `grad` may be used again.
+    `w` is the operand or its codes. The memory of `grad` may be overwritten.
     """
     view: View = operation.view(grad.shape)
     library = kernels(grad, scale, w.codes) if isinstance(w, WeightCodes) else None

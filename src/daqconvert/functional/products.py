@@ -1,11 +1,11 @@
-"""Bare products whose backward is known here, convolutions and `x W^T`, and what follows them: `acc * S + b`.
+"""The products whose backward is written out here, convolutions and `x W^T`, and what follows them: `acc * S + b`.
 
-Each kind of products is a callable `(x, w) -> sums`, as every operation of a site is, and knows besides where its
-output channels are and how its gradients are computed, so that a site need not keep what autograd would keep.
-`rescale` is the plain form of scale and bias, `rescale_` the one in place with a kernel.
+Each kind of products is a callable `(x, w) -> sums`, as every operation of a site is. It also knows where its output
+channels are and how to compute its gradients, so that a site need not keep what autograd would keep. `rescale` applies
+scale and bias in plain torch, `rescale_` does so in place, with a kernel where possible.
 
-Products are made in a forward, so they have the hash of any object (`eq=False`): dynamo, up to torch 2.11, asks for it
-before there are fields.
+Products are made in a forward, and dynamo up to torch 2.11 asks for their hash before their fields are set. So they
+are hashed by identity (`eq=False`).
 """
 
 from __future__ import annotations
@@ -53,9 +53,10 @@ class LinearProducts:
     def gradients(
         self, grad: Tensor, x: Tensor | None, w: Tensor | None, shape: Sequence[int], needs: Sequence[bool]
     ) -> Gradients:
-        """Return the gradients to `x`, `w` and a bias from that to the output; None for those that `needs` denies.
+        """Return the gradients to `x`, `w` and a bias from `grad`, that to the output.
 
-        `shape` is that of the input. `x` may be None where no gradient to `w` is needed, `w` where none to `x` is.
+        `needs` says which of the three are needed; the others are None. `shape` is that of the input. `x` may be None
+        where no gradient to `w` is needed, and `w` where none to `x` is.
         """
         flat = grad.reshape(-1, grad.shape[-1])
         of_x = (flat @ w).reshape(shape) if needs[0] and w is not None else None
@@ -103,7 +104,7 @@ class ConvolutionProducts:
         return _CONVOLUTIONS[dims](x, w, None, self.stride, self.padding, self.dilation, self.groups)
 
     def accepts(self, x: Tensor, w: Tensor) -> bool:
-        """Whether `gradients` can be asked for these operands: not without a batch dimension, nor for an empty one."""
+        """Whether `gradients` can be asked for these operands: they need a batch dimension, and not an empty one."""
         return x.dim() == len(self.stride) + 2 and x.numel() > 0
 
     def view(self, shape: Sequence[int]) -> View:
@@ -115,7 +116,7 @@ class ConvolutionProducts:
     def gradients(
         self, grad: Tensor, x: Tensor | None, w: Tensor | None, shape: Sequence[int], needs: Sequence[bool]
     ) -> Gradients:
-        """Return the gradients to `x`, `w` and a bias; as in `LinearProducts`, but for `w`, which is always given."""
+        """Return the gradients to `x`, `w` and a bias as in `LinearProducts`, except that `w` must be given."""
         assert w is not None  # torch looks at the shapes of both, whichever gradient is asked for
         given = grad.new_zeros(()).expand(shape) if x is None else x
         bias = [grad.shape[1]] if needs[2] else None
@@ -139,7 +140,7 @@ class PaddedProducts:
 
     Attributes:
         pad: Pads the input.
-        products: Of the padded input.
+        products: Products of the padded input.
     """
 
     pad: Callable[[Tensor], Tensor]
@@ -154,8 +155,8 @@ def rescale(acc: Tensor, scale: Tensor, bias: Tensor | None, output_dims: int, i
     """Return `acc * scale + bias`, computed in float32 at least, in the dtype of `acc`.
 
     `output_dims` dimensions follow the channel of `acc`. The scale is `()` or `(C_out,)`, and so is a bias; where the
-    channel is last it may be anything that broadcasts. With `in_place` nobody else holds `acc`, whose dtype is that of
-    scale and bias: the result takes its memory.
+    channel is last it may be anything that broadcasts. With `in_place` the result takes the memory of `acc`, which
+    nobody else may hold, and which has the dtype of scale and bias.
 
     Example:
         >>> rescale(torch.tensor([[1.0, 2.0]]), torch.tensor([2.0, 3.0]), torch.tensor([0.5, 0.5]), 0).tolist()
@@ -191,7 +192,7 @@ def rescale_(acc: Tensor, scale: Tensor, bias: Tensor | None, output_dims: int) 
 
 
 def memory_sizes(acc: Tensor, output_dims: int) -> tuple[int, int, int] | None:
-    """Return `(outer, channels, inner)` of sums as they lie in memory, or None where they do not lie so."""
+    """Return sums as `(outer, channels, inner)` in memory order, or None if their memory is laid out differently."""
     if acc.numel() == 0:
         return None
     channels = acc.shape[-1 - output_dims]

@@ -1,6 +1,6 @@
 """Distance-aware soft rounding written as the paper writes it: slow, literal, differentiated by autograd.
 
-`dasr.py` computes the same in closed form; the tests bind the two. Nothing but tests and benchmarks imports this file.
+`dasr.py` computes the same in closed form; tests check that both agree. Only tests and benchmarks import this file.
 
 Convention: `x` is in level units, `t = x - floor(x)`, and the two levels around `x` are numbered `k = 0, 1` along a
 last dimension of size 2. `k*` is the nearer level; an exact tie goes down, as in the authors' code (everywhere else
@@ -48,10 +48,10 @@ def gaussian_kernel(distance: Tensor, sigma: float) -> Tensor:
 def softmax_of_two(z: Tensor) -> Tensor:
     """Return `softmax(z)` over a last dimension of size 2, as `m_k = 1 / (1 + exp(z_j - z_k))`.
 
-    Both terms are divided by the own one, so each element stands alone and no maximum is needed (the authors' code
+    Numerator and denominator are divided by `exp(z_k)`, so no maximum has to be subtracted (the authors' code
     subtracts the largest `z` of the whole tensor, which underflows for a large `sigma`). The gradient of
-    `torch.softmax` forms `1 - m_k`, which cancels where `gamma` is large: 5e-12 of the float64 gradient at
-    `gamma = 10`; here nothing cancels.
+    `torch.softmax` contains `1 - m_k`, which loses digits by cancellation where `gamma` is large: 5e-12 of the float64
+    gradient at `gamma = 10`. Here nothing cancels.
 
     Example:
         >>> z = torch.tensor([0.5, 2.0])

@@ -5,12 +5,12 @@
     q       = clip(round(v / scale), -m, m)            integer, scale = upper / m;         operand q, code q + m
     q       = clip(round(v / scale), -m - 1, m)        twos,    scale = upper / m;         operand q, code q + m + 1
 
-It saves the weight alone for its backward, and the few numbers per channel. A weight that is not normalized has
-`lower = -upper`. From codes that are known already it only expands the operand; the backward is the same. float32 on
-the CPU runs in the compiled kernels where there are such, everything else in the plain operations of
+For its backward the operator saves the weight and a few numbers per channel. A weight that is not normalized has
+`lower = -upper`. If the codes are known already, the forward only expands them to the operand; the backward is the
+same. float32 on the CPU runs in the compiled kernels if there are any, everything else in the plain operations of
 `functional.grid`.
 
-A weight is seen as `(A, B, C, D)`, in this order in memory, its channel is `a * C + c` (`kernels/quantizer.cpp`).
+A weight is seen as `(A, B, C, D)`, in this order in memory; its channel is `a * C + c` (`kernels/quantizer.cpp`).
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class WeightGrid:
     """How a weight is quantized.
 
     Attributes:
-        lower: `(A * C,)` or scalar bound of a normalized weight; None for another one, whose bound is `-upper`.
-        upper: Bound of the same shape.
-        mean: Mean of a normalized weight, without gradient; None for another one.
-        std: Standard deviation of a normalized weight, without gradient; None for another one.
+        lower: Lower bound of a normalized weight, `(A * C,)` or scalar; else None, which stands for `-upper`.
+        upper: Upper bound, of the same shape.
+        mean: Mean of a normalized weight, without gradient; else None.
+        std: Standard deviation of a normalized weight, without gradient; else None.
         view: The weight as `(A, B, C, D)`.
-        bits: 1 to 8 (2 to 8 but for midrise).
+        bits: 1 to 8 on the midrise grid, 2 to 8 on the others.
         grid: `"midrise"`, `"integer"` or `"twos"`.
         rounding: Gradient of the rounding.
     """
@@ -75,7 +75,7 @@ class WeightGrid:
 
 
 class QuantizedWeight(NamedTuple):
-    """How a weight is quantized, and what that gave: the integer-valued operand, without gradient, and its codes."""
+    """How a weight is quantized, and the result: the integer-valued operand, without gradient, and its codes."""
 
     grid: WeightGrid
     operand: Tensor
@@ -85,7 +85,7 @@ class QuantizedWeight(NamedTuple):
 def quantize_weight(weight: Tensor, grid: WeightGrid, known: Tensor | None = None) -> tuple[Tensor, WeightCodes]:
     """Return operand and codes of a weight of any floating dtype; gradients reach the weight and its bounds.
 
-    `known` are the codes of just this weight and these bounds, where they are known.
+    `known` are the codes of exactly this weight and these bounds, if they were computed before.
 
     Raises:
         DaqError: On a second derivative.
@@ -124,7 +124,7 @@ def forward(weight: Tensor, grid: WeightGrid, known: Tensor | None = None) -> tu
 
 
 def codes_alone(weight: Tensor, grid: WeightGrid) -> Tensor:
-    """Return the codes of a weight, with the strides of `empty_like(weight)`; the kernels make no operand for it.
+    """Return the codes of a weight, with the strides of `empty_like(weight)`; the kernels do not make the operand.
 
     Example:
         >>> weight, upper = torch.tensor([[-0.7, 0.1, 0.69]]), torch.tensor([0.7])
@@ -163,10 +163,10 @@ def _spread(weight: Tensor, grid: WeightGrid) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def backward(grad: Tensor, weight: Tensor, grid: WeightGrid, in_place: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients to the weight and to its bounds, that to `lower` without meaning where it is None.
+    """Return the gradients to the weight, `lower` and `upper`; where `lower` is None its gradient has no meaning.
 
-    With `in_place` nobody else holds `grad`, the gradient of the operand: its memory takes the gradient to the weight
-    where the kernels compute.
+    `grad` is the gradient to the operand. With `in_place` nobody else may hold it: where the kernels run, they write
+    the gradient to the weight into its memory.
     """
     lower, upper = grid.lower, grid.upper
     library = kernels(weight, lower, upper, grid.mean, grid.std, grad)
@@ -225,13 +225,14 @@ def weight_operand(codes: Tensor, bits: int, grid: str, dtype: torch.dtype) -> T
 def weight_moments(weight: Tensor, view: Sequence[int], bound_view: Sequence[int] | None) -> tuple[Tensor, Tensor]:
     """Return mean and unbiased std of a weight's channels, without gradient, float32 at least.
 
-    Channels are where `bound_view`, the shape of a bound against `view`, is not 1: the result is `(channels,)`, or
-    `(1,)` where `bound_view` is None, for one mean and std of all. A constant channel has its own size as std.
+    `bound_view` is the shape in which a bound broadcasts against `view`; dimensions where it is not 1 make up the
+    channels. The result is `(channels,)`; without a `bound_view` it is `(1,)`, mean and std of all elements. A
+    constant channel has mean 0, and its absolute value as std.
 
-    It is an operator, the same in every program. A compiler sums in an order of its own. The last bit of a moment is
-    then another one, and training leaves many weights right between two levels: one code that differs in a layer of
-    36,864 weights gave 49 of 5,000 images another class (ResNet-20, W2A2). So a compiler calls what eager PyTorch
-    calls, and sums go in the order of the indices, whatever the weight's layout in memory is.
+    Under `torch.compile` this is an operator that computes what eager PyTorch computes, with sums in the order of the
+    indices, whatever the weight's layout in memory. A compiler would sum in an order of its own, and the last bit of a
+    moment matters: training leaves many weights right between two levels, and one code that differed in a layer of
+    36,864 weights gave 49 of 5,000 images another class (ResNet-20, W2A2).
 
     Example:
         >>> mean, std = weight_moments(torch.tensor([[1.0, 3.0], [5.0, 5.0]]), (2, 2), (2, 1))

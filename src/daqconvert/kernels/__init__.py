@@ -1,4 +1,4 @@
-"""Elementwise arithmetic for the CPU, compiled at first use where a C++ compiler is, cached, and optional."""
+"""Elementwise arithmetic for the CPU: compiled at first use if there is a C++ compiler, cached, and optional."""
 
 from daqconvert.kernels.loading import library, status
 

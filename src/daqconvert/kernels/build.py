@@ -1,7 +1,7 @@
 """Builds `quantizer.cpp` once per source, compiler and processor, and keeps the result in the user's cache.
 
-The build goes to a file of its own, which is then renamed. So any number of processes may build at once: the last one
-wins, and all of them hold the same code.
+The build goes to a temporary file, which is then renamed. So any number of processes may build at once: the last file
+stays, and all of them have the same contents.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 SOURCE = Path(__file__).with_name("quantizer.cpp")
 # NOTE: nothing here lets the compiler change a value: no -ffast-math, no contraction into fused multiply-adds
 EXACT = ("-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
-# the first that compiles; openmp shares torch's own threads, for both name the same library
+# the first that compiles is used; with OpenMP, kernels and torch share threads, because both load the same library
 VARIANTS = (("-march=native", "-fopenmp"), ("-march=native", "-fopenmp-simd"), ("-fopenmp",), ())
 COMPILERS = ("c++", "g++", "clang++")
 TIMEOUT = 120.0  # seconds for one attempt
@@ -42,7 +42,7 @@ def cache_directory() -> Path:
 
 
 def library_path(cxx: str) -> Path:
-    """Return the file that this source, compiler and processor share."""
+    """Return the path of the library that is built for this source, compiler and processor."""
     stat = Path(cxx).resolve().stat()
     parts = [SOURCE.read_bytes(), cxx.encode(), f"{stat.st_size} {stat.st_mtime_ns}".encode(), _processor().encode()]
     parts.append(repr((EXACT, VARIANTS)).encode())
@@ -73,7 +73,7 @@ def build(cxx: str, path: Path) -> None:
 
 
 def _processor() -> str:
-    """Return what a build for this machine's processor depends on, for several machines may share a cache."""
+    """Return a text that tells this machine's processor from others: several machines may share a cache."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     wanted = ("model name", "flags", "Features")

@@ -65,7 +65,7 @@ class Status:
 
     Attributes:
         compiled: Whether the compiled kernels do it.
-        reason: Why they do not, or the file they were loaded from.
+        reason: Why the kernels are not used, or the file that they were loaded from.
         seconds: How long building them took; 0 where the cache had them.
     """
 
@@ -104,7 +104,7 @@ def _first_use() -> tuple[ctypes.CDLL | None, Status]:
             elif _loaded[1].seconds:
                 said = f"built kernels in {_loaded[1].seconds:.1f} s, kept as {_loaded[1].reason}"
                 LOGGER.info(said)
-                if sys.stderr.isatty():  # a user who waits for it is told what for
+                if sys.stderr.isatty():  # tell the user why the command took so long
                     sys.stderr.write(f"daqconvert: {said}\n")
         return _loaded
 
@@ -120,7 +120,7 @@ def _load() -> tuple[ctypes.CDLL | None, Status]:
         if path.is_file():
             try:
                 return _open(path), Status(True, str(path))
-            except (OSError, AttributeError):  # cut off, or for another system: built again
+            except (OSError, AttributeError):  # the file is cut off, or for another system: build it again
                 path.unlink(missing_ok=True)
         build(cxx, path)
         return _open(path), Status(True, str(path), time.perf_counter() - start)

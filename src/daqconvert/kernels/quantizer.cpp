@@ -164,7 +164,7 @@ struct InputBackward {
       const float* g, const float* x, float* out, int64_t n, float scale, float zero_point, float top,
       const Slope* s) {
     const float low = -zero_point, high = top - zero_point;
-    const float inverse = 1.0f / scale;  // a gradient may be rounded twice; a level may not
+    const float inverse = 1.0f / scale;  // a gradient may be rounded twice; a level needs the exact division
     const Slope slope = *s;
     float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
@@ -180,7 +180,7 @@ struct InputBackward {
 };
 
 struct WeightGrid {
-  const float *lower, *upper, *mean, *std;  // one per channel; mean and std are null where it is not normalized
+  const float *lower, *upper, *mean, *std;  // one per channel; mean and std are null without normalization
   float low, top;           // lowest and highest rounded level unit: 0 and n where midrise, else operands
   bool midrise;
 };
@@ -316,7 +316,7 @@ uint64_t daq_fingerprint(
 }
 
 // Operand (unless out is null) and codes of a weight. mean is null where the weight is not normalized; lower is read
-// only where it is.
+// only where the weight is normalized.
 void daq_quantize_weight(
     const float* w, float* out, uint8_t* codes, const int64_t* view, const float* lower, const float* upper,
     const float* mean, const float* std, float low, float top, int midrise, int threads) {
@@ -431,7 +431,7 @@ void daq_combine_scale(
   }
 }
 
-// Gradients of daq_combine_scale: to output_scale and to step; that to upper is added to grad_upper.
+// Gradients of daq_combine_scale to output_scale and step; the gradient to upper is added to grad_upper.
 void daq_combine_scale_backward(
     const float* grad, const float* output_scale, const float* upper, const float* step, float* grad_scale,
     float* grad_upper, float* grad_step, int64_t n, float top, float weight_step, float input_step) {
@@ -482,7 +482,7 @@ void daq_rescale(
   }
 }
 
-// From sums of products of integers to the output, the values that its codes stand for: see functional/integer.py.
+// From integer sums of products to the output, as the real values of its codes: see functional/integer.py.
 void daq_requantize(
     const float* acc, float* out, int64_t outer, int64_t channels, int64_t inner, const int32_t* factor,
     const int32_t* bias, const float* m, float low, float high, float scale, int threads) {

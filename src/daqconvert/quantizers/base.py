@@ -30,12 +30,12 @@ class Quantizer(nn.Module):
         layer_name: Dotted name of the layer, for error messages.
         calibrated: Bool buffer, saved with the bounds.
         ready: `calibrated` as a Python bool, which forward reads without waiting for a device.
-        slope: `c` and `a` of the rounding as a tensor, for compiled models: a number that changes from step to step
-            would be compiled anew each time.
+        slope: `c` and `a` of the rounding as a tensor, for compiled models: if they were Python numbers, every change
+            would compile the model anew.
     """
 
     calibrated: Tensor
-    by_mean: ClassVar[bool] = False  # whether `calibrate` starts it from the mean size of what it quantizes
+    by_mean: ClassVar[bool] = False  # whether `calibrate` starts from the mean absolute value
     lower: Tensor
     upper: Tensor
     slope: Tensor
@@ -63,13 +63,13 @@ class Quantizer(nn.Module):
         self._rounding = rounding
 
     def plain_rounding(self) -> Rounding:
-        """Return the rounding for plain operations: a compiler gets its numbers as tensors, an exporter as numbers."""
+        """Return the rounding for plain operations; for a compiler its constants are tensors, else Python numbers."""
         if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
             return self._rounding
         return Rounding(self._rounding.kind, self.slope[0], self.slope[1])  # type: ignore[arg-type]
 
     def is_plain(self) -> bool:
-        """Whether a call is the class's own `forward` and nothing watches it: a layer may then quantize by itself."""
+        """Whether a call runs the class's own `forward` and no hook: a layer may then quantize in its own operator."""
         own = type(self).forward is type(self).own_forward and "forward" not in self.__dict__
         return own and not is_watched(self)
 

@@ -90,10 +90,10 @@ class InputQuantizer(Quantizer):
         return InputGrid(self._lower(), self.upper, self.bits, self.rounding)
 
     def _see(self, x: Tensor) -> None:
-        """Take note of the input that the bounds are about to be used with; here there is nothing to note."""
+        """Note what the bounds need to know of the input before they are used: nothing here, its size in LSQ."""
 
     def _lower(self) -> Tensor:
-        """Return `lower`; where unsigned it stays 0 even if someone has unfrozen every parameter of the model."""
+        """Return `lower`, detached if unsigned: it must stay 0 even if all parameters of the model were unfrozen."""
         return self.lower.detach() if self._sign is False and self.lower.requires_grad else self.lower
 
     def zero_point(self, scale: Tensor | None = None) -> Tensor:
@@ -131,11 +131,11 @@ class InputQuantizer(Quantizer):
 
     @torch.no_grad()
     def set_bits(self, bits: int) -> None:
-        """Change the width in place; the bounds move to where they are sensible for it.
+        """Change the number of bits in place, and adapt the bounds.
 
-        They are multiplied by the ratio of the best bounds at the two widths. The best bound has the least squared
-        error for a normal distribution (signed) or its positive half; at 1 bit it is 3 standard deviations, where
-        `calibrate` starts. The caller changes the site's settings.
+        The bounds are multiplied by the ratio of the best bounds at the two numbers of bits. The best bound has the
+        least squared error for a normal distribution (signed) or its positive half; at 1 bit it is 3 standard
+        deviations, where `calibrate` starts. The caller changes the site's settings.
 
         Args:
             bits: 1 to 8 (2 to 8 for a signed input).
@@ -163,7 +163,7 @@ class InputQuantizer(Quantizer):
 
     @torch.no_grad()
     def set_placeholder(self) -> None:
-        """Set bounds for an input that no batch showed: `[-1, 1]`, `[0, 1]` where unsigned or of 1 bit.
+        """Set bounds for an input that no batch reached: `[-1, 1]`, or `[0, 1]` if unsigned or of 1 bit.
 
         A sign that is not decided stays undecided: the next calibration that sees the input decides it.
         """

@@ -26,7 +26,7 @@ from daqconvert.quantizers.weight import WeightQuantizer
 
 
 def lsq_start(mean: Tensor | float, top: int) -> Tensor | float:
-    """Return where a step size starts: `2 mean / sqrt(Q_p)`, `mean` being that of `|v|` and `top` being `Q_p`.
+    """Return the starting value of a step size, `2 mean / sqrt(Q_p)`: `mean` is that of `|v|`, `top` is `Q_p`.
 
     Example:
         >>> lsq_start(1.0, 1)
@@ -84,7 +84,7 @@ class StepWeightQuantizer(WeightQuantizer):
         self.step.copy_(torch.as_tensor(lsq_start(mean, self.top)).reshape(self.step.shape))
 
     def _rescale_bounds(self, bits: int) -> None:
-        self.step.mul_(math.sqrt(self.top / levels(bits, self.grid)))  # the ratio of where it starts at the two widths
+        self.step.mul_(math.sqrt(self.top / levels(bits, self.grid)))  # the ratio of `lsq_start` at the two widths
 
     def extra_repr(self) -> str:
         """Return bits, grid and granularity for `print(model)`."""
@@ -124,7 +124,7 @@ class StepInputQuantizer(InputQuantizer):
         return (half, half - 1) if signed else (0, 2 * half - 1)
 
     def start(self, mean: float, signed: bool) -> tuple[float, float]:
-        """Return the bounds to start with, for inputs whose mean size is `mean`, some negative where `signed`."""
+        """Return the bounds to start with, for inputs whose mean absolute value is `mean`."""
         low, high = self.ends(signed)
         step = float(lsq_start(mean, high))
         return -low * step, high * step
@@ -158,7 +158,7 @@ class StepInputQuantizer(InputQuantizer):
         check_width(self.layer_name, "a_bits", bits, 2)
         before = self.ends(self.sign is True)[1]
         after = 2 ** (bits - (self.sign is True)) - 1
-        self.step.mul_(math.sqrt(before / after))  # the ratio of where it starts at the two widths
+        self.step.mul_(math.sqrt(before / after))  # the ratio of `lsq_start` at the two widths
 
     def extra_repr(self) -> str:
         """Return bits and sign for `print(model)`."""

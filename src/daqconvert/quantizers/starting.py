@@ -1,7 +1,7 @@
-"""Where the bounds of a quantizer start and which gradient its rounding has, by its width, without data.
+"""What a quantizer starts with, without looking at data: the bounds of a weight, and the gradient of its rounding.
 
-A weight's bound is searched per row for the least squared error. When a width changes, bounds move by the ratio of the
-best bounds of a normal distribution at the two widths.
+A weight's bound is searched per row for the least squared error. When the bits of a quantizer change, its bounds are
+multiplied by the ratio of the best bounds for a normal distribution at the two numbers of bits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from daqconvert.functional.grid import TINY, Rounding, levels
 from daqconvert.spec import Settings
 
 CANDIDATES = 10  # bounds that the coarse pass of the minimum-error search tries; the finer one tries 8 more
-SEARCH_FLOOR = {2: 0.06, 3: 0.1, 4: 0.2, 5: 0.3, 6: 0.4, 7: 0.5, 8: 0.6}  # smallest part of max|W|: tails are heavy
+SEARCH_FLOOR = {2: 0.06, 3: 0.1, 4: 0.2, 5: 0.3, 6: 0.4, 7: 0.5, 8: 0.6}  # by bits: part of max|W|
 SHORT_ROW = 128  # the error of a row this short (a depthwise kernel) jumps, and costs next to nothing to compute ...
 SHORT_FACTOR = 16  # ... so it gets this many times the candidates
 SEARCH_PIECE = 1 << 18  # elements handled at once
@@ -46,7 +46,7 @@ def _search(rows: Tensor, bits: int, grid: str) -> Tensor:
     short = rows.shape[1] <= SHORT_ROW
     count = CANDIDATES * (SHORT_FACTOR if short else 1)
     ratio = math.pow(SEARCH_FLOOR[bits], 1.0 / (count - 1))
-    scratch = torch.empty_like(rows)  # one for all candidates: a new one for each would scatter the heap
+    scratch = torch.empty_like(rows)  # one for all candidates: one for each would fragment the heap
     best, error = largest.clone(), torch.full_like(largest, float("inf"))
     for k in range(-count // 5 if short else 0, count):  # a grid wider than a short row may fit it better
         best, error = _better(rows, largest * math.pow(ratio, k), best, error, bits, grid, scratch)
@@ -61,7 +61,7 @@ def _better(
 ) -> tuple[Tensor, Tensor]:
     """Return the bound with the smaller squared error of `upper` and `best`, per row, and that error.
 
-    The weight grid is written out here, in place, for the search has to be fast: it makes no tensor per candidate.
+    The formula of the weight grid is repeated here, in place, for speed: no tensor is made per candidate.
     """
     top = levels(bits, grid)
     scale = upper.clamp(min=TINY)[:, None] / top
@@ -126,7 +126,9 @@ def normal_clip(top: int, midrise: bool) -> float:
 
 
 def check_width(name: str, setting: str, bits: int, least: int) -> None:
-    """Refuse a width that the quantizer of a layer cannot take; `least` is the smallest, `setting` what to change.
+    """Refuse a number of bits that a layer's quantizer cannot have.
+
+    `name` is the layer's, `setting` is the one to change, and `least` is the smallest number allowed.
 
     Raises:
         PolicyError: If it is not an integer from `least` to 8.

@@ -1,9 +1,9 @@
 """The weight quantizer: per tensor or per output channel, midrise or integer grid, normalized or in real units.
 
-It keeps the codes of its weight until the weight or its bounds hold other values. A 64-bit fingerprint of the values
-themselves tells whether they do, read at every call at the speed of memory: an optimizer's step, `load_state_dict`, a
-write through `.data` or through NumPy, a swap with an average, another module's weight. A version counter would miss
-some of them. Without the compiled kernels there is no cheap fingerprint, and nothing is kept.
+It keeps the codes of its weight as long as the values of the weight and its bounds stay the same. A 64-bit fingerprint
+of these values, computed at every call at the speed of memory, notices every change: an optimizer's step,
+`load_state_dict`, a write through `.data` or NumPy, a swap with an average, another module's weight. Torch's version
+counter would miss some of them. Without the compiled kernels there is no cheap fingerprint, and nothing is kept.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class WeightQuantizer(Quantizer):
 
     With `normalize`, as in the paper, it quantizes `(W - mean(W)) / std(W)` (unbiased std, both constant for the
     gradient) on the midrise grid, with learned bounds `lower` and `upper`; its operands count in parts of full range.
-    Without, it quantizes `W` itself, `lower` is `-upper`, and its operands have a scale in real units.
+    Without `normalize` it quantizes `W` itself, `lower` is `-upper`, and its operands have a scale in real units.
 
     Attributes:
         lower: Parameter of a normalized weight, else the buffer `-upper`; shape `()` or `(C_out,)`.
@@ -81,7 +81,7 @@ class WeightQuantizer(Quantizer):
         self.require_ready()
         compiling = torch.compiler.is_compiling()
         if compiling and (torch.compiler.is_exporting() or weight.device.type != "cpu"):
-            return self._plain(weight)  # there are no kernels of ours where it will run
+            return self._plain(weight)  # this project has no kernels where the result will run
         known, key = (None, None) if compiling else self._remembered(weight)
         grid = self.weight_grid(weight, known)
         operand, codes = weight_operator.quantize_weight(weight, grid, None if known is None else known.codes)
@@ -102,7 +102,7 @@ class WeightQuantizer(Quantizer):
         return operand.reshape(weight.shape).to(weight.dtype)
 
     def quantized(self, weight: Tensor) -> QuantizedWeight:
-        """Return what a layer needs to quantize its weight together with its products; values without gradient."""
+        """Return the quantized weight, without gradient, for a layer whose own operator has the backward."""
         self.require_ready()
         known, key = self._remembered(weight)
         grid, stored = self.weight_grid(weight, known), None if known is None else known.codes
@@ -117,7 +117,7 @@ class WeightQuantizer(Quantizer):
         return WeightGrid(self.own_lower, self.upper, mean, std, self.view, self.bits, self.grid, self.rounding)
 
     def _remembered(self, weight: Tensor) -> tuple[KnownWeight | None, tuple[object, ...] | None]:
-        """Return what is known of this weight with these bounds, and the key that stands for their values."""
+        """Return what was kept for these values of weight and bounds, or None, and the key of the values."""
         key, memory = value_key(weight, self.own_lower, self.upper), self._memory
         return (memory if memory is not None and memory.key == key else None), key
 
@@ -129,11 +129,11 @@ class WeightQuantizer(Quantizer):
             self._memory = None if key is None else KnownWeight(key, savable(codes), *moments)
 
     def take_memory(self, other: WeightQuantizer) -> None:
-        """Take over what another quantizer keeps of the same weight; that one quantizes it again when it is called."""
+        """Take over the codes that another quantizer keeps of the same weight; the other one forgets them."""
         self._memory, other._memory = other._memory, None
 
     def give_codes(self, weight: Tensor) -> Tensor:
-        """Return what `codes` returns, for the caller to keep; the quantizer forgets it and makes no operand."""
+        """Return the codes of a weight, and do not keep them: they are the caller's. No operand is made."""
         if not self.is_plain():
             return self.codes(weight)
         self.require_ready()
@@ -151,7 +151,7 @@ class WeightQuantizer(Quantizer):
 
     @property
     def own_lower(self) -> Tensor | None:
-        """The bound `lower` of a normalized weight; None elsewhere: it is `-upper`."""
+        """The bound `lower` of a normalized weight; None otherwise, because it is `-upper`."""
         return self.lower if self.normalize else None
 
     @property
@@ -161,7 +161,7 @@ class WeightQuantizer(Quantizer):
 
     @property
     def view(self) -> View:
-        """The weight's shape as the fused operator sees it: one channel where all of it has one bound."""
+        """The weight's shape as the fused operator sees it; one channel if there is one bound for all."""
         return self.layout.memory_view if self.per_channel else (1, 1, 1, math.prod(self.layout.view))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -206,13 +206,13 @@ class WeightQuantizer(Quantizer):
 
     @torch.no_grad()
     def set_bits(self, bits: int) -> None:
-        """Change the width in place; the bounds move to where they are sensible for it.
+        """Change the number of bits in place, and adapt the bounds.
 
-        A normalized weight keeps its bounds. Those of another one are multiplied by the ratio of the bounds of least
-        squared error for a normal distribution at the two widths. The caller changes the site's settings.
+        A normalized weight keeps its bounds. Otherwise they are multiplied by the ratio of the bounds of least squared
+        error for a normal distribution at the two numbers of bits. The caller changes the site's settings.
 
         Args:
-            bits: 1 to 8 (2 to 8 but for the midrise grid).
+            bits: 1 to 8 on the midrise grid, 2 to 8 on the others.
 
         Raises:
             PolicyError: If `bits` is another number.
@@ -238,7 +238,7 @@ class WeightQuantizer(Quantizer):
 
     @torch.no_grad()
     def check(self, weight: Tensor) -> None:
-        """Raise `ConversionError` if the weight cannot be quantized: empty, NaN or infinite, constant."""
+        """Raise `ConversionError` if the weight is empty, has NaN or infinities, or is constant but normalized."""
         name = self.layer_name or "(root)"
         if weight.numel() == 0:
             raise ConversionError(f"{name}: its weight of shape {tuple(weight.shape)} is empty. Exclude the layer.")
@@ -275,10 +275,10 @@ WeightQuantizer.own_forward = WeightQuantizer.forward
 
 @dataclass(frozen=True)
 class KnownWeight:
-    """What was computed from one weight: codes and, if it is normalized, moments. Never changed, as threads share it.
+    """What was computed from one weight: codes and, if it is normalized, moments. Not changed: threads may share it.
 
     Attributes:
-        key: What stands for the values of the weight and its bounds, from `value_key`.
+        key: Fingerprint of the values of the weight and its bounds, from `value_key`.
         codes: uint8.
         mean: Mean of a normalized weight, else None.
         std: Standard deviation of a normalized weight, else None.
@@ -291,7 +291,7 @@ class KnownWeight:
 
 
 def value_key(weight: Tensor, lower: Tensor | None, upper: Tensor) -> tuple[object, ...] | None:
-    """Return what stands for the values of a weight and its bounds, or None where they cannot be told cheaply.
+    """Return a fingerprint of the values of a weight and its bounds, or None where there is no cheap one.
 
     `lower` is None where it follows from `upper`.
 

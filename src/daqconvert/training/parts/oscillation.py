@@ -125,7 +125,7 @@ class Oscillation(Part):
 
 
 def trackers_of(model: nn.Module, *, freeze: bool) -> dict[str, Tracker]:
-    """Return the tracker of each site's weight, by the site's name; of sites that share a weight only the first has one.
+    """Return the tracker of each site's weight, by the site's name; of sites that share a weight the first has one.
 
     Samples of many sites are followed together, by one tracker. A weight that may be frozen is followed whole, by a
     tracker of its own. A weight that is computed from other parameters cannot be set to a value and is never frozen.
