@@ -1,1 +1,1 @@
-"""Showing things to people: tables, pictures, progress bars, the page of a run; knows `spec` and `errors` alone."""
+"""What people look at: tables, pictures, progress bars, the page of a run; of the package it imports only `spec`."""

@@ -27,7 +27,7 @@ class Fitted:
         name: Name of the module.
         before: Error of its output before it was fitted.
         after: Error of its output afterwards.
-        left_alone: Why it was not fitted; it has no errors then. `""` if it was fitted.
+        left_alone: Why it was not fitted, in which case the errors mean nothing; `""` if it was fitted.
     """
 
     name: str

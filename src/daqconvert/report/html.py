@@ -1,4 +1,4 @@
-"""Pieces of HTML: escaped text, tables, and a whole page, which has no script, loads nothing, and can be dark."""
+"""Pieces of HTML: escaped text, tables, and a whole page, which has no script, loads nothing, and has a dark mode."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def table(
 ) -> str:
     """Return a table; headings are plain text, cells are HTML already.
 
-    The columns whose headings are in `numbers` are set to the right; the row of index `marked` is printed in bold.
+    The columns whose headings are in `numbers` are right-aligned; the row of index `marked` is printed in bold.
     """
     right = [column in set(numbers) for column in columns]
     head = "".join(f'<th{_kind(r)} scope="col">{text(c)}</th>' for c, r in zip(columns, right, strict=True))
@@ -112,7 +112,7 @@ def table(
 def folded_table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], more: str, *, shown: int, numbers: Iterable[str] = ()
 ) -> str:
-    """Return a table whose rows after the first `shown` are folded away, under "12" and `more`, as `"more layers"`.
+    """Return a table whose rows after the first `shown` are folded away, under their number and the words `more`.
 
     Example:
         >>> folded_table(["a"], [["1"], ["2"], ["3"]], "more", shown=1).count("2 more")
@@ -141,7 +141,7 @@ def facts(tables: Mapping[str, Mapping[str, object]]) -> str:
 
 
 def page(title: str, body: str) -> str:
-    """Return a whole page around HTML; the title is that of the window."""
+    """Return a whole page; `title` is the title of the window, `body` is HTML."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"

@@ -14,7 +14,7 @@ from typing import Any
 from daqconvert.report.html import folded_table, number, percent, text
 from daqconvert.report.tables import short_number
 
-OPEN = 40  # layers that are seen at once; the others are folded away
+OPEN = 40  # layers that are shown at first; the others are folded away
 MOST = 400  # cards on a page; all layers are in the table
 WIDTH, HEIGHT = 110, 56  # of a chart
 BARS = 64  # more levels than this are drawn several to a bar
@@ -33,7 +33,7 @@ class LayerReport:
         bits: Bits of weight and input, as they are now; None for float.
         moments: `(epoch, measure)`; a measure has `weight` and `input` (lower and upper bound), `weight_spread` and
             `scale` (least, mean and largest output scale), each None where the layer has none.
-        levels: Number of weights on each level now; None for a weight without levels.
+        levels: Number of weights on each level now; None if the weight has no levels.
         start: Number of weights on each level before the first step, or None.
         unit: Unit of the weight's bounds: `"std"` where the weight is normalized.
         oscillating: Share of its weights that oscillate; None if it was not measured.
@@ -90,7 +90,7 @@ def layer_cards(layers: Sequence[LayerReport]) -> str:
 
 
 def _bits(bits: int | None, color: str) -> str:
-    """Bits as a number and a bar, or the word float."""
+    """Return bits as a number and a bar, or the word float."""
     if bits is None:
         return '<span class="bits soft">float</span>'
     return (
@@ -176,7 +176,7 @@ def histogram(now: Sequence[int], start: Sequence[int] | None, label: str) -> st
 
 
 def lines(series: Sequence[tuple[str, Sequence[float | None]]], label: str) -> str:
-    """Return lines over the epochs on one scale that holds 0; values that are missing or not finite leave a gap.
+    """Return lines over the epochs on one scale that includes 0; values that are missing or not finite leave a gap.
 
     A line has a colour (a variable of the page's style, as `--c1`) and values. The label is for readers who cannot see
     the chart.

@@ -20,10 +20,10 @@ from daqconvert.spec import OUTPUT_QUANTIZER
 FORMATS = ("png", "svg", "pdf")
 COLORS = ("#1f5fa8", "#c8541b", "#2f8f4e", "#7a4fa3", "#666666")
 MARKS = ("o", "s", "^", "D", "v")
-MOST_NAMES = 60  # more names than this would be too small to read: every second or third is written then
+MOST_NAMES = 60  # more names than this would be too small to read: then only every second or third is written
 DPI = 120
 TOP = 0.08  # the band for identical layers, as a share of the height of the rest
-KNEE, SQUEEZE = 60.0, 0.25  # above this many decibels there is little but float rounding: drawn at a quarter's height
+KNEE, SQUEEZE = 60.0, 0.25  # above KNEE decibels there is little but float rounding: drawn at a quarter of the height
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class Curve:
 
 
 def draw_depth(path: Path, kind: str, curves: Sequence[Curve], title: str = "") -> None:
-    """Write a picture of decibels by layer; what is identical stands on a line of its own at the top.
+    """Write a picture of decibels by layer; layers that are identical stand on a line of their own at the top.
 
     `kind` is one of `FORMATS`; there is at least one curve, with a layer in it.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    longest = sorted(curves, key=lambda curve: -len(curve.values))  # its order is everybody's
+    longest = sorted(curves, key=lambda curve: -len(curve.values))  # the longest curve decides the order of layers
     names = list(dict.fromkeys(name for curve in longest for name in curve.values))
     width = min(max(6.5, 1.8 + 0.19 * len(names)), 15.0)
     letters = max(len(_shown(name)) for name in names)
@@ -73,20 +73,20 @@ def draw_depth(path: Path, kind: str, curves: Sequence[Curve], title: str = "") 
 
 
 def _range(curves: Sequence[Curve]) -> tuple[float, float]:
-    """Lowest and highest decibels of the axis, in steps of ten, 0 among them."""
+    """Return the lowest and the highest decibels of the axis, which are multiples of ten and include 0."""
     finite = [value for curve in curves for value in curve.values.values() if math.isfinite(value)]
     low = 10.0 * math.floor(min([0.0, *finite]) / 10.0)
     return low, 10.0 * math.ceil(max([10.0, *finite]) / 10.0)
 
 
 def _squeezed(decibels: Any) -> Any:
-    """Decibels (a number or an array) to height."""
+    """Return the height at which decibels are drawn; both are numbers or arrays."""
     over = (decibels - KNEE) * (decibels > KNEE)
     return decibels - (1 - SQUEEZE) * over
 
 
 def _stretched(height: Any) -> Any:
-    """Height to decibels: what undoes `_squeezed`."""
+    """Return the decibels that are drawn at a height: the inverse of `_squeezed`."""
     over = (height - KNEE) * (height > KNEE)
     return height + (1 / SQUEEZE - 1) * over
 
@@ -105,7 +105,7 @@ def _line(panel: Any, curve: Curve, number: int, places: Mapping[str, int], top:
     label = curve.label
     if curve.first is not None:
         label += f"\ncodes first differ at {curve.first}" + " (ringed)" * (curve.first in curve.values)
-    panel.plot(  # the later the broader, and below the others: where two lie on each other, both are seen
+    panel.plot(  # later curves are broader and lie below the others: where two coincide, both are seen
         x, y, color=color, marker=mark, markersize=4 + 1.3 * number, linewidth=1.2 + 0.7 * number, label=label,
         zorder=12 - number,
     )  # fmt: skip
@@ -118,12 +118,12 @@ def _line(panel: Any, curve: Curve, number: int, places: Mapping[str, int], top:
 
 
 def _shown(name: str) -> str:
-    """A layer's name; the quantizer of a module's output under that module's."""
+    """Return the name of a layer for people; an output quantizer is shown as its module's name and `(output)`."""
     return name.removesuffix(f".{OUTPUT_QUANTIZER}") + " (output)" * name.endswith(f".{OUTPUT_QUANTIZER}")
 
 
 def _axes(panel: Any, names: Sequence[str], ticks: Sequence[float]) -> None:
-    """Name layers and decibels; the last tick is the line of what is identical."""
+    """Label layers and decibels; the last tick is the line for layers that are identical."""
     step = -(-len(names) // MOST_NAMES)
     shown = range(0, len(names), step)
     size = 8 if len(shown) <= 30 else 6.5
@@ -139,7 +139,7 @@ def _axes(panel: Any, names: Sequence[str], ticks: Sequence[float]) -> None:
 
 # Curves over the epochs.
 
-# What is drawn in these colours follows the variables of the page's style: matplotlib knows no variables.
+# matplotlib knows no CSS variables: it draws in these colours, which `_inline` replaces by variables of the page.
 PLACEHOLDERS = {
     "#010203": "var(--ink)", "#040506": "var(--soft)", "#070809": "var(--line)", "#0a0b0c": "var(--c1)",
     "#0d0e0f": "var(--c2)", "#101112": "var(--c3)", "#131415": "var(--c4)",
@@ -226,7 +226,7 @@ def _dress(panel: Any, title: str, legend: bool) -> None:
 def _inline(svg: str, title: str, lines: Sequence[Line]) -> str:
     """Return matplotlib's SVG as an element for a page: with the page's colours, a title and a description.
 
-    Names that nothing refers to are left out, for many elements stand on one page.
+    Ids that nothing refers to are left out, because ids of several charts on one page could be the same.
     """
     svg = svg[svg.index("<svg") :].strip()
     for placeholder, variable in PLACEHOLDERS.items():

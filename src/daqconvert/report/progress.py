@@ -1,4 +1,4 @@
-"""Progress of something long: a bar on standard error where that is a terminal, nothing at all elsewhere.
+"""Progress of something long: a bar on standard error if that is a terminal, nothing at all otherwise.
 
 One display at a time: a bar that starts while another is shown becomes a further line of the same display.
 """
@@ -31,11 +31,11 @@ class Bar:
 
     @property
     def shown(self) -> bool:
-        """Whether it is on a terminal."""
+        """Whether the bar is shown on a terminal."""
         return self._display is not None
 
     def advance(self, n: int = 1, **fields: object) -> None:
-        """Count the `n` steps since the last call, and show `fields`, as `loss=0.25`, behind the bar until the next.
+        """Count `n` more steps, and show `fields`, as `loss=0.25`, behind the bar until the next call.
 
         Floats get four significant digits, but `top1` is a share and written as percent, `per_s` is a number of inputs
         per second, and `lr` and `q_lr` get two digits.
@@ -124,7 +124,7 @@ def _display() -> Progress:
     from rich.table import Column
 
     def fixed(width: int) -> Column:
-        """A column that is not narrowed where the terminal is: bar and fields are."""
+        """Return a column that keeps its width on a narrow terminal, where bar and fields shrink."""
         return Column(no_wrap=True, min_width=width)
 
     return bars.Progress(

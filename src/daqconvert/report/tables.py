@@ -44,7 +44,7 @@ def short_number(value: float | None) -> str:
 def plan_table(plan: Plan) -> Table:
     """Return a table of the plan: a row per site, those left alone dimmed, and the totals below.
 
-    BOPs are MACs times the bits of both operands, 32 for float. `-` stands for an unknown number, which no sum
+    BOPs are MACs times the bits of weight and of input, 32 for float. `-` stands for an unknown number, which no sum
     counts. A remark that several rows share is written once, below the table, and numbered in the rows.
 
     Example:
@@ -85,7 +85,7 @@ def _plan_cells(row: PlanRow, shared: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def _in_float(totals: Totals) -> str:
-    """What the totals are in float32, and what they leave out."""
+    """Return in words what the totals are in float32, and what they leave out."""
     words = [f"{_bytes(totals.float_bytes)} in float32"]
     if totals.float_bops is not None:
         words[0] = f"{short_number(totals.float_bops)} BOPs, {words[0]}"
@@ -106,7 +106,7 @@ def _bytes(value: float | None) -> str:
 
 
 def simple_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    """Return a table of any rows, with a title above it unless that is `""`; columns of numbers are set to the right.
+    """Return a table of any rows, with a title above it unless that is `""`; columns of numbers are right-aligned.
 
     Of the cells, texts stay as they are, floats get four significant digits, and None is shown as `-`.
 

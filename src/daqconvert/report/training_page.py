@@ -15,7 +15,7 @@ from daqconvert.report.html import facts, number, page, percent, table, text
 from daqconvert.report.layer_cards import LayerReport, layer_cards, layer_table
 from daqconvert.report.plots import Line, curve
 
-OPEN_EPOCHS = 20  # more epochs than this, and their table is folded away
+OPEN_EPOCHS = 20  # if there are more epochs than this, their table is folded away
 MOST_WARNINGS = 100
 MOST_STEPS = 400  # points of the loss by step
 Row = Mapping[str, Any]
@@ -87,7 +87,7 @@ def _section(heading: str, body: str) -> str:
 
 
 def _figures(data: TrainingReport) -> str:
-    """The few numbers that a reader looks for first."""
+    """Return the few numbers that a reader looks for first, as cards."""
     if not data.rows:
         return '<p class="soft">no epoch is done yet</p>'
     last, best = data.rows[-1], _best(data)
