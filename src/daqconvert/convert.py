@@ -117,7 +117,7 @@ def quantize(
     Raises:
         PolicyError: If a setting, rule or width cannot be applied.
         ConversionError: If the model is quantized already, has nothing to convert, or a weight is empty, not finite,
-            or constant where it must be normalized.
+            or constant although it must be normalized.
         FrozenError: If the model is frozen.
 
     Reference: "Distance-aware Quantization" (Kim, Lee, Ham, ICCV 2021).

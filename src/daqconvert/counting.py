@@ -23,14 +23,14 @@ class SiteCount:
     """What ran at one site, or at one place that is not a site.
 
     Attributes:
-        name: Name of the site in the plan. Where the weight belongs to no site, name of its parameter or buffer, or
-            empty if it has no name.
+        name: Name of the site in the plan. If the weight belongs to no site, name of the weight's parameter or buffer,
+            or empty if it has no name.
         macs: Multiply-accumulates, for the whole batch.
         weight: How many of `macs` had a quantized weight (in an attention product: second operand).
         input: How many of `macs` had a quantized input (in an attention product: first operand).
         both: How many of `macs` had both quantized.
         module: Dotted name of the module that was running.
-        op: Name of torch's operator, such as `"addmm"`; the first one where several ran.
+        op: Name of torch's operator, such as `"addmm"`; the first one if several ran.
         reason: Why the plan leaves the site in float; empty if the plan quantizes it.
     """
 

@@ -91,7 +91,7 @@ def calibrate(
 
     The model computes in float and in evaluation mode while the inputs of its sites are observed. Its weights, modes
     and batch-norm statistics do not change. The sign of an input that `quantize` could not prove to be non-negative is
-    decided here. Output scales start at 1 or, where weights are normalized as in the paper, at
+    decided here. Output scales start at 1 or, if weights are normalized as in the paper, at
     `mean|conv(x, W)| / mean|conv(x_q, W_q)|`.
 
     Args:

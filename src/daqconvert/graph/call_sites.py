@@ -3,7 +3,7 @@
 What multiplies                         Holder of the quantizers
 F.linear(x, self.qkv.weight)            the layer `qkv`, as if it had been called
 forward of a subclass of nn.Conv2d      the module itself, if the weight is computed from its own `weight`
-F.conv2d(x, self.kernel)                a new module beside the parameter: `kernel_site`
+F.conv2d(x, self.kernel)                a new module next to the parameter: `kernel_site`
 q @ k.transpose(-2, -1)                 a new child of the module that multiplies: `matmul_site`
 nn.MultiheadAttention                   new children for its input projections and its two products: `q_proj_site`, ...
 """
@@ -47,7 +47,7 @@ class CallSite:
 
     Attributes:
         name: Name of the site.
-        kind: Class name of the layer that holds it, else the name of the function.
+        kind: Class name of the layer that is the holder; if the holder is not a layer, name of the function.
         call: What the plan says about the call.
         key: Key of the call in each module that makes it, from `calls.keyed`.
         weight_shape: Shape of the weight; empty if the weight depends on data.
@@ -118,7 +118,7 @@ def find_call_sites(traced: list[Traced], aliases: dict[str, str]) -> list[CallS
 def unseen_sites(
     path: str, module: nn.Module, why: str, aliases: dict[str, str]
 ) -> Iterator[tuple[str, CallSite | str]]:
-    """Yield a name and a finding for each matrix that a forward reads, where fx cannot follow that forward.
+    """Yield a name and a finding for each matrix that a forward reads which fx cannot follow.
 
     For a bare parameter the finding is a `CallSite` with a reason not to convert it. For a layer whose weight is read,
     the finding is the reason not to convert the layer. `path` is the name of the module, `why` the message of fx, and

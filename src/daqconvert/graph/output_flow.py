@@ -195,7 +195,7 @@ class _Search:
             if not (folded or clips or self._moves(node, module) or _name(node) in JOINING_CALLS):
                 return ()
             tensors = node.all_input_nodes
-            if len(tensors) > 1:  # parts that were joined (`cat`): each has a grid of its own
+            if len(tensors) > 1:  # parts that were joined (`cat`): each has its own grid
                 parts = [self._source(part) for part in tensors]
                 return tuple(name for part in parts for name in part) if all(parts) else ()
             if not tensors:

@@ -43,7 +43,7 @@ def function_may_multiply(function: FunctionType) -> bool:
 
 
 def holds_product(module: nn.Module) -> bool:
-    """Return whether a module keeps a function that may multiply in an attribute, as `self.function = F.linear`."""
+    """Return whether an attribute of a module is a function that may multiply, as after `self.function = F.linear`."""
     for value in vars(module).values():
         value = value.func if isinstance(value, partial) else value
         if isinstance(value, (FunctionType, BuiltinFunctionType)) and value.__name__ in PRODUCT_NAMES:

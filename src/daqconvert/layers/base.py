@@ -59,7 +59,7 @@ class QuantizedLayer(BareOperation, QuantizedSite):
             signed: Whether the input is signed; None if `calibrate` decides.
 
         Raises:
-            ConversionError: If the weight is empty, not finite, or constant where it must be normalized.
+            ConversionError: If the weight is empty, not finite, or constant although it must be normalized.
         """
         if type(layer) is not cls.original:
             raise ConversionError(f"{name}: expected exactly {cls.original.__name__}, found {type(layer).__name__}.")

@@ -1,11 +1,11 @@
 """Call sites: sites that are function calls, such as `F.linear(x, self.kernel)` or `x @ self.proj`, and their holders.
 
-A rewritten forward (`daqconvert.graph.rewrite`) calls `call_site(holder, ...)` where the original calls the function.
+A rewritten forward (`daqconvert.graph.rewrite`) calls `call_site(holder, ...)` in place of the function.
 The holder is the module that has the site's quantizers or codes: a layer whose weight the call uses, the rewritten
-module itself (`OwnCallHolder`), or a module beside a bare parameter (`CallHolder`).
+module itself (`OwnCallHolder`), or a new module next to a bare parameter (`CallHolder`).
 
-Some functions are given a weight and multiply by it where torch.fx cannot look: torchvision's
-`shifted_window_attention(x, self.qkv.weight, self.proj.weight, ...)` decides on shapes, so it stays one node of the
+Some functions get a weight and multiply by it inside, where torch.fx cannot follow: torchvision's
+`shifted_window_attention(x, self.qkv.weight, self.proj.weight, ...)` branches on shapes, so it stays one node of the
 graph. The rewritten forward gives such a function a `SiteWeight` instead of the weight. torch calls
 `SiteWeight.__torch_function__` in place of every function that receives the object, so that the site computes every
 multiplication by the weight. A function that only moves elements of the weight before that, such as `rel_pos[index]`

@@ -40,14 +40,14 @@ SCALES = ("scale", "input_scale", "weight_scale", "w_scale", "y_scale")
 
 
 class FrozenSite(nn.Module):
-    """Mixin of every module that holds the codes and scales of a frozen site. It computes and never trains.
+    """Mixin of every module that holds the codes and scales of a frozen site. It cannot be trained.
 
     Attributes:
-        weight_codes: uint8 buffer `0 .. 2**w_bits - 1`, shape of the weight; absent where the weight stays float or
+        weight_codes: uint8 buffer `0 .. 2**w_bits - 1`, shape of the weight; absent if the weight stays float or
             depends on the data.
         scale: float32 buffer, `()` or `(C_out,)`: real units per integer sum.
-        input_scale: float32 scalar buffer; absent where the input stays float.
-        input_zero_point: uint8 scalar buffer; absent where the input stays float.
+        input_scale: float32 scalar buffer; absent if the input stays float.
+        input_zero_point: uint8 scalar buffer; absent if the input stays float.
         weight_scale: float32 scalar buffer; only for a weight that depends on the data.
         weight_zero_point: uint8 scalar buffer; only for a weight that depends on the data.
         settings: Settings of the site's row in the plan.
@@ -218,7 +218,7 @@ class FrozenSite(nn.Module):
         self._renew_cache()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenSite:
-        """Move or cast, as `.to()` and `.half()` ask; scales are never cast below float32, as `freeze` makes them."""
+        """Move or cast, as `.to()` and `.half()` ask; scales stay in float32 or wider, as `freeze` makes them."""
         scales = {key: self._buffers[key] for key in SCALES if key in self._buffers}
         super()._apply(fn, recurse)
         for key, before in scales.items():

@@ -117,7 +117,7 @@ class FoldedBatchNorm(nn.Module):
     original: type[nn.Module]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return `act(x)`, or `x` where the class has no activation."""
+        """Return `act(x)`, or `x` if the class has no activation."""
         act = getattr(self, "act", None)
         if isinstance(act, nn.Module):
             x = act(self.drop(x))  # type: ignore[operator] # timm's class has both

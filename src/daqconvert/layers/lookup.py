@@ -19,7 +19,7 @@ _COMPUTING = ("__call__", "_call_impl", "forward", "_conv_forward", "_output_pad
 def quantized_class(original: type[nn.Module]) -> type[QuantizedLayer] | None:
     """Return the quantized form of exactly this class, or None if there is none.
 
-    A class that computes as its registered base does gets a form that is derived on demand.
+    If the class uses the forward of a registered base unchanged, its quantized form is derived on demand.
     """
     base = _computes_as(original)
     if base is not None and original not in QUANTIZED:
@@ -54,7 +54,7 @@ def _derive(form: type[Any], mixin: type[nn.Module], original: type[nn.Module], 
 
 
 def _reduce(self: Any, protocol: Any) -> Any:
-    """Pickle by the original class; the derived class is made again where the pickle is read."""
+    """Pickle by the original class; the derived class is made again when the pickle is read."""
     return _remake, (type(self).original, isinstance(self, FrozenLayer)), self.__dict__
 
 

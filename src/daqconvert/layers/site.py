@@ -39,7 +39,7 @@ class Watcher:
         Args:
             site: A `QuantizedSite` or `FrozenSite`.
             x: Float input of the site.
-            weight: Float weight of the site; None where a frozen site holds codes instead.
+            weight: Float weight of the site; None if a frozen site has codes instead.
             operation: Bare products of the site.
         """
         return x
@@ -96,7 +96,7 @@ class QuantizedSite(nn.Module):
             layout: Which dimension of the weight holds the output channels; None if the weight depends on the data.
 
         Raises:
-            ConversionError: If the weight is empty, not finite, or constant where it must be normalized.
+            ConversionError: If the weight is empty, not finite, or constant although it must be normalized.
         """
         self.settings, self.layer_name, self.enabled, self.watchers = settings, name, True, ()
         self.weight_quantizer = self.input_quantizer = None

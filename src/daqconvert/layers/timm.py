@@ -1,6 +1,6 @@
 """timm's layers with a forward of their own, quantized and frozen: `Conv2dSame` and `timm.layers.linear.Linear`.
 
-This module is imported only where timm is in use (`lookup`).
+This module is imported only if timm has been imported (`lookup`).
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class Unset(Enum):
 
 
 UNSET = Unset.UNSET
-"""Default of arguments for which None has a meaning of its own: the caller gave no value."""
+"""Default of arguments for which None has another meaning: the caller gave no value."""
 
 Position = Mapping[str, Any] | Sequence[int | None] | None
 """How first or last sites are quantized: None leaves them float, `(w_bits, a_bits)`, or a dict of settings."""

@@ -19,8 +19,8 @@ def bits_rules(bits: object, where: str) -> tuple[Rule, ...]:
     A number sets both `w_bits` and `a_bits`, a pair sets `(w_bits, a_bits)`; None or 32 is floating point.
 
     Raises:
-        PolicyError: If `bits` is not a mapping, a key not a name or pattern, or a value not bits; the message starts
-            with `where`.
+        PolicyError: If `bits` is not a mapping, a key is not a name or pattern, or a value is not bits. The message
+            starts with `where`.
 
     Example:
         >>> [rule.changes for rule in bits_rules({"layer4.*": 2, "fc": (8, None)}, "arguments bits")]

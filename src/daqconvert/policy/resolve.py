@@ -63,7 +63,7 @@ def resolve(
 
     Args:
         policy: The rules.
-        sites: The sites of the model, in the order that the rows of the plan shall have.
+        sites: The sites of the model, in the order of the rows of the plan.
         model: Class name of the model.
         order: `"fx"` or `"modules"`: the source of the sites' order, first, last and signs.
         other_params: Number of elements of the parameters and buffers outside the sites.

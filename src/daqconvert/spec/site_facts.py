@@ -12,7 +12,7 @@ OUTPUT_QUANTIZER = "output_quantizer"
 
 @dataclass(frozen=True)
 class Call:
-    """Where a site computes, if that is not the forward of the layer it is named after.
+    """The function call of a call site: what is called, by which modules, and who holds the quantizers.
 
     Attributes:
         function: Name of the function that is called: `"linear"`, `"conv2d"`, `"matmul"`, `"attention_scores"`, ...
