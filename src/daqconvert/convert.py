@@ -1,4 +1,4 @@
-"""The verbs `plan`, `quantize` and `load_float`, and the checks of a verb that its model is float or quantized.
+"""The verbs `plan`, `quantize` and `load_float`, and checks that a model is float, or quantized and not frozen.
 
 `plan` decides and changes nothing, `quantize` applies the plan to a copy of the model and keeps it with the copy, and
 `load_float` fills a quantized model with the weights of a float one.

@@ -1,8 +1,8 @@
 """Writing files and directories completely or not at all: under a temporary name beside the target, then a rename.
 
 The temporary name is hidden: `.NAME.MACHINE-PID-RANDOM.tmp`. A process that is killed leaves its temporary file
-behind. The next process that writes to the same path on the same machine sees that the process PID is gone and removes
-the file.
+behind. The next process that writes to the same path on the same machine sees that no process has the id PID any more,
+and removes the file.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def exchange_in_steps(new: Path, path: Path) -> None:
-    """Replace the directory `path` by its sibling `new`, with two renames; on failure `path` is renamed back."""
+    """Replace the directory `path` by its sibling `new`, with two renames; on failure the old one is renamed back."""
     old = _beside(path, "old")
     path.rename(old)
     try:

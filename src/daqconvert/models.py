@@ -25,8 +25,8 @@ def copy_model(model: nn.Module, *, to_look_at: bool = False, sharing: Iterable[
 
     Tensors that a forward left in an attribute together with their autograd graph (a cached activation, the weight
     that the old `weight_norm` computes) are copied without the graph; `copy.deepcopy` alone refuses them. The copy
-    shares the tensors of `sharing` with the model. With `to_look_at`, a copy to be traced, it shares all parameters
-    and has no forward hooks, so that tracing does not call the user's hooks.
+    shares the tensors of `sharing` with the model. With `to_look_at` it shares all parameters and has no forward
+    hooks: this copy is made for tracing, and what its code does in a trace must not reach the user's model.
 
     Raises:
         ConversionError: If something in the model cannot be copied.

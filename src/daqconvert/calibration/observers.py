@@ -1,7 +1,7 @@
 """Observers of inputs (range, moments, histogram), and the methods that choose bounds from what was observed.
 
 The histogram has a power-of-two number of equal bins over `[-limit, limit]`. When a value passes the limit, the limit
-doubles and pairs of bins merge. No count is lost in this, so one pass over the data is enough.
+doubles and pairs of bins merge. Merging loses no counts, so one pass over the data is enough.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def find_call_sites(traced: list[Traced], aliases: dict[str, str]) -> list[CallS
 def unseen_sites(
     path: str, module: nn.Module, why: str, aliases: dict[str, str]
 ) -> Iterator[tuple[str, CallSite | str]]:
-    """Yield a name and a finding for each matrix that a forward reads which fx cannot follow.
+    """Yield a name and a finding for each matrix that the forward of a module reads, if fx cannot follow this forward.
 
     For a bare parameter the finding is a `CallSite` with a reason not to convert it. For a layer whose weight is read,
     the finding is the reason not to convert the layer. `path` is the name of the module, `why` the message of fx, and

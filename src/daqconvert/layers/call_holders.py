@@ -9,7 +9,7 @@ Some functions get a weight and multiply by it inside, where torch.fx cannot fol
 graph. The rewritten forward gives such a function a `SiteWeight` instead of the weight. torch calls
 `SiteWeight.__torch_function__` in place of every function that receives the object, so that the site computes every
 multiplication by the weight. A function that only moves elements of the weight before that, such as `rel_pos[index]`
-or a transpose, is applied to the operand later.
+or a transpose, is remembered and applied to the operand.
 """
 
 from __future__ import annotations

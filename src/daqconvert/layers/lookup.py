@@ -28,7 +28,7 @@ def quantized_class(original: type[nn.Module]) -> type[QuantizedLayer] | None:
 
 
 def frozen_class(original: type[nn.Module]) -> type[FrozenLayer]:
-    """Return the frozen form of exactly this class; a parametrized class counts as the class without it."""
+    """Return the frozen form of exactly this class; a parametrized class counts as the class it was made from."""
     base = _computes_as(original)
     plain = plain_class(original)
     if base is not None and plain not in FROZEN:
