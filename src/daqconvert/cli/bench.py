@@ -34,7 +34,7 @@ Repeats = Annotated[int, o.option("--repeats", f"Timed calls in a turn. Default:
 FILES = {
     "torch": rundir.FLOAT, "float_onnx": rundir.FLOAT_ONNX, "frozen": rundir.ARTIFACT, "onnx": rundir.ONNX
 }  # fmt: skip
-NAMES = {  # key of `FILES`: what, in which runtime, and beside which it is measured
+NAMES = {  # key of `FILES`: what the model is, its runtime, and the key of the float model to compare with
     "torch": ("float", "PyTorch", "torch"),
     "float_onnx": ("float", "ONNX Runtime", "float_onnx"),
     "frozen": ("{bits}, frozen", "PyTorch", "torch"),
@@ -83,7 +83,7 @@ def _times(path: Path, opened: Opened, images: Tensor, threads: int, rounds: int
 
 
 def _rows(path: Path, times: Mapping[str, Timing]) -> dict[str, dict[str, Any]]:
-    """Return what is known of each model, beside the float model of the same runtime."""
+    """Return file, size and times of each model, also relative to the float model in the same runtime."""
     sizes = {key: size_of(path / FILES[key]) for key in times}
     rows = {}
     for key, timing in times.items():
@@ -99,7 +99,7 @@ def _rows(path: Path, times: Mapping[str, Timing]) -> dict[str, dict[str, Any]]:
 
 
 def bench_text(document: Mapping[str, Any]) -> str:
-    """Return what `daqconvert bench --json` prints as text: what was timed, and the table."""
+    """Return the document of `daqconvert bench --json` as text: what was timed, and the table."""
     rows = [
         (
             NAMES[key][0].format(bits=document["bits"]), row["runtime"], row["file"],
@@ -119,7 +119,7 @@ def _ratio(value: float | None) -> str | None:
 
 
 def run_openers(path: Path, opened: Opened, images: Tensor) -> dict[str, Opener]:
-    """Return how each model of a run is opened in a process of its own, by key of `FILES`, without what is not there.
+    """Return, by key of `FILES`, how another process opens each model of a run whose file is there.
 
     The images are the argument of a timed call.
     """

@@ -1,4 +1,4 @@
-"""The last steps of a run - freeze, save, export, check in ONNX Runtime, take times - and the summary it ends with."""
+"""The last steps of a run (freeze, save, export, check in ONNX Runtime, take times) and the summary of the run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CHECKED_IMAGES = 1000
 
 @dataclass(frozen=True)
 class Deployed:
-    """What was written, and how well it holds.
+    """What was written, and whether the ONNX file agrees with the frozen model.
 
     Attributes:
         files: Bytes by name: `float`, `artifact`, and with ONNX `float_onnx`, `onnx`.
@@ -71,11 +71,11 @@ def export_checked(frozen: nn.Module, path: Path, opened: Opened, overwrite: boo
 
 
 def quiet_export(frozen: nn.Module, path: Path, example: Tensor, batches: Any, overwrite: bool) -> ExportReport:
-    """Export without the warning about disagreement: the command says so itself, by its exit code too."""
+    """Export without the warning about disagreement, which the command reports itself, also by its exit code."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not agree with the model.*")
         report = export(frozen, path, example, check_batches=batches, overwrite=overwrite)
-    assert isinstance(report, ExportReport)  # which it is for every path but a .pt2
+    assert isinstance(report, ExportReport)  # only for a .pt2 file it is something else
     return report
 
 
@@ -88,7 +88,7 @@ def _some(loader: Any) -> Iterator[Any]:
         yield batch
 
 
-ROWS = (  # what, which accuracy, its file, key of the file's size, key of the time
+ROWS = (  # name, key of the accuracy, file, key of the file's size, key of the time
     ("float, PyTorch", "float", FLOAT, "float", "torch"),
     ("float, ONNX Runtime", None, FLOAT_ONNX, "float_onnx", "float_onnx"),
     ("{bits}, frozen", "quantized", f"{ARTIFACT}/", "artifact", None),

@@ -50,7 +50,7 @@ def export_command(
         kind = kind_of(source)
         asked = bits.read()
         if kind != MODEL:
-            side = None if kind == ARTIFACT else data.input_size  # of an artifact's model it may not be known
+            side = None if kind == ARTIFACT else data.input_size  # an artifact may need it
             refuse(kind, weights, dataclasses.replace(data, input_size=side, workers=0), policy=asked)
         file = Path(source) / rundir.ONNX if out is None and kind == RUN else needs_out(out, "ONNX file")
         if kind == ARTIFACT:

@@ -110,7 +110,7 @@ def open_fresh(typed: Typed, chosen: Recipe) -> tuple[Config, Opened]:
     """
     job, float_epochs = typed.job, typed.float_epochs
     torch.manual_seed(job.seed)
-    # A process that is not the main one gets its weights from there.
+    # Processes other than the main one get the weights from it later.
     opened = open_job(job, chosen.batch_size, skeleton=not is_main(), recipe=chosen)
     if float_epochs is None:
         float_epochs = 0 if job.has_weights else DEMO_FLOAT_EPOCHS
@@ -141,7 +141,9 @@ def _check_labels(job: Job, opened: Opened, chosen: Recipe, float_epochs: int) -
 
 
 def open_resumed(out: Path, typed: Typed, processes: ProcessGroup) -> tuple[Config, Opened]:
-    """Return a run's own configuration, with its model and data; what the user typed must agree, but for `--workers`.
+    """Return a run's own configuration, with its model and data; what the user typed has to agree with it.
+
+    `--workers` alone may differ.
 
     Raises:
         TrainingError: If something does not agree.
@@ -181,7 +183,7 @@ def _check_recipe(out: Path, stored: Recipe, typed: Typed) -> None:
         )
 
 
-# The run directory is begun, and the float model is had.
+# The run directory is started, and the float model gets its weights.
 
 
 def prepare_float(
@@ -189,7 +191,7 @@ def prepare_float(
 ) -> tuple[Opened, float | None]:
     """Write configuration and float weights unless they are there, and give the weights to all processes.
 
-    Returns the data as it is measured by from here on, and the float model's accuracy on it.
+    Returns model and data, with labels for the held-out images from here on, and the float model's accuracy on them.
     """
 
     def write() -> None:
@@ -274,7 +276,7 @@ def run(out: Path, started: Started, output: Output) -> None:
     began = time.perf_counter()
     with stoppable(out, config.job):
         qmodel: nn.Module = apply_plan(copy_model(opened.model), config.plan)
-        with _sigterm(signal.SIG_DFL):  # `finetune` takes SIGTERM itself: it ends after a step, with a checkpoint
+        with _sigterm(signal.SIG_DFL):  # `finetune` has its own handler: it ends after a step, with a checkpoint
             done = finetune(
                 qmodel, opened.loaders.train, opened.loaders.val, recipe=config.recipe, out_dir=out,
                 resume=started.resume, overwrite=not started.resume,
@@ -319,7 +321,7 @@ def stoppable(out: Path, job: Job) -> Iterator[None]:
 
 @contextmanager
 def _sigterm(handler: Any) -> Iterator[None]:
-    """Handle SIGTERM in this way while the block runs; only the main thread of a process can."""
+    """Handle SIGTERM by `handler` while the block runs; a thread other than the main one cannot, and does nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -335,6 +337,6 @@ def _raise(number: int, frame: FrameType | None) -> None:
 
 
 def _go_on(out: Path, job: Job) -> str:
-    again = f"{shlex.quote(str(job.source))} " if job.source.kind == "import" else ""  # code is named again
+    again = f"{shlex.quote(str(job.source))} " if job.source.kind == "import" else ""  # code has to be named again
     how = ", started by the launcher as before" if count() > 1 else ""
     return f"Go on with: daqconvert finetune {again}--out {shlex.quote(str(out))} --resume{how}"

@@ -1,6 +1,6 @@
 """`daqconvert inspect`: what a model, an artifact or a run directory holds; nothing is trained, measured or changed.
 
-Of a run this is where it stands, what it warned of and which files it has.
+For a run it shows how far training got, its warnings and its files.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def run_text(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _progress(path: Path) -> dict[str, Any] | None:
-    """Where the last checkpoint stands; None where there is none."""
+    """Return how far the run got by its last checkpoint; None if there is no checkpoint."""
     kept = sorted((file.name for file in (path / "checkpoints").glob("step-*.safetensors")), reverse=True)
     last = path / "last.safetensors"
     if not last.is_file():

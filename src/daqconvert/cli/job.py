@@ -31,14 +31,14 @@ class Job:
         pretrained: Whether published weights are wanted.
         checkpoint: File of float weights.
         data: Folder, parquet file or data set name; None for the digits.
-        val: Folder or parquet file to evaluate on instead of a part of it.
+        val: Folder or parquet file to evaluate on, instead of a part of `data`.
         holdout: Share or number of images held out.
-        data_root: Where a timm data set lies.
-        download: Whether it may be downloaded.
+        data_root: Folder of a timm data set.
+        download: Whether a timm data set may be downloaded.
         input_size: Height and width of the images.
         num_classes: Number of classes.
-        workers: Processes that decode.
-        seed: Of everything random.
+        workers: Processes that decode images.
+        seed: Seed of everything random.
     """
 
     model: str | None = None
@@ -97,7 +97,7 @@ class Opened:
 
     @property
     def artifact_source(self) -> dict[str, Any]:
-        """Arguments of `save` by which `load` needs no skeleton; empty where an artifact may not name them."""
+        """Arguments of `save` that let `load` build the model itself; empty if an artifact may not name its source."""
         if not self.source.is_trusted_name:
             return {}
         return {"source": str(self.source), "source_kwargs": self.model_args}
@@ -106,8 +106,8 @@ class Opened:
 def open_job(job: Job, batch_size: int, skeleton: bool = False, recipe: Recipe | None = None) -> Opened:
     """Build a job's model and open its data.
 
-    A `skeleton` is built without published weights and without the checkpoint, for it is given other weights. The
-    recipe says what training images go through, and whether a new head would learn anything.
+    A `skeleton` is built without published weights and without the checkpoint, because it gets other weights later.
+    The recipe gives the augmentation of training images, and says whether anything is learned from labels.
 
     Raises:
         ConversionError: If the model cannot be built.
@@ -176,15 +176,15 @@ def _splits(job: Job) -> Splits | None:
 
 
 def _defaults(job: Job, splits: Splits | None, taught: bool) -> dict[str, Any]:
-    """The builder's arguments that the data decides, unless the user gave them or the builder is the user's own."""
+    """Return the builder's arguments that follow from the data; none that the user gave, none for a user's builder."""
     if job.source.kind == "import":
         return {}
     found: dict[str, Any] = {}
     named = splits is None or splits.class_names is not None or not (job.pretrained or job.checkpoint)
-    named = named and not (taught and job.pretrained)  # where labels teach nothing a new head stays random
+    named = named and not (taught and job.pretrained)  # without labels a new head would stay random
     classes = job.num_classes or (10 if splits is None else splits.num_classes)
     if "num_classes" not in job.model_args and classes and (named or job.num_classes):
-        found["num_classes"] = classes  # numbers alone may be some of the published model's classes: its head stays
+        found["num_classes"] = classes  # else the numbers may be those of the published model, which keeps its head
     fresh = not (job.pretrained or job.checkpoint)
     if splits is None and fresh and job.source.kind == "timm" and "in_chans" not in job.model_args:
         found["in_chans"] = 1

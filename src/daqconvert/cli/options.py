@@ -1,7 +1,7 @@
-"""The options that commands share, in groups, and what the values mean that users type.
+"""The options that commands share, in groups, and how the values that users type are read.
 
-A group is a dataclass: a field is an option, named like its flag (`w_bits` is `--w-bits`). A command names its groups
-in its signature, `grouped` makes options of their fields for typer, which has no groups, and hands over an instance:
+A group is a dataclass: each field is an option, named like its flag (`w_bits` is `--w-bits`). A command has parameters
+for its groups. Typer knows no groups, so `grouped` makes an option of each field and calls the command with instances:
 
     def freeze_command(*, source: Source, data: Annotated[o.DataOptions, o.Without("val")], as_json: o.Json = False)
 """
@@ -186,7 +186,7 @@ class RecipeOptions:
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """Return a command as typer reads it: with the fields of a group as options, where the group stands.
+    """Return a command as typer reads it: each group among its parameters is replaced by the group's fields.
 
     Example:
         >>> def command(*, name: str, data: Annotated[DataOptions, Without("val", "holdout")]) -> None:
@@ -221,7 +221,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def given(group: Any) -> dict[str, Any]:
-    """Return the options of a group that the user gave: those that are not as they are by default.
+    """Return the options of a group that the user gave: those whose value is not the default.
 
     Example:
         >>> given(DataOptions(data="photos", workers=0))
@@ -232,7 +232,7 @@ def given(group: Any) -> dict[str, Any]:
 
 
 def default_policy() -> Policy:
-    """Return the policy where no option says anything: 4 bits for weights and inputs, 8 for first and last layers."""
+    """Return the policy without any option: 4 bits for weights and inputs, 8 for first and last layers."""
     return build(w_bits=DEFAULT_BITS, a_bits=DEFAULT_BITS)
 
 

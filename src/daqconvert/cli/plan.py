@@ -88,7 +88,7 @@ def diff_document(change: PlanDiff) -> dict[str, Any]:
 
 
 def _file_to_write(toml: Path | None, diff: Path | None, overwrite: bool) -> Path | None:
-    """The file that `--toml` names, if it names one."""
+    """Return the file that `--toml` names; None without the option, and for standard output."""
     if toml == STDOUT:
         if diff is not None:
             raise PolicyError("--toml - and --diff would both print. Give --toml a file, or leave one out.")
@@ -99,7 +99,7 @@ def _file_to_write(toml: Path | None, diff: Path | None, overwrite: bool) -> Pat
 
 
 def _second_plan(path: Path, model: nn.Module | None, example: Tensor | None) -> Plan:
-    """The plan that `--diff` names: of a policy file for the same model, or of a run or artifact."""
+    """Return the plan that `--diff` names: of a policy file for the same model, or of a run or artifact."""
     if path.is_dir():
         return stored_plan(path, kind_of(str(path)))
     if model is None:
@@ -108,6 +108,6 @@ def _second_plan(path: Path, model: nn.Module | None, example: Tensor | None) ->
 
 
 def stored_plan(path: Path, kind: str) -> Plan:
-    """Return the plan of a run or artifact, with the signs that calibration chose where it got so far."""
+    """Return the plan of a run or artifact; with an artifact, signs that calibration chose are in it."""
     artifact = path if kind == ARTIFACT else path / rundir.ARTIFACT
     return read_manifest(artifact).plan if (artifact / MANIFEST).is_file() else rundir.read_config(path).plan

@@ -1,4 +1,4 @@
-"""The processes of one run, as `accelerate launch` and `torchrun` start them: the first one speaks and writes."""
+"""The processes of one run, as `accelerate launch` and `torchrun` start them: the first prints and writes files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def number() -> int:
 
 
 def is_main() -> bool:
-    """Return whether this is the process that speaks and writes."""
+    """Return whether this is the process that prints and writes files."""
     return number() == 0
 
 
@@ -37,7 +37,7 @@ class ProcessGroup(Protocol):
         """Return on every process what `make` returns on the main one."""
 
     def agree(self, model: nn.Module) -> None:
-        """Give a model the values that it has on the main process."""
+        """Copy a model's parameters and buffers from the main process to all."""
 
 
 class SingleProcess:

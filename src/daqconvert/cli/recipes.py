@@ -1,4 +1,4 @@
-"""`daqconvert recipes`: the recipes that have a name, field by field; or one of them, or a file, with what it says."""
+"""`daqconvert recipes`: all named recipes side by side; or one, by name or from a file, with what its fields mean."""
 
 from __future__ import annotations
 

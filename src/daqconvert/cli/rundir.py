@@ -1,4 +1,4 @@
-"""A run directory: the names of its files, its configuration, and how a command finds its way back into it."""
+"""A run directory: the names of its files, its configuration, and how a command opens it again."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Config:
     Attributes:
         job: Model and data.
         plan: Which layers get how many bits.
-        recipe: How it is trained.
+        recipe: How the quantized model is trained.
         float_epochs: Epochs that the float model is trained first.
     """
 
@@ -160,10 +160,10 @@ def open_run(
 ) -> tuple[Config, Opened]:
     """Return the configuration of a run, its data and its float model with the run's own float weights.
 
-    `typed` is the `--model` option; `changes` are fields of the job that the user changes, those on data.
+    `typed` is the `--model` option; `changes` are fields of the job, those on data, with other values for now.
 
     Raises:
-        TrainingError: If the run has not got so far.
+        TrainingError: If the run has no float weights yet.
     """
     config = read_config(path)
     job = dataclasses.replace(allow_code(config.job, typed, path), **changes or {})

@@ -1,4 +1,4 @@
-"""What a command is given, its source: a run directory, an artifact, or a model by name; and how each is opened."""
+"""The source that a command is given: a run directory, an artifact, or a model by name; and how each is opened."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ RUN, ARTIFACT, MODEL = "run", "artifact", "model"
 
 
 def kind_of(source: str) -> str:
-    """Return `"run"`, `"artifact"` or `"model"`; what is no path is a model's name.
+    """Return `"run"`, `"artifact"` or `"model"`; a source that is no existing path is taken for a model's name.
 
     Raises:
-        ConversionError: If there is such a path and it is neither a run nor an artifact.
+        ConversionError: If it is an existing path, but neither a run nor an artifact.
 
     Example:
         >>> kind_of("resnet18")
@@ -48,10 +48,12 @@ def kind_of(source: str) -> str:
 
 
 def refuse(kind: str, *groups: Any, **options: Any) -> None:
-    """Raise if an option was given, in a group or by itself, that has no effect on this kind of source.
+    """Raise if the user gave an option that has no effect on this kind of source.
+
+    `groups` are groups of such options, `options` are the values of single ones by name.
 
     Raises:
-        PolicyError: Names the first of them.
+        PolicyError: If there is one; names the first.
     """
     typed: dict[str, Any] = {}
     for group in groups:
@@ -65,7 +67,7 @@ def refuse(kind: str, *groups: Any, **options: Any) -> None:
 
 
 def needs_out(out: Path | None, what: str) -> Path:
-    """Return the path that `--out` names, for what has no place of its own.
+    """Return the path that `--out` names, where there is no default.
 
     Raises:
         ArtifactError: If the user did not give it.
@@ -76,10 +78,10 @@ def needs_out(out: Path | None, what: str) -> Path:
 
 
 def open_named(job: Job, batch_size: int = EVAL_BATCH) -> Opened:
-    """Return a model by name that has weights, and its data.
+    """Build the model that a job names, with trained weights, and open its data.
 
     Raises:
-        ConversionError: If its weights would be random ones.
+        ConversionError: If the weights would be random.
     """
     if not job.has_weights:
         raise ConversionError(f"{job.source} would have random weights. Give --pretrained or --checkpoint FILE.")
@@ -95,7 +97,7 @@ def calibrated(opened: Opened, policy: Policy) -> nn.Module:
 
 
 def load_artifact(path: Path, typed: str | None) -> nn.Module:
-    """Return the frozen model of an artifact, loaded into the model that `--model` names where the user typed it.
+    """Return the frozen model of an artifact; `typed` is `--model`, a model to load it into, or None.
 
     Raises:
         ArtifactError: If neither the artifact nor the user says what to load it into.
@@ -108,10 +110,10 @@ def load_artifact(path: Path, typed: str | None) -> nn.Module:
 
 
 def loaders_of(path: Path, frozen: nn.Module, job: Job, batch_size: int) -> Loaders:
-    """Return the data that the user named, prepared as the model of an artifact takes it.
+    """Return the data that the user named, with images as the model of an artifact takes them.
 
     Raises:
-        DataError: If its images have no labels.
+        DataError: If the images have no labels.
     """
     splits = None
     if job.data is not None:

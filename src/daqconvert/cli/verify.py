@@ -43,7 +43,7 @@ Other = Annotated[
 ]
 Plot = Annotated[Path | None, o.option("--plot", "Draw SQNR by depth into this .png, .svg or .pdf.")]
 Images = Annotated[int, o.option("--images", "Images to compare on. Default: 256.")]
-IMAGES, BATCH = 256, 8  # all layers' outputs of two models and more are held at once: small batches
+IMAGES, BATCH = 256, 8  # small batches: the outputs of all layers of all models are held at once
 FILE = "ONNX file"
 
 
@@ -52,10 +52,10 @@ class Compared:
     """What is compared, and on what.
 
     Attributes:
-        models: By the word for each.
-        pairs: Reference and candidate.
-        batches: Images.
-        data: What they are, in words.
+        models: The models, by the word that tables have for each.
+        pairs: What is compared: the words of a reference and a candidate.
+        batches: Batches of images.
+        data: What the images are, in words.
     """
 
     models: dict[str, Model]
@@ -98,12 +98,12 @@ def _check(*numbers: int) -> None:
 
 
 def _kind(source: str) -> str:
-    """`"run"`, `"artifact"`, `"model"`, or `FILE`."""
+    """Return the kind of a source: `"run"`, `"artifact"`, `"model"`, or `FILE`."""
     return FILE if source.lower().endswith(".onnx") else kind_of(source)
 
 
 def _stages(source: str, typed: str | None, job: Job, size: int) -> Compared:
-    """Everything that a run holds, in the order in which it was made."""
+    """Return the models of a run, in the order in which they were made, and its held-out images."""
     if _kind(source) != RUN:
         raise ExportError(
             f"{source} is no run directory. Say what to compare it with: daqconvert verify {source} OTHER."
@@ -131,7 +131,7 @@ def _stages(source: str, typed: str | None, job: Job, size: int) -> Compared:
 
 
 def _two(source: str, other: str, typed: str | None, job: Job, size: int, images: int) -> Compared:
-    """Two models or files, and images that fit them."""
+    """Return two models or files, and images that fit them."""
     kinds = {source: _kind(source), other: _kind(other)}
     if source == other or RUN in kinds.values() or list(kinds.values()) == [MODEL, MODEL]:
         raise ExportError("expected two different ones, each an artifact, an ONNX file, or, once, a model's name.")
@@ -156,7 +156,7 @@ def _two(source: str, other: str, typed: str | None, job: Job, size: int, images
 
 
 def _shape(kinds: dict[str, str], built: dict[str, nn.Module], job: Job) -> tuple[int, ...]:
-    """Size of an image: what an ONNX file says, else as typed, else what an artifact's model is known to take."""
+    """Return the size of an image: that of an ONNX file, else as typed, else that of an artifact's model."""
     for name in [name for name, kind in kinds.items() if kind == FILE]:
         shapes = OnnxModel(name).input_shapes
         size = [length for length in shapes[0][1:] if isinstance(length, int)]
@@ -176,7 +176,7 @@ def _random(shape: Sequence[int], size: int, images: int) -> Iterator[torch.Tens
 
 
 def _first(batches: Any, images: int) -> Iterator[torch.Tensor]:
-    """The first so many images."""
+    """Yield the batches up to a number of images; the last batch may be cut."""
     left = images
     for batch in batches:
         found = (batch if isinstance(batch, torch.Tensor) else batch[0])[:left]
@@ -187,7 +187,7 @@ def _first(batches: Any, images: int) -> Iterator[torch.Tensor]:
 
 
 def _text(title: str, reports: Sequence[VerifyReport]) -> str:
-    """One table of the comparisons, one of the layers, and where each pair first differs."""
+    """Return a table of the comparisons, one of the layers, and where each pair first differs."""
     rows = [
         (
             f"{report.candidate} / {report.reference}", report.samples,
