@@ -89,7 +89,7 @@ def build_model(
 
     The module of an import path is imported with the current folder on the path. With `pretrained` the published
     weights are downloaded, or taken from the cache; a `checkpoint` is loaded as `load_checkpoint` does. Further
-    arguments are the builder's, as `num_classes=10` or `in_chans=1`.
+    arguments are the builder's, such as `num_classes=10` or `in_chans=1`.
 
     Raises:
         ConversionError: For an unknown name, an argument the builder does not take, a failed download, a checkpoint

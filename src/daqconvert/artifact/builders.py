@@ -1,9 +1,9 @@
 """How the model of an artifact is rebuilt: from its name in timm or torchvision and from arguments that do no harm.
 
 An artifact may come from anybody. So its source is a name, never an import path, and an argument is a number, a text
-of letters or a list of these. `save` and `load` both refuse arguments that make a builder read a file, use the network
-or choose a device. A model is first built on torch's `meta` device, where tensors take no memory, in a limited number
-of steps; only one that fits the stored tensors is then built with values.
+of letters and digits, or a list of these. `save` and `load` both refuse arguments that make a builder read a file, use
+the network or choose a device. A model is first built on torch's `meta` device, where tensors take no memory, in a
+limited number of steps; only one that fits the stored tensors is then built with values.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class Manifest:
         version: Version of the format.
         daqconvert: Version of the package that wrote it.
         model: Class name of the model.
-        source: What the model is rebuilt from, as `"timm:resnet18"`; None if a skeleton has to be passed.
+        source: What the model is rebuilt from, such as `"timm:resnet18"`; None if a skeleton has to be passed.
         source_kwargs: Arguments with which the source builds it.
         dtype: Dtype of the operands of the frozen layers.
         bytes: Size of the tensor file.
@@ -148,7 +148,7 @@ def parse_manifest(content: bytes, file: str) -> Manifest:
     try:
         return _checked(_object(content, file), file)
     except RecursionError:
-        raise ArtifactError(f"{file}: lists or objects stand in one another hundreds of times.") from None
+        raise ArtifactError(f"{file}: lists or objects are nested in one another hundreds of times.") from None
 
 
 def _checked(body: dict[str, Any], file: str) -> Manifest:
@@ -257,7 +257,7 @@ def _is_digest(value: object) -> bool:
 
 
 def _check_texts(value: object) -> None:
-    """Raise unless all texts of a plan are printable: it is printed, and a terminal obeys control characters."""
+    """Raise unless all texts of a plan are printable: plans are printed, and terminals obey control characters."""
     if isinstance(value, str) and not value.isprintable():
         raise ArtifactError(f"plan: expected printable texts, found {shown(value)}.")
     for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():

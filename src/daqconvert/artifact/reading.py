@@ -32,8 +32,7 @@ def load(path: str | Path, model: nn.Module | Callable[[], nn.Module] | None = N
 
     Returns:
         The frozen model, identical to the one that was saved. Each tensor is on the device of the skeleton's tensor,
-        or on the CPU if that is `meta`. Buffers that a state dict leaves out are taken from the
-        skeleton.
+        or on the CPU if that is `meta`. Buffers that no state dict holds are the skeleton's.
 
     Raises:
         ArtifactError: If the artifact is missing, truncated, edited or from a newer version, names no source and no

@@ -53,7 +53,7 @@ def save(
         path: The directory to write.
         source: `timm:NAME` or `torchvision:NAME`, from which `load` rebuilds the model; without it `load` needs a
             skeleton.
-        source_kwargs: Arguments with which the source builds the model, as `{"num_classes": 10}`: numbers, texts,
+        source_kwargs: Arguments with which the source builds the model, such as `{"num_classes": 10}`: numbers, texts,
             booleans, and lists of these.
         overwrite: Whether an artifact at `path` may be replaced.
 

@@ -24,7 +24,7 @@ def open_folder(
 ) -> tuple[Dataset[Any], Dataset[Any], int, tuple[str, ...], str]:
     """Return training and validation images of a folder, number and names of its classes, and one line about them.
 
-    The folder holds `train/` and `val/`, or a folder for each class; then a seeded choice holds out `holdout` images.
+    The folder holds `train/` and `val/`, or a folder for each class; then `holdout` says how many images are held out.
 
     Raises:
         DataError: If a split is missing, a class is empty or there are no images.

@@ -154,7 +154,7 @@ def _grey(config: InputConfig) -> InputConfig:
 def _images(
     splits: Splits, config: InputConfig, side: int | None, augment: bool | Augmentation
 ) -> tuple[Images, Images, Images, dict[str, Any]]:
-    """Return training, validation and calibration images of opened data, and what `Loaders` says about them."""
+    """Return training, validation and calibration images of opened data, and the other fields of `Loaders`."""
     channels, height, width = config.input_size
     if channels not in (1, 3):
         raise DataError(f"The model takes {channels} channels; images can be had with 1 or 3.")

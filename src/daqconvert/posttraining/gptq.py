@@ -43,7 +43,7 @@ from daqconvert.report.fits import Fitted
 from daqconvert.report.progress import progress
 
 DAMPING = 0.01  # as in the reference
-MOST_INPUTS = 8192  # of one output; the second moments have this number squared
+MOST_INPUTS = 8192  # of one output; second moments have the square of this many entries
 MOST_POSITIONS = 256  # of one image; neighbours are nearly equal, and the time grows with the number
 BLOCK = 128  # columns whose errors are passed on together: one product of large matrices instead of many small ones
 TINY = 1e-10
@@ -281,8 +281,8 @@ def second_order_levels(
         moments: Second moments of the inputs, `X X^T`, shape `(G, K, K)`.
         scale: Real units per integer of the operand, shape `(G, R)`.
         nearest: Function from weights in units of the scale, shape `(G, R)`, to the nearest operands on the grid.
-        damping: `d` as a share of the mean of the diagonal of `X X^T`; with 0, directions that no input has would be
-            arbitrary.
+        damping: `d` as a share of the mean of the diagonal of `X X^T`; with 0, the result would be arbitrary in
+            directions that no input has.
 
     Example:
         >>> moments = torch.tensor([[[1.0, 0.9], [0.9, 1.0]]])
@@ -323,5 +323,5 @@ def _power(weight: Tensor, moments: Tensor) -> float:
 
 
 def _ridge(moments: Tensor, damping: float) -> Tensor:
-    mean = moments.diagonal(dim1=1, dim2=2).mean(dim=1).clamp(min=TINY)  # so that zero inputs can be solved
+    mean = moments.diagonal(dim1=1, dim2=2).mean(dim=1).clamp(min=TINY)  # inputs that are all 0 can be solved too
     return damping * mean[:, None, None] * torch.eye(moments.shape[1], dtype=moments.dtype, device=moments.device)

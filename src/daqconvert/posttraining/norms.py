@@ -37,7 +37,7 @@ def reestimate(model: nn.Module, batches: Any, autocast: Any = torch.enable_grad
     Args:
         model: Any model; afterwards its modules are in the modes that they had.
         batches: Pairs `(args, kwargs)`, one for each batch.
-        autocast: Function that makes the context of a forward.
+        autocast: Function that returns the context manager of a forward.
 
     Example:
         >>> norm = nn.BatchNorm1d(1)

@@ -197,7 +197,7 @@ def fit(
     after = examples.error(block)
     if after < before:
         return before, after
-    with torch.no_grad():  # NaN comes here too
+    with torch.no_grad():  # also if `after` is NaN
         for parameter, value in zip(trained, kept, strict=True):
             parameter.copy_(value)
     return before, before

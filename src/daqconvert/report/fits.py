@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from daqconvert.report.html import folded_table, number, text
 
-OPEN = 40  # rows that are seen at once; the others are folded away
+OPEN = 40  # rows that are shown at first; the others are folded away
 WIDTH = 10.0  # em, of the largest error's bar
 COLUMNS = ("name", "error before", "error after", "")
 HEADINGS = {

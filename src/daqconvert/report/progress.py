@@ -35,7 +35,7 @@ class Bar:
         return self._display is not None
 
     def advance(self, n: int = 1, **fields: object) -> None:
-        """Count `n` more steps, and show `fields`, as `loss=0.25`, behind the bar until the next call.
+        """Count `n` more steps, and show `fields`, such as `loss=0.25`, behind the bar until the next call.
 
         Floats get four significant digits, but `top1` is a share and written as percent, `per_s` is a number of inputs
         per second, and `lr` and `q_lr` get two digits.
@@ -97,7 +97,7 @@ def progress(total: int | None, description: str, *, enabled: bool = True) -> It
 def track(iterable: Iterable[T], description: str, total: int | None = None, *, enabled: bool = True) -> Iterator[T]:
     """Yield the items of `iterable` while a progress bar counts them.
 
-    A total of None asks `len`; where there is no length, the bar shows no end.
+    If `total` is None, it is `len(iterable)`; if there is no length, the bar shows no end.
 
     Example:
         >>> sum(track([1, 2, 3], "adding"))

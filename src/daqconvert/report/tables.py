@@ -1,7 +1,7 @@
 """Tables for people: a `Plan`, or any rows, as a `rich` table; `render` turns one into plain text.
 
-Lines are Markdown's, so that a table reads well in a terminal and can be pasted into a page. Numbers are decimal:
-`k` is 1,000, `MB` is 1,000,000 bytes.
+The lines are those of Markdown, so that a table reads well in a terminal and can be pasted into a page. Numbers are
+decimal: `k` is 1,000, `MB` is 1,000,000 bytes.
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ _CHARTS: tuple[Callable[[TrainingReport], str], ...] = (_loss, _top1, _rates, _o
 
 
 def _lines(rows: Sequence[Row], *columns: tuple[str, str, int], zeros: bool = True) -> list[Line]:
-    """Return a line for each column `(label, key, colour)` that has a value, or one other than 0 if not `zeros`."""
+    """Return a line for each column `(label, key, colour)` that has a value; unless `zeros`, one other than 0."""
     x = _column(rows, "epoch")
     found = [(label, _column(rows, key), color) for label, key, color in columns]
     return [Line(label, x, y, color) for label, y, color in found if any(v if not zeros else v is not None for v in y)]

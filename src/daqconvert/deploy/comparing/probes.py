@@ -124,7 +124,7 @@ class _Recorder(Watcher):
         return torch.empty_like(x).copy_(forced)  # in the layout of `x`, which picks the kernel
 
     def after(self, site: Any, y: Tensor) -> None:
-        self.recording.outputs.setdefault(self.name, []).append(y.detach().cpu().clone())  # `+=` may follow
+        self.recording.outputs.setdefault(self.name, []).append(y.detach().cpu().clone())  # cloned: `+=` may follow
 
 
 def _real_values(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:

@@ -28,8 +28,8 @@ from daqconvert.errors import DaqError, ExportError
 ROUNDS, REPEATS, WARMUP = 5, 20, 3
 Call = Callable[[], object]
 Opener = Callable[[int], Call]
-"""Takes a number of threads and returns the call that is timed. It is called in the new process, so it must be a
-function of a module, or a `partial` of one, which can be pickled."""
+"""Takes a number of threads and returns the call that is timed. It runs in the new process, so it must be picklable: a
+module-level function, or a `partial` of one."""
 
 
 @dataclass(frozen=True)

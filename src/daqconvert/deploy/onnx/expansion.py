@@ -8,8 +8,8 @@
 `NAME.input_codes` is the uint8 tensor of a layer's input codes, unless those are the codes of another layer's output;
 `NAME.output` is the layer's output in float, `NAME.output_codes` are its codes in integer deployment; a weight that
 depends on the data has its codes in `NAME.weight_codes`. Names of the `k`-th further call of a layer end in `.k`. The
-model's metadata says under `daqconvert.layers` which tensors belong to which layer, and which scale and zero point an
-output has that is held as codes.
+model's metadata says under `daqconvert.layers` which tensors belong to which layer, and holds the scale and zero point
+of every output that is held as codes.
 """
 
 from __future__ import annotations

@@ -214,7 +214,7 @@ class ProductWriter:
 
 
 def weight_scale(sum_scale: np.ndarray, x_scale: np.float32) -> np.ndarray:
-    """Return float32 `w` for which `x_scale * w` is `sum_scale` in float32, or the nearest one if there is none."""
+    """Return float32 `w` for which `x_scale * w` is `sum_scale` in float32; if there is none, the rounded quotient."""
     best = (sum_scale.astype(np.float64) / np.float64(x_scale)).astype(np.float32)
     for direction in (-np.inf, np.inf):
         other = np.nextafter(best, np.float32(direction))

@@ -72,8 +72,8 @@ class GraphWriter:
 def add_weight(writer: GraphWriter, name: str, codes: np.ndarray, bits: int, grid: str, output: str) -> None:
     """Write the packed codes of one weight, and the nodes that make its integer-valued float operand `output`.
 
-    The initializer is called `name`, as `layer1.0.conv1.weight_codes`; the names of the tensors on the way to `output`
-    begin with it.
+    The initializer is called `name`, such as `layer1.0.conv1.weight_codes`; the names of the tensors on the way to
+    `output` begin with it.
     """
     count, size = codes.size, -(-codes.size // 8)
     planes = pack(torch.tensor(codes), bits).numpy().reshape(bits, 1, size)

@@ -5,8 +5,8 @@ epoch, index), whatever `num_workers`, and batches that are skipped are not load
 with the random state set before each batch; there, batches that are skipped are read as well.
 
 Process `r` of `n` takes batch `r` of every `n` in a row. If fewer than `n` remain at the end, some batches are taken
-again, so that all processes take as many steps. A loader that is shared out already is not shared out
-again.
+again, so that all processes take as many steps. A loader that is shared out already is read as it
+is.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def can_be_seeded(loader: Any) -> bool:
 
 
 class SeededDataset(Dataset[Any]):
-    """The user's data set, asked for (epoch, index); the random state is set before each sample is read."""
+    """The user's data set, indexed by (epoch, index); the random state is set before each sample is read."""
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset, self.seed, self._epoch = dataset, seed, 0
@@ -167,7 +167,7 @@ class SeededLoader:
 
 
 class _Chosen(Sampler[Any]):
-    """A sampler whose batches of keys are chosen from outside."""
+    """A sampler that gives the keys which `SeededLoader` has chosen."""
 
     def __init__(self) -> None:
         self.keys: list[Any] = []

@@ -60,7 +60,7 @@ def check_length(loader: Any, recipe: Recipe) -> None:
 
 
 def check_first_batch(batches: Iterable[Any], name: str, *, needs_target: bool, hint: str = "") -> None:
-    """Read one batch and raise `DataError` if there is none or it has not the right form."""
+    """Read one batch and raise `DataError` if there is none or it has the wrong form."""
     for batch in batches:
         read_batch(batch, torch.device("cpu"), f"{name}, first batch", needs_target=needs_target, hint=hint)
         return

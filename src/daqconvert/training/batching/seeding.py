@@ -2,8 +2,8 @@
 
 The order of an epoch is a function of (seed, epoch), a sample of (seed, epoch, index), a step's dropout of (seed,
 epoch, step). Whatever draws from torch, numpy, `random`, or a generator of the loader or its sampler is covered, in
-workers too. A data set with a random generator of its own is not covered: only the data set could set this
-generator.
+workers too. A data set with a random generator of its own is not covered: only the data set could reset
+that generator.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ AUTO = "auto"
 def feature_names(recipe: Recipe, model: nn.Module) -> list[str]:
     """Return the names of the modules that `features` of a recipe means in the model in training.
 
-    A pattern that matches no module is a `TrainingError`, which names the nearest.
+    A pattern that matches no module is a `TrainingError`, whose message says the nearest name.
 
     Example:
         >>> feature_names(Recipe(features=("1", "0*")), nn.Sequential(nn.Linear(2, 2), nn.ReLU()))

@@ -1,4 +1,4 @@
-"""The loss of a batch: its parts are computed and weighed here, and inputs are mixed where the recipe says so.
+"""The loss of a batch: the weighted sum of its parts, and mixed inputs if the recipe says so.
 
 Mixup and cutmix are timm's: two images become one, and so do their targets. The weight of mixup, or the box of cutmix,
 is drawn once for a batch, from NumPy's global generator. The i-th input of an even batch is mixed with the i-th from
@@ -38,8 +38,8 @@ class Objective:
         loss_fn: Loss of `(outputs, target)` instead of the cross entropy, or None.
         teacher: Teacher in evaluation mode, or None; set before the first call if `distill` is not 0 or there are
             features.
-        last_parts: Parts of the last call's loss, `hard`, `distill` and `features` as far as it had them; each is a
-            scalar tensor without its weight and without a gradient.
+        last_parts: The parts that the last call's loss had, of `hard`, `distill` and `features`; each is a scalar
+            tensor without its weight and without a gradient.
 
     Raises:
         TrainingError: If `label_smoothing` has no effect.
@@ -163,7 +163,7 @@ class Mixture:
 
         Raises:
             DataError: If the target is neither class numbers `(N,)` nor probabilities `(N, C)`, or a class number is
-                none of the model's.
+                not one of the model's.
         """
         found = checked_target(logits, target)
         if logits.dim() != 2:
@@ -182,7 +182,7 @@ def mixed(inputs: Inputs, recipe: Recipe) -> Mixture:
     """Return a batch, its inputs mixed by `mixup` and `cutmix` of the recipe; the caller's tensors are not changed.
 
     Raises:
-        DataError: If the inputs are not one floating-point tensor `(N, ...)`, with cutmix images `(N, C, H, W)`.
+        DataError: If the inputs are not one floating-point tensor: `(N, ...)`, or images `(N, C, H, W)` with cutmix.
 
     Example:
         >>> mixture = mixed(((torch.ones(3, 1, 2, 2),), {}), Recipe(mixup=1.0))

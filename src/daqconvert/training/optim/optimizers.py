@@ -1,12 +1,12 @@
-"""Two optimizers that step together: how they are made by name, stepped, and kept as flat tensors.
+"""Two optimizers that step together: how they are made by name, stepped, and saved as flat tensors.
 
 Names are those of timm's factory; an optimizer that needs more than gradients, or keeps anything but tensors and
 numbers, is refused. `sgd` is plain SGD with momentum here, as in torch and in the published recipes. In timm, `sgd` is
 Nesterov's variant; `nesterov` means that variant both here and in timm.
 
-State is flat tensors by name, and is restored bit for bit. `SLOT/PARAMETER` is a tensor of one parameter's state, as
-`momentum_buffer/conv.weight`. A Python number is a scalar tensor whose slot says its type: `step:int/conv.weight`.
-What an optimizer keeps once for a whole parameter group is `group.SLOT/INDEX`, as `group.step/0`.
+State is flat tensors by name, and is restored bit for bit. `SLOT/PARAMETER` is a tensor of one parameter's state, such
+as `momentum_buffer/conv.weight`. A Python number is a scalar tensor whose slot says its type: `step:int/conv.weight`.
+What an optimizer keeps once for a whole parameter group is `group.SLOT/INDEX`, such as `group.step/0`.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Optimizers:
         named: Parameters by group and name.
         optimizers: Optimizer of each group.
         total_steps: The argument of this name.
-        resting: Groups that `step` leaves as they are; empty at first. The state does not hold them: the
-            part that named them does so again when a run is resumed.
+        resting: Groups that `step` leaves as they are; empty at first. They are not in the state: the part that
+            put them here does so again when a run is resumed.
 
     Raises:
         TrainingError: If no parameter is trainable, an optimizer is unknown or cannot be used, a pattern of
@@ -126,7 +126,7 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the state as flat tensors, `GROUP/SLOT/PARAMETER`, as `weights/momentum_buffer/conv.weight`."""
+        """Return the state as flat tensors, `GROUP/SLOT/PARAMETER`, such as `weights/momentum_buffer/conv.weight`."""
         return {
             f"{group}/{key}": value
             for group, named in self.named.items()
@@ -160,7 +160,7 @@ def check_optimizer(name: str, field: str) -> None:
     """Raise unless a recipe may name this optimizer in this field, `"optimizer"` or `"quantizer_optimizer"`.
 
     Raises:
-        TrainingError: If timm has no such optimizer (names the nearest), or it cannot be used here.
+        TrainingError: If timm has no such optimizer (the message says the nearest), or it cannot be used here.
 
     Example:
         >>> check_optimizer("adamw", "optimizer")

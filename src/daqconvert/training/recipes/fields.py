@@ -1,7 +1,7 @@
 """The fields of a recipe as declarations: default, meaning, and the kind of values that a field takes.
 
-A field is one line: `epochs: int = setting(5, "Passes over the training loader.", Integer(1))`. A kind refuses
-a value with a `ValueError` that says what was expected; the caller adds the names of field and recipe.
+A field is one line: `epochs: int = setting(5, "Passes over the training loader.", Integer(1))`. A kind
+refuses a value with a `ValueError` that says what was expected; the caller adds the names of field and recipe.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ def setting(default: T, meaning: str, kind: Kind, *, before: T | None = None) ->
         default: Value of the field in the recipe `quick`.
         meaning: One or two sentences for users, with code in backticks.
         kind: Kind of values that the field takes, with its bounds or choices.
-        before: Value that stands for what runs did before this field was added; None if the first version had
-            the field.
+        before: Value that stands for what runs did before this field was added; None for a field that always existed.
     """
     return dataclasses.field(default=default, metadata={"meaning": meaning, "kind": kind, "before": before})
 
@@ -54,7 +53,7 @@ class Kind:
         raise NotImplementedError
 
     def parsed(self, text: str) -> Any:
-        """Return the value that a text means, or the text itself, which `stored` refuses, if it means none."""
+        """Return the value that a text means; a text without a meaning is returned, for `stored` to refuse."""
         if text.lower() in _WORDS:
             return _WORDS[text.lower()]
         try:

@@ -23,7 +23,7 @@ _PUBLISHED: dict[str, Any] = {
 
 RECIPES: dict[str, Recipe] = {
     "quick": Recipe(),
-    "short": Recipe(  # some ten epochs over many labelled images, at two bits
+    "short": Recipe(  # about ten epochs over many labelled images, at two bits
         "short",
         epochs=10,
         batch_size=256,
@@ -66,7 +66,7 @@ def recipe(source: str | Path | Recipe = "quick", **overrides: Any) -> Recipe:
         **overrides: Fields to change.
 
     Raises:
-        TrainingError: If there is no such recipe, file or field; names the nearest valid one.
+        TrainingError: If there is no such recipe, file or field; the message says the nearest valid one.
 
     Example:
         >>> recipe("paper-cifar10", epochs=5).lr

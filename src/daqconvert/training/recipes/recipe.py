@@ -227,8 +227,8 @@ class Recipe:
             **changes: Field name -> value.
 
         Raises:
-            TrainingError: If there is no such field or it cannot take that value (names the nearest valid one), or
-                fields do not go together.
+            TrainingError: If there is no such field or it cannot take that value (the message says the nearest), or
+                fields contradict each other.
         """
         check_names(changes, f"recipe {self.name!r}")
         return dataclasses.replace(self, **changes)
