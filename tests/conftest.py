@@ -16,7 +16,7 @@ from helpers.children import ROOT, environment
 GOLDEN = ROOT / "tests" / "golden"
 
 
-# A busy machine is no failure: no example has a deadline, and making examples may take its time.
+# Hypothesis: examples have no deadline and may be slow to make, so that a busy machine fails no test.
 hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("patient")
 
@@ -35,7 +35,7 @@ def root() -> Path:
 def golden_text(request: pytest.FixtureRequest) -> Callable[..., None]:
     """Compare a text with `tests/golden/<test>.txt`; `pytest --overwrite-golden` writes the file.
 
-    Trailing blanks do not count. A test with two texts gives the second a name: `golden_text(text, "wide")`.
+    Trailing blanks are ignored. A test with two texts gives the second one a name: `golden_text(text, "wide")`.
     """
 
     def compare(text: str, name: str = "") -> None:
@@ -60,7 +60,7 @@ def child_env() -> dict[str, str]:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """One thread: a small network only waits for a second one; on a busy machine, for long."""
+    """Use one thread: a second one does not make a small network faster, and on a busy machine it makes it slow."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -78,7 +78,7 @@ def fresh_compiler() -> Iterator[None]:
 @pytest.fixture
 def sites() -> tuple[Any, ...]:
     """Six layers: a first, a last, two convolutions and a linear between them, and one that cannot be converted."""
-    from helpers.plans import SITES  # imported here: a broken package must not hide what the other tests have to say
+    from helpers.plans import SITES  # imported here, so that tests which do not need the package run if it is broken
 
     return SITES
 

@@ -15,7 +15,7 @@ from helpers.import_graph import Package, cycle
 PACKAGE = "daqconvert"
 
 # Lowest first; a module imports from its own line and from those above it in this list, never from below. A floor is a
-# few lines that a newcomer thinks of together: `docs/architecture.md` draws them.
+# group of lines that belong together; `docs/architecture.md` draws it as one.
 FLOORS = {
     "ground": (("errors", "version"), ("files",), ("spec",), ("kernels",)),
     "mathematics": (("functional",),),
@@ -28,7 +28,7 @@ FLOORS = {
     "faces": (("cli",), ("__init__", "__main__")),
 }
 LAYERS = tuple(line for lines in FLOORS.values() for line in lines)
-# Narrower than their place in the list: these know nothing else of the package.
+# These may import less than their place in the list allows: only what is named here.
 KNOWS_ONLY = {
     "errors": (),
     "spec": ("errors",),
@@ -51,17 +51,17 @@ OWNERS = {
     "pyarrow": ("data",),
     "sklearn": ("data",),
 }
-# ... but for these modules, which `import daqconvert` does not load.
+# ... except in these modules, which `import daqconvert` does not load.
 EAGER = {"typer": ("cli",)}
 
-COMING = {"ptq", "search", "compile"}  # verbs to come: no module may take their names
+COMING = {"ptq", "search", "compile"}  # verbs that are planned: no module may have their names
 
 MAX_FILE = 450
 MAX_FUNCTION = 40  # lines, docstring not counted
 
 
 def misplaced(package: Package) -> list[str]:
-    """Imports that point upward, units that are nowhere in `FLOORS`, and units that know more than they should."""
+    """Return imports that point upward, units missing in `FLOORS`, and units that import more than they may."""
     height = {unit: i for i, layer in enumerate(LAYERS) for unit in layer}
     problems = [
         f"{module} has no place: add {package.unit(module)!r} to FLOORS"

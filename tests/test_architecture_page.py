@@ -1,4 +1,4 @@
-"""The page `docs/architecture.md`: its picture and its table are the real package, and every place it names is there.
+"""The page `docs/architecture.md`: picture and table show the real package, and every place that it names exists.
 
 `pytest --overwrite-golden` draws the picture and writes the table anew.
 """
@@ -51,7 +51,7 @@ def shown(package: Package, room: str) -> str:
 
 
 def picture(package: Package) -> str:
-    """Draw the floors, the ground at the bottom: a box for each room, with the rooms that it imports."""
+    """Draw the floors, the lowest at the bottom: a box for each room, with the names of the rooms that it imports."""
     used, parts, y = rooms_of(package), [], MARGIN
     order = {room: i for i, room in enumerate(r for lines in FLOORS.values() for line in lines for r in line)}
     across = (WIDTH - LABEL - MARGIN) // (BOX + MARGIN)
@@ -94,7 +94,7 @@ def picture(package: Package) -> str:
 
 
 def table(package: Package) -> str:
-    """A row for each room, from the ground up: where it stands, and what its own docstring says it is."""
+    """Return a row for each room, from the lowest floor up: its floor, and the first line of its docstring."""
     rows = ["| floor | room | what it is |", "|---|---|---|"]
     for floor, lines in FLOORS.items():
         for i, room in enumerate(room for line in lines for room in line):

@@ -42,7 +42,7 @@ def test_class_and_keys(case):
     model = case.make()
     qmodel = dq.quantize(model)
     assert isinstance(qmodel, type(model))
-    if "" not in case.converted and case.id not in ("functional", "bare-parameters"):  # there the root is rewritten
+    if "" not in case.converted and case.id not in ("functional", "bare-parameters"):  # else the root is rewritten
         assert type(qmodel) is type(model)
 
     prefixes = [f"{name}." if name else "" for name in case.modules]
@@ -173,7 +173,7 @@ def test_hooks_attributes_and_frozen_parameters_of_the_user_stay():
     assert [kind for kind, _ in calls] == ["forward", "backward"]
     assert qmodel[3].note == "mine" and not qmodel[0].weight.requires_grad and qmodel[3].weight.requires_grad
     with dq.disabled(qmodel):
-        assert torch.equal(qmodel(x), model(x))  # the hook that doubles is still there
+        assert torch.equal(qmodel(x), model(x))  # the hook, which doubles the output, is still there
     calls.clear()
     frozen = dq.freeze(qmodel)
     assert torch.equal(frozen(x), qmodel(x)) and [kind for kind, _ in calls] == ["forward", "forward"]

@@ -37,7 +37,7 @@ def test_a_step_of_training_changes_every_kind_of_parameter(name):
     model, images = make(), torch.randn(4, 3, size, size)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0  # statistics of this batch: without them the signal is lost on the way
+            module.momentum = 1.0  # statistics of this batch, without which the signal would fade
     with torch.no_grad():
         model.train()(images)
     qmodel = dq.quantize(model.eval(), w_bits=4, a_bits=4)

@@ -147,7 +147,7 @@ def test_an_operand_counts_only_as_the_quantizer_returned_it(change, expected, f
 
 
 class Extra(nn.Module):
-    """A linear, and products that are no layer's: with a bare parameter, a buffer, and between activations."""
+    """A linear layer, and products outside of layers: with a bare parameter, with a buffer, of two activations."""
 
     def __init__(self):
         super().__init__()
@@ -207,7 +207,7 @@ def test_the_fused_encoder_kernel_counts_for_each_of_its_weights(grad):
     assert counted.share == counted.share_weights == 6 * (64 + 16) / counted.macs
     assert counted.products == 2 * (2 * 9 * 8)
     fused = any(row.op == "_transformer_encoder_layer_fwd" for row in counted.sites)
-    assert fused is not grad  # counting must not switch the kernel off
+    assert fused is not grad  # the kernel must run while counting too
 
 
 @pytest.mark.parametrize("settings", [{}, {"w_bits": None}, {"a_bits": None}], ids=["both", "inputs", "weights"])
@@ -304,7 +304,7 @@ def test_an_unknown_site_is_told():
 
 
 class Leaky(nn.Module):
-    """Keeps everything it can: statistics, attributes, counts, random numbers."""
+    """A module that changes all kinds of state in a forward: statistics, attributes, counts, random numbers."""
 
     def __init__(self):
         super().__init__()

@@ -1,8 +1,8 @@
-"""Files that an earlier version wrote: artifacts, plans, policies and interrupted runs mean what they meant then.
+"""Files that an earlier version wrote: artifacts, plans, policies and interrupted runs still give the same results.
 
-`fixtures/make.py` wrote them and recorded what came of them. Outputs and weights are compared exactly where torch and
-the processor are those of the recording. Elsewhere sums of floats may be taken in another order, so that a rounding
-falls on the other side: outputs then agree to `FLOAT` and trained weights to `TRAINED`.
+`fixtures/make.py` wrote them and recorded their results. Outputs and weights are compared exactly if torch and the
+processor are those of the recording. Elsewhere floats may be summed in another order, which can turn a rounding the
+other way: then outputs agree to `FLOAT` and trained weights to `TRAINED`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import daqconvert as dq
 from daqconvert.policy.plan_json import plan_from_dict, plan_to_dict
 from fixtures import networks as n
 
-FLOAT = {"atol": 0.02, "rtol": 0.02}  # what one code of an input changes
-TRAINED = {"atol": 0.02, "rtol": 0.02}  # the learning rate, for one step that went another way
-SINCE = {"final_a_sigma": 0.0}  # a field with another default today than what was done before there was one
+FLOAT = {"atol": 0.02, "rtol": 0.02}  # the effect of one other code of an input
+TRAINED = {"atol": 0.02, "rtol": 0.02}  # the learning rate: one step in another direction
+SINCE = {"final_a_sigma": 0.0}  # fields whose default is not what earlier versions, which lacked them, did
 TIMINGS = ("seconds", "images_per_second")
 ARTIFACTS = ("float", "integer", "timm")
 VERSIONED = ('"daqconvert":', '"checksum":')
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def recorded(name: str) -> tuple[dict[str, Tensor], list[dict[str, Any]], bool]:
-    """Tensors, the log of the whole run, and whether this machine computes the same bits."""
+    """Return tensors, the log of the whole run, and whether this machine should give the same bits."""
     with safe_open(n.HERE / name, framework="pt") as file:
         about = file.metadata()
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
@@ -97,7 +97,7 @@ def test_an_interrupted_run_ends_as_it_would_have(folder, options, record, tmp_p
     steps: list[int] = []
     note = lambda step: steps.append(step.number)  # noqa: E731
     result = dq.finetune(qmodel, *n.loaders(), out_dir=out_dir, resume=True, progress=False, on_step=note, **options)
-    assert steps == list(range(n.STOPPED_IN, 13))  # it went on, and did not start again
+    assert steps == list(range(n.STOPPED_IN, 13))  # it was resumed and did not start again
     found = {f"weights/{key}": value for key, value in qmodel.state_dict().items()}
     expected = {key: value for key, value in tensors.items() if key in found}
     assert found.keys() == {key for key in tensors if key.startswith("weights/")}

@@ -33,7 +33,7 @@ def same(a, b):
 
 @torch.no_grad()
 def shake(qmodel):
-    """Change every learned number as training would: bounds by a third, some output scales to below zero."""
+    """Change every learned number as training would: bounds by up to a third, some output scales to negative ones."""
     for layer in quantized_sites(qmodel).values():
         for quantizer in filter(None, (layer.weight_quantizer, layer.input_quantizer)):
             for bound in (quantizer.lower, quantizer.upper):

@@ -1,4 +1,4 @@
-"""Every example runs as a user would run it: in its own process, in an empty folder, within its minute."""
+"""Every example runs as a user would run it: in its own process, in an empty folder, in limited time."""
 
 import resource
 
@@ -16,7 +16,7 @@ def test_examples_are_these():
 
 
 def processor_time() -> float:
-    """Seconds of all children that have ended."""
+    """Return the processor seconds of all children that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

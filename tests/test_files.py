@@ -1,4 +1,4 @@
-"""Files and directories are there whole or not at all, whatever happens while they are written."""
+"""Files and directories are written as a whole or not at all, whatever happens meanwhile."""
 
 import os
 import resource
@@ -182,7 +182,7 @@ def test_a_directory_in_place_of_a_file(tmp_path):
 
 
 def test_exchanging_in_steps(tmp_path):
-    """The way of systems that cannot exchange two names at once."""
+    """On systems that cannot exchange two names in one operation."""
     for name in ("new", "folder"):
         write_folder(tmp_path / name, name)
     exchange_in_steps(tmp_path / "new", tmp_path / "folder")

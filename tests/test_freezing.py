@@ -1,4 +1,4 @@
-"""Freezing: what a frozen model holds, what it refuses, and what it must not be made from."""
+"""Freezing: what a frozen model holds, what it refuses to do, and which models cannot be frozen."""
 
 from __future__ import annotations
 

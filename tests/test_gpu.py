@@ -1,6 +1,6 @@
-"""On a GPU: the same codes as on the CPU, no gap to the frozen model, half precisions, runs that go on.
+"""On a GPU: the same codes as on the CPU, exact agreement with the frozen model, half precisions, resumed runs.
 
-Nothing here runs where there is no GPU. Integer sums are compared exactly; what floats add up, within float32.
+These tests are skipped without a GPU. Integer sums are compared exactly, float sums within the precision of float32.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def full_precision() -> Iterator[None]:
 @pytest.mark.parametrize(("w_bits", "a_bits"), WIDTHS)
 @pytest.mark.parametrize("rounding", ["daq", "ste", "ewgs", "dsq"])
 def test_outputs_and_gradients_are_those_of_the_cpu(w_bits: int, a_bits: int | None, rounding: str) -> None:
-    """Layer by layer, for the same input: one flipped code in a deep layer would hide every other comparison."""
+    """Layer by layer, each with the same input: else one other code in an early layer would change all that follow."""
     on_cpu, on_gpu = pair(w_bits, a_bits, rounding=rounding)
     on_gpu.load_state_dict(on_cpu.state_dict())
     for (name, here), there in zip(on_cpu.named_children(), on_gpu.children(), strict=True):

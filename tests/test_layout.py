@@ -1,6 +1,6 @@
 """The test of a module is found by its path: `graph/calls.py` is tested in `tests/graph/test_calls.py`.
 
-A test file whose name is no module's is about behaviour; the tables below say which, for what reason.
+A test file that is not named like a module tests behaviour; the tables below list these files with their reasons.
 """
 
 import re
@@ -12,7 +12,7 @@ from helpers.children import ROOT
 
 SOURCE, TESTS = ROOT / "src" / "daqconvert", ROOT / "tests"
 
-# Folders that test no folder of the package
+# Folders of tests without a folder of that name in the package
 FOLDERS = {
     "docs": "pages and their commands are true",
     "usage": "what people and torch do with a converted model: compile, copy, distribute, cast, hook",
@@ -85,4 +85,4 @@ def test_what_several_tests_need_is_a_helper():
     """A name that several files need is imported from `helpers`, never from a test or a conftest."""
     imports = re.compile(r"^ *(from|import) ([\w.]*\.)?(test_|conftest)", re.MULTILINE)
     found = {str(path.relative_to(TESTS)) for path in TESTS.rglob("*.py") if imports.search(path.read_text("utf-8"))}
-    assert found == {"test_architecture_page.py"}  # draws what `test_architecture.py` holds
+    assert found == {"test_architecture_page.py"}  # it draws the `FLOORS` of `test_architecture.py`

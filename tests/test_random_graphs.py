@@ -1,4 +1,4 @@
-"""Random programs of layers, calls on bare parameters, adds, concats and reuse: the whole way, exactly."""
+"""Random programs of layers, calls with bare parameters, adds, concats and reuse: exact from `quantize` to `load`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Program(nn.Module):
 
     Args:
         images: Steps, each a name and the numbers of the values that it reads.
-        vectors: Likewise, after the images are flattened.
+        vectors: Steps of the same form that follow after the images are averaged to vectors.
     """
 
     def __init__(self, images: list[Step], vectors: list[Step]) -> None:
@@ -42,7 +42,7 @@ class Program(nn.Module):
                 self.add(kind, f"{part}{number}", part == "image")
 
     def add(self, kind: str, key: str, image: bool) -> None:
-        """Make the weights of one step."""
+        """Add the layer or parameter of one step."""
         layers = {
             "conv": lambda: nn.Conv2d(WIDTH, WIDTH, 3, padding=1),
             "depthwise": lambda: nn.Conv2d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH, bias=False),
@@ -97,7 +97,7 @@ class Program(nn.Module):
         return x @ kernel if kind == "matmul" else F.linear(x, kernel)
 
     def again(self, x: Tensor, image: bool) -> Tensor:
-        """A layer that is called before: the stem on images, the head's weight on vectors."""
+        """Use a layer once more: the stem on images, the head's weight on vectors."""
         if image:
             return self.stem(x[:, :3])
         return F.linear(torch.relu(F.linear(x, self.head.weight)), self.head.weight.t())
@@ -136,6 +136,6 @@ def test_random_programs(program, chosen):
 
 
 def used(qmodel):
-    """The stem and the head, which run in every program."""
+    """Return the sites of stem and head, which run in every program."""
     names = {"stem", "head"}
     return [site for site in quantized_sites(qmodel).values() if site.layer_name in names]

@@ -1,7 +1,7 @@
-"""`quantize` and `calibrate` grow with the model as they must: in a straight line, and with one copy of it.
+"""The work of `quantize` and `calibrate` is linear in the size of the model, and `quantize` makes one copy of it.
 
-Work is counted in calls, not in seconds: the same on every machine. A count that is a straight line in the depth grows
-twice as much from 12 to 24 blocks as it does from 6 to 12; one with a square in it grows more.
+Work is counted in calls, not in seconds, so it is the same on every machine. A count that is linear in the depth grows
+twice as much from 12 to 24 blocks as from 6 to 12; one with a quadratic part grows more.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from helpers.memory import in_tensors, size
 WIDTH = 16
 IMAGE = torch.zeros(1, 3, 32, 32)
 ROWS = torch.zeros(2, WIDTH)
-STRAIGHT = 2.02  # 2 is a straight line; the rest is for what Python caches
+STRAIGHT = 2.02  # 2 is linear; the rest allows for what Python caches
 
 Run = Callable[[int], Callable[[], Any]]
 """Depth -> what is run."""
@@ -41,7 +41,7 @@ def calls(run: Callable[[], Any]) -> int:
         count += event in ("call", "c_call")
 
     before = sys.getprofile()
-    gc.collect()  # what earlier tests left is finalized now, not in between
+    gc.collect()  # what earlier tests left is finalized now, not while calls are counted
     gc.disable()
     sys.setprofile(note)
     try:
@@ -78,7 +78,7 @@ class Functional(nn.Module):
 
 
 class Untraceable(nn.Module):
-    """Decides on values, so that fx cannot follow it; reads weights by itself."""
+    """Branches on values, so that fx cannot trace it, and uses the weights of layers in its own calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ def test_the_work_of_load_float_is_a_straight_line_in_the_depth():
 
 
 def test_late_names_stand_behind_the_last_of_their_module():
-    """What is faster must give the order of searching the list for each name."""
+    """The fast way must give the same order as searching the list for each name."""
 
     def plainly(order: list[str], late: list[tuple[str, str]]) -> list[str]:
         order = list(order)
@@ -194,7 +194,7 @@ def test_late_names_stand_behind_the_last_of_their_module():
 
 @pytest.mark.parametrize("bits", [1, 4, 8])
 def test_quantize_makes_one_copy_and_little_besides(bits):
-    """Looking at a model copies no parameter, and nothing is kept of what is computed for one layer."""
+    """Finding sites copies no parameter, and what is computed for one layer is not kept."""
     model = chain(lambda: nn.Linear(512, 512))(20)
     copy = size(model.state_dict().values())
     assert in_tensors(lambda: dq.plan(model))[0] < 0.01 * copy
@@ -212,7 +212,7 @@ class Buffered(Functional):
 
 
 def test_what_quantize_looks_at_is_gone_when_it_returns():
-    """Buffers are copied to be looked at, for code may write into them; the copy goes without the collector."""
+    """Buffers are copied before tracing, because code may write into them; the copy is freed without the collector."""
     model = chain(Buffered)(4)
     copy = size(model.state_dict().values())
     most, left = in_tensors(lambda: dq.plan(model))

@@ -1,4 +1,7 @@
-"""Random damage to an artifact: bytes, tensors, JSON, files; honest (checksums left as they were) or sealed."""
+"""Random damage to an artifact: to bytes, tensors, JSON or files.
+
+`damage_...` leaves the checksums as they were; `forge_...` makes them fit, as an attacker would.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ def _deep(levels: int) -> Any:
 
 
 def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Every place in a JSON value."""
+    """Return every place in a JSON value, as a path of keys and indices."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [path] * bool(path) + [place for key, item in items for place in _places(item, (*path, key))]
 
@@ -45,7 +48,7 @@ def edit_json(body: Any, rng: random.Random) -> None:
     places = _places(body)
     if not places:
         return
-    # rows and tensors are many; every second time the place is one of the few others
+    # most places are in rows and tensors; every second time choose one of the few others
     few = [place for place in places if place[0] not in ("plan", "tensors")]
     place = rng.choice(few if few and rng.random() < 0.3 else places)
     parent, key = _at(body, place[:-1]), place[-1]
@@ -119,7 +122,7 @@ def forge_manifest(artifact: Path, rng: random.Random) -> None:
 
 
 def forge_bytes(artifact: Path, rng: random.Random) -> None:
-    """Change the tensor file's bytes, and make everything that tells of them right."""
+    """Change the tensor file's bytes, and make size and checksums fit."""
     file = artifact / TENSORS
     file.write_bytes(edit_bytes(bytearray(file.read_bytes()), rng))
     reseal(artifact)
@@ -143,7 +146,7 @@ def forge_header(artifact: Path, rng: random.Random) -> None:
 
 
 def damage_files(artifact: Path, rng: random.Random) -> None:
-    """Put something else in the place of a file, or exchange the two."""
+    """Replace a file by something else, or exchange the two files."""
     file, other = rng.sample([artifact / MANIFEST, artifact / TENSORS], 2)
     content = file.read_bytes()
     kind = rng.choice(("missing", "folder", "pipe", "device", "loop", "other", "link", "empty", "exchange"))

@@ -21,7 +21,7 @@ MANIFEST, TENSORS = "daqconvert.json", "model.safetensors"
 
 
 def small_network() -> nn.Module:
-    """Grouped convolution, batch norm, linear: 1 to 8 bits have something to do in each."""
+    """Return a small network with a grouped convolution, batch norm and a linear layer."""
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1),
         nn.BatchNorm2d(8),
@@ -37,12 +37,12 @@ def small_network() -> nn.Module:
 def frozen_of(model: nn.Module, batch: Any, **settings: Any) -> nn.Module:
     """Quantize, calibrate on one batch, freeze."""
     qmodel = dq.quantize(model, **settings)
-    dq.calibrate(qmodel, [batch], method="minmax")  # the quickest; how good the bounds are is no matter here
+    dq.calibrate(qmodel, [batch], method="minmax")  # the quickest method; good bounds are not needed here
     return dq.freeze(qmodel)
 
 
 def assert_same(found: nn.Module, expected: nn.Module, batch: Any) -> None:
-    """Every element of the state dict and of the output, which tensors are one tensor, the plan, the modes."""
+    """Assert that state dict, output, plan, modes, and which names share a tensor are the same in two models."""
     assert type(found) is type(expected)
     ours, theirs = found.state_dict(), expected.state_dict()
     assert list(ours) == list(theirs)
@@ -59,7 +59,7 @@ def assert_same(found: nn.Module, expected: nn.Module, batch: Any) -> None:
 
 
 def shared_names(model: nn.Module) -> list[list[str]]:
-    """Names that are one and the same parameter, or one and the same buffer."""
+    """Return groups of names that share one parameter or one buffer."""
     groups: dict[int, list[str]] = {}
     everything = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     for name, tensor in everything:
@@ -74,18 +74,18 @@ def read(artifact: Path) -> dict[str, Any]:
 
 
 def checksum(body: dict[str, Any]) -> str:
-    """As docs/artifact.md words it."""
+    """Return the checksum of a manifest as `docs/artifact.md` defines it."""
     rest = {key: value for key, value in body.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def write(artifact: Path, body: dict[str, Any], sign: bool = True) -> None:
-    """Write a manifest's object, with its checksum made right if `sign`."""
+    """Write a manifest's object; with `sign` its checksum is computed anew."""
     (artifact / MANIFEST).write_text(json.dumps({**body, "checksum": checksum(body)} if sign else body))
 
 
 def edit(artifact: Path, change: Callable[[dict[str, Any]], Any], sign: bool = True) -> None:
-    """Change the manifest as somebody does who also recomputes the checksum (or, without `sign`, does not)."""
+    """Change the manifest; with `sign` its checksum is computed anew, as an attacker would."""
     body = read(artifact)
     change(body)
     write(artifact, body, sign)
@@ -98,7 +98,7 @@ def reseal(artifact: Path) -> None:
 
 
 def put(*path_and_value: Any) -> Callable[[dict[str, Any]], None]:
-    """A change of one field, `put("tensors", "7.bias", "shape", [3])`."""
+    """Return a function that changes one field: `put("tensors", "7.bias", "shape", [3])`."""
     *path, value = path_and_value
 
     def change(body: Any) -> None:
@@ -110,7 +110,7 @@ def put(*path_and_value: Any) -> Callable[[dict[str, Any]], None]:
 
 
 def refused(artifact: Path, match: str, model: nn.Module | None = None) -> str:
-    """Loading must raise an `ArtifactError`, short and printable whatever the file holds; its message."""
+    """Assert that loading raises an `ArtifactError` with a short and printable message, and return the message."""
     with pytest.raises(ArtifactError, match=match) as told:
         dq.load(artifact, model=small_network() if model is None else model)
     message = str(told.value)

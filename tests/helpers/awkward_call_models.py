@@ -1,4 +1,4 @@
-"""Awkward models whose forwards multiply by themselves, or whose layers have forwards of their own."""
+"""Awkward models that multiply in their own forward, or whose layers have forwards of their own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 
 
 class Between(nn.Module):
-    """A linear before something and one behind it."""
+    """A linear layer before and one after another module."""
 
     def __init__(self, inner: nn.Module, before: int, after: int, width: int | None = None) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ def torchvision_attention(version: int) -> nn.Module:
 
 
 class OptionalPath(nn.Module):
-    """A mask that may be missing and a flag choose the path; each path multiplies otherwise."""
+    """An optional mask and a flag choose the path; each path has other products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class OptionalPath(nn.Module):
 
 
 class SharedLinear(nn.Module):
-    """One linear whose weight two modules use in a call, and which is called as well."""
+    """A linear layer that is called, and whose weight is also used by function calls in two other modules."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ class Uses(nn.Module):
 
 
 class Shadow(nn.Module):
-    """One rewritten module called twice, and under two names."""
+    """A module whose forward is rewritten, called twice, under two names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ class Shadow(nn.Module):
 
 
 class PlainSubclass(nn.Conv2d):
-    """A subclass that adds a constructor and an attribute alone."""
+    """A subclass that adds only a constructor and an attribute."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, 3, padding=1)
@@ -202,7 +202,7 @@ class PlainSubclass(nn.Conv2d):
 
 
 class BranchesAndMultiplies(nn.Module):
-    """Branches on data and multiplies by itself: nothing that fx can follow."""
+    """Branches on data and multiplies in its own forward, so that fx cannot trace it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -25,7 +25,7 @@ class Chain(nn.Sequential):
 
 
 class Residual(nn.Module):
-    """Stem, one block whose sum passes a ReLU, head; the shortcut makes `c2` and `head` meet what `stem` made."""
+    """Stem, a block whose sum passes a ReLU, head; by the shortcut, the output of `stem` reaches the sum too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class InputShortcut(nn.Module):
 
 
 class CalledTwice(nn.Module):
-    """`mid` sees a ReLU's output first and a signed one then: nothing is proven about it."""
+    """`mid` gets a ReLU's output in its first call and a signed one in its second: it is not proven unsigned."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class TiedEmbedding(nn.Module):
 
 
 class Projection(nn.Module):
-    """BEiT's way: its own child's weight in a functional call."""
+    """Uses the weight of its own child in a functional call, as BEiT does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class KeywordInputs(nn.Module):
 
 
 class Optional(nn.Module):
-    """With its default, None, no ReLU comes before `b`; a trace that takes it for given would prove the contrary."""
+    """With `bound=None`, its default, no ReLU comes before `b`; a trace that gives it would find `b` unsigned."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ class Upsampling(nn.Module):
 
 
 class Caching(nn.Module):
-    """Keeps what it computed and counts its calls: looking at a model must leave neither proxies nor counts behind."""
+    """Keeps its results and counts its calls: after tracing there must be no proxies in it, and the same count."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -210,7 +210,7 @@ class Caching(nn.Module):
 
 
 class Mutating(nn.Module):
-    """A ReLU's output that has changed when `b` sees it, and a subtraction in the guise of an addition before `c`."""
+    """A ReLU's output that is changed in place before `b`, and a subtraction, `add` with `alpha=-1`, before `c`."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Small networks of blocks, and what is done with them."""
+"""Small networks of blocks, and how tests quantize and reconstruct them."""
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ def images(count=48, size=12, seed=0):
 
 
 class Block(nn.Module):
-    """Residual; its first operation is in place, as some networks have it."""
+    """A residual block whose first operation is in place, as in some networks."""
 
     def __init__(self, width, inplace=False):
         super().__init__()
@@ -28,7 +28,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Blocks follow each other; `detour` puts something that changes nothing between them."""
+    """A sequence of blocks; `detour` puts an operation without effect between them."""
 
     def __init__(self, inplace=False, detour=False):
         super().__init__()
@@ -45,7 +45,7 @@ class Net(nn.Module):
 
 
 def trained_norms(model, x):
-    """Statistics of its own data, as a trained network has them."""
+    """Give the batch norms the statistics of the network's own data, as after training."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None

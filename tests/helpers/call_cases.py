@@ -27,7 +27,7 @@ def _between(make: Any, before: int = 4, after: int = 4) -> Any:
 
 
 def _in_chain(name: str, make: Any) -> Case:
-    """A convolution between two others, behind a ReLU."""
+    """Return the case of a convolution between two others, after a ReLU."""
     return Case(
         name, partial(calls.chain_of, make), IMAGE, ("0", "2", "3"), unsigned=("2",), first=("0",), last=("3",)
     )
@@ -46,7 +46,7 @@ def _bare(kind: str) -> Case:
 
 
 UNPROVEN = {"matmul", "method", "einsum", "einsum-left", "left", "addmm", "bmm"}
-# What `_own_call` proves is a call of a layer's function with the value itself as its first argument
+# Kinds of `Bare` whose input is not proven unsigned: only that of `F.linear` and `F.conv*`, their first argument, is
 
 
 def _attention(name: str, make: Any, shape: tuple[int, ...], block: str, *others: str, **more: Any) -> Case:
@@ -70,7 +70,7 @@ def _heads(name: str, **options: Any) -> Case:
 
 
 def _inside(*blocks: str) -> dict[str, Any]:
-    """The sites of attention blocks."""
+    """Return the sites of attention blocks, as arguments of a case."""
     return {
         "holders": {site: holder for block in blocks for site, holder in projections(block).items()},
         "products": tuple(product for block in blocks for product in products(block)),

@@ -1,7 +1,8 @@
-"""Awkward models as data: each with its inputs and the right answer, so that every test can ask all of them.
+"""Awkward models as data, each with its inputs and the right answer, so that a test can run on all of them.
 
 `Case.converted` names the sites that must be quantized and `Case.skipped` those that must be left alone, each with a
-part of the reason that the plan has to give; together they are *all* sites. `NETWORKS` are real ones, without weights.
+part of the reason that the plan has to give; together they are *all* sites. `NETWORKS` are real networks with random
+weights.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ class Case:
     Attributes:
         id: Name in test reports.
         make: Builds the model.
-        shapes: Of the positional inputs; a dict gives keyword inputs.
+        shapes: Shapes of the positional inputs; a dict has those of keyword inputs.
         converted: Sites that are quantized.
         skipped: Sites that are left alone -> part of the reason.
-        products: Products of activations: off unless they are asked for.
+        products: Products of two activations, which are quantized only on request.
         holders: Sites whose quantizers are not in the module of their name -> the module that has them.
         unsigned: Sites whose input is proven non-negative.
         first: First sites.
         last: Last sites.
-        order: `"fx"` or `"modules"`.
+        order: How the order of the sites is found: `"fx"` or `"modules"`.
         notes: Site -> part of a note on its row.
     """
 

@@ -6,7 +6,7 @@ from daqconvert.training.checkpoint import read_checkpoint
 
 
 def same(a, b) -> bool:
-    """All tensors of two checkpoints, model and optimizers, are identical, and so are the measured values."""
+    """Return whether all tensors of two checkpoints and all measured values are identical."""
     first, second = read_checkpoint(a), read_checkpoint(b)
     assert first.tensors.keys() == second.tensors.keys()
     timing = ("seconds", "images_per_second")

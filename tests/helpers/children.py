@@ -10,7 +10,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 HANGING = 1800.0
-"""Seconds. A guard against children that never end, far from any time that one takes: a busy machine is no failure."""
+"""Seconds after which a child counts as hanging; far more than any takes, so that a busy machine fails no test."""
 
 
 def environment(threads: int = 2, *, tests: bool = False) -> dict[str, str]:

@@ -32,7 +32,7 @@ class Clusters(Dataset):
 
 
 class Breaking(DataLoader):
-    """A loader that raises `error` before the second batch of its n-th pass; the first may be the calibration."""
+    """A loader that raises `error` before the second batch of pass `at_pass`; calibration may be the first pass."""
 
     error: BaseException | None = None
     at_pass = 0

@@ -1,4 +1,4 @@
-"""Small networks that between them hold every kind of site, with what is needed to quantize and calibrate them."""
+"""Small networks that together have every kind of site, and functions to quantize and calibrate them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from helpers.cases import timm_network
 
 
 class BareParameters(nn.Module):
-    """A product and a convolution with parameters that are no layer's."""
+    """A product and a convolution with parameters that belong to no layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ REWRITTEN = ("nfnet", "beit", "swin", "bare")
 
 @torch.no_grad()
 def lively(model: nn.Module) -> nn.Module:
-    """Draw again what starts as a constant (scales, zero heads, statistics), so that every part has a say."""
+    """Draw constant parameters and statistics (scales, zero heads) anew, so that every part affects the output."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point() and tensor.numel() > 1 and tensor.min() == tensor.max():
             tensor.add_(torch.rand_like(tensor) * 0.3 + 0.1)
@@ -103,5 +103,5 @@ def _built(name: str, bits: int) -> nn.Module:
 
 
 def quantized(name: str, bits: int = 4) -> nn.Module:
-    """Return a quantized and calibrated network in evaluation mode; the caller's own."""
+    """Return a quantized and calibrated network in evaluation mode, new on every call."""
     return copy.deepcopy(_built(name, bits))

@@ -12,7 +12,7 @@ class Import(NamedTuple):
 
     line: int
     target: str  # "torch.nn.functional", "daqconvert.spec.Plan"
-    lazy: bool  # inside a function: runs when that is called
+    lazy: bool  # inside a function: runs when the function is called
     typed: bool = False  # under `if TYPE_CHECKING:`: never runs
 
 
@@ -59,7 +59,7 @@ class Package:
         return f"{self.name}.__init__"
 
     def graph(self) -> dict[str, set[str]]:
-        """Module -> modules of this package that it imports, lazily or for types only included."""
+        """Return module -> the modules of this package that it imports, also lazily or for types only."""
         found = {name: {self.module(i.target) for i in imports} for name, imports in self.imports.items()}
         return {name: {target for target in targets if target} for name, targets in found.items()}
 

@@ -1,4 +1,4 @@
-"""Small networks whose outputs meet in every way that integer deployment has to see."""
+"""Small networks that together join the outputs of layers in every way that integer deployment has to handle."""
 
 from __future__ import annotations
 

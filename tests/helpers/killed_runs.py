@@ -1,8 +1,8 @@
 """Trains a small network in a process that is killed again and again, and lets the last one finish.
 
-`python killed_runs.py FOLDER KILLS EPOCHS SEED` writes `FOLDER/whole`, a run that nobody touched, and `FOLDER/parts`,
-and prints one line of JSON: the steps in the checkpoint that each killed process left. It forks, so that every start
-is quick: one thread, and nothing computed before.
+`python killed_runs.py FOLDER KILLS EPOCHS SEED` writes `FOLDER/whole`, a run without interruption, and `FOLDER/parts`,
+the killed one, and prints one line of JSON: the steps in the checkpoint that each killed process left. Processes are
+forked, so that they start quickly; for that the parent has one thread and has computed nothing.
 """
 
 import importlib
@@ -54,7 +54,7 @@ def steps_of(out: Path) -> int:
     try:
         return read_checkpoint(out / "last.safetensors").meta["position"]["number"]
     except TrainingError:
-        return -1  # killed before there was one
+        return -1  # killed before there was a checkpoint
 
 
 def main(folder: Path, kills: int, epochs: int, seed: int) -> None:
@@ -72,7 +72,7 @@ def main(folder: Path, kills: int, epochs: int, seed: int) -> None:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             killed.append(steps_of(parts))
-        else:  # it ended too early, as it may where other programs end: once more, with kills in shorter turns
+        else:  # it ended before it was killed, as it may when the machine gets less busy: start over, kill sooner
             assert status == 0
             shutil.rmtree(parts)
             killed.clear()

@@ -1,4 +1,4 @@
-"""Small quantized layers of every kind, and one step with them: what the tests of a layer's step share."""
+"""Small quantized layers of every kind, and one training step with them, for the tests of a layer's step."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def quantized(kind="conv2d", **settings):
 
 
 def run(qmodel, x):
-    """Output and all gradients of one step."""
+    """Return the output and all gradients of one step."""
     x = x.clone().requires_grad_()
     qmodel.zero_grad()
     y = qmodel(x)

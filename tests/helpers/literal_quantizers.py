@@ -1,4 +1,4 @@
-"""Quantized weights and inputs as METHOD writes their formulas, with gradients from autograd."""
+"""Quantized weights and inputs written as the formulas of `docs/method.md`, with gradients from autograd."""
 
 import torch
 
@@ -14,7 +14,7 @@ SETTINGS = {
 
 def rounded(x, low, high, coefficients):
     """`round(clip(x))` whose gradient is the slope inside the clip and 0 outside; no value here lies on an end."""
-    if callable(coefficients):  # another rounding, of its own
+    if callable(coefficients):  # another rounding
         return coefficients(x, low, high)
     inside = ((x >= low) & (x <= high)).detach()
     factor = torch.ones_like(x) if coefficients is None else slope(x.detach(), *coefficients)
@@ -23,12 +23,12 @@ def rounded(x, low, high, coefficients):
 
 
 def shaped(bound, layer):
-    """A bound against the layer's weight."""
+    """Return a bound in the shape that broadcasts against the layer's weight."""
     return bound if bound.dim() == 0 else bound.reshape(layer.weight_quantizer.layout.bound_view)
 
 
 def literal_weight(layer, parameters, coefficients):
-    """The quantized weight, and the paper's moments held constant."""
+    """Return the quantized weight; its mean and std are constant for the gradient, as in the paper."""
     bits, layout = layer.settings.w_bits, layer.weight_quantizer.layout
     weight, upper = parameters["weight"].reshape(layout.view), shaped(parameters["weight_quantizer.upper"], layer)
     if layer.settings.grid == "integer":
@@ -46,7 +46,7 @@ def literal_weight(layer, parameters, coefficients):
 
 
 def literal_input(layer, x, parameters, coefficients):
-    """The quantized input; the zero point is constant for the gradient."""
+    """Return the quantized input; the zero point is constant for the gradient."""
     n = 2**layer.settings.a_bits - 1
     lower, upper = parameters["input_quantizer.lower"], parameters["input_quantizer.upper"]
     scale = (upper - lower) / n

@@ -1,4 +1,4 @@
-"""How much memory tensors take: those that are there, and those that come into being while something runs."""
+"""How much memory tensors take: given ones, and those that are created while a function runs."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def in_tensors(run: Callable[[], Any]) -> tuple[int, int]:
-    """Most bytes in tensors that came into being while it ran, and those that are left with its result alive."""
+    """Return the bytes of the tensors that `run` creates: at the peak, and while its result is alive."""
     gc.collect()
-    gc.disable()  # what only the collector frees would make the peak depend on when it runs
+    gc.disable()  # else the peak would depend on when the collector runs
     try:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             result = run()
@@ -28,5 +28,5 @@ def in_tensors(run: Callable[[], Any]) -> tuple[int, int]:
 
 
 def size(tensors: Any) -> int:
-    """Bytes of tensors."""
+    """Return the bytes of tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

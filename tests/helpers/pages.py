@@ -1,4 +1,4 @@
-"""What a Markdown page shows: its blocks of code, and the commands of `daqconvert` in them."""
+"""Reads a Markdown page: its blocks of code, and the commands of `daqconvert` in them."""
 
 import re
 import shlex
@@ -18,7 +18,7 @@ def blocks(markdown: str) -> list[tuple[str, str, int]]:
 
 
 def commands(shell: str) -> list[list[str]]:
-    """The arguments of every `daqconvert ...` in a shell block; where some lines start with `$ `, only they count."""
+    """Return the arguments of every `daqconvert ...` in a shell block; if lines start with `$ `, those lines only."""
     lines = shell.replace("\\\n", " ").splitlines()
     if any(line.startswith("$ ") for line in lines):
         lines = [line[2:] for line in lines if line.startswith("$ ")]

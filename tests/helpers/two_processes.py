@@ -1,7 +1,7 @@
-"""Scenarios of several processes.
+"""Scenarios of training on several processes.
 
-`python two_processes.py FOLDER` forks two and leaves what each found as `FOLDER/RANK.pt`.
-Started by `accelerate launch` or `torchrun` it is one of their processes, and does the first scenario alone.
+`python two_processes.py FOLDER` forks two processes, and each saves its results as `FOLDER/RANK.pt`. Started by
+`accelerate launch` or `torchrun` this file is one of their processes, and runs the first scenario only.
 """
 
 import os
@@ -27,7 +27,7 @@ OPTIONS = {"lr": 0.02, "distill": 0.5, "progress": False}
 
 
 def model(*, calibrated: bool = True) -> nn.Module:
-    """Without dropout, whose random numbers differ between processes; bounds from the same data everywhere."""
+    """Return a model without dropout (its random numbers differ between processes), with bounds from the same data."""
     found = quantized_model()
     found[3].p = 0.0
     if calibrated:
@@ -57,7 +57,7 @@ def error_of(*args: Any, **options: Any) -> str:
 
 
 def calibration(rank: int) -> dict[str, Any]:
-    """Every process is shown other data, so each alone would find other bounds, and another sign."""
+    """Calibrate on different data in each process: alone, each would find other bounds and another sign."""
     qmodel = model(calibrated=False)
     data = [(x + 50.0 * rank, y) for x, y in loader(8)]
     finetune(qmodel, data, epochs=1, **{**OPTIONS, "lr": 0.0}, quantizer_lr=0.0, batch_norm="freeze")
@@ -81,7 +81,7 @@ def poisoned(rank: int) -> str:
 
 
 def stopped(rank: int, folder: Path) -> dict[str, Any]:
-    """The other process gets the signal; both stop at one step, and go on."""
+    """Process 1, not the main one, gets SIGTERM; both processes stop after the same step, and are resumed."""
     options = {**OPTIONS, "epochs": 3, "accumulate": 2}
     whole = model()
     finetune(whole, loader(4, noise=0.3), out_dir=folder / "whole", **options)
@@ -110,7 +110,7 @@ def unwritable(rank: int, folder: Path) -> str:
 def evaluation() -> dict[str, Any]:
     from accelerate import Accelerator
 
-    seven = DataLoader(Clusters(SAMPLES), batch_size=12)  # batches for two: four and three, the last of eight
+    seven = DataLoader(Clusters(SAMPLES), batch_size=12)  # batches: four on one process, three on the other
     found = evaluate(model(), seven, topk=(1, 2), accelerator=Accelerator(cpu=True))
     return {"loss": found.loss, "count": found.count, "topk": dict(found.topk)}
 
@@ -156,7 +156,7 @@ def main(folder: Path) -> int:
         if children[-1] == 0:
             child(rank, port, folder)
     codes = []
-    for _ in children:  # whoever fails first leaves the other waiting
+    for _ in children:  # if one fails, the other would wait for it forever
         number, status = os.wait()
         codes.append(status)
         if status:
