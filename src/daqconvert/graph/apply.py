@@ -131,7 +131,7 @@ def _convert_layer(layer: nn.Module | None, row: PlanRow, frozen: bool) -> None:
 def _rewrite(module: nn.Module, one: Traced, calls: _Calls, chosen: dict[str, PlanRow], frozen: bool) -> None:
     """Give one module a generated forward, and add the holders of its calls."""
     places: dict[tuple[Any, ...], str] = {}
-    coded: set[str] = set()
+    with_codes: set[str] = set()
     own: tuple[CallSite, Any] | None = None
     prefix = f"{one.path}." if one.path else ""
     by_key = {site.key: site for site in find_call_sites([one], calls.names) if site.name in chosen}
@@ -149,13 +149,13 @@ def _rewrite(module: nn.Module, one: Traced, calls: _Calls, chosen: dict[str, Pl
                 _add_holder(module, places[key], site, chosen[site.name], weight_of, frozen)
         kept = call.dynamic or (call.function == HELPER and not is_layer)  # the function may read the weight, too
         if chosen[site.name].settings.w_bits is not None and not kept:  # type: ignore[union-attr]
-            coded.add(places[key])
+            with_codes.add(places[key])
     if not places:
         return
     original = type(module)
-    alike = (original, id(one.variants), frozenset(places.items()), frozenset(coded))
+    alike = (original, id(one.variants), frozenset(places.items()), frozenset(with_codes))
     if alike not in calls.written:
-        calls.written[alike] = generate(original, one, places, frozenset(coded))
+        calls.written[alike] = generate(original, one, places, frozenset(with_codes))
     rewriting = dataclasses.replace(calls.written[alike], layer_name=one.path)
     if own is not None:
         _make_own(module, original, *own, chosen[own[0].name], frozen)
@@ -226,10 +226,12 @@ def _add_projection(module: Any, site: CallSite, row: PlanRow, frozen: bool) -> 
 
 def drop_projection_weights(module: Any) -> None:
     """Remove the weights of an attention block's projections that have codes."""
-    coded = {p for p in PROJECTIONS if "weight_codes" in getattr(module._modules.get(f"{p}_site"), "_buffers", ())}
-    if coded == {*PROJECTIONS} and module.in_proj_weight is not None:
+    with_codes = {
+        p for p in PROJECTIONS if "weight_codes" in getattr(module._modules.get(f"{p}_site"), "_buffers", ())
+    }
+    if with_codes == {*PROJECTIONS} and module.in_proj_weight is not None:
         module.in_proj_weight = None
-    for projection in coded if module.in_proj_weight is None else ():
+    for projection in with_codes if module.in_proj_weight is None else ():
         setattr(module, f"{projection}_weight", None)
 
 

@@ -41,14 +41,14 @@ class Rewriting:
     Attributes:
         signature: Signature of the original's forward.
         forwards: The forwards of the form (quantized or frozen) that the module has.
-        coded: The forwards of the frozen form, which do not compute the weights that are stored as codes.
-        unused: Parameters and buffers of the module that the coded forwards do not read.
+        frozen_forwards: The forwards of the frozen form, which do not compute the weights that are stored as codes.
+        unused: Parameters and buffers of the module that the frozen forwards do not read.
         layer_name: Name of the module, for messages.
     """
 
     signature: Signature
     forwards: Forwards
-    coded: Forwards
+    frozen_forwards: Forwards
     unused: frozenset[str]
     layer_name: str
 
@@ -57,7 +57,7 @@ class Rewriting:
 
     def frozen(self) -> Rewriting:
         """Return the rewriting of the frozen form."""
-        return dataclasses.replace(self, forwards=self.coded)
+        return dataclasses.replace(self, forwards=self.frozen_forwards)
 
     def drop_unused(self, module: nn.Module) -> None:
         """Remove the weights of a frozen module that codes have replaced."""
@@ -124,27 +124,27 @@ def _forward() -> Forward:
 
 
 def generate(
-    original: type[nn.Module], one: Traced, places: dict[tuple[Any, ...], str], coded: frozenset[str]
+    original: type[nn.Module], one: Traced, places: dict[tuple[Any, ...], str], with_codes: frozenset[str]
 ) -> Rewriting:
     """Write the forwards of one traced module of the class `original`.
 
     `places` maps the key of a call (from `keyed`) to the name of its holder in the module (`"itself"` if the module is
-    the holder); `coded` are the holders that have codes in the frozen form.
+    the holder); `with_codes` are the holders that have codes in the frozen form.
     """
     forwards: Forwards = {}
     frozen: Forwards = {}
     read: set[str] = set()
     for variant in one.variants:
-        for table, without in ((forwards, frozenset[str]()), (frozen, coded)):
+        for table, without in ((forwards, frozenset[str]()), (frozen, with_codes)):
             graph = _with_sites(variant.graph, one.module, places, without)
             table[variant.state] = (variant.arguments, write(graph, f"{original.__name__}.forward"))
         read |= {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")}
-    weights = {t for key, call, _ in module_calls(one) if places.get(key) in coded for t in call.tensors}
+    weights = {t for key, call, _ in module_calls(one) if places.get(key) in with_codes for t in call.tensors}
     return Rewriting(one.signature, forwards, frozen, frozenset(weights - read), one.path)
 
 
 def _with_sites(
-    original: fx.Graph, module: nn.Module, places: dict[tuple[Any, ...], str], coded: frozenset[str]
+    original: fx.Graph, module: nn.Module, places: dict[tuple[Any, ...], str], with_codes: frozenset[str]
 ) -> fx.Graph:
     """Return the graph with its calls going through their holders, without what computes weights that have codes."""
     graph, needless = fx.Graph(), set()
@@ -156,9 +156,9 @@ def _with_sites(
     for node in original.nodes:
         if node in found:
             place, call = found[node]
-            if place in coded and not call.dynamic:
+            if place in with_codes and not call.dynamic:
                 needless |= ancestors(call.weight)
-            copied[node] = _site_node(graph, call, graph.create_node("get_attr", place), copied, place in coded)
+            copied[node] = _site_node(graph, call, graph.create_node("get_attr", place), copied, place in with_codes)
         elif (node, SCORES) in attentions or (node, VALUES) in attentions:
             parts = [attentions.get((node, product)) for product in (SCORES, VALUES)]
             held = [None if part is None else graph.create_node("get_attr", part) for part in parts]
@@ -186,12 +186,12 @@ def _handle(graph: fx.Graph, weight: fx.Node, place: str, copied: dict[fx.Node, 
 
 
 def _site_node(
-    graph: fx.Graph, call: ProductCall, holder: fx.Node, copied: dict[fx.Node, fx.Node], coded: bool
+    graph: fx.Graph, call: ProductCall, holder: fx.Node, copied: dict[fx.Node, fx.Node], with_codes: bool
 ) -> fx.Node:
     """Return the node that computes a call by its holder; a weight that has codes is not passed."""
 
     def place(node: fx.Node) -> Any:
-        return None if coded and node is call.weight and not call.dynamic else copied[node]
+        return None if with_codes and node is call.weight and not call.dynamic else copied[node]
 
     args = fx.map_arg(call.node.args, place)
     kwargs = fx.map_arg(call.node.kwargs, place)
