@@ -1,6 +1,7 @@
-"""An ONNX file that needs nothing of ours: exported here, then run by a process that has ONNX Runtime and numpy alone.
+"""An ONNX file that runs without daqconvert and torch: exported here, then run with ONNX Runtime and numpy alone.
 
-`predict` is that process: this file, called with `--predict`. It imports neither daqconvert nor torch, and says so.
+`predict` runs it, in a process of its own: this file, called with `--predict`. That process imports neither daqconvert
+nor torch, and prints so.
 """
 
 import argparse
@@ -11,7 +12,7 @@ from pathlib import Path
 
 
 def predict(folder: Path) -> None:
-    """What you deploy: numpy arrays in, classes out."""
+    """Classify images, given as numpy arrays: what a deployed program does."""
     import numpy as np
     import onnxruntime
 

@@ -1,4 +1,4 @@
-"""Bits per layer from a file: what a mixed policy saves, and what it costs before any further training.
+"""Bits per layer from a file: what a mixed policy saves, and how much accuracy it costs before any further training.
 
 `policy.toml`, beside this file, gives few bits to the wide layers at the end, which hold most of the weights, and more
 to the narrow ones at the start. Change it and run this again; `daqconvert plan test_resnet --policy policy.toml` shows

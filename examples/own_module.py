@@ -1,7 +1,7 @@
-"""Your own network: it takes noise off handwritten digits, has skip connections and a transposed convolution.
+"""A network of your own, with skip connections and a transposed convolution, that removes noise from digits.
 
-Nothing in the class knows of quantization. It is converted as it is, trained with its own loss, saved, and loaded into
-a fresh `Denoiser()`: an artifact holds no code, so what is not built from timm or torchvision needs such a skeleton.
+The class knows nothing of quantization. It is converted as it is, trained with its own loss, saved, and loaded into a
+fresh `Denoiser()`: an artifact holds no code, so a model that is not built by timm or torchvision needs a skeleton.
 """
 
 import argparse
@@ -29,7 +29,7 @@ class Denoiser(nn.Module):
         fine = F.relu(self.stem(noisy))
         coarse = F.relu(self.down(fine))
         coarse = coarse + F.relu(self.middle(coarse))  # nothing negative in this sum: the plan proves `up` unsigned
-        return noisy - self.head(self.up(coarse) + fine)  # `head` may get anything: calibrate decides from data
+        return noisy - self.head(self.up(coarse) + fine)  # nothing is proven for `head`: calibrate decides from data
 
 
 def batches(images: Tensor, seed: int, size: int = 64) -> list[tuple[Tensor, Tensor]]:
@@ -69,7 +69,7 @@ def main() -> None:
     dq.calibrate(qmodel, train)
     print(f"\nnoisy {psnr(nn.Identity(), held_out)}, float {psnr(model, held_out)}")
     print(f"calibrated at 4 bits {psnr(qmodel, held_out)}")
-    # Distillation compares classes, which these outputs are not: a loss of one's own goes with distill=0.
+    # Distillation compares classes, which these outputs are not, so a loss of your own needs distill=0.
     dq.finetune(qmodel, train, held_out, loss_fn=F.mse_loss, distill=0.0, lr=0.1, epochs=5)
 
     frozen = dq.freeze(qmodel)

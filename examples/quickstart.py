@@ -1,4 +1,4 @@
-"""The README's snippet: a trained network in, the same network at 4 bits out, as an artifact and an ONNX file."""
+"""The README's example: from a trained network to the same network at 4 bits, as an artifact and an ONNX file."""
 
 import tempfile
 from pathlib import Path
@@ -29,4 +29,4 @@ dq.finetune(qmodel, data.train, data.val, epochs=2)  # towards the labels and th
 frozen = dq.freeze(qmodel)  # integer codes; computes the same, every element
 print("finetuned ", dq.evaluate(frozen, data.val))
 dq.save(frozen, out / "artifact")  # packed safetensors and JSON
-print(dq.export(frozen, out / "model.onnx", images))  # compares itself with the model in ONNX Runtime
+print(dq.export(frozen, out / "model.onnx", images))  # compares the file in ONNX Runtime with the model

@@ -2,8 +2,8 @@
 
     python timm_finetune.py --model resnet18 --checkpoint my.safetensors --data imagenet/ --epochs 10 --out runs/a
 
-`--data` has a folder of images for each class, or `train/` and `val/` with these in them. Without it: scikit-learn's
-digits and a small network, which is trained in float first, for nobody has weights for it.
+`--data` has a folder of images for each class, or `train/` and `val/` with such folders. Without `--data` the example
+uses scikit-learn's digits and a small network, which is trained in float first, because there are no weights for it.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def main() -> None:
     out = args.out or Path(tempfile.mkdtemp(prefix="daqconvert-"))
     torch.manual_seed(0)
 
-    splits = open_splits(args.data) if args.data else None  # first, for it knows the number of classes
+    splits = open_splits(args.data) if args.data else None  # first, because it knows the number of classes
     shape = {"num_classes": splits.num_classes} if splits else {"num_classes": 10, "in_chans": 1}
     model = timm.create_model(args.model, pretrained=args.pretrained, checkpoint_path=args.checkpoint or "", **shape)
     model.to("cuda" if torch.cuda.is_available() else "cpu")

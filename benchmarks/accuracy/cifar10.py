@@ -1,10 +1,10 @@
 """Gradients of rounding in short training: ResNet-20 on CIFAR-10, the published recipe cut to a few epochs.
 
-For each bit-width the paper's settings with DAQ's gradient and with those of the baselines, everything else the same;
-then daqconvert's default settings, and the best recipe that we know for so few epochs (`BEST`), with DAQ, with STE,
-and with one part of it left out. Accuracy is the frozen model's on the file's last 5,000 rows, which no run trains on
-(the float network was trained on them too, so only comparisons count). Runs are resumable, and each result is written
-as it ends, with the table of all of them beside it:
+The variants are: for each bit-width the paper's settings with DAQ's gradient and with those of the baselines, all else
+equal; daqconvert's default settings; and the best recipe that we know for so few epochs (`BEST`), with DAQ, with STE,
+and with one part of it left out. Accuracy is that of the frozen model on the file's last 5,000 rows, which no run
+trains on (the float network was trained on them too, so only comparisons count). Runs can be resumed; each result and
+the table of all results are written when a run ends:
 
     python benchmarks/accuracy/cifar10.py --data cifar10_train.parquet \
         --weights resnet20_cifar10.safetensors --epochs 10
@@ -42,8 +42,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 VARIANTS |= {f"w2a2-{rounding}": {"preset": "paper-w2a2", "rounding": rounding} for rounding in ("ewgs", "dsq", "lsq")}
 VARIANTS |= {f"w{bits}a{bits}-default": {"w_bits": bits, "a_bits": bits} for bits in (1, 2)}
 BEST: dict[str, Any] = {"distill": 0.5, "temperature": 2.0, "final_a_sigma": 2.0, "final_sigma_bits": 2}
-TAUGHT = {**BEST, "lr": 0.05, "features": ("auto",), "feature_weight": 1.0}  # every block is taught, at half the rate
-REBUILT = {**TAUGHT, "lr": 0.03, "reconstruct": 100, "reconstruct_batches": 16}  # and learns alone first
+TAUGHT = {**BEST, "lr": 0.05, "features": ("auto",), "feature_weight": 1.0}  # every block is taught, at half the lr
+REBUILT = {**TAUGHT, "lr": 0.03, "reconstruct": 100, "reconstruct_batches": 16}  # and is reconstructed before
 RECIPES: dict[str, dict[str, Any]] = {  # what each changes of `paper-cifar10`
     "best": BEST,
     "best-ste": BEST,
@@ -59,7 +59,7 @@ for base in ("best", "rebuilt"):  # shapes of DAQ's slope: how far it sharpens, 
     RECIPES |= {f"{base}-to{sigma}": {**RECIPES[base], "final_a_sigma": float(sigma)} for sigma in (1, 4)}
     RECIPES |= {f"{base}-a{sigma}": {**RECIPES[base], "final_a_sigma": 0.0} for sigma in (1, 2)}
     RECIPES[f"{base}-both"] = {**RECIPES[base], "final_w_sigma": 2.0}  # weights sharpen too
-    RECIPES[f"{base}-weights"] = {**RECIPES[base], "final_w_sigma": 2.0, "final_a_sigma": 0.0}  # and only they
+    RECIPES[f"{base}-weights"] = {**RECIPES[base], "final_w_sigma": 2.0, "final_a_sigma": 0.0}  # weights alone sharpen
 SETTINGS: dict[str, dict[str, Any]] = {"ste": {"rounding": "ste"}, "a1": {"a_sigma": 1.0}, "a2": {"a_sigma": 2.0}}
 VARIANTS |= {
     f"w{bits}a{bits}-{kind}": {"w_bits": bits, "a_bits": bits} | SETTINGS.get(kind.rpartition("-")[2], {})
@@ -94,7 +94,7 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         "seed": seed,
         "device": args.device if args.device == "cpu" else torch.cuda.get_device_name(args.device),
         "commit": common.facts()["commit"],
-        "top1": dq.evaluate(dq.freeze(qmodel), held_out).top1,  # the reported figure is the frozen model's
+        "top1": dq.evaluate(dq.freeze(qmodel), held_out).top1,  # the result is that of the frozen model
         "top1_by_epoch": [row["val_top1"] for row in result.history],
         "train_loss": [row["train_loss"] for row in result.history],
         "val_loss": result.history[-1]["val_loss"],
@@ -103,18 +103,18 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def budget(args: argparse.Namespace) -> str:
-    """Return the epochs, and the training images where those are not all, for names of files: `e10`, `e3_n15000`."""
+    """Return epochs and, if not all are used, training images, for names of files: `e10`, `e3_n15000`."""
     return f"e{args.epochs}" + (f"_n{args.images}" if args.images else "")
 
 
 def spread(values: list[float], digits: int) -> str:
-    """Return the mean, and of several values the least and the largest."""
+    """Return the mean as text; with several values also the least and the largest."""
     ends = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{ends}"
 
 
 def table(results: dict[str, dict[str, Any]], args: argparse.Namespace) -> str:
-    """Return means over seeds, and where there are several the least and the largest, as Markdown."""
+    """Return a Markdown table of means over seeds; with several seeds also the least and the largest value."""
     length = f"{args.epochs} epochs" + (f" of {args.images:,} images" if args.images else "")
     rows = [
         f"ResNet-20, CIFAR-10's held-out rows, {length}, top-1 of the frozen model: mean (least to largest).",

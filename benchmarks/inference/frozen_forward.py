@@ -1,9 +1,9 @@
-"""What does a frozen model cost in torch? Time of a forward beside the float model's, and memory at rest.
+"""What does a frozen model cost in torch? Time of a forward beside the float model's, and memory between forwards.
 
-Before anything is timed the frozen model is held against `qmodel.eval()`: every element, contiguous and channels_last,
-with weights decoded in each forward and kept (`daqconvert.cache_weights`). Each contender runs in its own process, for
-what one leaves to the allocator decides what the other pays for memory; they take turns, and a turn's forward is the
-second of two. Batch 32, evaluation, `no_grad`, random weights:
+Before anything is timed, every element of the frozen model's output is compared with that of `qmodel.eval()`:
+contiguous and channels_last, with weights decoded in each forward and kept (`daqconvert.cache_weights`). Each
+contender runs in its own process, because one contender's use of the allocator would affect the time of the next. They
+take turns; of the two forwards in a turn the second is timed. Batch 32, evaluation, `no_grad`, random weights:
 
     python benchmarks/inference/frozen_forward.py --threads 2 --rounds 9
 """
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def race(case: str, threads: int, rounds: int) -> dict[str, Any]:
-    """Let the contenders of one case take turns; return ratios of minima and of medians, and memory at rest."""
+    """Let the contenders of one case take turns; return ratios of minima and medians, and memory between forwards."""
     command = [sys.executable, __file__, "--threads", str(threads), "--case", case, "--work"]
     workers = {
         name: subprocess.Popen([*command, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -88,7 +88,7 @@ def race(case: str, threads: int, rounds: int) -> dict[str, Any]:
 
 
 def ask(worker: subprocess.Popen[str]) -> str:
-    """Return the next line that a worker says."""
+    """Return the next line that a worker prints."""
     assert worker.stdout is not None
     line = worker.stdout.readline()
     if not line:
@@ -97,7 +97,7 @@ def ask(worker: subprocess.Popen[str]) -> str:
 
 
 def work(contender: str, case: str) -> None:
-    """Build one contender, check it, say what it holds, and run one forward for each line that is read."""
+    """Build one contender, check it, print what it holds, and run one forward for each line that is read."""
     model, x, facts = build(contender, **CASES[case])
     print(json.dumps(facts), flush=True)
     with torch.no_grad():
@@ -126,7 +126,7 @@ def build(contender: str, network: str, pixels: int, bits: int) -> tuple[nn.Modu
         raise SystemExit(f"{network}: the frozen model does not compute what the quantized one does")
     coded = sum(t.numel() for name, t in frozen.named_buffers() if name.endswith("weight_codes"))
     everything = sum(t.nbytes for t in model.state_dict().values())
-    target = coded + everything - 4 * coded  # a byte for each weight with codes, the float rest as it is
+    target = coded + everything - 4 * coded  # a byte for each weight with codes, plus the float rest
     del model, qmodel, last
     facts = {
         "identical to qmodel.eval()": same,
@@ -138,7 +138,7 @@ def build(contender: str, network: str, pixels: int, bits: int) -> tuple[nn.Modu
 
 
 def at_rest(*aside: Tensor) -> int:
-    """Return the bytes of all tensors alive in this process, these aside."""
+    """Return the bytes of all tensors alive in this process, except the given ones."""
     gc.collect()
     found = [t for t in gc.get_objects() if isinstance(t, Tensor)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}

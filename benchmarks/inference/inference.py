@@ -1,12 +1,12 @@
 """How fast is a quantized network in ONNX Runtime, beside float and beside ONNX Runtime's own static int8?
 
-ResNet-18, MobileNetV2, EfficientNet-Lite0, DeiT-tiny; random weights; batch 1, 224 px, 2 threads. Each contender in a
-process of its own, in turns; a ratio is one of medians (over rounds, of the medians within a round).
+ResNet-18, MobileNetV2, EfficientNet-Lite0, DeiT-tiny; random weights; batch 1, 224 px, 2 threads. Each contender has a
+process of its own, and they take turns. Ratios are of medians over rounds, of the median times within a round.
 
     PYTHONPATH=src python benchmarks/inference/inference.py [--networks resnet18 ...] [--rounds 15]
     ... benchmarks/inference/inference.py --table              # results/inference.md again, from the records
 
-Each network is written as it ends, and is not measured again unless asked by `--again`. Files and their checks:
+The record of a network is written when it is done; it is measured again only with `--again`. Files and their checks:
 `inference_files.py`; integer kernels: `inference_graph.py`.
 """
 

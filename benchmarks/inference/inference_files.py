@@ -1,8 +1,9 @@
-"""The ONNX files that `inference.py` times: float, ONNX Runtime's own static int8, ours; each checked as it is made.
+"""The ONNX files that `inference.py` times: float, ONNX Runtime's own static int8, and ours; each is checked first.
 
-Random weights, batch-norm statistics from two passes, the same few random images for the calibration of all; all files
-by `torch.onnx` with an open batch. The static int8 file is what ONNX Runtime's own tool makes where it is fastest on
-x86: `quant_pre_process`, then QDQ, per channel, activations uint8 and weights int8 (int8 activations are slower).
+Weights are random, batch-norm statistics come from two passes, and all contenders calibrate on the same few random
+images. All files are made by `torch.onnx` with an open batch. The static int8 file has the settings with which ONNX
+Runtime's own tool is fastest on x86: `quant_pre_process`, then QDQ, per channel, activations uint8 and weights int8
+(int8 activations are slower).
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ BATCHES, BATCH = 4, 4
 
 @dataclass(frozen=True)
 class Network:
-    """A network, and what ours of it must reach.
+    """A network, and the targets for our file of it.
 
     Attributes:
-        source: Where it comes from.
-        bits: Widths of ours: weights and inputs.
-        targets: Time of ours over float's and over the static file's, at most.
+        source: Where the network comes from.
+        bits: Bits of weights and inputs in our file.
+        targets: Largest allowed ratio of our time to that of the float file, and to that of the static file.
     """
 
     source: str
@@ -59,8 +60,8 @@ class Made:
 
     Attributes:
         path: The file.
-        ours: Whether it is ours.
-        check: What was found out about it before it is timed.
+        ours: Whether it is our file.
+        check: Results of the check before it is timed.
     """
 
     path: Path
@@ -73,7 +74,7 @@ class Failed(Exception):
 
 
 def build(network: Network) -> nn.Module:
-    """Return the network with random weights, in evaluation mode, its batch norms used to random images."""
+    """Return the network in evaluation mode, with random weights and batch-norm statistics of random images."""
     from daqconvert.sources import build_model
 
     torch.manual_seed(0)
@@ -85,7 +86,7 @@ def build(network: Network) -> nn.Module:
 
 
 def calibration() -> list[Tensor]:
-    """Return the random batches that everybody calibrates on."""
+    """Return the random batches that all contenders calibrate on."""
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(BATCH, 3, PIXELS, PIXELS, generator=generator) for _ in range(BATCHES)]
 
@@ -96,12 +97,12 @@ def image() -> Tensor:
 
 
 def make(network: Network, folder: Path, deploy: str) -> tuple[dict[str, Made], dict[str, str]]:
-    """Write every contender's file; return those that passed their check, and why others did not.
+    """Write every contender's file; return those that passed their check, and the reasons why others did not.
 
     Args:
         network: The network.
         folder: Where files go.
-        deploy: `"integer"` or `"float"`: the word of the policy for ours.
+        deploy: `"integer"` or `"float"`: the policy's `deploy` for our file.
     """
     model, made, failed = build(network), {}, {}
     made[FLOAT] = Made(folder / "float.onnx")
@@ -172,7 +173,7 @@ def static_int8(source: Path, target: Path) -> None:
 
 
 def _runs(path: Path, x: Tensor, reference: Tensor | None = None) -> dict[str, Any]:
-    """Load and run a file; return its SQNR beside the float model, which for random weights says little.
+    """Load and run a file; return its SQNR relative to the float model, which for random weights means little.
 
     Raises:
         Failed: If an output is not finite.

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-INTEGER = {  # operator: where its two operands stand among its inputs
+INTEGER = {  # operator: positions of its two operands among its inputs
     "QLinearConv": (0, 3),
     "QLinearMatMul": (0, 3),
     "QGemm": (0, 3),
@@ -33,7 +33,7 @@ FLOAT = {
 
 
 def optimized(path: Path, threads: int) -> Any:
-    """Return what ONNX Runtime makes of a file at load, as a `ModelProto`."""
+    """Return the graph into which ONNX Runtime optimizes a file when it loads it, as a `ModelProto`."""
     import onnx
     import onnxruntime
 
@@ -41,7 +41,7 @@ def optimized(path: Path, threads: int) -> Any:
         options = onnxruntime.SessionOptions()
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         options.intra_op_num_threads = threads
-        options.log_severity_level = 3  # it warns that such a file is for this machine alone
+        options.log_severity_level = 3  # hides the warning that such a file is for this machine alone
         onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         return onnx.load(options.optimized_model_filepath)
 
@@ -51,7 +51,7 @@ def count(path: Path, threads: int) -> dict[str, Any]:
 
     Args:
         path: The file.
-        threads: Of the session; the optimizations do not depend on it, as far as is known.
+        threads: Threads of the session; the optimizations do not depend on them, as far as is known.
     """
     graph = optimized(path, threads).graph
     constant = set(_constants(graph))
@@ -73,7 +73,7 @@ def count(path: Path, threads: int) -> dict[str, Any]:
 
 
 def _constants(graph: Any) -> Iterator[str]:
-    """Names of initializers and of whatever is computed from them alone, as an int8 weight that is dequantized."""
+    """Return the names of initializers and of what is computed from them alone, such as a dequantized int8 weight."""
     known = {tensor.name for tensor in graph.initializer} | {tensor.values.name for tensor in graph.sparse_initializer}
     for node in graph.node:  # in topological order
         if all(name in known for name in node.input if name):

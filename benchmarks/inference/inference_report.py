@@ -12,7 +12,7 @@ COLUMNS = (
     "contender", "ms", "p95", "/ float", "quartiles", "/ static int8", "quartiles", "integer kernels", "products",
     "file kB", "check",
 )  # fmt: skip
-NAMED = 8  # layers named of those that run in float; the records hold all
+NAMED = 8  # how many of the layers that run in float are named; the records have all
 HEAD = """# Inference in ONNX Runtime, beside float and its own static int8
 
 Made by `benchmarks/inference/inference.py`: random weights, batch 1, 224 px; contenders have processes of their own

@@ -1,9 +1,9 @@
-"""How large are the ONNX file and the artifact of ResNet-18 at 1 to 4 bits, beside the bits that were planned?
+"""How large are the ONNX file and the artifact of ResNet-18 at 1 to 4 bits, relative to the planned bits?
 
-The measure: each weight at its planned bits, 4 bytes for every other number of the float model's state dict (batch
-norm, biases, counters). Scales, zero points, names, nodes, the plan: all of that is overhead. First and last layers
-have 8 bits, as by default; random weights. Both files are read back first: the artifact must load to the same output,
-the ONNX file must agree in ONNX Runtime.
+The planned size counts each weight at its planned bits, and 4 bytes for every other number of the float model's state
+dict (batch norm, biases, counters). Scales, zero points, names, nodes and the plan are overhead. First and last layers
+have 8 bits, as by default; weights are random. Both files are read back first: the artifact must load to the same
+output, and the ONNX file must agree in ONNX Runtime.
 
     PYTHONPATH=src python benchmarks/inference/size.py [--bits 1 2 3 4] [--deploy float] [--explain]
 
@@ -52,7 +52,7 @@ def planned_bytes(model: nn.Module, bits: dict[str, int]) -> int:
 
 
 def distinct(model: nn.Module) -> nn.Module:
-    """Return the model with random batch norms: the exporter stores equal tensors once, and fresh ones are equal."""
+    """Return the model with random batch norms: new ones are equal, and the exporter stores equal tensors once."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             for tensor in (module.weight.data, module.running_var):

@@ -1,10 +1,10 @@
 """How many of the multiply-accumulates of a network have both operands from a quantizer; the same for every tool.
 
 A `TorchDispatchMode` sees every `aten` operation. Counted are convolutions, and matrix products with an operand that
-does not depend on the network's input (a weight); products of two activations are not (attention products), nor are
-fused recurrent kernels. An operand counts as quantized if it is what a quantizer of the tool returned, or that after
-operations that only move values, or keep them on their grid: views, permutations, slices, copies, concatenation of
-quantized parts, zero padding, maximum pooling, ReLU.
+does not depend on the network's input (a weight); products of two activations (attention products) and fused recurrent
+kernels are not counted. An operand counts as quantized if a quantizer of the tool returned it, also after operations
+that only move values or keep them on their grid: views, permutations, slices, copies, concatenation of quantized
+parts, zero padding, maximum pooling, ReLU.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ MOVES = {
 
 
 class Counter(TorchDispatchMode):
-    """Counts while it is active.
+    """Counts multiply-accumulates while it is active.
 
     Attributes:
-        total: Multiply-accumulates of convolutions and products with a weight.
-        both: Those whose two operands are quantized.
+        total: Those of convolutions and of products with a weight.
+        both: Those of them whose two operands are quantized.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Counter(TorchDispatchMode):
         self.total = self.both = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation, count it, and carry the marks on."""
+        """Run an operation, count it, and mark its output where it depends on data or is still quantized."""
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -86,12 +86,12 @@ def product(name: str, args: Any, out: Any) -> tuple[tuple[Tensor, Tensor] | Non
 
 @torch.no_grad()
 def count(model: nn.Module, run: Callable[[], Any], inputs: Any, quantizers: list[nn.Module]) -> Counter:
-    """Run a network and count.
+    """Run a network and count its multiply-accumulates.
 
     Args:
         model: The network.
-        run: Calls it on the inputs.
-        inputs: They are marked as data.
+        run: Function that calls the network on the inputs.
+        inputs: Inputs; they are marked as data.
         quantizers: Modules whose output is quantized.
     """
     for leaf in tree_leaves(inputs):
@@ -121,7 +121,7 @@ def marking(quantizers: list[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def unfused() -> Iterator[None]:
-    """Take torch's fused encoder kernel away while the context lasts: it hides the products it computes."""
+    """Switch torch's fused encoder kernel off while the context lasts, because it hides the products in it."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

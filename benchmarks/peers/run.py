@@ -1,7 +1,7 @@
 """The first three columns of the zoo for Brevitas and NNCF: converts, identical when switched off, MAC coverage.
 
-Same networks, same preparation and same random batches as `zoo.py`. One process per network and tool, one thread, with
-a time and a memory limit; resumable:
+Networks, their preparation and the random batches are those of `zoo.py`. Each network and tool has a process of its
+own with one thread, a time limit and a memory limit. An interrupted run goes on where it stopped:
 
     python benchmarks/peers/run.py [--tool brevitas nncf] [--group timm|torchvision] [--only PATTERN ...] [--again]
 """
@@ -72,7 +72,7 @@ def check(tool: str, network: Network, save: Any) -> None:
 
 
 def compared(expected: list[Any], found: list[Any]) -> dict[str, Any]:
-    """Say whether outputs are identical, and else the largest difference relative to the largest output."""
+    """Return whether outputs are identical; if not, also the largest difference relative to the largest output."""
     import torch
 
     found = [getattr(value, "value", value) for value in found]
@@ -160,7 +160,7 @@ def write(records: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Check what is still to do."""
+    """Check the networks that are still to do."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tool", nargs="*", choices=("brevitas", "nncf"), default=["brevitas", "nncf"])
     parser.add_argument("--group", choices=("timm", "torchvision"))

@@ -13,15 +13,15 @@ Quantized = tuple[nn.Module, str]
 
 
 def brevitas_quantize(model: nn.Module, batches: list[Any], run: Callable[[nn.Module, Any], Any]) -> Quantized:
-    """Quantize by Brevitas: its graph mode; layer by layer where that cannot trace or run the network.
+    """Quantize by Brevitas in its graph mode, or layer by layer where graph mode cannot trace or run the network.
 
     Args:
-        model: In evaluation mode; used up.
-        batches: To calibrate on.
-        run: Calls a network on a batch.
+        model: The network in evaluation mode; it is changed.
+        batches: Batches to calibrate on.
+        run: Function that calls a network on a batch.
 
     Returns:
-        The network and how it was quantized.
+        The quantized network, and which of the two ways was used.
     """
     import copy
 
@@ -51,7 +51,7 @@ def brevitas_calibrate(model: nn.Module, batches: list[Any], run: Callable[[nn.M
 
 
 def brevitas_quantizers(model: nn.Module) -> list[nn.Module]:
-    """Return the modules that quantize weights and activations (those of biases are no operand of a product)."""
+    """Return the modules that quantize weights and activations, not those for biases, which are no operands."""
     from brevitas.proxy.parameter_quant import BiasQuantProxyFromInjectorBase
     from brevitas.proxy.quant_proxy import QuantProxyFromInjector
 

@@ -1,4 +1,4 @@
-"""Checkpoints: what goes in comes out, damage is found, a failed write leaves the old file."""
+"""Checkpoints: what is written is read back, damage is found, a failed write leaves the old file."""
 
 import json
 import resource
@@ -150,7 +150,7 @@ def test_tied_weights_are_written_under_both_names(tmp_path):
 
 
 class FileSizeLimit:
-    """Writes beyond some bytes fail, as on a full disk (the kernel's own error, not a mock)."""
+    """Makes writes beyond some bytes fail, as on a full disk; the error is the kernel's own, not a mock."""
 
     def __init__(self, size):
         self.size = size

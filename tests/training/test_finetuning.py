@@ -74,7 +74,7 @@ def test_the_random_state_of_the_caller_is_given_back(make, loader):
 def test_the_seed_decides_everything(make, loader, options):
     runs = []
     for seed in (0, 0, 1):
-        torch.randn(3)  # whatever happened before
+        torch.randn(3)  # whatever ran before
         qmodel = make()
         finetune(qmodel, loader(noise=0.1, **options), epochs=1, seed=seed)
         runs.append(qmodel[0].weight.detach().clone())
@@ -175,7 +175,7 @@ def test_best_and_last_are_the_weights_they_say(make, loader, val_loader, tmp_pa
 
 @pytest.mark.parametrize("bad", ["loss", "weight", "running_var"])
 def test_nan_stops_and_leaves_the_last_good_checkpoint(make, loader, tmp_path, bad):
-    """NaN shows in the loss, or only after the last step of an epoch, in a weight or a batch-norm statistic."""
+    """NaN appears in the loss, or in a weight or batch-norm statistic after the last step of an epoch only."""
     batches = list(loader(shuffle=False))
     qmodel, steps = make(), []
 

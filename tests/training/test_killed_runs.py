@@ -1,4 +1,4 @@
-"""A run that is killed by SIGKILL at any moment and resumed is one that was not: weights, averages, history."""
+"""A run that is killed by SIGKILL at any moment and resumed ends like any other: weights, averages, history."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Steps: accumulation, precision, what Accelerate keeps globally, compiled models; the model is left clean."""
+"""Training steps: accumulation, precision, Accelerate's global state, compiled models; the model is left clean."""
 
 import json
 
@@ -22,7 +22,7 @@ STATES = (PartialState, AcceleratorState, GradientState)
 
 @pytest.fixture
 def plain(make):
-    """Without dropout and with frozen statistics, so that the split of a batch does not matter."""
+    """Make a model without dropout and with frozen statistics, so that the split of a batch does not matter."""
 
     def build():
         qmodel = make()
@@ -45,7 +45,7 @@ def batches(size):
 
 
 def close(a: nn.Module, b: nn.Module, atol: float = 1e-6) -> bool:
-    """Sums of the same gradients in another order: a few roundings of float32."""
+    """Whether models differ by a few roundings of float32 at most, as gradients summed in another order do."""
     return all(torch.allclose(v, b.state_dict()[k], rtol=0, atol=atol) for k, v in a.state_dict().items())
 
 
@@ -118,7 +118,7 @@ def test_the_callers_accelerator(plain, loader, accelerator):
         finetune(qmodel, loader(), epochs=1, accelerator=own, precision="no")
     with pytest.raises(TrainingError, match="precision='no': AcceleratorState has already been initialized"):
         finetune(qmodel, loader(), epochs=1, precision="no")
-    finetune(qmodel, loader(), epochs=1)  # the caller's is there, though it was not passed
+    finetune(qmodel, loader(), epochs=1)  # the caller's accelerator still exists, though it was not passed
     assert [dict(state._shared_state) for state in STATES] == before
 
 
@@ -132,7 +132,7 @@ def test_half_precision_needs_a_gpu(plain, loader, accelerator):
 
 
 class Scaled:
-    """Accelerate's side of fp16, with torch's own scaler, which works on the CPU as well."""
+    """Stands for an accelerator in fp16; it has torch's own scaler, which works on the CPU as well."""
 
     num_processes, process_index, gradient_accumulation_steps, mixed_precision = 1, 0, 1, "no"
     device, distributed_type = torch.device("cpu"), DistributedType.NO
@@ -146,7 +146,7 @@ class Scaled:
 
 @pytest.mark.parametrize("clip", [None, 0.1])
 def test_scaled_gradients(plain, clip):
-    """The same update as without a scaler; infinite ones change nothing, in no group, and halve the scale."""
+    """The update is that without a scaler; infinite gradients change no parameter, and halve the scale."""
     updated = []
     for accelerator in (Scaled(), Scaled()):
         qmodel = plain()

@@ -1,4 +1,4 @@
-"""Several processes: the weights of one with the same global batch; bounds, statistics, stops and errors agree."""
+"""Several processes: the same weights as one process with the same global batch; bounds, stops and errors agree."""
 
 import os
 from pathlib import Path
@@ -30,7 +30,7 @@ def results(folder: Path, *command: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What each of two processes found."""
+    """Return the results of each of two processes."""
     return results(tmp_path_factory.mktemp("two"), "-W", "error")
 
 

@@ -1,4 +1,4 @@
-"""Interrupted and resumed is the same as not interrupted, bit for bit, with shuffling, augmentation and dropout."""
+"""A resumed run is the same as one without interruption, bit for bit, with shuffling, augmentation and dropout."""
 
 import csv
 
@@ -76,7 +76,7 @@ def test_the_log_drops_what_is_trained_again(make, breaking, loader, tmp_path):
 
 
 def test_killed_between_best_and_last(make, loader, val_loader, tmp_path, monkeypatch):
-    """`best` may be an epoch ahead of `last`; the epoch is trained again and both agree."""
+    """`best` may be an epoch ahead of `last`; then the epoch is trained again, and both are as they should be."""
     from daqconvert.training import saving
 
     whole, parts, write = tmp_path / "whole", tmp_path / "parts", saving.write_checkpoint

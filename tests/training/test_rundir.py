@@ -1,4 +1,4 @@
-"""What a run writes to be looked at: the same after an interruption; no reason to stop where it cannot be written."""
+"""The logs and reports of a run: the same after an interruption; training goes on if they cannot be written."""
 
 import csv
 import json
@@ -27,7 +27,7 @@ class Stopped(Exception):
 
 
 def batches(loader):
-    """Twelve steps an epoch."""
+    """Return batches for twelve steps in an epoch."""
     return DataLoader(loader().dataset, batch_size=4, shuffle=True)
 
 

@@ -1,4 +1,4 @@
-"""The last checkpoints are kept, and a run goes on from any of them; what ends a run early ends it for good."""
+"""The last checkpoints are kept, and a run can go on from each; a run that a part has ended early stays ended."""
 
 import json
 import os
@@ -102,7 +102,7 @@ def test_another_launch_is_refused(make, loader, tmp_path, monkeypatch, environm
 
 
 class Counting(Part):
-    """A part with state, that ends the run after two epochs and changes the model at the end."""
+    """A part with state, which ends the run after two epochs and changes the model at the end."""
 
     name = "counting"
 

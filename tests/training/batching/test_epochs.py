@@ -1,4 +1,4 @@
-"""Epochs: what a loader gives is a function of (seed, epoch, index), whoever loads it and wherever one starts."""
+"""Epochs: what a loader gives is a function of (seed, epoch, index), whichever worker loads it, wherever it starts."""
 
 import copy
 
@@ -61,7 +61,7 @@ def test_persistent_workers_follow_the_epochs(loader):
 
 
 class Told(Clusters):
-    """A data set that gives the epoch that it was told."""
+    """A data set whose samples are the epoch that `set_epoch` set."""
 
     epoch = -1
 
@@ -161,7 +161,7 @@ def test_a_collate_function_and_workers_of_the_user():
 
 
 def test_resumed_in_the_middle_with_other_workers(make, loader, tmp_path):
-    """Nothing but the model's weights after the run depends on who loaded what."""
+    """The weights after the run do not depend on which worker loaded a sample, nor does anything else."""
     options = {"epochs": 2, "lr": 0.05, "checkpoint_steps": 1}
     finetune(make(), loader(noise=0.5), out_dir=tmp_path / "whole", **options)
 

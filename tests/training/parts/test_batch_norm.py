@@ -1,4 +1,4 @@
-"""Batch norms of a run: statistics that stay from some step on, and statistics taken anew."""
+"""Batch norms of a run: statistics that are frozen from some step on, and statistics that are estimated anew."""
 
 import itertools
 import types

@@ -98,7 +98,7 @@ def test_halves_are_averaged_in_float32():
 
 
 class Replaced(nn.Module):
-    """Its buffer is another tensor after every forward, and its state dict has a tensor that nothing holds."""
+    """A model whose forward replaces its buffer, and whose state dict may have a tensor that is no attribute."""
 
     def __init__(self, computed):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What goes wrong at low bits is found, told once, and said with what to try."""
+"""What goes wrong at low bits is found and warned of once, with advice what to try."""
 
 import json
 import logging

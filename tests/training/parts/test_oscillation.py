@@ -1,4 +1,4 @@
-"""Oscillating weights: what counts as one, the share that is logged, and holding them at their level."""
+"""Oscillating weights: what counts as one, the share that is logged, and freezing them at their level."""
 
 import itertools
 
@@ -21,7 +21,7 @@ def one_layer(weight):
 
 
 def followed(part):
-    """The name, the site and the state of everything that a part follows."""
+    """Return name, site and state of every weight that a part follows."""
     return [(name, tracker.sites[name], tracker.state_of(name)) for name, tracker in part.trackers.items()]
 
 
@@ -96,7 +96,7 @@ def test_the_codes_are_the_quantizers(settings, transposed):
 
 
 def shaken(part, model, steps, generator, size):
-    """Steps of noise on all weights and bounds, as a bad optimizer makes them."""
+    """Take steps of noise on all weights and bounds, as a bad optimizer would."""
     for number in range(1, steps + 1):
         part.before_step(number)
         with torch.no_grad():
@@ -165,7 +165,7 @@ def test_an_average_of_weights_is_evaluated_with_frozen_weights_at_their_level(m
     part = Oscillation(model, freeze=True, threshold=0.02)
     part.start()
     shaken(part, model, 40, generator, 0.05)
-    with torch.no_grad():  # what stands in the place of the weights while an average is evaluated
+    with torch.no_grad():  # stands for the averaged weights during an evaluation
         for _, site, _ in followed(part):
             site.weight.add_(0.05 * torch.randn(site.weight.shape, generator=generator))
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""A run that stops after any step and goes on ends as one that did not, with every part and many optimizers."""
+"""A run that is stopped after any step and resumed ends as an unstopped one, with all parts and many optimizers."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What changes as a run goes on: bit widths, the slope of rounding, when bounds are held, and when a run stops."""
+"""What changes in the course of a run: bits, the slope of rounding, whether bounds are trained; and early stopping."""
 
 import pytest
 import torch
@@ -163,7 +163,7 @@ def roundings(qmodel):
 
 
 def low(make, bits=2, **settings):
-    """A model whose first layer has few bits as well: its roundings come first."""
+    """Return a model whose first layer has few bits too, so that its roundings are the first ones."""
     return make(bits=bits, first=(bits, bits), **settings)
 
 

@@ -1,4 +1,4 @@
-"""Recipes by name, from a file, from texts, and of earlier runs."""
+"""Recipes by name, from a file, from texts such as `lr=0.1`, and those of earlier runs."""
 
 import dataclasses
 
