@@ -1,4 +1,4 @@
-"""The contenders of `qat_step.py`: how each is made from a float network; all must quantize the same layers."""
+"""The contenders of `qat_step.py`: how each is made from a float network. All must quantize the same layers."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Contender:
     Attributes:
         name: On the command line and in the tables.
         group: `"float"`, `"ours"`, `"peer"`, or `"reference"`, which the target does not count as a peer.
-        package: Package it needs.
-        convert: A copy of the float network and the task -> the network to train.
-        quantized: That network -> names of the layers whose weight and input are quantized.
+        package: Package that it needs.
+        convert: Function of a copy of the float network and the task that returns the network to train.
+        quantized: Function of that network that returns the names of layers whose weight and input are quantized.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Contender:
 
     @property
     def installed(self) -> bool:
-        """Whether its package can be imported."""
+        """Whether a contender's package can be imported."""
         return importlib.util.find_spec(self.package) is not None
 
 
@@ -98,7 +98,7 @@ CONTENDERS = {
 
 
 class Refused(Exception):
-    """A contender that cannot take part, with the reason."""
+    """A contender cannot take part; the message says why."""
 
 
 class Trainee:
@@ -110,7 +110,7 @@ class Trainee:
         compiled: Whether the forward and backward run under `torch.compile`.
 
     Raises:
-        Refused: If its package is missing or it quantizes other layers than the plan says.
+        Refused: If the package is missing, or the contender quantizes other layers than the plan.
     """
 
     def __init__(self, contender: Contender, task: Task, compiled: bool) -> None:
@@ -145,8 +145,8 @@ class Trainee:
 def _compiled(model: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
     """Return the compiled network.
 
-    Its outermost function has a code object of its own: dynamo keeps what it compiled by code object, and two
-    contenders that share `ResNet.forward` would test each other's guards at every call.
+    Its outermost function has a code object of its own: dynamo files compiled code by code object, and contenders that
+    share `ResNet.forward` would check each other's guards at every call.
     """
 
     def run(x: Tensor) -> Tensor:
@@ -157,5 +157,5 @@ def _compiled(model: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
 
 
 def told(error: BaseException) -> str:
-    """Return an error on one line; of a refusal the reason alone."""
+    """Return an error as one line; for `Refused` only the reason."""
     return common.told(str(error) if isinstance(error, Refused) else error)

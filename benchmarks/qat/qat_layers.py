@@ -1,6 +1,6 @@
-"""Two contenders of `qat_step.py` written out as their papers write them: plain LSQ, and DAQ's literal equations.
+"""Two contenders of `qat_step.py` written as in their papers: plain LSQ, and DAQ's literal equations.
 
-Neither is tuned: this is the code a reader of the paper would type. Both are layers that compute
+Neither is optimized: this is the code that a reader of the paper would write. Both are layers that compute
 `conv(quantized x, quantized w)` and leave the rest to autograd.
 
 References: "Learned Step Size Quantization" (Esser et al., ICLR 2020), section 2; "Distance-aware Quantization" (Kim,
@@ -48,7 +48,7 @@ class Lsq(nn.Module):
 
     def __init__(self, layer: nn.Module, signed: bool, x: Tensor) -> None:
         super().__init__()
-        self.layer = [layer]  # not a child: what it says of strides is needed, its parameters are ours
+        self.layer = [layer]  # not a child: its stride, padding, ... are needed, its parameters are taken over
         self.weight, self.bias = layer.weight, layer.bias
         self.x_range = (-(2 ** (BITS - 1)), 2 ** (BITS - 1) - 1) if signed else (0, N)
         self.w_range = (-(2 ** (BITS - 1)), 2 ** (BITS - 1) - 1)
@@ -65,7 +65,7 @@ class Reference(nn.Module):
     """The layer of the DAQ paper with the literal soft rounding: `|output_scale| * conv(q / n, (2 q_w - n) / n)`.
 
     Weights are normalized by their mean and standard deviation, bounds start at -3 and 3; inputs are clipped to
-    `[0, upper]`. A signed input, which the paper has not, gets a learned `lower` and an integer zero point.
+    `[0, upper]`. A signed input, which the paper does not have, gets a learned `lower` and an integer zero point.
 
     Args:
         layer: The float layer; its weight and bias are taken over.
@@ -108,7 +108,7 @@ class Reference(nn.Module):
 
 
 def replaced(model: nn.Module, layers: dict[str, Any]) -> nn.Module:
-    """Put layers in the place of others, by name, in this very model."""
+    """Replace layers of a model by others, by name, in place."""
     for name, layer in layers.items():
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, layer)

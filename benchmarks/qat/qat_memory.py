@@ -1,11 +1,11 @@
 """Peak memory of one training step of `qat_step.py`, each contender and mode in a process of its own.
 
-Two numbers. **Tensors**: the largest number of bytes that torch's CPU allocator has given out at once during a step:
-weights, gradients, optimizer state, activations, and whatever a contender keeps. The profiler is on from before the
-network is made, so it sees every block that is alive; the step that counts is the last of several. `self_check`
-compares that with a network whose bytes are counted by hand. **RSS**: how far the resident memory of the process grows
-from before the network is made to the worst moment of the last steps, in a pass of its own without the profiler;
-scratch memory of libraries and, where compiled, what the compiler has left in the process are in it.
+There are two numbers. **Tensors** is the largest number of bytes that torch's CPU allocator has given out at once
+during a step: weights, gradients, optimizer state, activations, and whatever a contender keeps. The profiler is on
+from before the network is made, so it sees every block that is alive; the step that counts is the last of several.
+`self_check` checks this method on a network whose bytes are counted by hand. **RSS** is how far the resident memory of
+the process grows from before the network is made to the worst moment of the last steps, in a separate pass without the
+profiler. It includes scratch memory of libraries and, when compiled, what the compiler has left in the process.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def peak_of_last_step(make: Callable[[], Callable[[], Any]], steps: int = STEPS)
 
     Args:
         make: Builds everything and returns the step.
-        steps: How many; the first ones create optimizer state and fill caches.
+        steps: How many steps; the first ones create optimizer state and fill caches.
     """
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -46,7 +46,7 @@ def peak_of_last_step(make: Callable[[], Callable[[], Any]], steps: int = STEPS)
 
 
 def _peak(profiler: profile) -> dict[str, int]:
-    """Follow the blocks that a profile saw; a block freed in it but given out before is none of them."""
+    """Follow the blocks that a profile saw; a block that was given out before it began is not counted when freed."""
     marks, events = [], []
     for event in _walk(profiler.profiler.kineto_results.experimental_event_tree()):
         if event.name == MARK:
@@ -79,11 +79,11 @@ def _walk(events: list[Any]) -> Iterator[Any]:
 
 
 def self_check() -> None:
-    """Measure a step whose bytes are known, and refuse to go on where the method does not find them.
+    """Measure a step whose bytes are known, and stop if the method does not find them.
 
-    A linear layer without bias, SGD with momentum, and a cache that each step renews. Between steps there are weight,
-    its gradient, momentum, input and cache. In a step the old gradient goes, output, gradient of the output and the
-    new gradient come, and neither backward nor the optimizer needs more.
+    The step has a linear layer without bias, SGD with momentum, and a cache that is made anew. Between steps there are
+    weight, its gradient, momentum, input and cache. In a step the old gradient is freed, and output, gradient of the
+    output and new gradient are added; neither backward nor the optimizer needs more.
 
     Raises:
         SystemExit: If a number differs.
@@ -97,7 +97,7 @@ def self_check() -> None:
 
         def step() -> None:
             optimizer.zero_grad(set_to_none=True)
-            cache[0] = torch.empty(held)  # given out before the step and freed in it: the profiler must know its size
+            cache[0] = torch.empty(held)  # the step frees the old one, given out before it
             y = layer(x)
             y.backward(torch.ones_like(y))
             optimizer.step()
@@ -127,7 +127,7 @@ def worker(network: str, mode: str, contender: str) -> dict[str, Any]:
             torch._dynamo.reset()
             given = qat_networks.task(network)
             trainee = Trainee(CONTENDERS[contender], given, mode == "compile")
-            given.model.to("meta")  # the contender has its copy
+            given.model.to("meta")  # the contender has a copy of its own
             return trainee.step
 
         grown = rss_growth(make)

@@ -1,7 +1,8 @@
 """The networks of `qat_step.py`, one fixed random batch for each, and the layers that every contender quantizes.
 
-The layers come from the plan of `daqconvert` at W4A4 with first and last float: all convolutions and linears but those
-two, no products of attention. Whether an input is signed is read off the float network on the batch, once, for all.
+The layers come from the plan of `daqconvert` at W4A4 with first and last in float: all convolutions and linear layers
+but those two, and no products of attention. Whether an input is signed is found by running the float network on the
+batch, once for all contenders.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ class Network:
 
     Attributes:
         key: Its name on the command line.
-        make: Gives it with random weights.
+        make: Builds the network with random weights.
         pixels: Height and width of the input.
-        batch: Images a step.
+        batch: Images in a step.
         classes: Number of outputs.
-        lr: Learning rate of SGD at which the float network learns the batch by heart.
+        lr: Learning rate of SGD at which the float network overfits the batch.
     """
 
     key: str
@@ -80,8 +81,8 @@ class Task:
     """A network ready to be converted by every contender.
 
     Attributes:
-        network: Which one.
-        model: Float, random weights, batch-norm statistics of the batch, in training mode; contenders copy it.
+        network: Which network.
+        model: The float network in training mode, with random weights and statistics of the batch; contenders copy it.
         x: Images.
         y: Classes.
         signed: Name of each layer to quantize -> whether its input has negative values.
@@ -119,10 +120,10 @@ def task(key: str) -> Task:
 
 
 def planned(model: nn.Module) -> list[str]:
-    """Return the layers that our plan converts, after checking that they are all the layers there are but two.
+    """Return the layers that our plan converts, after checking that these are all layers but the first and the last.
 
     Raises:
-        SystemExit: If the plan holds anything but convolutions and linears, or leaves more than two of them float.
+        SystemExit: If they are not, or if the plan has anything but convolutions and linear layers.
     """
     import daqconvert as dq
 

@@ -4,11 +4,11 @@ Brevitas: `QuantConv2d` and `QuantLinear`; weights 4 bits per channel, symmetric
 from `max|W|`; inputs 4 bits per tensor, unsigned or symmetric, the scale a parameter, collected by `calibration_mode`
 first (without it the first 300 steps take percentiles as well, which is slower still).
 
-torchao 0.18: its `qat.FakeQuantizedLinear` has no form for convolutions and none per tensor for inputs, and is not
-fused (`_fake_quantize_affine` is a chain of plain operations). What it has fused, for any tensor, is
-`pt2e.FusedMovingAvgObsFakeQuantize`, one call of `torch.fused_moving_avg_obs_fake_quant`: what its own QAT flow puts
-around convolutions and linears for CPU backends. It observes ranges and does not learn them. `torchao-learned` uses
-`pt2e.LearnableFakeQuantize`, the fused form of LSQ, whose step sizes are parameters as ours are.
+torchao 0.18: its `qat.FakeQuantizedLinear` has no form for convolutions, none per tensor for inputs, and is not fused
+(`_fake_quantize_affine` is a chain of plain operations). Its fused quantizer for any tensor is
+`pt2e.FusedMovingAvgObsFakeQuantize`, one call of `torch.fused_moving_avg_obs_fake_quant`, which its own QAT flow puts
+around convolutions and linear layers for CPU backends. It observes ranges and does not learn them. `torchao-learned`
+uses `pt2e.LearnableFakeQuantize`, the fused form of LSQ, whose step sizes are parameters, as ours are.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class TorchaoLayer(nn.Module):
 
     Args:
         layer: The float layer; its weight and bias are taken over.
-        signed: Whether the input has negative values; only the learned form asks, the other finds a zero point.
+        signed: Whether the input has negative values; only the learned form uses it, the other finds a zero point.
         learned: Step sizes as parameters, instead of moving averages of the extremes.
     """
 

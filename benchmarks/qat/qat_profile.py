@@ -1,4 +1,4 @@
-"""Where the time of our training step goes, beside float's: torch's profiler, operator by operator."""
+"""Where the time of our training step goes, compared with a float step: torch's profiler, operator by operator."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WARM_UP, STEPS, ROWS = 4, 4, 16
 
 
 def compare(network: str, contender: str, mode: str) -> dict[str, Any]:
-    """Return milliseconds a step in each operator itself, of a contender and of float, the largest differences first.
+    """Return milliseconds per step in each operator, of a contender and of float, the largest differences first.
 
     Args:
         network: Key of `qat_networks.NETWORKS`.
@@ -23,7 +23,7 @@ def compare(network: str, contender: str, mode: str) -> dict[str, Any]:
         mode: `"eager"` or `"compile"`.
     """
     torch._dynamo.reset()
-    torch._inductor.config.cpp.enable_kernel_profile = True  # else a compiled network is one line
+    torch._inductor.config.cpp.enable_kernel_profile = True  # otherwise a compiled network is one operator
     given = task(network)
     own, base = (_operators(name, given, mode == "compile") for name in (contender, "float"))
     rows = []
@@ -37,7 +37,7 @@ def compare(network: str, contender: str, mode: str) -> dict[str, Any]:
 
 
 def _operators(name: str, given: Task, compiled: bool) -> dict[str, tuple[float, int]]:
-    """Return operator -> (milliseconds in itself, calls), a step."""
+    """Return operator -> (milliseconds in the operator itself, calls), per step."""
     trainee = Trainee(CONTENDERS[name], given, compiled)
     for _ in range(WARM_UP):
         trainee.step()

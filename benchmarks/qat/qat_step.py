@@ -1,15 +1,15 @@
-"""What does a training step at W4A4 cost beside one in float, in time and in memory, and what does it cost elsewhere?
+"""What does a training step at W4A4 cost in time and memory, relative to float, in daqconvert and in other tools?
 
 ResNet-20 (32 px, batch 128), ResNet-18 (64 px, batch 32), MobileNetV2 (64 px, batch 32), DeiT-tiny (224 px, batch 8);
-random weights, one fixed batch, SGD with momentum; the same layers quantized by all: every convolution and linear but
-the first and the last. In the environment of `peers/README.md`:
+random weights, one fixed batch, SGD with momentum. All contenders quantize the same layers: every convolution and
+linear layer but the first and the last. In the environment of `peers/README.md`:
 
     PYTHONPATH=src venv-peers/bin/python benchmarks/qat/qat_step.py [--networks resnet20 ...] [--contenders lsq ...]
     ... benchmarks/qat/qat_step.py --profile             # where the time of ours goes, operator by operator
     ... benchmarks/qat/qat_step.py --table               # results/qat_step.md again, from the records
 
-Each piece (times of a network and a mode; memory of one contender) is written as it ends, and is not measured again
-unless asked by `--again`. Times: `qat_timing.py`; memory: `qat_memory.py`; contenders: `qat_contenders.py`.
+The record of each piece (times of a network and a mode; memory of one contender) is written when it is done; it is
+measured again only with `--again`. Times: `qat_timing.py`; memory: `qat_memory.py`; contenders: `qat_contenders.py`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ common.PACKAGES = ("torch", "torchvision", "timm", "brevitas", "torchao", "numpy
 
 
 def facts() -> dict[str, str]:
-    """Return the facts of this run on the machine in a few words: each piece has its own."""
+    """Return the facts about machine and run in a few words; every piece keeps them."""
     found = common.facts()
     machine = found["machine"]
     return {
@@ -67,7 +67,7 @@ def store(records: dict[str, Any]) -> None:
 
 
 def pieces(args: argparse.Namespace) -> list[tuple[str, str, str, str]]:
-    """Return (part, network, mode, contender) of what is asked for and still to do; times have no contender."""
+    """Return (part, network, mode, contender) of the pieces that are still to do; those of times have no contender."""
     records = common.read(RESULT).get("networks", {})
     todo = []
     for network in args.networks:
@@ -104,7 +104,7 @@ def weight(piece: tuple[str, str, str, str], args: argparse.Namespace) -> int:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the peers' warnings off the terminal; ours would be a finding."""
+    """Hide the peers' warnings; one of ours must be seen."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", module="daqconvert")
@@ -127,7 +127,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--table", action="store_true", help="instead: write the table again")
     parser.add_argument("--json", action="store_true", help="print the records of these networks at the end")
     args = parser.parse_args()
-    # in the order of the table, and float always: every ratio needs it
+    # in the order of the table, and always with float, which every ratio needs
     args.contenders = [name for name in CONTENDERS if name == "float" or name in args.contenders]
     return args
 

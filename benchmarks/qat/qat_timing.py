@@ -1,8 +1,8 @@
 """Step times of `qat_step.py`: all contenders of a network and a mode in one process, in turns.
 
-Every round each contender makes the same number of steps, in an order drawn anew; what is compared is the time of a
-contender with that of the float network *in the same round*, so that a machine that is slower for a minute is so for
-both. Before that each must learn its one batch by heart: a contender whose loss does not fall is not timed.
+In every round each contender makes the same number of steps, in a random order of contenders. The time of a contender
+is compared with that of the float network *in the same round*, so that a machine that is slow for a minute is slow for
+both. Before that each contender trains on its one batch: one whose loss does not fall is not timed.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ FALL = 0.9
 def measure(
     network: str, mode: str, contenders: list[str], rounds: int, steps: int, seed: int, tick: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Return, per contender, losses and step times; or the reason why there are none.
+    """Return losses and step times per contender, or the reason why there are none.
 
     Args:
         network: Key of `qat_networks.NETWORKS`.
         mode: `"eager"` or `"compile"`.
         contenders: Keys of `qat_contenders.CONTENDERS`, `"float"` among them.
-        rounds: Rounds that count, after one that does not.
+        rounds: Rounds that count; one before them does not.
         steps: Steps of one contender in one round.
-        seed: Of the order.
+        seed: Seed of the order of contenders.
         tick: Called with a word after each contender's learning and each round.
     """
     torch._dynamo.reset()
@@ -100,7 +100,7 @@ def _rounds(
         draw.shuffle(order)
         for name in order:
             gc.collect()
-            trainees[name].step()  # the caches are full of another contender's tensors
+            trainees[name].step()  # one step that does not count: the caches hold another contender's tensors
             started = time.perf_counter()
             for _ in range(steps):
                 trainees[name].step()

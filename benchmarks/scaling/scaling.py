@@ -1,14 +1,14 @@
-"""Do conversion, calibration and training grow with the model as they must: in a straight line, with one copy of it?
+"""Are time and memory of conversion, calibration and training linear in the size of the model, with one copy of it?
 
     PYTHONPATH=src OMP_NUM_THREADS=2 python benchmarks/scaling/scaling.py [--parts quantize calibrate depth ...]
     ... benchmarks/scaling/scaling.py --parts depth --rounds 3        # a short trial
     ... benchmarks/scaling/scaling.py --table                         # the plot and the summary again, from the record
 
-`quantize`: a ViT-L (300 million parameters, random weights) at W4A4, default policy, in fresh processes: seconds, how
-far the resident memory grows at its worst, and the most that torch's allocator gave out, both over the bytes of the
-state dict: 1 is the copy that `quantize` returns. `calibrate`: the whole of `calibrate` over four batches beside the
-same four forward passes of the float network, in turns. `depth`, `width`, `batch`: `scaling_steps.py`. Each part is
-written as it ends; nothing is measured on a network that does not do first what it should.
+`quantize`: a ViT-L (300 million parameters, random weights) at W4A4, default policy, in fresh processes. Measured are
+seconds, the largest growth of resident memory, and the most that torch's allocator gave out, both over the bytes of
+the state dict: 1 is the copy that `quantize` returns. `calibrate`: the whole of `calibrate` over four batches,
+compared with the same four forward passes of the float network, in turns. `depth`, `width`, `batch`:
+`scaling_steps.py`. The record of each part is written when it is done. Every network is checked before it is measured.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from daqconvert.report.progress import progress
 RESULT = "scaling"
 PARTS = ("quantize", "calibrate", *scaling_plot.PARTS)
 LARGE = "vit_large_patch16_224"
-PROCESSES = 3  # fresh ones that quantize the large network
+PROCESSES = 3  # fresh processes that quantize the large network
 BATCHES = 4  # of calibration
 TARGETS = {"quantize": 10.0, "calibrate": 1.5}
 """Most seconds of `quantize`, most times the forward passes of `calibrate`."""
@@ -195,7 +195,7 @@ def _check(name: str, model: nn.Module, qmodel: nn.Module, batches: list[torch.T
 
 
 def _timed(run: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds on the wall, and of the processor."""
+    """Return wall-clock seconds and processor seconds."""
     gc.collect()
     used, start = _used(), time.perf_counter()
     run()

@@ -1,12 +1,12 @@
 """One training step of a residual network whose depth, width or batch grows by 8: time, and memory in tensors.
 
 The network: a 3x3 stem, `blocks` residual blocks of two 3x3 convolutions with batch norm at `width` channels and
-16 px, mean, linear. One fixed batch, SGD. `float` is the network itself; `ours` the same at W4A4 with the default
-policy, calibrated on the batch. What a step should be in a straight line with:
+16 px, mean, linear. One fixed batch, SGD. `float` is the network itself; `ours` is the same at W4A4 with the default
+policy, calibrated on the batch. The cost of a step should be linear:
 
-    depth    time and memory with the number of blocks
-    batch    time and memory with the number of images
-    width    time with multiply-accumulates; memory with elements, those that enter each convolution and its weight's
+    depth    time and memory in the number of blocks
+    batch    time and memory in the number of images
+    width    time in multiply-accumulates; memory in elements: inputs of each convolution, and its weights
 """
 
 from __future__ import annotations
@@ -123,10 +123,10 @@ def stepper(contender: str, size: Size) -> Callable[[], float]:
 
 
 def check(contender: str, size: Size, step: Callable[[], float]) -> list[float]:
-    """Return the losses of the first steps; refuse to go on where they are not finite or do not fall.
+    """Return the losses of the first steps.
 
     Raises:
-        SystemExit: If so.
+        SystemExit: If they are not finite or do not fall.
     """
     losses = [step() for _ in range(LEARNING_STEPS)]
     if not all(map(math.isfinite, losses)) or min(losses[-3:]) >= losses[0]:
@@ -138,9 +138,9 @@ def measure(part: str, rounds: int, seed: int, tick: Callable[[str], None]) -> d
     """Return times and memory of all sizes of a part, the straight lines through them, and ratios to float.
 
     Args:
-        part: Of `BASES`.
-        rounds: In each every contender makes one step at every size, in an order drawn anew.
-        seed: Of the order.
+        part: Key of `BASES`.
+        rounds: Rounds; in each, every contender makes one step at every size, in a random order.
+        seed: Seed of the order.
         tick: Called with a word after each piece of work; there are `pieces(rounds)`.
     """
     qat_memory.self_check()
@@ -196,13 +196,13 @@ def pieces(rounds: int) -> int:
 
 
 def points(rows: list[dict[str, Any]], contender: str, quantity: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return where a contender's values of a quantity lie."""
+    """Return the points `(x, y)` of a contender's measurements of a quantity."""
     own = [row for row in rows if row["contender"] == contender]
     return np.array([row["x"][quantity] for row in own]), np.array([row[KEYS[quantity]] for row in own])
 
 
 def line(rows: list[dict[str, Any]], contender: str, quantity: str) -> dict[str, float]:
-    """Return the straight line of least squares, and the part R^2 of the variance that it explains."""
+    """Return the line of least squares, and R^2, the share of the variance that it explains."""
     x, y = points(rows, contender, quantity)
     slope, start = np.polyfit(x, y, 1)
     rest = float(((y - (slope * x + start)) ** 2).sum() / ((y - y.mean()) ** 2).sum())

@@ -1,7 +1,7 @@
-"""Does `dq.plan` hold for every timm network, on `meta`, without weights in memory, and how long does it take?
+"""Does `dq.plan` work for every timm network, on `meta`, without weights in memory, and how long does it take?
 
-One process per block of names, so that the peak of memory is that block's; results are written as they come, so an
-interrupted run goes on where it stopped:
+Each block of names has a process of its own, so that the peak of memory is that of the block. Results are written as
+they come, so that an interrupted run goes on where it stopped:
 
     python benchmarks/zoo/plan_all.py [--only PATTERN ...] [--again] [--failed] [--block 10]
 
@@ -54,7 +54,7 @@ def plan_one(name: str) -> dict[str, Any]:
         started, used = time.perf_counter(), time.process_time()
         plan = dq.plan(model)
         record["seconds"] = round(time.perf_counter() - started, 2)
-        record["cpu_seconds"] = round(time.process_time() - used, 2)  # what others run at the time is not in it
+        record["cpu_seconds"] = round(time.process_time() - used, 2)  # processor time: other programs do not count
         reasons = Counter(row.reason or "no reason given" for row in plan.skipped)
         record |= {"rows": len(plan), "converted": len(plan.converted), "order": plan.order, "skipped": dict(reasons)}
     except Exception as error:
@@ -73,7 +73,7 @@ def worker(names: list[str]) -> None:
 
 
 def run(names: list[str], timeout: int) -> dict[str, Any]:
-    """Plan some networks in one process; those that a dead process has left are marked."""
+    """Plan some networks in one process; if it dies, the networks that it did not reach are marked."""
     command = [sys.executable, __file__, "--worker", *names]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     try:

@@ -1,7 +1,7 @@
-"""Does conversion hold for every network? The smallest of each timm family, and torchvision's networks, W8A8.
+"""Does conversion work for every network? The smallest of each timm family, and torchvision's networks, at W8A8.
 
-Each network runs in a process of its own with a time and a memory limit; its record is written as it ends, so an
-interrupted run goes on where it stopped, and `--again` runs what is done already once more:
+Each network runs in a process of its own with a time and a memory limit. Its record is written when it is done, so an
+interrupted run goes on where it stopped; `--again` also runs networks that are done already:
 
     python benchmarks/zoo/zoo.py [--group timm|torchvision] [--only PATTERN ...] [--again] [--failed]
     python benchmarks/zoo/zoo.py --table                     # results/zoo.md again, from the records
@@ -43,7 +43,7 @@ def selected(args: argparse.Namespace, done: dict[str, Any]) -> list[Network]:
 
 
 def run_one(network: Network, args: argparse.Namespace) -> dict[str, Any]:
-    """Run one network in a process of its own; what it had found before it was killed is kept."""
+    """Run one network in a process of its own; if it is killed, its results until then are kept."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "record.json"
         command = [sys.executable, __file__, "--worker", network.key, str(path), "--memory", str(args.memory)]

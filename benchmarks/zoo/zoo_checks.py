@@ -1,8 +1,8 @@
-"""What is checked on one network of the zoo; each check gives values for its record, or an error text.
+"""The checks on one network of the zoo; each gives values for the network's record, or an error text.
 
 Two copies of the prepared network are compared: the float one and the one that `dq.quantize` made of it, W8A8 by
-default settings, calibrated on four random batches; SQNR is measured on batches of another seed. All comparisons are
-exact (`torch.equal` on every tensor of the output) but SQNR.
+default settings, calibrated on four random batches. SQNR is measured on batches of another seed. All other comparisons
+are exact (`torch.equal` on every tensor of the output).
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ class State:
     """The models of one network while it is checked.
 
     Attributes:
-        network: Which one.
-        model: Prepared, float, in evaluation mode.
-        qmodel: Quantized, or None as long as it could not be.
-        frozen: Frozen, or None.
+        network: Which network.
+        model: The prepared float model, in evaluation mode.
+        qmodel: The quantized model, or None until it is made.
+        frozen: The frozen model, or None.
     """
 
     def __init__(self, network: Network) -> None:
@@ -79,7 +79,7 @@ class State:
 
 
 def seeded(function: Callable[[], Any]) -> Any:
-    """Call with the random generators at a fixed state: dropout and sampling draw the same in both models."""
+    """Call a function with a fixed random state, so that dropout and sampling draw the same in both models."""
     torch.manual_seed(5)
     random.seed(5)
     return function()
@@ -102,8 +102,8 @@ def check_float(state: State) -> Record:
     """Build and prepare the network; its output must be finite and not constant.
 
     `gain_db` says how much the float network amplifies an error: noise 60 dB below the input is added, and the gain is
-    60 minus the SQNR of its output. Deep random networks with batch norm are chaotic: at 40 or so even the rounding
-    of the input to 8 bits would leave less than 20 dB.
+    60 minus the SQNR of its output. Deep random networks with batch norm amplify a lot: at a gain of 40 or so, even
+    rounding the input to 8 bits would leave less than 20 dB.
     """
     state.model = prepared(state.network)
     batch = state.batch(EVALUATION[0])
@@ -156,7 +156,7 @@ def check_identical(state: State) -> Record:
 
 @torch.no_grad()
 def check_identical_train(state: State) -> Record:
-    """Likewise in training mode, on copies: batch norm's statistics move."""
+    """Compare both models in training mode, on copies, because the statistics of batch norms change."""
     model, qmodel = copy.deepcopy(state.model).train(), copy.deepcopy(state.quantized).train()
     batch = state.batch(EVALUATION[0], train=True)
     try:
@@ -183,7 +183,7 @@ def check_coverage(state: State) -> Record:
 
 
 def coverage_record(found: Any, model: nn.Module) -> Record:
-    """Return what `dq.coverage` found as plain values; `ok` at 99.5 %, recurrent layers aside (products are apart)."""
+    """Return what `dq.coverage` found as plain values; `ok` from 99.5 % on, not counting recurrent layers."""
     recurrent = {n for n, m in model.named_modules() if isinstance(m, (nn.RNNBase, nn.RNNCellBase))}
     rows = [*found.sites, *found.unassigned]
     counted = [row for row in rows if row.name not in recurrent and row.module not in recurrent]
@@ -207,8 +207,8 @@ def _left(row: Any, macs: int) -> str:
 def check_sqnr(state: State) -> Record:
     """Signal to quantization noise of the floating outputs in dB: over all, of the worst output, and `varying_db`.
 
-    The last takes as signal only what differs between the samples: where a bias makes most of a random network's
-    output the plain figure flatters.
+    In `varying_db` the signal is only what differs between samples: where most of a random network's output is a
+    constant bias, the plain SQNR is too good.
     """
     pairs = []
     for seed in EVALUATION:
@@ -236,7 +236,7 @@ def decibel(signal: float, noise: float) -> float:
 
 
 def check_gradients(state: State) -> Record:
-    """Compare which gradients are there after one step in training mode, and which quantizers ran in each mode."""
+    """Compare which gradients exist after one step in training mode, and which quantizers ran in each mode."""
     return compare_gradients(state.model, state.quantized, lambda train: state.batch(21, train=train), seeded)
 
 

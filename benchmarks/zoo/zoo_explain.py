@@ -1,8 +1,8 @@
-"""Where a network below 20 dB loses it, and what ONNX Runtime's own W8A8 makes of the same network.
+"""Which sites make a network's SQNR fall below 20 dB, and the SQNR of the same network in ONNX Runtime's own W8A8.
 
-Every site in turn is left in floating point and the SQNR measured again: the site whose absence gains most is named,
-and then further ones are left out, the best first, until 20 dB are reached. Beside it ONNX Runtime's
-`quantize_static` (QDQ, per-channel int8 weights, uint8 inputs, MinMax: its defaults otherwise) on the ONNX export of
+Each site in turn is left in floating point, and the SQNR is measured again. The site that gains most is named; then
+further sites are left in floating point, the best first, until 20 dB are reached. For comparison, ONNX Runtime's
+`quantize_static` (QDQ, per-channel int8 weights, uint8 inputs, MinMax, else its defaults) quantizes the ONNX export of
 the float network, calibrated and evaluated on the same batches.
 """
 
@@ -62,7 +62,7 @@ def explain(network: Network, threads: int) -> None:
 
 
 def losers(qmodel: nn.Module, measure: Any) -> dict[str, Any]:
-    """Leave each site in floating point in turn, then several; return what that gains."""
+    """Leave each site in floating point in turn, then several; return the SQNR that this gives."""
     sites = quantized_sites(qmodel)
     without = {}
     for name, site in track(sites.items(), "sites", len(sites)):
@@ -85,7 +85,7 @@ def losers(qmodel: nn.Module, measure: Any) -> dict[str, Any]:
 
 
 class Floats(nn.Module):
-    """A network as tensors in, a flat tuple of floating outputs out: what can be exported."""
+    """A network that takes tensors and returns a flat tuple of its floating outputs, so that it can be exported."""
 
     def __init__(self, model: nn.Module, spec: Any) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
 """Gradients of a quantized network against those of the float one, and which quantizers run in which mode.
 
-One backward pass of a random projection of the outputs (of the sum of the losses for a detector) in training mode; in
-evaluation mode where the original cannot be run in training. Wanted: every gradient finite; and for every weight of a
-site whose gradient is non-zero in the float model, a non-zero gradient of that weight, of the bounds of its weight
-quantizer and of the upper bound of its input quantizer in the quantized model.
+There is one backward pass of a random projection of the outputs (for a detector, of the sum of the losses) in training
+mode, or in evaluation mode if the original cannot run in training mode. Every gradient must be finite. For every
+weight of a site whose gradient is non-zero in the float model, the quantized model must have non-zero gradients of the
+weight, of the bounds of its weight quantizer and of the upper bound of its input quantizer.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def compare_gradients(model: nn.Module, qmodel: nn.Module, batch: Batch, seeded:
     """Return the comparison as a record.
 
     Args:
-        model: Float; not changed.
-        qmodel: Quantized and calibrated; not changed.
-        batch: Gives a batch; True for training mode.
-        seeded: Calls a function with the random generators at a fixed state.
+        model: The float model; not changed.
+        qmodel: The quantized and calibrated model; not changed.
+        batch: Function that returns a batch, with True one for training mode.
+        seeded: Function that calls another one with a fixed random state.
     """
     trained, train = copy.deepcopy(model).train(), True
     try:
@@ -116,7 +116,7 @@ def site_of(row: Any, own: dict[str, Any], modules: dict[str, nn.Module]) -> tup
 
 
 def listed(names: list[str]) -> dict[str, Any]:
-    """Return how many, and the first few."""
+    """Return the number of names, and the first few."""
     return {"count": len(names), "first": names[:SHOWN]} if names else {"count": 0}
 
 
@@ -125,8 +125,8 @@ def compare_modes(
 ) -> dict[str, Any]:
     """Compare the quantizers that ran in training, in evaluation and without gradients.
 
-    A quantizer inside a module that the float model too runs in only one of the modes (an auxiliary head) is no
-    difference.
+    A quantizer inside a module that runs in only one of the modes in the float model too (an auxiliary head) does not
+    count as a difference.
     """
     ran: dict[str, set[str]] = {"train": trained}
     for mode, grad in (("eval", True), ("no_grad", False)):

@@ -6,8 +6,8 @@ segmentation, detection, video and optical-flow networks, smallest first. The ch
 `zoo_networks.json`, so that a run starts at once; `python benchmarks/zoo/zoo_models.py` makes that file again, in
 minutes.
 
-Input size: the smallest of 128, 160, 192, 224 pixels and the network's own that it accepts in both modes; below 128
-the last maps have so few positions that batch statistics of a batch of two mean nothing.
+The input size is the smallest of 128, 160, 192, 224 pixels and the network's own size that it accepts in both modes.
+Below 128 pixels the last maps have so few positions that the statistics of a batch of two mean nothing.
 
 The second half of the file makes their inputs and targets from seeds and flattens their outputs. An input is what
 `model(**inputs)` takes, or one tensor; targets are added for detectors in training mode. What is compared is a list of
@@ -56,8 +56,8 @@ class Network:
     Attributes:
         group: `"timm"` or `"torchvision"`.
         task: `"classification"`, `"segmentation"`, `"detection"`, `"video"` or `"optical_flow"`.
-        name: As the library calls it.
-        family: What it stands for.
+        name: Its name in the library.
+        family: The family that it represents.
         params: Number of parameters.
         size: Shape of one input, without the batch.
         kwargs: Further arguments of the builder.
@@ -73,7 +73,7 @@ class Network:
 
     @property
     def key(self) -> str:
-        """Name with the library, as results are filed under."""
+        """Library and name: the key of its results."""
         return f"{self.group}/{self.name}"
 
     def build(self, seed: int = 0) -> nn.Module:
@@ -140,9 +140,9 @@ def torchvision_chosen() -> list[Network]:
 
 
 def _kwargs(name: str, task: str = "classification") -> dict[str, Any]:
-    """Arguments of a torchvision builder: no weights of a backbone, few boxes, but some even from random weights."""
+    """Return arguments of a torchvision builder: no backbone weights; few boxes, but some even from random weights."""
     if name in ("googlenet", "inception_v3"):
-        return {"init_weights": False}  # the draw is by SciPy, minutes long; torch's own start is as random
+        return {"init_weights": False}  # SciPy's draw takes minutes; torch's own is as random
     if task == "segmentation":
         return {"weights_backbone": None}
     if task != "detection":
@@ -166,7 +166,7 @@ def _own_size(name: str, task: str) -> tuple[int, ...]:
 def _counted(network: Network) -> Network:
     from torchvision.models import get_model_weights
 
-    weights = next(iter(get_model_weights(network.name)))  # only what torchvision says of them: nothing is downloaded
+    weights = next(iter(get_model_weights(network.name)))  # metadata of the weights alone: nothing is downloaded
     return dataclasses.replace(network, params=int(weights.meta["num_params"]))
 
 
@@ -265,20 +265,20 @@ def is_detector(model: nn.Module) -> bool:
 
 
 def floating(model: nn.Module, batch: Any) -> list[Tensor]:
-    """Return the floating outputs; of a detector those before box selection."""
+    """Return the floating outputs; for a detector, those before box selection."""
     output = before_selection(model, batch["images"]) if is_detector(model) else call(model, batch)
     return [leaf for leaf in leaves(output) if leaf.is_floating_point() and leaf.numel()]
 
 
 def everything(model: nn.Module, batch: Any) -> list[Tensor]:
-    """Return all outputs, and of a detector those before box selection too."""
+    """Return all outputs; for a detector, also those before box selection."""
     return leaves(call(model, batch)) + (
         leaves(before_selection(model, batch["images"])) if is_detector(model) else []
     )
 
 
 def before_selection(model: Any, images: list[Tensor]) -> Any:
-    """Return what the heads of a detector in evaluation mode compute, on boxes that no network selected."""
+    """Return the outputs of a detector's heads in evaluation mode, on random boxes."""
     batch, _ = model.transform([image.clone() for image in images], None)
     features = model.backbone(batch.tensors)
     features = {"0": features} if isinstance(features, Tensor) else features

@@ -1,7 +1,7 @@
-"""Random networks made fit to be measured: nothing constant, true batch-norm statistics; all from a seed.
+"""Prepares random networks for measurements: no constant parameters, and true batch-norm statistics, all from a seed.
 
-timm starts some networks at exact zeros (last gamma of a residual branch, heads, gains): then nothing that happens
-before could be seen in the output. And running statistics of a new network are not those of its activations.
+timm initializes some parameters to exact zeros (last gamma of a residual branch, heads, gains): then the output would
+not depend on what comes before them. And running statistics of a new network are not those of its activations.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def redraw(model: nn.Module, seed: int = 0) -> int:
 def take_statistics(model: nn.Module, network: Network) -> int:
     """Give every batch norm the mean statistics of two passes; return how many there are.
 
-    Only they are in training mode meanwhile: dropout would change what they see in evaluation.
+    Only the batch norms are in training mode meanwhile, because dropout would change what they see in evaluation.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     norms = [norm for norm in norms if norm.running_mean is not None]
@@ -56,7 +56,7 @@ def take_statistics(model: nn.Module, network: Network) -> int:
 
 
 def prepared(network: Network, seed: int = 0) -> nn.Module:
-    """Return a network in evaluation mode: weights from a seed, nothing constant, statistics of its own."""
+    """Return a network in evaluation mode: weights from a seed, none constant, and its own batch-norm statistics."""
     model = network.build(seed)
     redraw(model, seed)
     take_statistics(model, network)

@@ -1,4 +1,4 @@
-"""The records of the zoo, one a network: what each says about the run that made it, and how they are written."""
+"""The records of the zoo, one per network: what each says about the run that made it, and how they are written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RESULT = "zoo"
 
 
 def short_facts() -> dict[str, Any]:
-    """Return the facts of this run on the machine, without what every record would repeat in many lines."""
+    """Return the facts about machine and run, without long ones that every record would repeat."""
     facts = common.facts()
     machine = facts["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
