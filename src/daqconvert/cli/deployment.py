@@ -99,7 +99,7 @@ ROWS = (  # name, key of the accuracy, file, key of the file's size, key of the 
 def summary_document(
     config: Config, data: Loaders, top1: tuple[float | None, float | None], deployed: Deployed, seconds: float
 ) -> dict[str, Any]:
-    """Return everything that a run found, as plain values; `top1` is that of the float and of the quantized model."""
+    """Return the results of a run as plain values; `top1` has that of the float and that of the quantized model."""
     report = deployed.report
     same = None if report is None else report.class_agreement
     return {

@@ -61,7 +61,7 @@ class Job:
         if self.input_size is not None and self.input_size < 1:
             raise DataError(f"--input-size {self.input_size}: expected 1 or more.")
         if self.model is None and (self.pretrained or self.checkpoint or self.model_args or self.data or self.val):
-            raise ConversionError("Name a model: without one, only the digits and their small network are at hand.")
+            raise ConversionError("Name a model: without one, there are only the digits and a small network for them.")
 
     @property
     def source(self) -> Source:

@@ -129,7 +129,7 @@ def loaders_of(path: Path, frozen: nn.Module, job: Job, batch_size: int) -> Load
 
 
 def data_changes(job: Job) -> dict[str, Any]:
-    """Return the fields by which the data that the user asks for differs from that of a run."""
+    """Return the fields on data that the user gave, to replace those of a run's job."""
     names = ("data", "holdout", "data_root", "download", "input_size", "num_classes", "workers")
     default = Job()
     found = {name: getattr(job, name) for name in names if getattr(job, name) != getattr(default, name)}

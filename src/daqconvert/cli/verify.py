@@ -134,7 +134,7 @@ def _two(source: str, other: str, typed: str | None, job: Job, size: int, images
     """Return two models or files, and images that fit them."""
     kinds = {source: _kind(source), other: _kind(other)}
     if source == other or RUN in kinds.values() or list(kinds.values()) == [MODEL, MODEL]:
-        raise ExportError("expected two different ones, each an artifact, an ONNX file, or, once, a model's name.")
+        raise ExportError("expected two different ones: artifacts or ONNX files, or one of these and a model's name.")
     built: dict[str, nn.Module] = {}
     loaders = None
     for name, kind in kinds.items():

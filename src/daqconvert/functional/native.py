@@ -160,9 +160,9 @@ def register(
 ) -> None:  # fmt: skip
     """Register an operator of this project with the dispatcher, for every device.
 
-    `schema` is as torch writes it, without the namespace; `forward` computes the values, `fake` makes empty tensors of
-    the right shapes, which is what FakeTensor and the compiler see; `backward` gets the context and the gradients of
-    the outputs, for which `remember` saves what it needs.
+    `schema` is as torch writes it, without the namespace. `forward` computes the values; `fake` makes empty tensors of
+    the right shapes, for FakeTensor and compilers. `backward` gets the context and the gradients of the outputs;
+    `remember` saves in the context what `backward` needs.
     """
     name = f"daqconvert::{schema.partition('(')[0]}"
     # the tag lets a compiler pass tensors in the layout that its convolutions prefer, instead of transposing them

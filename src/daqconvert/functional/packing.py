@@ -2,7 +2,7 @@
 
 Convention: `N` codes of `b` bits become `b * ceil(N / 8)` bytes. Plane 0 holds the least significant bits and comes
 first; in a plane, element `i` is bit `i % 8` (counted from the least significant) of byte `i // 8`; the bits after
-the last element are zero. The same bytes stand in the saved artifact and in the ONNX file, where `BitwiseAnd`
+the last element are zero. The same bytes are in the saved artifact and in the ONNX file, where `BitwiseAnd`
 takes them apart.
 """
 

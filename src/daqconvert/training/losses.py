@@ -56,7 +56,7 @@ def cross_entropy(logits: Tensor, target: Any, smoothing: float = 0.0) -> Tensor
     except IndexError:
         valid = target[target != IGNORED]
         raise DataError(
-            f"targets: expected classes 0 to {logits.shape[1] - 1}, for the model has {logits.shape[1]} outputs; "
+            f"targets: expected classes 0 to {logits.shape[1] - 1}, as the model has {logits.shape[1]} outputs; "
             f"found {int(valid.min())} to {int(valid.max())}. Does the model fit the data set?"
         ) from None
 

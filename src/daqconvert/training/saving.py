@@ -1,4 +1,4 @@
-"""How a run is written to its directory, and goes on where it was interrupted.
+"""How a run is written to its directory, and how it is resumed from there.
 
 The state of a run is `last.safetensors`: tensors of model, optimizers and parts, and `meta(run)`. `best.safetensors`
 has the same form, but its tensors are those of the model alone, as it was evaluated. `teacher.safetensors` holds the

@@ -143,6 +143,6 @@ def _require_batch_norms(model: nn.Module, field: str) -> None:
     """Raise if a field of the recipe has no effect because the model has no batch norm."""
     if not batch_norms(model):
         raise TrainingError(
-            f"{field}: has no effect, for {type(model).__name__} has no batch norm with running statistics. "
+            f"{field}: has no effect, because {type(model).__name__} has no batch norm with running statistics. "
             f"Leave {field} out."
         )

@@ -19,7 +19,7 @@ from daqconvert.quantizers import InputQuantizer, WeightQuantizer
 
 @dataclass(frozen=True)
 class Measure:
-    """One site at one moment; None stands where there is no such quantizer.
+    """One site at one moment; values of a quantizer that it does not have are None.
 
     Attributes:
         bits: Bits of weight and input, as they are now.

@@ -42,7 +42,7 @@ def steps_until(share: float, total: int, field: str) -> int:
     """
     if not total:
         raise TrainingError(
-            f"{field}: is a share of the run, and train_loader has no length, so nobody knows when that is. Give the "
+            f"{field}: is a share of the run, and train_loader has no length, so its steps are not known. Give the "
             f"loader a __len__, or leave {field} out."
         )
     return math.floor(share * total + 1e-9)  # 0.3 * 10 is 3 steps, whatever 0.3 is in binary
