@@ -1,7 +1,7 @@
 """The command line: one file per command, and `main`.
 
-Exit codes: 0 done, 1 done but the result does not hold (an ONNX file that disagrees), 2 a mistake of the user's (one
-paragraph on standard error), 130 interrupted.
+Exit codes: 0 done, 1 done but an ONNX file disagrees with its model, 2 a mistake of the user's (one paragraph on
+standard error), 130 interrupted by Ctrl-C, 143 a run that SIGTERM stopped.
 """
 
 from __future__ import annotations

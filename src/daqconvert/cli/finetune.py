@@ -253,13 +253,13 @@ def train_float(model: nn.Module, loader: Any, epochs: int, seed: int) -> None:
 
 @dataclass(frozen=True)
 class Started:
-    """A run that can train.
+    """A run that is ready to train.
 
     Attributes:
-        config: Its configuration.
-        opened: Its float model and data.
+        config: Configuration of the run.
+        opened: Float model and data of the run.
         float_top1: Accuracy of the float model on the held-out images.
-        resume: Whether it goes on from an earlier start.
+        resume: Whether the run is resumed.
         onnx: Whether ONNX files are wanted.
     """
 

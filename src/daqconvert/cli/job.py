@@ -80,9 +80,9 @@ class Opened:
 
     Attributes:
         model: The float model, in evaluation mode.
-        loaders: Its data.
-        source: Where the model came from.
-        model_args: Keyword arguments it was built with; they are enough to build it again without weights.
+        loaders: The data.
+        source: Source of the model.
+        model_args: Keyword arguments that the model was built with; they suffice to build it again without weights.
     """
 
     model: nn.Module
@@ -201,6 +201,6 @@ def job_from_dict(values: object, where: str | Path) -> Job:
     """Return the job that a run directory's configuration holds.
 
     Raises:
-        ConversionError: If it is not one.
+        ConversionError: If the values do not describe a job.
     """
     return from_plain(Job, values, f"{where}: job", error=ConversionError)

@@ -108,6 +108,6 @@ def _second_plan(path: Path, model: nn.Module | None, example: Tensor | None) ->
 
 
 def stored_plan(path: Path, kind: str) -> Plan:
-    """Return the plan of a run or artifact; with an artifact, signs that calibration chose are in it."""
+    """Return the plan of a run or artifact; where there is an artifact, with the signs that calibration chose."""
     artifact = path if kind == ARTIFACT else path / rundir.ARTIFACT
     return read_manifest(artifact).plan if (artifact / MANIFEST).is_file() else rundir.read_config(path).plan

@@ -116,7 +116,7 @@ def read_json(path: Path) -> Any:
     """Return what a JSON file holds.
 
     Raises:
-        TrainingError: If it is missing or no JSON.
+        TrainingError: If it is missing or not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -144,7 +144,7 @@ def allow_code(job: Job, typed: str | None, where: str | Path) -> Job:
     """Return a run's job if it may be built: an import path runs code, so the user has to type it again as `--model`.
 
     Raises:
-        ConversionError: If it names code that the user did not.
+        ConversionError: If the model is code that the user did not name, or the user named another model.
     """
     if typed is not None and job.source != parse_source(typed):
         raise ConversionError(f"--model {typed}: the model of {where} is {job.source}.")

@@ -74,7 +74,7 @@ class RunDirectory:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """All files that a run writes, besides earlier checkpoints."""
+        """The files of `last`, `best`, teacher, log and recipe, which `clear` removes."""
         return (self.last, self.best, self.teacher, self.log, self.recipe)
 
     def kept(self) -> list[Path]:
@@ -85,7 +85,8 @@ class RunDirectory:
         """Keep `last`, the state after `step` steps, in `checkpoints`; a link takes no space until `last` changes.
 
         Raises:
-            OSError: If it cannot be kept.
+            OSError: If the file or the link cannot be made.
+            TrainingError: If the copy, where there are no links, cannot be written.
         """
         if not self.last.is_file():
             return
@@ -94,7 +95,7 @@ class RunDirectory:
         kept.unlink(missing_ok=True)
         try:
             os.link(self.last, kept)
-        except OSError:  # a file system without links
+        except OSError:  # the file system has no links
             with replacing(kept, TrainingError, NOT_WRITTEN) as temporary:
                 shutil.copyfile(self.last, temporary)
 
@@ -113,7 +114,7 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         self._made = missing
         for file in self.files:
-            for leftover in file.parent.glob(f".{file.name}.*.tmp"):  # of a process that was killed
+            for leftover in file.parent.glob(f".{file.name}.*.tmp"):  # left by a process that was killed
                 leftover.unlink(missing_ok=True)
         for leftover in self.checkpoints.glob(".step-*.tmp"):
             leftover.unlink(missing_ok=True)

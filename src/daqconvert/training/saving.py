@@ -102,7 +102,7 @@ def _fits_to_meta(fitted: dict[str, list[Fitted]]) -> dict[str, list[dict[str, A
 
 
 def _fits_from_meta(about: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[Fitted]]:
-    """Return what `_fits_to_meta` was given."""
+    """Undo `_fits_to_meta`."""
     return {field: [Fitted(**row) for row in rows] for field, rows in about.items()}
 
 
@@ -133,7 +133,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     run.position = Position.from_meta(about["position"], run.processes)
     run.saved = dataclasses.replace(run.position)
     directory = run.directory
-    assert directory is not None  # there is a checkpoint
+    assert directory is not None  # the checkpoint came from it
     run.processes.from_main(lambda: write_log(directory.log, run.history))
 
 
