@@ -35,7 +35,7 @@ BEHAVIOUR = {
     "artifact/test_format.py": "docs/artifact.md, read by its prose alone",
     "artifact/test_fuzz.py": "random damage to any part of an artifact",
     "artifact/test_roundtrip.py": "saved and loaded is identical",
-    "cli/test_commands.py": "commands that have few tests each",
+    "cli/test_main.py": "the command line itself, whichever command it is asked for",
     "cli/test_interrupts.py": "signals while a command runs",
     "cli/test_unlabelled.py": "finetuning on images without labels",
     "data/test_digits.py": "needs scikit-learn, which the other data sets do not",
