@@ -9,16 +9,9 @@ import torch
 
 from daqconvert.errors import DaqError
 from daqconvert.functional import native
-from helpers.layer_steps import LAYERS, SETTINGS, quantized, run
+from helpers.layer_steps import LAYERS, SETTINGS, quantized, run, same
 
 each_layer = pytest.mark.parametrize("kind", LAYERS)
-
-
-def same(one, other):
-    assert torch.equal(one[0], other[0])
-    assert one[1].keys() == other[1].keys()
-    for key, grad in one[1].items():
-        assert torch.allclose(grad, other[1][key], rtol=1e-4, atol=1e-5 * float(grad.abs().max() + 1e-3)), key
 
 
 def hooked(qmodel):
@@ -39,24 +32,6 @@ def test_one_step_is_what_its_parts_are(kind, settings, monkeypatch):
         same(run(copy.deepcopy(qmodel), x), found)
     with torch.no_grad():
         assert torch.equal(qmodel.eval()(x), found[0])
-
-
-@pytest.mark.parametrize(
-    ("kind", "settings"),
-    [
-        ("linear", "default"), ("conv2d", "default"), ("transposed", "default"), ("reflect", "default"),
-        ("linear", "lsq"), ("conv2d", "lsq per channel"), ("reflect", "lsq"), ("linear", "ewgs"), ("reflect", "ewgs"),
-        ("linear", "dsq"), ("reflect", "dsq"),
-    ],
-)  # fmt: skip
-def test_torch_compile_gives_the_same_codes_and_outputs(kind, settings, fresh_compiler):
-    qmodel, x = quantized(kind, **SETTINGS[settings])
-    found = run(qmodel, x)
-    same(run(torch.compile(copy.deepcopy(qmodel), fullgraph=True), x), (found[0], _named_as_compiled(found[1])))
-
-
-def _named_as_compiled(grads):
-    return {key if key == "x" else f"_orig_mod.{key}": grad for key, grad in grads.items()}
 
 
 def test_kept_for_the_backward_are_the_input_the_weight_and_bytes():

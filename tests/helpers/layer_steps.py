@@ -51,3 +51,11 @@ def run(qmodel, x):
     y = qmodel(x)
     (y * torch.cos(torch.arange(y.numel()).reshape(y.shape) * 0.7)).sum().backward()
     return y.detach(), {"x": x.grad, **{k: p.grad for k, p in qmodel.named_parameters() if p.grad is not None}}
+
+
+def same(one, other):
+    """Assert that two steps have the same output and nearly the same gradients."""
+    assert torch.equal(one[0], other[0])
+    assert one[1].keys() == other[1].keys()
+    for key, grad in one[1].items():
+        assert torch.allclose(grad, other[1][key], rtol=1e-4, atol=1e-5 * float(grad.abs().max() + 1e-3)), key
