@@ -51,7 +51,7 @@ BEHAVIOUR = {
     "functional/test_integer_sums.py": "sums of `integer.py` against ONNX Runtime's kernel",
     "functional/test_weight_moments.py": "moments of a weight in every program and layout",
     "functional/test_operators.py": "the operators of inputs and weights keep the same rules",
-    "layers/test_baselines.py": "the formulas of EWGS, DSQ and LSQ",
+    "layers/test_baselines.py": "the formulas of EWGS and DSQ",
     "layers/test_gradients.py": "gradients of whole layers against autograd",
     "layers/test_roundings.py": "models of every rounding",
     "policy/test_call_sites.py": "rules for products, computed weights and sites with one scale",

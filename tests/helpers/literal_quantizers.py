@@ -4,6 +4,8 @@ import torch
 
 from daqconvert.functional import slope
 
+CLOSE = {"rtol": 1e-11, "atol": 1e-12}
+"""How nearly the package computes in float64 what a formula says."""
 SETTINGS = {
     "integer": {"w_bits": 4, "grid": "integer", "normalize": False},
     "midrise": {"w_bits": 3, "grid": "midrise", "normalize": False},

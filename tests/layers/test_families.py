@@ -5,10 +5,6 @@ import torch
 from torch import nn
 
 import daqconvert as dq
-from daqconvert.errors import ConversionError
-from daqconvert.layers import FrozenLayer, QuantizedLayer, frozen_class, quantized_class
-from daqconvert.layers.families import QuantConv2d
-from daqconvert.spec import Settings
 from helpers.cases import GEOMETRIES
 
 
@@ -75,50 +71,6 @@ def test_output_channels_of_a_transposed_convolution(name):
         expected = torch.ones(layer.out_channels)
         expected[channel] = 3.0
         torch.testing.assert_close(ratio.detach(), expected)
-
-
-def test_each_registered_class_is_found_by_exact_type_alone():
-    class Mine(nn.Conv2d):
-        def __init__(self, channels):
-            super().__init__(channels, channels, 1)
-
-    class Other(nn.Conv2d):
-        def forward(self, x):
-            return super().forward(x) + 1
-
-    class Patched(nn.Conv2d):
-        def _conv_forward(self, x, weight, bias):
-            return super()._conv_forward(x, weight * 2, bias)
-
-    assert quantized_class(nn.Conv2d) is QuantConv2d
-    assert issubclass(quantized_class(Mine), Mine) and quantized_class(Mine).original is Mine  # computes as Conv2d
-    assert issubclass(frozen_class(Mine), Mine) and frozen_class(Mine) is frozen_class(Mine)
-    assert quantized_class(Other) is None and quantized_class(Patched) is None
-    assert quantized_class(nn.Bilinear) is None
-    for cls in (
-        nn.Linear,
-        nn.Conv1d,
-        nn.Conv2d,
-        nn.Conv3d,
-        nn.ConvTranspose1d,
-        nn.ConvTranspose2d,
-        nn.ConvTranspose3d,
-    ):
-        assert issubclass(quantized_class(cls), (cls, QuantizedLayer)) and quantized_class(cls).original is cls
-        assert issubclass(frozen_class(cls), (cls, FrozenLayer)) and frozen_class(cls).original is cls
-    with pytest.raises(ConversionError, match="expected exactly Conv2d, found Mine"):
-        QuantConv2d.convert(Mine(1), Settings(grid="integer", normalize=False), "conv", None)
-
-
-def test_timm_layers_keep_their_padding():
-    from timm.layers import Conv2dSame
-
-    layer, x = Conv2dSame(3, 4, 3, stride=2), torch.randn(2, 3, 7, 8)
-    qlayer = dq.quantize(layer)
-    dq.calibrate(qlayer, [x])
-    assert qlayer(x).shape == layer(x).shape == (2, 4, 4, 4)
-    assert (qlayer(x) - layer(x)).abs().max() < 0.05
-    assert torch.equal(dq.freeze(qlayer)(x), qlayer(x))
 
 
 def test_float16_does_not_overflow():

@@ -111,11 +111,3 @@ def test_impossible_widths(settings, which, bits):
     with pytest.raises(PolicyError, match="expected an integer from"):
         getattr(layer, which).set_bits(bits)
     assert getattr(layer, which).bits == 4
-
-
-def test_an_unsigned_input_of_lsq_needs_two_bits():
-    both = {"w_bits": 4, "a_bits": 4, "rounding": "lsq"}
-    qmodel = dq.quantize(nn.Sequential(nn.ReLU(), nn.Linear(8, 4)), first=both, last=both)
-    dq.calibrate(qmodel, [torch.randn(4, 8)])
-    with pytest.raises(PolicyError, match="a_bits"):
-        qmodel[1].input_quantizer.set_bits(1)
