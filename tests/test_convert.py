@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import threading
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 import daqconvert as dq
 from daqconvert.errors import ConversionError, PolicyError
 from daqconvert.layers.site import QuantizedSite
-from daqconvert.models import copy_model, quantized_sites
+from daqconvert.models import quantized_sites
 from helpers import awkward_models as awkward
 from helpers.cases import BY_ID, CASES, SETTINGS
 
@@ -164,22 +163,6 @@ def test_a_part_of_a_quantized_model_is_not_quantized_again():
     qmodel = dq.quantize(nn.Sequential(awkward.Chain(), nn.Linear(5, 2)))
     with pytest.raises(ConversionError, match="quantized already"):
         dq.quantize(qmodel[0])
-
-
-def test_copies_that_cannot_be_made_are_explained():
-    model = awkward.Chain()
-    model.lock = threading.Lock()
-    with pytest.raises(ConversionError, match=r"Chain cannot be copied .*lock.*copy\.deepcopy"):
-        dq.quantize(model)
-
-
-def test_a_copy_to_look_at_shares_parameters_and_nothing_else():
-    model = awkward.Chain()
-    model[0].register_forward_hook(lambda *args: None)
-    look, full = copy_model(model, to_look_at=True), copy_model(model)
-    assert look[0].weight is model[0].weight and look[1].running_mean is not model[1].running_mean
-    assert not look[0]._forward_hooks and full[0]._forward_hooks and model[0]._forward_hooks
-    assert full[0].weight is not model[0].weight
 
 
 def test_old_weight_norm_goes_on_computing_its_weight():
