@@ -6,12 +6,9 @@ import torch
 from torch import nn
 
 from daqconvert.data import create_loaders, input_config, open_splits
-from daqconvert.data.folders import holdout_count
 from daqconvert.errors import DataError
 from daqconvert.sources import build_model
-from helpers.images import jpeg
-
-TWO_SPLITS = {"train/cat": 5, "train/dog": 4, "val/cat": 2, "val/dog": 3}
+from helpers.images import TWO_SPLITS, jpeg
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +26,6 @@ def test_train_and_val_folders(make_folder, model):
     assert model(images).shape == (4, 2)
 
 
-@pytest.mark.parametrize("counts", [TWO_SPLITS, {"cat": 20, "dog": 10}], ids=["two splits", "one"])
-def test_the_folder_one_stands_in_has_a_name(make_folder, monkeypatch, counts):
-    monkeypatch.chdir(make_folder(counts))
-    assert open_splits(".").description.startswith("folder: ")
-
-
 def test_normalization_is_the_models(make_folder, model):
     loaders = create_loaders(make_folder(TWO_SPLITS), model)
     config = input_config(model)
@@ -48,92 +39,12 @@ def loaders_root(loaders):
     return loaders.val.dataset.images.root.removesuffix("/val")
 
 
-def test_a_class_that_val_lacks_keeps_the_numbers(make_folder):
-    splits = open_splits(make_folder({"train/a": 2, "train/b": 2, "train/c": 2, "validation/c": 2}))
-    assert [label for _, label in splits.val] == [2, 2]
-
-
-def test_one_folder_is_split_by_class(make_folder):
-    root = make_folder({"cat": 20, "dog": 10})
-    splits = open_splits(root, holdout=0.3)
-    train, val = (set(part.indices) for part in (splits.train, splits.val))
-    assert train.isdisjoint(val)
-    assert train | val == set(range(30))
-    labels = [splits.val[index][1] for index in range(len(splits.val))]
-    assert (labels.count(0), labels.count(1)) == (6, 3)
-    assert val == set(open_splits(root, holdout=9).val.indices)
-    assert val != set(open_splits(root, holdout=9, seed=1).val.indices)
-
-
-@pytest.mark.parametrize(("holdout", "count"), [(None, 10), (0.005, 1), (7, 7), (0.5, 50)])
-def test_holdout(holdout, count):
-    assert holdout_count(holdout, 100, "here") == count
-
-
-@pytest.mark.parametrize("holdout", [0, 1.0e9, 100, -3, 2.5, float("nan"), float("inf")])
-def test_impossible_holdout(holdout):
-    with pytest.raises(DataError, match="here: cannot hold out"):
-        holdout_count(holdout, 100, "here")
-
-
-@pytest.mark.parametrize(
-    ("counts", "message"),
-    [
-        ({"train/cat": 1, "train/dog": 1}, r"it has train/, expected both train/ and val/"),
-        ({"val/cat": 1}, r"it has val/, expected both"),
-        ({"train/cat": 1, "train/dog": 0, "val/cat": 1}, r"train: no images of class 'dog'"),
-        ({"train/cat": 1, "val/cats": 1}, r"val: class 'cats' is not among those trained on\. Nearest: cat"),
-        ({"train/cat": 0, "val/cat": 1}, r"train: no images in it"),
-        ({"cat": 0}, r"no images in it"),
-    ],
-    ids=["no val", "no train", "empty class", "unknown class", "empty train", "empty folder"],
-)
-def test_bad_folders(make_folder, counts, message):
-    with pytest.raises(DataError, match=message):
-        open_splits(make_folder(counts))
-
-
-def test_folder_with_nothing(tmp_path):
-    with pytest.raises(DataError, match="found no folder in it"):
-        open_splits(tmp_path)
-
-
-def test_holdout_beside_a_val_folder_is_refused(make_folder):
-    with pytest.raises(DataError, match="its own val/"):
-        open_splits(make_folder(TWO_SPLITS), holdout=0.1)
-
-
 def test_undecodable_image_names_the_file(make_folder, model):
     root = make_folder(TWO_SPLITS)
     (root / "val" / "dog" / "1.jpg").write_bytes(jpeg(0)[:100])
     loaders = create_loaders(root, model)
     with pytest.raises(DataError, match=r"dog.1\.jpg is no readable image"):
         list(loaders.val)
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        ("nowhere", "there is no such folder or file"),
-        ("torch/cifar11", r"no such data set\. Nearest: cifar10"),
-        ("tfds/cifar10", "streamed data sets"),
-        ("cifar10", r"Nearest: torch/cifar10"),
-    ],
-)
-def test_unknown_data(data, message):
-    with pytest.raises(DataError, match=message):
-        open_splits(data)
-
-
-def test_a_file_of_another_kind(tmp_path):
-    (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(DataError, match="a file of another kind"):
-        open_splits(tmp_path / "a.txt")
-
-
-def test_timm_data_set_that_is_not_there(tmp_path):
-    with pytest.raises(DataError, match=r"torch/cifar10: its train split could not be read .* allow the download"):
-        open_splits("torch/cifar10", data_root=tmp_path)
 
 
 def test_timm_data_set(tmp_path, model):
