@@ -1,6 +1,5 @@
 """The page of a training run: all of it, in one file, that loads nothing and hurts nobody."""
 
-import html.parser
 import math
 import re
 import sys
@@ -8,58 +7,9 @@ import sys
 import pytest
 
 from daqconvert.report.fits import Fitted
-from daqconvert.report.layer_cards import (
-    BARS,
-    HEIGHT,
-    MOST,
-    OPEN,
-    LayerReport,
-    histogram,
-    layer_cards,
-    layer_table,
-    lines,
-)
+from daqconvert.report.layer_cards import MOST, OPEN
 from daqconvert.report.training_page import TrainingReport, training_page
-
-VOID = {"meta", "path", "use", "br"}
-
-
-class Reader(html.parser.HTMLParser):
-    """Collects tags, attributes and text, and checks that tags nest."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open, self.tags, self.attributes, self.words = [], [], [], []
-        self.feed(page)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.attributes += attributes
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append(tag)
-        self.attributes += attributes
-
-    def handle_endtag(self, tag):
-        assert tag in VOID or self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-    @property
-    def text(self):
-        return " ".join(self.words)
-
-
-def layer(name, bits=(2, 4), epochs=3):
-    measure = {"weight": [-3.0, 2.5], "weight_spread": [2.5, 2.5], "input": [0.0, 1.25], "scale": [0.1, 0.2, 0.4]}
-    moments = [(epoch, measure) for epoch in range(epochs + 1)]
-    counts = [4, 3, 2, 1] if bits[0] == 2 else [1] * 2 ** (bits[0] or 0)
-    return LayerReport(name, "Conv2d", 9216, bits, moments, counts, counts[::-1], "std", 0.0123, 0.0, "default")
+from helpers.training_pages import Reader, layer
 
 
 def rows(epochs):
@@ -194,33 +144,3 @@ def test_what_was_fitted_before_training_has_its_errors():
     for said in ("Blocks reconstructed", "0.4", "left as it is: a forward calls it 2 times", "GPTQ", "10 more", "c49"):
         assert said in read.text, said
     assert "Fitted before training" not in training_page(report())
-
-
-def test_bits_are_numbers_and_bars():
-    table = layer_table([layer("a", (1, 8)), layer("b", (None, 4))])
-    assert re.findall(r"width:([\d.]+)em", table) == ["0.55", "4.40", "2.20"]
-    assert table.count("float") == 1
-
-
-def test_bars_are_shares_of_the_weights():
-    drawn = histogram([1, 3, 0, 4], [8, 0, 0, 0], "levels")
-    heights = [float(h) for h in re.findall(r"v-([\d.]+)h", drawn)]
-    assert heights == [HEIGHT * 0.125, HEIGHT * 0.375, HEIGHT * 0.5]  # against the fullest level, 8 of 8 at the start
-    assert 'stroke="var(--c2)"' in drawn
-    assert 'stroke="var(--c2)"' not in histogram([1, 3], [1, 1, 1], "other levels at the start")
-    assert histogram([1] * 256, None, "many").count("v-") == BARS
-    Reader(histogram([0, 0], [0, 0], "nothing"))
-
-
-def test_lines_leave_gaps():
-    drawn = lines([("--c1", [1.0, None, math.nan, 2.0, 3.0])], "upper")
-    path = re.findall(r'd="([^"]*)" fill="none"', drawn)[0]
-    assert (path.count("M"), path.count("L")) == (2, 1)
-    assert lines([("--c1", [float(i) for i in range(5000)])], "long").count("L") <= 81
-    Reader(lines([("--c1", [])], "nothing") + lines([("--c1", [2.0])], "a point"))
-
-
-def test_a_layer_in_float_says_so():
-    read = Reader(layer_cards([LayerReport("head", bits=(None, None))]))
-    assert "weight float, input float" in read.text
-    assert "input in float" in read.text
