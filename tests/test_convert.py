@@ -14,7 +14,7 @@ from daqconvert.errors import ConversionError, PolicyError
 from daqconvert.layers.site import QuantizedSite
 from daqconvert.models import quantized_sites
 from helpers import awkward_models as awkward
-from helpers.cases import BY_ID, CASES, SETTINGS
+from helpers.cases import CASES, SETTINGS
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
@@ -163,17 +163,6 @@ def test_a_part_of_a_quantized_model_is_not_quantized_again():
     qmodel = dq.quantize(nn.Sequential(awkward.Chain(), nn.Linear(5, 2)))
     with pytest.raises(ConversionError, match="quantized already"):
         dq.quantize(qmodel[0])
-
-
-def test_old_weight_norm_goes_on_computing_its_weight():
-    model = BY_ID["old-weight-norm"].make()
-    qmodel = dq.quantize(model)
-    with torch.no_grad():
-        qmodel[0].weight_g.mul_(2.0)
-    x = torch.randn(3, 4)
-    with dq.disabled(qmodel):
-        bias = model[0].bias
-        torch.testing.assert_close(qmodel[0](x) - bias, 2 * (model[0](x) - bias))
 
 
 @pytest.mark.parametrize("training", [True, False])

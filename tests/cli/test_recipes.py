@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-
-from daqconvert.training import RECIPES, Recipe
-from daqconvert.training.recipes import FIELDS
+from daqconvert.training import RECIPES
 
 
 def test_all_recipes_with_all_fields(daq):
@@ -23,13 +20,6 @@ def test_one_recipe_says_what_its_fields_are(daq):
     assert [cell.strip() for cell in row[1:-1]] == [
         "clip_grad", "none", "Largest norm of the gradient, or None (0) for no limit."
     ]  # fmt: skip
-
-
-def test_every_field_has_its_meaning():
-    shown = inspect.getdoc(Recipe)
-    for name, field in FIELDS.items():
-        assert field.metadata["meaning"].endswith(".")
-        assert f"    {name}: {field.metadata['meaning'][:40]}" in shown
 
 
 def test_a_file(daq, tmp_path):

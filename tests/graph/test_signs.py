@@ -1,4 +1,4 @@
-"""Which values are proven not to be negative: functions one by one, each proof held against what the function computes."""
+"""Which values are proven not to be negative: each proof is held against what the function computes."""
 
 import pytest
 import torch
