@@ -1,12 +1,15 @@
-"""The network and the loaders of `helpers.clusters` as fixtures, and one thread for a network this small."""
+"""The network and the loaders of `helpers.clusters` as fixtures, a whole run, and one thread for a network this small."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from torch import nn
 from torch.utils.data import DataLoader
 
+from daqconvert.training.finetuning import FinetuneResult
 from helpers.clusters import Breaking, float_model, make_loader, quantized_model
+from helpers.written_runs import train
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +42,13 @@ def breaking() -> Callable[..., Breaking]:
 @pytest.fixture(scope="session")
 def val_loader() -> DataLoader:
     return make_loader(shuffle=False)
+
+
+@pytest.fixture(scope="session")
+def whole(make, loader, val_loader, tmp_path_factory) -> tuple[Path, FinetuneResult]:
+    """A run of four epochs that was not interrupted: its directory and its result; not to be changed."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    return out, train(make, loader, val_loader, out)
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import daqconvert as dq
-from daqconvert.errors import CalibrationError, DataError, FrozenError, TrainingError
+from daqconvert.errors import DataError, FrozenError, TrainingError
 from daqconvert.training import Recipe, evaluate, finetune, load_weights, recipe
 from daqconvert.training.rundir import COLUMNS
 
@@ -45,16 +45,6 @@ def test_the_model_is_trained_in_place_and_left_in_evaluation_mode(make, loader)
     assert {"0.weight", "0.weight_quantizer.upper", "4.input_quantizer.upper", "6.output_scale"} <= moved
     assert not any(module.training for module in qmodel.modules())
     assert all(p.grad is None for p in qmodel.parameters())
-
-
-def test_calibrates_only_what_is_not_calibrated(make, loader):
-    qmodel = make()
-    dq.calibrate(qmodel, loader(), method="minmax")
-    result = finetune(qmodel, loader(), epochs=1, lr=0.0, quantizer_lr=0.0)
-    assert result.calibration is None
-    other = make()
-    report = finetune(other, loader(), epochs=1, calibration_method="minmax", calibration_batches=2).calibration
-    assert (report.method, report.batches) == ("minmax", 2)
 
 
 def test_the_random_state_of_the_caller_is_given_back(make, loader):
@@ -226,36 +216,6 @@ def test_guards_before_any_work(make, make_float, loader, tmp_path):
     with pytest.raises(TrainingError, match="either resume=True"):
         finetune(qmodel, batches, out_dir=out, resume=True, overwrite=True)
     assert not out.exists()
-
-
-@pytest.mark.parametrize(
-    ("train", "val", "told"),
-    [
-        ([], None, "train_loader: expected at least one batch"),
-        (3, None, "train_loader: expected an iterable"),
-        (iter([]), None, "train_loader: expected something that can be read once an epoch"),
-        ([torch.zeros(4, 8)], None, "train_loader, first batch: expected a target.*distill=1.0"),
-        (["x"], None, "train_loader, first batch: batch: expected a tensor"),
-        (None, [], "val_loader: expected at least one batch"),
-        (None, [torch.zeros(4, 8)], r"val_loader, first batch: expected a target.* alone\.$"),
-    ],
-    ids=["empty", "no iterable", "iterator", "no target", "text", "empty val", "no val target"],
-)
-@pytest.mark.parametrize("calibrated", [True, False], ids=["calibrated", "raw"])
-def test_bad_loaders_leave_nothing_behind(make, loader, tmp_path, train, val, told, calibrated):
-    qmodel, good = make(), loader()
-    if calibrated:
-        dq.calibrate(qmodel, good)
-    with pytest.raises(DataError, match=told):
-        finetune(qmodel, good if train is None else train, val, out_dir=tmp_path / "run")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_data_that_cannot_calibrate(make, tmp_path):
-    batch = (torch.full((4, 8), float("nan")), torch.zeros(4, dtype=torch.long))
-    with pytest.raises(CalibrationError, match="NaN"):
-        finetune(make(), [batch], out_dir=tmp_path / "run")
-    assert list(tmp_path.iterdir()) == []
 
 
 class Stream(torch.utils.data.IterableDataset):

@@ -1,87 +1,15 @@
 """The logs and reports of a run: the same after an interruption; training goes on if they cannot be written."""
 
-import csv
 import json
 import logging
 import re
 import sys
 
 import pytest
-from torch.utils.data import DataLoader
 
 from daqconvert.training import finetune
 from daqconvert.training.rundir import COLUMNS, Appended, csv_text
-
-TIMES = ("images_per_second", "seconds")
-OPTIONS = {
-    "epochs": 4,
-    "checkpoint_steps": 7,
-    "recipe": "quick",
-    "oscillation": "freeze",
-    "oscillation_threshold": 0.01,
-}
-
-
-class Stopped(Exception):
-    pass
-
-
-def batches(loader):
-    """Return batches for twelve steps in an epoch."""
-    return DataLoader(loader().dataset, batch_size=4, shuffle=True)
-
-
-def train(make, loader, val_loader, out, stop_at=None, **changes):
-    def on_step(step):
-        if step.number == stop_at:
-            raise Stopped
-
-    options = OPTIONS | {"out_dir": out, "lr": 0.05, "clip_grad": 1.0} | changes
-    model = make(2, first=(2, 8), last=(4, 8))
-    return finetune(model, batches(loader), val_loader, on_step=on_step, **options)
-
-
-def table(path):
-    with path.open(newline="") as file:
-        return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
-
-
-@pytest.fixture(scope="module")
-def whole(make, loader, val_loader, tmp_path_factory):
-    out = tmp_path_factory.mktemp("whole") / "run"
-    return out, train(make, loader, val_loader, out)
-
-
-def scalars(out):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    events = accumulator.EventAccumulator(str(out / "tensorboard"))
-    events.Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
-def test_lines_by_step(whole):
-    out, _ = whole
-    lines = table(out / "steps.csv")
-    assert [(int(line["step"]), int(line["epoch"])) for line in lines] == [(10, 1), (20, 2), (30, 3), (40, 4)]
-    assert all(float(line["grad_norm"]) > 0 for line in lines)
-    assert float(lines[0]["loss"]) > float(lines[3]["loss"]) > 0
-    assert float(lines[3]["lr"]) < float(lines[0]["lr"]) < 0.05
-
-
-def test_snapshots_by_epoch(whole):
-    out, _ = whole
-    found = [json.loads(line) for line in (out / "snapshots.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in found] == [0, 1, 2, 3, 4, 4]
-    assert found[0]["sites"]["4"]["weight"] == [-3.0, 3.0]
-    assert found[4]["sites"]["4"]["weight"] != [-3.0, 3.0]
-    assert found[4]["sites"]["6"]["bits"] == [4, 8]
-    for line in (found[0], found[-1]):
-        assert {name: (len(counts), sum(counts)) for name, counts in line["levels"].items()} == {
-            "0": (4, 128),
-            "4": (4, 256),
-            "6": (15, 48),
-        }
-    assert found[0]["levels"] != found[-1]["levels"]
+from helpers.written_runs import TIMES, Stopped, batches, scalars, table, train
 
 
 def test_columns_of_the_history(whole):
@@ -93,29 +21,6 @@ def test_columns_of_the_history(whole):
         assert float(line["frozen"]) == row["frozen"]
         assert int(line["warnings"]) == row["warnings"]
     assert result.history[-1]["frozen"] > 0
-
-
-def test_scalars_for_tensorboard(whole):
-    out, result = whole
-    found = scalars(out)
-    assert [step for step, _ in found["step/loss"]] == [10, 20, 30, 40]
-    assert [step for step, _ in found["epoch/val_top1"]] == [12, 24, 36, 48]
-    assert [value for _, value in found["epoch/oscillating"]] == pytest.approx(
-        [row["oscillating"] for row in result.history]
-    )
-    for tag in ("step/lr", "step/grad_norm", "epoch/train_loss", "4/weight_upper", "4/input_upper", "4/scale_mean"):
-        assert len(found[tag]) == 4, tag
-
-
-def test_the_page_of_a_run(whole):
-    out, result = whole
-    page = (out / "report.html").read_text("utf-8")
-    for said in (
-        "Sequential, W2A2", "finished", f"best top-1 (epoch {result.best_epoch})", "recipe quick", "clip_grad",
-        "of the weights oscillate", "3 of 3", "4 levels", "15 levels", "resume=True", "-again",
-    ):  # fmt: skip
-        assert said in page, said
-    assert page.count('<div class="layer">') == 3
 
 
 @pytest.mark.parametrize("stop_at", [9, 31, 37])
