@@ -1,6 +1,7 @@
-"""The test of a module is found by its path: `graph/calls.py` is tested in `tests/graph/test_calls.py`.
+"""The test of a module is found by its path: `graph/signs.py` is tested in `tests/graph/test_signs.py`.
 
-A test file that is not named like a module tests behaviour; the tables below list these files with their reasons.
+A test file that is not named like a module tests behaviour across modules; a module without a test file of its name is
+held by one of these, or by the test of its nearest user. The tables below list both with their reasons.
 """
 
 import re
@@ -60,7 +61,59 @@ BEHAVIOUR = {
     "training/test_resume.py": "resumed is uninterrupted",
     "training/parts/test_resume.py": "resumed is uninterrupted, with every part",
 }
+# Modules without a test file of their name: the file that holds each, and what of it
+ELSEWHERE = {
+    "batches.py": ("calibration/test_calibrating.py", "every kind of batch goes through it"),
+    "errors.py": ("test_public.py", "its classes are public names; each message is tested where it is raised"),
+    "version.py": ("test_public.py", "the version is the declared one"),
+    "cli/deployment.py": ("cli/test_finetune.py", "the last steps of a run, by the files and the summary they leave"),
+    "cli/job.py": ("cli/test_finetune.py", "a run is its job: resumed, refused, started anew"),
+    "cli/output.py": ("cli/test_main.py", "one line on standard error, nothing on standard output"),
+    "data/input_config.py": ("data/test_images.py", "images are normalized as the model expects them"),
+    "deploy/comparing/probes.py": ("deploy/comparing/test_verifying.py", "every layer of two models is watched"),
+    "deploy/onnx/code_tensors.py": ("deploy/onnx/test_integer_nodes.py", "codes are integers, whoever reads them"),
+    "deploy/onnx/frozen_operators.py": ("deploy/onnx/test_expansion.py", "operators that expansion replaces"),
+    "deploy/onnx/lowering.py": ("deploy/test_bad_input.py", "what torch cannot follow is told plainly"),
+    "functional/grid.py": ("quantizers/test_weight.py", "grids, levels and codes by hand"),
+    "functional/native.py": ("functional/test_operators.py", "registration; kernels and plain torch agree"),
+    "functional/product_operator.py": ("functional/test_layer_operator.py", "products are a part of every step"),
+    "functional/reference.py": ("functional/test_dasr.py", "what the closed form is compared with"),
+    "graph/apply.py": ("graph/test_call_sites.py", "sites are put into a model and frozen there"),
+    "graph/calls.py": ("graph/test_call_sites.py", "which calls are found"),
+    "graph/multiplying.py": ("graph/test_call_sites.py", "which modules multiply by themselves"),
+    "graph/rewrite.py": ("graph/test_call_sites.py", "a rewritten forward computes the same"),
+    "graph/scan.py": ("graph/test_sites.py", "a read of a dtype or shape is no product"),
+    "graph/trace.py": ("graph/test_sites.py", "what fx cannot follow stays a node"),
+    "graph/variants.py": ("graph/test_call_sites.py", "the same sites run in every mode"),
+    "graph/watch.py": ("calibration/test_calibrating.py", "calibration watches the forward"),
+    "kernels/loading.py": ("kernels/test_build.py", "built where it is loaded first"),
+    "layers/base.py": ("layers/test_families.py", "what all families inherit"),
+    "layers/call_holders.py": ("graph/test_call_sites.py", "holders are there for rewritten calls"),
+    "layers/frozen.py": ("test_exactness.py", "a frozen layer computes what its quantized form did"),
+    "layers/functions.py": ("graph/test_call_sites.py", "functions are known by what is found"),
+    "layers/mode.py": ("test_convert.py", "every module keeps its mode"),
+    "layers/registry.py": ("layers/test_lookup.py", "read through the lookup alone"),
+    "layers/site.py": ("test_contract.py", "the state of a site is keys that users rely on"),
+    "policy/checks.py": ("policy/test_policy_files.py", "a file that is wrong is told what is wrong"),
+    "policy/output_rows.py": ("graph/test_output_flow.py", "rows follow the ways of outputs"),
+    "quantizers/base.py": ("quantizers/test_input.py", "a state that every quantizer has"),
+    "quantizers/layout.py": ("functional/test_weight_moments.py", "moments in every layout"),
+    "quantizers/making.py": ("layers/test_roundings.py", "one word makes other quantizers"),
+    "report/fits.py": ("report/test_training_page.py", "fits are a section of the page"),
+    "report/html.py": ("report/test_training_page.py", "a page whose tags nest, and whose names are text"),
+    "spec/plans.py": ("spec/test_totals.py", "plans by what they sum up"),
+    "spec/settings.py": ("spec/test_auto.py", "settings that can be, and those that cannot"),
+    "spec/site_facts.py": ("policy/test_plan_json.py", "every field is written and read"),
+    "spec/text_table.py": ("deploy/comparing/test_export_report.py", "the text of a report"),
+    "spec/toml.py": ("policy/test_policy_files.py", "written and read again"),
+    "training/batching/seeding.py": ("training/batching/test_epochs.py", "seeds decide what a loader gives"),
+    "training/parts/assembly.py": ("training/parts/test_resume.py", "all parts, put together by recipes"),
+    "training/parts/measures.py": ("training/parts/test_snapshots.py", "what is measured is what is written"),
+    "training/patterns.py": ("training/optim/test_optimizers.py", "names and patterns of no_decay"),
+    "training/run.py": ("training/test_looping.py", "data, which the loop fills"),
+}
 FILES = sorted(str(path.relative_to(TESTS)) for path in TESTS.rglob("test_*.py"))
+MODULES = sorted(str(path.relative_to(SOURCE)) for path in SOURCE.rglob("*.py") if not path.name.startswith("__"))
 
 
 def module(file: str) -> Path:
@@ -76,9 +129,18 @@ def test_a_file_names_its_module_or_is_listed(file):
     assert not (module(file).is_file() and file in BEHAVIOUR), "it names its module: take it off the list"
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_has_its_test_file_or_is_listed(name):
+    own = str(Path(name).with_name(f"test_{Path(name).name}"))
+    assert own in FILES or name in ELSEWHERE, f"nothing tests it: add tests/{own}, or a row that says what does"
+    assert not (own in FILES and name in ELSEWHERE), f"tests/{own} is there: take its row off the list"
+
+
 def test_nothing_is_listed_that_is_not_there():
     assert set(BEHAVIOUR) <= set(FILES)
     assert all((TESTS / folder).is_dir() for folder in FOLDERS)
+    assert set(ELSEWHERE) <= set(MODULES)
+    assert {file for file, _ in ELSEWHERE.values()} <= set(FILES)
 
 
 def test_what_several_tests_need_is_a_helper():

@@ -1,4 +1,4 @@
-"""The network and the loaders of `helpers.clusters` as fixtures, a whole run, and one thread for a network this small."""
+"""Fixtures from `helpers.clusters`: a network and loaders; a whole run; and one thread for a network this small."""
 
 from collections.abc import Callable
 from pathlib import Path
