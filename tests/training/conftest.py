@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -47,8 +48,11 @@ def val_loader() -> DataLoader:
 @pytest.fixture(scope="session")
 def whole(make, loader, val_loader, tmp_path_factory) -> tuple[Path, FinetuneResult]:
     """A run of four epochs that was not interrupted: its directory and its result; not to be changed."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    return out, train(make, loader, val_loader, out)
+    out, before = tmp_path_factory.mktemp("whole") / "run", torch.get_num_threads()
+    torch.set_num_threads(1)  # as for the runs compared with it: `_one_thread` comes after this
+    result = train(make, loader, val_loader, out)
+    torch.set_num_threads(before)
+    return out, result
 
 
 @pytest.fixture(autouse=True)
