@@ -29,9 +29,13 @@ def at_step(number, what):
 
 @pytest.fixture
 def handlers():
+    """Give Ctrl-C its usual handler, which a shell takes from what it starts in the background; none may be left."""
+    outer = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = [signal.getsignal(getattr(signal, name)) for name in NAMES]
     yield
-    assert [signal.getsignal(getattr(signal, name)) for name in NAMES] == before
+    after = [signal.getsignal(getattr(signal, name)) for name in NAMES]
+    signal.signal(signal.SIGINT, outer)
+    assert after == before
 
 
 @pytest.mark.parametrize(
