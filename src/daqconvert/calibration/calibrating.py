@@ -22,6 +22,7 @@ from daqconvert.batches import run_batch
 from daqconvert.calibration.observers import METHODS, InputObserver, observer_for
 from daqconvert.convert import PLAN_ATTRIBUTE, require_quantized
 from daqconvert.errors import CalibrationError, nearest
+from daqconvert.functional.dasr import wide
 from daqconvert.functional.grid import levels
 from daqconvert.graph.watch import watching_weights
 from daqconvert.layers.site import Operation, QuantizedSite, Watcher, safe_products, watching
@@ -304,7 +305,7 @@ class _OutputScaleStart(Watcher):
         operand = x if site.input_quantizer is None else site.input_quantizer(x)
         acc, scale = safe_products(operation, operand, w, top, site.settings)
         # NOTE: in float32, because the sums of a float16 layer may exceed 65504
-        exact = operation(_wide(x), _wide(weight))
+        exact = operation(wide(x), wide(weight))
         self.exact = self.exact + _channel_mean(exact, site)
         self.quantized = self.quantized + _channel_mean(acc, site) * scale
         ratio = self.exact / self.quantized
@@ -322,7 +323,7 @@ def _estimate(site: QuantizedSite) -> Tensor:
     """Return `mean|W| / mean|W_q|`, per channel if the scale is, times the width of the input's range."""
     quantizer, weight = site.weight_quantizer, site.float_weight()
     assert isinstance(quantizer, WeightQuantizer) and weight is not None  # true of every unitless site
-    weight, operand = _wide(weight), _wide(quantizer(weight)) / levels(quantizer.bits, quantizer.grid)
+    weight, operand = wide(weight), wide(quantizer(weight)) / levels(quantizer.bits, quantizer.grid)
     layout, dim = quantizer.layout, site.output_scale.dim()
     mean, mean_q = (layout.rows(t).abs().mean(dim=1) if dim else t.abs().mean() for t in (weight, operand))
     ratio = mean / mean_q.clamp(min=1e-12)
@@ -333,12 +334,8 @@ def _estimate(site: QuantizedSite) -> Tensor:
 
 def _channel_mean(y: Tensor, site: QuantizedSite) -> Tensor:
     """Return the mean absolute value, per output channel if the site has a scale for each channel."""
-    wide = _wide(y.detach()).abs()
+    size = wide(y.detach()).abs()
     if site.output_scale.dim() == 0:
-        return wide.mean()
-    channel = wide.movedim(-1 - site.output_dims, 0)
+        return size.mean()
+    channel = size.movedim(-1 - site.output_dims, 0)
     return channel.reshape(channel.shape[0], -1).mean(dim=1)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
