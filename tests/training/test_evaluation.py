@@ -79,6 +79,34 @@ def test_bad_batches(batches, error, told):
         evaluate(nn.Linear(2, 2), batches)
 
 
+def test_numbers_are_measured_by_their_own_loss_alone():
+    x, y = torch.randn(6, 2), torch.rand(6, 1)
+    model = nn.Linear(2, 1)
+    with pytest.raises(DataError, match=r"evaluate: batch 0: targets.*found shape \(6, 1\).*loss_fn="):
+        evaluate(model, [(x, y)])
+    found = evaluate(model, [(x, y)], loss_fn=F.mse_loss)
+    assert (found.top1, dict(found.topk), found.count) == (None, {}, 6)
+    assert found.loss == pytest.approx(F.mse_loss(model(x), y).item())
+
+
+def test_several_labels_an_input_have_no_top1_even_where_one_batch_has_one_each():
+    batches = [(torch.randn(3, 3), torch.eye(3)), (torch.randn(3, 3), torch.ones(3, 3))]
+    for order in (batches, batches[::-1]):
+        found = evaluate(nn.Linear(3, 3), order, loss_fn=F.binary_cross_entropy_with_logits)
+        assert (found.top1, found.count) == (None, 6)
+
+
+def test_the_mean_is_over_targets_whatever_the_batches():
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(4, 3), torch.randn(8, 4), torch.tensor([0, -100, -100, 2, 1, 0, -100, -100])
+    expected = F.cross_entropy(model(x), y).item()
+    for size in (8, 3, 2, 1):  # batches of 2 and of 1 that have no target at all
+        found = evaluate(model, list(zip(x.split(size), y.split(size), strict=True)))
+        assert (found.loss, found.count) == (pytest.approx(expected, rel=1e-5), 4)
+    with pytest.raises(DataError, match="each target -100"):
+        evaluate(model, [(x, torch.full((8,), -100))])
+
+
 def test_more_than_there_are_classes():
     with pytest.raises(TrainingError, match="topk: expected numbers from 1 to 2"):
         evaluate(nn.Linear(2, 2), [(torch.zeros(1, 2), torch.tensor([0]))], topk=(1, 5))
@@ -102,3 +130,5 @@ def test_a_meter_reads_nothing_before_it_is_asked():
     hits = [int((z.topk(k).indices == y[:, None]).any(1).sum()) for k in (1, 2)]
     assert meter.shares == other.shares == {1: hits[0] / 6, 2: hits[1] / 6}
     assert (meter.inputs, meter.targets, meter.loss) == (18, 18, 0.5)
+    other.load(meter.sums()[:-1])  # as written before batches without a class were counted
+    assert other.shares == meter.shares

@@ -72,14 +72,75 @@ def test_hits():
         (torch.tensor([-1, 0]), "found -1 to 0"),
         (torch.tensor([0]), r"expected integers of shape \(2,\).*found torch.int64 of shape \(1,\)"),
         (torch.tensor([0.5, 1.0]), "found torch.float32 of shape"),
+        (torch.tensor([0.0, 1.0]), r"Class numbers need target.long\(\)"),
         (["cat", "dog"], "found a list"),
         (None, "found a NoneType"),
+        (torch.tensor([[0], [1]]), r"of shape \(2, 1\).*target.squeeze\(1\)"),
+        (torch.eye(2).long(), r"of shape \(2, 2\).*target.float\(\) or target.argmax\(dim=1\)"),
+        (torch.eye(2).bool(), r"found torch.bool of shape \(2, 2\).*target.float\(\)"),
+        (torch.ones(2, 2), r"found values from 1 to 1 and sums from 2 to 2.*binary_cross_entropy_with_logits"),
+        (torch.tensor([[1.0, 0.0], [0.0, 0.0]]), "sums from 0 to 1"),
+        (torch.tensor([[1.5, -0.5], [0.0, 1.0]]), "found values from -0.5 to 1.5"),
+        (torch.tensor([[1.0, 0.0], [torch.nan, 1.0]]), "expected none below 0, and sums over the classes of 1"),
+        (torch.tensor([[0.5], [1.5]]), r"or probabilities of shape \(2, 2\).*found torch.float32 of shape \(2, 1\)"),
     ],
-    ids=["too large", "negative", "too few", "regression", "words", "none"],
-)
+    ids=[
+        "too large", "negative", "too few", "regression", "float classes", "words", "none", "column", "one-hot",
+        "one-hot bools", "several labels", "no label", "negative share", "nan", "regression column",
+    ],
+)  # fmt: skip
 def test_targets_that_do_not_fit(target, told):
     with pytest.raises(DataError, match=told):
         cross_entropy(torch.zeros(2, 2), target)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [torch.rand(4, 1), torch.zeros(4, 1), torch.zeros(4).long(), torch.zeros(4, 1).long(), torch.zeros(4).bool()],
+    ids=["numbers", "zeros", "classes", "column", "bools"],
+)
+def test_one_output_is_no_classification(target):
+    with pytest.raises(DataError, match=r"found shape \(4, 1\): with one output every cross entropy is 0.*mse_loss"):
+        cross_entropy(torch.zeros(4, 1), target)
+    with pytest.raises(DataError, match="with one output"):
+        count_correct(torch.zeros(4, 1), target)
+
+
+def test_maps_of_one_output_and_of_several_labels_are_no_classification():
+    with pytest.raises(DataError, match=r"found shape \(2, 1, 3, 3\)"):
+        cross_entropy(torch.zeros(2, 1, 3, 3), torch.zeros(2, 1, 3, 3))
+    with pytest.raises(DataError, match="sums from 2 to 2"):
+        cross_entropy(torch.zeros(2, 2, 3, 3), torch.ones(2, 2, 3, 3))
+    maps, labels = torch.randn(2, 4, 3, 3), torch.randint(0, 4, (2, 3, 3))
+    with pytest.raises(DataError, match=r"target.squeeze\(1\)"):
+        cross_entropy(maps, labels[:, None])
+    shares = F.one_hot(labels, 4).movedim(-1, 1).float()
+    torch.testing.assert_close(cross_entropy(maps, shares), F.cross_entropy(maps, labels))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_probabilities_may_be_rounded(dtype):
+    torch.manual_seed(0)
+    logits, shares = torch.randn(8, 1000), torch.rand(8, 1000).softmax(1).to(dtype)
+    expected = -(shares.float() * logits.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(cross_entropy(logits, shares), expected)
+
+
+def test_yes_and_no_are_the_classes_of_two_outputs():
+    z, answers = torch.randn(5, 2), torch.tensor([True, False, True, True, False])
+    torch.testing.assert_close(cross_entropy(z, answers), F.cross_entropy(z, answers.long()))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_what_has_no_target_does_not_count(smoothing):
+    torch.manual_seed(0)
+    z, y = torch.randn(6, 3, requires_grad=True), torch.tensor([0, -100, 2, 1, -100, 2])
+    expected = F.cross_entropy(z[y >= 0], y[y >= 0], label_smoothing=smoothing)
+    torch.testing.assert_close(cross_entropy(z, y, smoothing), expected)
+    nothing = cross_entropy(z, torch.full((6,), -100), smoothing)  # torch's own is NaN, which would end a run
+    nothing.backward()
+    assert nothing.item() == 0.0
+    assert not z.grad.any()
 
 
 @pytest.mark.parametrize(
@@ -99,6 +160,11 @@ def test_logits_are_float32_at_least():
 def test_a_teacher_of_other_classes_is_refused():
     with pytest.raises(TrainingError, match=r"teacher's outputs have shape \(2, 4\), the model's \(2, 3\)"):
         distillation(torch.zeros(2, 3), torch.zeros(2, 4), 1.0)
+
+
+def test_one_output_has_nothing_to_learn_from_a_teacher():
+    with pytest.raises(TrainingError, match="softmax of one output is always 1.*distill=0.0"):
+        distillation(torch.zeros(2, 1), torch.ones(2, 1), 1.0)
 
 
 @pytest.mark.parametrize("returned", [torch.zeros(2), 0.5], ids=["vector", "number"])

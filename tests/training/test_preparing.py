@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import daqconvert as dq
-from daqconvert.errors import CalibrationError
+from daqconvert.errors import CalibrationError, DataError, TrainingError
 from daqconvert.training import finetune
 
 
@@ -23,3 +25,39 @@ def test_data_that_cannot_calibrate(make, tmp_path):
     with pytest.raises(CalibrationError, match="NaN"):
         finetune(make(), [batch], out_dir=tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("outputs", "target", "told"),
+    [
+        (1, torch.rand(4, 1), "one output every cross entropy is 0.*distill=0.0"),
+        (3, torch.rand(4, 3), "sums over the classes of 1"),
+        (3, torch.tensor([0, 1, 2, 3]), "expected classes 0 to 2, as the model has 3 outputs; found 0 to 3"),
+        (3, torch.rand(4), r"expected integers of shape \(4,\)"),
+    ],
+    ids=["regression", "several labels", "fewer outputs", "numbers"],
+)
+@pytest.mark.parametrize("place", ["train_loader", "val_loader"])
+def test_targets_that_do_not_fit_are_found_before_any_work(tmp_path, outputs, target, told, place):
+    qmodel = dq.quantize(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, outputs)), w_bits=4, a_bits=4)
+    calls, bad = [], [(torch.randn(4, 8), target)]
+    qmodel[0].register_forward_hook(lambda *_: calls.append(1))
+    before = {key: value.clone() for key, value in qmodel.state_dict().items()}
+    loaders = (bad,) if place == "train_loader" else ([(torch.randn(4, 8), torch.zeros(4).long())], bad)
+    with pytest.raises(DataError, match=f"{place}, first batch: targets.*{told}"):
+        finetune(qmodel, *loaders, distill=0.0, out_dir=tmp_path / "run")
+    assert calls == []
+    assert all(torch.equal(value, before[key]) for key, value in qmodel.state_dict().items())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_are_learned_by_their_own_loss():
+    torch.manual_seed(0)
+    x = torch.randn(64, 8)
+    batches = [(x, x.sum(1, keepdim=True))]
+    qmodel = dq.quantize(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1)), w_bits=8, a_bits=8)
+    result = finetune(qmodel, batches, batches, loss_fn=F.mse_loss, distill=0.0, epochs=30, lr=0.05)
+    assert result.history[-1]["val_loss"] < 0.5 * result.history[0]["val_loss"]
+    assert {(row["train_top1"], row["val_top1"]) for row in result.history} == {(None, None)}
+    with pytest.raises(TrainingError, match="softmax of one output is always 1"):
+        finetune(qmodel, batches, loss_fn=F.mse_loss)  # half of `quick` is distillation

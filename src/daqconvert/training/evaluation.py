@@ -15,7 +15,15 @@ from daqconvert.models import evaluating
 from daqconvert.report.progress import track
 from daqconvert.training.batching.epochs import Epochs
 from daqconvert.training.batching.loaders import check_loader, inputs_count, read_batch
-from daqconvert.training.losses import LossFn, correct, cross_entropy, logits_of
+from daqconvert.training.losses import (
+    LossFn,
+    check_classes,
+    checked_target,
+    correct,
+    logits_of,
+    mean_cross_entropy,
+    targets_count,
+)
 from daqconvert.training.processes import Processes
 
 if TYPE_CHECKING:
@@ -28,8 +36,8 @@ class EvalResult:
 
     Attributes:
         top1: Share of targets that are the class of the largest logit, 0..1; None where `loss_fn` takes outputs that
-            are not logits.
-        loss: Mean loss.
+            are not logits of classes, or targets that are neither class numbers nor probabilities.
+        loss: Mean loss; over all targets, or over the batches by their number of inputs where there is a `loss_fn`.
         count: Number of targets.
         topk: Share of targets among the `k` largest logits, 0..1, by `k`.
     """
@@ -57,8 +65,10 @@ def evaluate(
     """Measure a model on labelled batches, in evaluation mode; every module gets its own mode back.
 
     Args:
-        model: A float, quantized or frozen model that returns logits `(N, C, ...)`.
-        loader: Batches with targets: `(input, target)`, or dicts with one under `target`, `label` or `labels`.
+        model: A float, quantized or frozen model that returns logits `(N, C, ...)` of two or more classes.
+        loader: Batches with targets: `(input, target)`, or dicts with one under `target`, `label` or `labels`. Targets
+            are class numbers `(N, ...)`, -100 where there is none, or probabilities of the logits' shape, unless there
+            is a `loss_fn`.
         topk: Numbers `k` for which to return the share of targets among the `k` largest logits.
         loss_fn: Function of `(outputs, target)` that returns the mean loss over the batch, instead of the cross
             entropy.
@@ -107,21 +117,31 @@ def measured(
         for i, batch in enumerate(track(batches, "evaluating", total, enabled=progress)):
             (args, kwargs), target = read_batch(batch, device, f"evaluate: batch {i}", needs_target=True)
             outputs = model(*args, **kwargs)
+            count = inputs_count((args, kwargs))
             if loss_fn is None:
-                logits = logits_of(outputs)
-                loss = cross_entropy(logits, target)
+                try:
+                    logits = logits_of(outputs)
+                    target = checked_target(logits, target)
+                    check_classes(logits, target)
+                    loss, count = mean_cross_entropy(logits, target), targets_count(target)
+                except DataError as error:
+                    raise DataError(f"evaluate: batch {i}: {error}") from None
             else:
                 loss = loss_fn(outputs, target)
-            meter.add(float(loss), inputs_count((args, kwargs)), outputs, target, strict=loss_fn is None)
+            meter.add(float(loss), count, outputs, target, strict=loss_fn is None)
     if processes is not None:
         meter = meter.over(processes)
     if meter.inputs == 0:
-        raise DataError("evaluate: expected at least one batch, found none. Is the loader empty?")
-    return EvalResult(meter.top1, meter.loss, meter.targets or meter.inputs, meter.shares)
+        raise DataError(
+            "evaluate: expected at least one batch with a target, found none. Is the loader empty, each target -100?"
+        )
+    return EvalResult(meter.top1, meter.loss, meter.targets if meter.shares else meter.inputs, meter.shares)
 
 
 class Meter:
     """Means over batches: the loss, weighted by inputs, and the share of targets among the `k` largest logits.
+
+    There is no share where some batch was no classification: the others would be a part that nobody chose.
 
     Hits are counted on the device of the outputs and read only when they are asked for, so that adding a batch does
     not wait for the device.
@@ -133,6 +153,7 @@ class Meter:
         self._loss = 0.0
         self._counts = [0] * (len(topk) + 1)  # hits for each k, then the number of targets
         self._unread: Tensor | None = None  # counts on the device that are not in `_counts` yet
+        self._others = 0  # batches that were no classification
 
     def add(self, loss: float, inputs: int, outputs: Any, target: Any, *, strict: bool) -> None:
         """Count one batch: its mean loss, its number of inputs, the model's outputs and the target, if there is one.
@@ -150,6 +171,7 @@ class Meter:
         except (DataError, TrainingError):
             if strict:
                 raise
+            self._others += 1
             return
         if self._unread is not None and self._unread.device != new.device:
             self._read()
@@ -158,12 +180,14 @@ class Meter:
     def sums(self) -> list[float]:
         """Return everything that was counted, as numbers that may be added to another meter's."""
         *hits, targets = self._read()
-        return [self._loss, self.inputs, targets, *hits]
+        return [self._loss, self.inputs, targets, *hits, self._others]
 
     def load(self, sums: Sequence[float]) -> None:
-        """Go on from what `sums` returned."""
-        self._loss, inputs, targets, *hits = sums
+        """Go on from what `sums` returned; before there was a count of batches without a class, it was left out."""
+        self._loss, inputs, targets, *more = sums
+        hits, others = more[: len(self.topk)], more[len(self.topk) :]
         self.inputs, self._counts, self._unread = int(inputs), [int(n) for n in (*hits, targets)], None
+        self._others = int(sum(others))
 
     def over(self, processes: Processes) -> Meter:
         """Return a meter of what all processes counted; all of them have to call this."""
@@ -183,9 +207,10 @@ class Meter:
 
     @property
     def shares(self) -> dict[int, float]:
-        """Share of targets hit, by `k`; empty where nothing was counted."""
+        """Share of targets hit, by `k`; empty where nothing was counted, or some batch was no classification."""
         *hits, targets = self._read()
-        return {k: n / targets for k, n in zip(self.topk, hits, strict=True)} if targets else {}
+        known = targets and not self._others
+        return {k: n / targets for k, n in zip(self.topk, hits, strict=True)} if known else {}
 
     @property
     def top1(self) -> float | None:

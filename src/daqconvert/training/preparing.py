@@ -17,13 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from daqconvert.batches import to_device
 from daqconvert.calibration import calibrate, is_calibrated
-from daqconvert.models import float_copy
+from daqconvert.errors import DataError
+from daqconvert.models import copy_model, disabled, evaluating, float_copy
 from daqconvert.posttraining import block_names, choose_codes, reconstruct
 from daqconvert.report.fits import Fitted
-from daqconvert.training.batching.loaders import UNLABELLED, check_first_batch, length, read_batch
+from daqconvert.training.batching.loaders import UNLABELLED, length, read_batch
 from daqconvert.training.batching.seeding import preserved_random_state
 from daqconvert.training.checkpoint import model_tensors, write_checkpoint
+from daqconvert.training.losses import check_classes, checked_target, logits_of
 from daqconvert.training.objective import OWN_TEACHER
 from daqconvert.training.run import Run
 from daqconvert.training.saving import check_run, last_of, make_optimizers_and_parts, meta, model_copy, restore, save
@@ -50,7 +53,10 @@ def start(run: Run, *, resume: bool) -> None:
     if checkpoint is not None:
         check_run(run, checkpoint)
     if run.val_epochs is not None:  # errors in it are found now, not after an epoch
-        check_first_batch(run.val_epochs.batches(0, whole=True), "val_loader", needs_target=True)
+        first = next(iter(run.val_epochs.batches(0, whole=True)), None)
+        if first is None:
+            raise DataError("val_loader: expected at least one batch, found none. Is the data set empty?")
+        _check_batch(run, first, "val_loader, first batch", needs_target=True)
     if checkpoint is None:
         _start_fresh(run)
     else:
@@ -80,24 +86,49 @@ def _start_fresh(run: Run) -> None:
 
 def _calibrate(run: Run) -> None:
     """Calibrate the model where it needs that; in any case check the first training batch."""
+    batches = iter(run.train_epochs.batches(0, whole=True))
+    first = list(itertools.islice(batches, 1))
+    if not first and is_calibrated(run.model):
+        raise DataError("train_loader: expected at least one batch, found none. Is the data set empty?")
+    for batch in first:
+        _check_batch(run, batch, "train_loader, first batch", needs_target=run.objective.needs_target, training=True)
     if is_calibrated(run.model):
-        batches = run.train_epochs.batches(0, whole=True)
-        check_first_batch(batches, "train_loader", needs_target=run.objective.needs_target, hint=UNLABELLED)
         return
     recipe = run.recipe
     count = min(recipe.calibration_batches, length(run.train_epochs.loader) or recipe.calibration_batches)
     run.calibration = calibrate(
-        run.model, _checked_batches(run), method=recipe.calibration_method, max_batches=count, progress=run.show
+        run.model, itertools.chain(first, batches), method=recipe.calibration_method, max_batches=count,
+        progress=run.show,
+    )  # fmt: skip
+
+
+def _check_batch(run: Run, batch: Any, where: str, *, needs_target: bool, training: bool = False) -> None:
+    """Raise if a batch has not the right form, or its target does not fit the outputs that the model gives for it.
+
+    That is found out before calibration, GPTQ and reconstruction, and on a GPU by an error that can be read. What asks
+    is a copy without the user's hooks, in float; a model that does not run like that is asked by training itself.
+
+    Raises:
+        DataError: With the place `where`.
+    """
+    inputs, target = read_batch(
+        batch, run.processes.device, where, needs_target=needs_target, hint=UNLABELLED * training
     )
-
-
-def _checked_batches(run: Run) -> Iterator[Any]:
-    """Yield the first training batches, the same on every process; the very first one is checked."""
-    for i, batch in enumerate(run.train_epochs.batches(0, whole=True)):
-        if i == 0:
-            cpu, needs_target = torch.device("cpu"), run.objective.needs_target
-            read_batch(batch, cpu, "train_loader, first batch", needs_target=needs_target, hint=UNLABELLED)
-        yield batch
+    if not needs_target or run.objective.loss_fn is not None:
+        return
+    model = copy_model(run.model, to_look_at=True)
+    with evaluating(model), disabled(model), torch.no_grad():
+        try:
+            outputs = model(*inputs[0], **inputs[1])
+        except Exception:  # NOTE: any error, because it may come of the missing hooks; a real one comes again
+            return
+    if training and not isinstance(outputs, Tensor):
+        return  # in training mode it may return something else
+    logits = logits_of(outputs).cpu()
+    try:
+        check_classes(logits, checked_target(logits, to_device(target, logits.device)))
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
 
 
 def _round_weights(run: Run) -> None:

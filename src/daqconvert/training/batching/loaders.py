@@ -59,14 +59,6 @@ def check_length(loader: Any, recipe: Recipe) -> None:
         )
 
 
-def check_first_batch(batches: Iterable[Any], name: str, *, needs_target: bool, hint: str = "") -> None:
-    """Read one batch and raise `DataError` if there is none or it has the wrong form."""
-    for batch in batches:
-        read_batch(batch, torch.device("cpu"), f"{name}, first batch", needs_target=needs_target, hint=hint)
-        return
-    raise DataError(f"{name}: expected at least one batch, found none. Is the data set empty?")
-
-
 def read_batch(
     batch: Any, device: torch.device, where: str, *, needs_target: bool, hint: str = ""
 ) -> tuple[Inputs, Any]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from daqconvert.errors import DataError, TrainingError
 from daqconvert.training.batching.loaders import Inputs
-from daqconvert.training.losses import LossFn, checked_target, cross_entropy, distillation, logits_of
+from daqconvert.training.losses import LossFn, checked_target, distillation, logits_of, mean_cross_entropy
 from daqconvert.training.objective.features import Collector, called_alike, feature_loss, feature_names, optional_names
 from daqconvert.training.objective.teacher import is_taught
 from daqconvert.training.recipes import Recipe
@@ -127,9 +127,11 @@ class Objective:
     def _hard(self, outputs: Any, target: Any, mixture: Mixture | None) -> Tensor:
         """Return the cross entropy, or what the user's `loss_fn` gives."""
         if mixture is not None:
-            target = mixture.target(logits_of(outputs), target)
+            target = mixture.target(logits_of(outputs), target, own_loss=self.loss_fn is not None)
         if self.loss_fn is None:
-            return cross_entropy(logits_of(outputs), target, self.recipe.label_smoothing)
+            logits, smoothing = logits_of(outputs), self.recipe.label_smoothing
+            known = target if mixture is not None else checked_target(logits, target)
+            return mean_cross_entropy(logits, known, smoothing)
         loss = self.loss_fn(outputs, target)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = (
@@ -158,14 +160,17 @@ class Mixture:
     inputs: Inputs
     shares: Tensor
 
-    def target(self, logits: Tensor, target: Any) -> Tensor:
+    def target(self, logits: Tensor, target: Any, own_loss: bool = False) -> Tensor:
         """Return the mixed targets as probabilities, shape and dtype of the logits `(N, C)`.
+
+        For a loss of the user's own, targets of the logits' shape are any numbers, such as several labels an input.
 
         Raises:
             DataError: If the target is neither class numbers `(N,)` nor probabilities `(N, C)`, or a class number is
                 not one of the model's.
         """
-        found = checked_target(logits, target)
+        free = own_loss and isinstance(target, Tensor) and target.is_floating_point() and target.shape == logits.shape
+        found = target if free else checked_target(logits, target)
         if logits.dim() != 2:
             raise DataError(f"mixup and cutmix: expected logits (N, C), found shape {tuple(logits.shape)}.")
         if not found.is_floating_point():
