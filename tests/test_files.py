@@ -265,3 +265,21 @@ def test_two_writers_at_once(tmp_path):
         write_text(tmp_path / "file", "second", TrainingError)
         assert (tmp_path / "file").read_text() == "second"
     assert tree(tmp_path) == {"file": "first"}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_have_the_permissions_that_the_user_asked_for(tmp_path, umask):
+    """A writer that makes its file for its owner alone, as safetensors does, changes nothing about that."""
+    before = os.umask(umask)
+    try:
+        with replacing(tmp_path / "file", TrainingError) as temporary:
+            temporary.write_text("a")
+            temporary.chmod(0o600)
+        with replacing_directory(tmp_path / "folder", TrainingError) as temporary:
+            (temporary / "file").write_text("a")
+            (temporary / "file").chmod(0o600)
+    finally:
+        os.umask(before)
+    for file in (tmp_path / "file", tmp_path / "folder" / "file"):
+        assert file.stat().st_mode & 0o777 == 0o666 & ~umask
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o777 & ~umask

@@ -38,7 +38,13 @@ def replacing(path: Path, error: type[DaqError], hint: str = "") -> Iterator[Pat
     with _writing(path, error, hint) as real:
         temporary = _beside(real, "tmp")
         try:
+            temporary.touch()
+            usual = (
+                temporary.stat().st_mode
+            )  # as the user's umask has it; safetensors gives files to their owner alone
+            temporary.unlink()
             yield temporary
+            temporary.chmod(usual)
             flush(temporary)
             temporary.replace(real)
             flush(real.parent)  # so that the new name is on the disk too
@@ -58,8 +64,10 @@ def replacing_directory(path: Path, error: type[DaqError], hint: str = "") -> It
         temporary.mkdir()
         try:
             yield temporary
-            for file in (*temporary.iterdir(), temporary):
+            for file in temporary.iterdir():
+                file.chmod(temporary.stat().st_mode & 0o666)
                 flush(file)
+            flush(temporary)
             if not real.exists():
                 temporary.rename(real)
             elif not _exchange(temporary, real):

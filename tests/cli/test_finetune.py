@@ -65,7 +65,7 @@ def test_existing_directory_is_refused_and_unchanged(daq, run, tiny):
         (("test_resnet", "--data", "nowhere"), "there is no such folder or file"),
         (("test_resnet", "--data", "{folder}"), "would start from random weights. Give --pretrained or --checkpoint"),
         (("test_resnet", "--data", "{folder}", "--checkpoint", "none.pt"), "none.pt: no such checkpoint file"),
-        (("--w-bits", "9"), "w_bits"),
+        (("--w-bits", "9"), "--w-bits: expected an integer from 1 to 8, or float"),
         (("--w-bits", "2.5"), "--w-bits '2.5': expected 1 to 8, or float"),
         (("--first", "8"), "--first '8': expected W,A bits such as 8,8, or float"),
         (("--set", "granularty=tensor"), "granularity"),
@@ -73,7 +73,9 @@ def test_existing_directory_is_refused_and_unchanged(daq, run, tiny):
         (("--preset", "paper-w9a9"), "paper-w"),
         (("--policy", "none.toml"), "none.toml"),
         (("--recipe", "paper-cifar"), "paper-cifar10"),
-        (("--epochs", "0"), "epochs"),
+        (("--epochs", "0"), "--epochs: expected an integer of 1 or more; found 0."),
+        (("--float-epochs", "-2"), "--float-epochs -2: expected 0 or more."),
+        (("--bits", "layer9=2"), '"layer9" matches no layer. Nearest: '),
         (("--with", "epoch=3"), "--with 'epoch=3': 'epoch' is not a field of a recipe. Nearest: epochs"),
         (("--with", "epochs=some"), "--with 'epochs=some': epochs: expected an integer of 1 or more; found 'some'"),
         (("--with", "epochs"), "--with 'epochs': expected FIELD=VALUE"),
@@ -104,6 +106,7 @@ def test_overwrite_replaces_the_run_and_nothing_else(daq, run, tiny):
     assert (found["bits"], found["onnx"]) == ("W2A2", None)
     assert {entry.name for entry in run.iterdir()} == FILES - {"float.onnx", "model.onnx"} | {"notes.txt"}
     assert dq.load(run / "artifact") is not None
+    assert daq("finetune", "--out", run, "--resume", "--json").json["onnx"] is None  # the run remembers --no-onnx
 
 
 def test_resume_after_an_interruption_gives_the_same_weights(daq, finished, run):
@@ -161,4 +164,4 @@ def test_own_model_is_a_skeleton_that_the_user_names_again(daq, own_model, folde
     for command in ("eval", "freeze", "export"):
         assert f"add --model {own_model}" in daq(command, run).fails()
     assert not (tmp_path / "imported").exists()
-    assert daq("eval", run, "--model", own_model, "--json").json["results"]["W8A8, frozen"]["images"] == 8
+    assert daq("eval", run, "--model", own_model, "--json").json["results"]["W8A4, frozen"]["images"] == 8

@@ -51,3 +51,47 @@ def test_an_option_twice_is_a_mistake():
 
     with pytest.raises(ValueError, match="duplicate parameter name: 'workers'"):
         o.grouped(command)
+
+
+@pytest.mark.parametrize(
+    ("typed", "bits"),
+    [
+        ({"w_bits": "2"}, (2, 4)),
+        ({"a_bits": "2"}, (4, 2)),
+        ({"w_bits": "2", "a_bits": "3"}, (2, 3)),
+        ({"w_bits": "float"}, (None, 4)),
+        ({"exclude": ["a"]}, (4, 4)),
+        ({"bits": ["a=3"]}, (4, 4)),
+        ({"preset": "paper-w1a1", "a_bits": "2"}, (1, 2)),
+        ({"policy": "p.toml", "w_bits": "2"}, (2, 5)),
+    ],
+    ids=str,
+)
+def test_one_width_that_is_given_does_not_change_the_other(tmp_path, monkeypatch, typed, bits):
+    monkeypatch.chdir(tmp_path)
+    Path("p.toml").write_text("[default]\nw_bits = 3\na_bits = 5\n")
+    policy = o.PolicyOptions(**{**typed, **({"policy": Path("p.toml")} if "policy" in typed else {})}).read()
+    assert (policy.default.w_bits, policy.default.a_bits) == bits
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ('"a" and "b": exclude=["a", "b c"].', '"a" and "b": --exclude a --exclude \'b c\'.'),
+        (
+            "Pass resume=True to go on, overwrite=True to start again.",
+            "Pass --resume to go on, --overwrite to start again.",
+        ),
+        ('Set granularity="tensor" or gptq=4.', "Set --set granularity=tensor or --with gptq=4."),
+        ("arguments: w_bits: expected a number or None (32)", "--w-bits: expected a number or float (32)"),
+        ("recipe 'quick': lr: expected", "--lr: expected"),
+        (
+            "Give --model-arg num_classes=3, --with lr=2 or --with 'lr=2'.",
+            "Give --model-arg num_classes=3, --with lr=2 or --with 'lr=2'.",
+        ),
+        ("out_dir runs/a: exists", "--out runs/a: exists"),
+        ("x == y, a=b, dtype=float32", "x == y, a=b, dtype=float32"),
+    ],
+)
+def test_errors_speak_of_options(said, shown):
+    assert o.as_options(said) == shown

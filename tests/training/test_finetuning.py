@@ -163,6 +163,43 @@ def test_best_and_last_are_the_weights_they_say(make, loader, val_loader, tmp_pa
         assert all(torch.equal(value, states[epoch - 1][key]) for key, value in other.state_dict().items())
 
 
+@pytest.mark.parametrize("kept", [True, False], ids=["out_dir", "in memory"])
+@pytest.mark.parametrize("final", ["best", "last"])
+def test_the_model_ends_with_the_epoch_that_the_recipe_says(make, loader, val_loader, tmp_path, final, kept):
+    """The second epoch is the best one: in the third the last layer is turned round."""
+    states = []
+    qmodel = make()
+    keep = lambda row: states.append({k: v.clone() for k, v in qmodel.state_dict().items()})  # noqa: E731
+    options = {
+        "epochs": 3,
+        "lr": 0.1,
+        "distill": 0.0,
+        "final_epoch": final,
+        "out_dir": tmp_path / "a" if kept else None,
+    }
+
+    @torch.no_grad()
+    def spoil(step):
+        if step.number == 9:
+            qmodel[-1].weight.neg_()
+
+    result = finetune(qmodel, loader(), val_loader, on_epoch=keep, on_step=spoil, **options)
+    assert result.best_epoch < 3
+    asked = states[result.best_epoch - 1 if final == "best" else -1]
+    assert all(torch.equal(value, asked[key]) for key, value in qmodel.state_dict().items())
+    if kept:  # a run that is resumed at its end leaves another model with the same weights
+        again = make()
+        finetune(again, loader(), val_loader, resume=True, **options)
+        assert all(torch.equal(value, asked[key]) for key, value in again.state_dict().items())
+
+
+def test_without_a_validation_loader_the_model_ends_with_the_last_epoch(make, loader, tmp_path):
+    qmodel, other = make(), make()
+    result = finetune(qmodel, loader(), epochs=2, lr=0.3, out_dir=tmp_path)
+    load_weights(other, result.last)
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in qmodel.state_dict().items())
+
+
 @pytest.mark.parametrize("bad", ["loss", "weight", "running_var"])
 def test_nan_stops_and_leaves_the_last_good_checkpoint(make, loader, tmp_path, bad):
     """NaN appears in the loss, or in a weight or batch-norm statistic after the last step of an epoch only."""

@@ -49,7 +49,7 @@ def test_resumed_is_uninterrupted(make, breaking, val_loader, tmp_path, loaders,
     assert result.epochs == 3
     assert same(whole / "last.safetensors", parts / "last.safetensors")
     assert same(whole / "best.safetensors", parts / "best.safetensors")
-    state = read_checkpoint(whole / "last.safetensors").part("model/")
+    state = read_checkpoint(whole / "best.safetensors").part("model/")
     assert all(torch.equal(value, state[key]) for key, value in qmodel.state_dict().items())
 
 

@@ -16,7 +16,7 @@ from daqconvert.artifact.manifest import MANIFEST
 from daqconvert.cli import options as o
 from daqconvert.cli import rundir
 from daqconvert.cli.job import Opened
-from daqconvert.cli.output import Output, bits_text, say
+from daqconvert.cli.output import Output, say
 from daqconvert.cli.rundir import size_of
 from daqconvert.cli.sources import EVAL_BATCH, RUN, kind_of
 from daqconvert.deploy.comparing.timing import REPEATS, ROUNDS, Call, Opener, Timing, onnx_opener, time_in_turns
@@ -58,7 +58,7 @@ def bench_command(
         images = torch.rand(batch, *opened.example.shape[1:], generator=torch.Generator().manual_seed(0))
         times = _times(path, opened, images, threads, rounds, repeats)
         document = {
-            "run": source, "model": str(config.job.source), "bits": bits_text(config.plan), "batch": batch,
+            "run": source, "model": str(config.job.source), "bits": config.plan.label, "batch": batch,
             "input": list(images.shape[1:]), "threads": threads, "rounds": rounds, "repeats": repeats,
             "models": _rows(path, times),
         }  # fmt: skip

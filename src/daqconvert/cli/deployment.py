@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from daqconvert.artifact import save
 from daqconvert.cli.bench import run_openers
 from daqconvert.cli.job import Opened
-from daqconvert.cli.output import bits_text, say
+from daqconvert.cli.output import say
 from daqconvert.cli.rundir import ARTIFACT, FLOAT, FLOAT_ONNX, ONNX, SUMMARY, Config, size_of
 from daqconvert.data import Loaders
 from daqconvert.deploy.comparing.export_report import ExportReport
@@ -106,7 +106,7 @@ def summary_document(
         "model": str(config.job.source),
         "data": data.description,
         "measured_by": "labels" if data.val_labelled else "the float model's answers",
-        "bits": bits_text(config.plan),
+        "bits": config.plan.label,
         "epochs": config.recipe.epochs,
         "top1": {"float": top1[0], "quantized": top1[1]},
         "bytes": deployed.files,

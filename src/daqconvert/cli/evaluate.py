@@ -13,7 +13,7 @@ from daqconvert.artifact.manifest import MANIFEST
 from daqconvert.cli import options as o
 from daqconvert.cli import rundir
 from daqconvert.cli.job import DEMO_MODEL, Job
-from daqconvert.cli.output import Output, bits_text
+from daqconvert.cli.output import Output
 from daqconvert.cli.sources import (
     EVAL_BATCH,
     MODEL,
@@ -38,7 +38,7 @@ Results = dict[str, dict[str, Any]]
 
 def evaluate_command(
     *, source: Source, code_model: o.CodeModel = None, weights: o.ModelOptions,
-    data: Annotated[o.DataOptions, o.Without("val")], bits: o.BitsOptions, as_json: o.Json = False,
+    data: Annotated[o.DataOptions, o.Without("val")], bits: o.PolicyOptions, as_json: o.Json = False,
 ) -> None:  # fmt: skip
     """Measure top-1 on held-out images.
 
@@ -71,7 +71,7 @@ def _named(job: Job, asked: Policy | None, batch_size: int) -> tuple[str, Result
     found = {"float": _measure(opened.model, opened.loaders.val)}
     if asked is not None:
         qmodel = calibrated(opened, asked)
-        found[f"{bits_text(current_plan(qmodel))}, calibrated"] = _measure(qmodel, opened.loaders.val)
+        found[f"{current_plan(qmodel).label}, calibrated"] = _measure(qmodel, opened.loaders.val)
     return opened.loaders.description, found
 
 
@@ -79,7 +79,7 @@ def _run(path: Path, typed: str | None, job: Job, batch_size: int) -> tuple[str,
     config, opened = rundir.open_run(path, typed, batch_size, data_changes(job))
     loader = opened.loaders.val
     found = {"float": _measure(opened.model, loader)}
-    bits, skeleton = bits_text(config.plan), copy_model(opened.model)
+    bits, skeleton = config.plan.label, copy_model(opened.model)
     if (path / rundir.BEST).is_file():
         found[f"{bits}, quantized"] = _measure(rundir.quantized_model(path, config, opened), loader)
     artifact = path / rundir.ARTIFACT
@@ -91,4 +91,4 @@ def _run(path: Path, typed: str | None, job: Job, batch_size: int) -> tuple[str,
 def _artifact(path: Path, typed: str | None, job: Job, batch_size: int) -> tuple[str, Results]:
     frozen = load_artifact(path, typed)
     loaders = loaders_of(path, frozen, job, batch_size)
-    return loaders.description, {f"{bits_text(read_manifest(path).plan)}, frozen": _measure(frozen, loaders.val)}
+    return loaders.description, {f"{read_manifest(path).plan.label}, frozen": _measure(frozen, loaders.val)}

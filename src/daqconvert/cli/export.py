@@ -38,7 +38,7 @@ Out = Annotated[
 
 def export_command(
     *, source: Source, out: Out = None, code_model: o.CodeModel = None, weights: o.ModelOptions,
-    data: Annotated[o.DataOptions, o.Without("val", "batch_size")], bits: o.BitsOptions,
+    data: Annotated[o.DataOptions, o.Without("val", "batch_size")], bits: o.PolicyOptions,
     overwrite: o.Overwrite = False, as_json: o.Json = False,
 ) -> None:  # fmt: skip
     """Write an ONNX file and compare it with the frozen model in ONNX Runtime; exit code 1 if they disagree.

@@ -9,7 +9,6 @@ deployed. Ctrl-C or SIGTERM ends a run with one line that says how to go on, and
 from __future__ import annotations
 
 import dataclasses
-import shlex
 import signal
 import threading
 import time
@@ -17,7 +16,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import torch
@@ -37,15 +35,18 @@ from daqconvert.models import copy_model
 from daqconvert.report.progress import progress
 from daqconvert.sources import load_checkpoint
 from daqconvert.spec import Policy
-from daqconvert.training import FinetuneResult, Recipe, evaluate, finetune, load_weights, recipe
-from daqconvert.training.signals import Terminated
+from daqconvert.training import FinetuneResult, Recipe, evaluate, finetune, recipe
+from daqconvert.training.rundir import resume_command
+from daqconvert.training.signals import Terminated, terminate
 
 ModelName = Annotated[
     str | None, typer.Argument(help=f"{o.FORMS}. Default: a small timm network.", show_default=False)
 ]
 Out = Annotated[Path, typer.Option("--out", help="Run directory.")]
 Resume = Annotated[bool, o.option("--resume", "Go on with the run in --out.")]
-NoOnnx = Annotated[bool, o.option("--no-onnx", "Stop at the artifact; write no ONNX files, take no times.")]
+NoOnnx = Annotated[
+    bool, o.option("--no-onnx", "Stop at the artifact; write no ONNX files, take no times. --resume remembers it.")
+]
 FloatEpochs = Annotated[
     int | None, o.option("--float-epochs", "Epochs in float first, for a model without trained weights.")
 ]
@@ -57,7 +58,7 @@ INTERRUPTED, TERMINATED = 130, 143
 
 def finetune_command(
     *, model: ModelName = None, out: Out = Path("runs/finetune"), weights: o.ModelOptions, data: o.DataOptions,
-    bits: o.BitsOptions, training: o.RecipeOptions, float_epochs: FloatEpochs = None, overwrite: o.Overwrite = False,
+    bits: o.PolicyOptions, training: o.RecipeOptions, float_epochs: FloatEpochs = None, overwrite: o.Overwrite = False,
     resume: Resume = False, no_onnx: NoOnnx = False, as_json: o.Json = False,
 ) -> None:  # fmt: skip
     """Quantize a model, train it, freeze it and deploy it; leave everything in a run directory.
@@ -74,9 +75,9 @@ def finetune_command(
         with process_group() as processes:
             processes.from_main(lambda: rundir.prepare(out, overwrite, resume))
             config, opened = open_fresh(typed, chosen) if chosen else open_resumed(out, typed, processes)
-            config = processes.from_main(lambda: config)
+            config = processes.from_main(lambda: dataclasses.replace(config, onnx=config.onnx and not no_onnx))
             opened, float_top1 = prepare_float(out, config, opened, processes, resume=resume)
-        run(out, Started(config, opened, float_top1, resume=resume, onnx=not no_onnx), output)
+        run(out, Started(config, opened, float_top1, resume=resume), output)
 
 
 # What was typed is checked and opened.
@@ -109,6 +110,8 @@ def open_fresh(typed: Typed, chosen: Recipe) -> tuple[Config, Opened]:
         DataError: If the data has no labels and the recipe needs some, or a field of the recipe has no effect on it.
     """
     job, float_epochs = typed.job, typed.float_epochs
+    if float_epochs is not None and float_epochs < 0:
+        raise TrainingError(f"--float-epochs {float_epochs}: expected 0 or more.")
     torch.manual_seed(job.seed)
     # Processes other than the main one get the weights from it later.
     opened = open_job(job, chosen.batch_size, skeleton=not is_main(), recipe=chosen)
@@ -150,7 +153,7 @@ def open_resumed(out: Path, typed: Typed, processes: ProcessGroup) -> tuple[Conf
     """
     config = processes.from_main(lambda: rundir.read_config(out))
     for item in dataclasses.fields(Job):
-        found, stored = getattr(typed.job, item.name), getattr(config.job, item.name)
+        found, stored = (getattr(rundir.absolute(job), item.name) for job in (typed.job, config.job))
         if found not in (stored, getattr(Job(), item.name)) and item.name != "workers":
             raise TrainingError(f"--resume: the run in {out} has {item.name} {stored!r}, found {found!r}.")
     if typed.float_epochs not in (None, config.float_epochs):
@@ -260,14 +263,12 @@ class Started:
         opened: Float model and data of the run.
         float_top1: Accuracy of the float model on the held-out images.
         resume: Whether the run is resumed.
-        onnx: Whether ONNX files are wanted.
     """
 
     config: Config
     opened: Opened
     float_top1: float | None
     resume: bool
-    onnx: bool
 
 
 def run(out: Path, started: Started, output: Output) -> None:
@@ -276,11 +277,10 @@ def run(out: Path, started: Started, output: Output) -> None:
     began = time.perf_counter()
     with stoppable(out, config.job):
         qmodel: nn.Module = apply_plan(copy_model(opened.model), config.plan)
-        with _sigterm(signal.SIG_DFL):  # `finetune` has its own handler: it ends after a step, with a checkpoint
-            done = finetune(
-                qmodel, opened.loaders.train, opened.loaders.val, recipe=config.recipe, out_dir=out,
-                resume=started.resume, overwrite=not started.resume,
-            )  # fmt: skip
+        done = finetune(  # SIGTERM ends it after a step, with a checkpoint
+            qmodel, opened.loaders.train, opened.loaders.val, recipe=config.recipe, out_dir=out,
+            resume=started.resume, overwrite=not started.resume,
+        )  # fmt: skip
         if not is_main():
             return
         say(str(done))
@@ -291,9 +291,8 @@ def _deploy(
     out: Path, started: Started, qmodel: nn.Module, done: FinetuneResult, began: float, output: Output
 ) -> None:
     config, opened = started.config, started.opened
-    load_weights(qmodel, out / rundir.BEST)
     top1 = evaluate(qmodel, opened.loaders.val).top1
-    deployed = deploy(out, opened, qmodel, onnx=started.onnx)
+    deployed = deploy(out, opened, qmodel, onnx=config.onnx)
     seconds = time.perf_counter() - began
     document = summary_document(config, opened.loaders, (started.float_top1, top1), deployed, seconds)
     document |= {"epochs": done.epochs, "best_epoch": done.best_epoch, "stop": done.stop}
@@ -311,7 +310,7 @@ def _deploy(
 def stoppable(out: Path, job: Job) -> Iterator[None]:
     """End the command when Ctrl-C or SIGTERM comes while the block runs, and say how to go on."""
     try:
-        with _sigterm(_raise):
+        with _terminating():
             yield
     except KeyboardInterrupt:
         fail(f"Interrupted. {_go_on(out, job)}", INTERRUPTED)
@@ -320,23 +319,18 @@ def stoppable(out: Path, job: Job) -> Iterator[None]:
 
 
 @contextmanager
-def _sigterm(handler: Any) -> Iterator[None]:
-    """Handle SIGTERM by `handler` while the block runs; a thread other than the main one cannot, and does nothing."""
+def _terminating() -> Iterator[None]:
+    """Raise on SIGTERM while the block runs; a thread other than the main one cannot, and does nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, handler)
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _raise(number: int, frame: FrameType | None) -> None:
-    raise Terminated("SIGTERM")
-
-
 def _go_on(out: Path, job: Job) -> str:
-    again = f"{shlex.quote(str(job.source))} " if job.source.kind == "import" else ""  # code has to be named again
     how = ", started by the launcher as before" if count() > 1 else ""
-    return f"Go on with: daqconvert finetune {again}--out {shlex.quote(str(out))} --resume{how}"
+    return f"Go on with: {resume_command(out, job.model)}{how}"

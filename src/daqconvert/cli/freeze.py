@@ -13,7 +13,7 @@ from daqconvert.artifact import save
 from daqconvert.cli import options as o
 from daqconvert.cli import rundir
 from daqconvert.cli.job import Opened
-from daqconvert.cli.output import Output, bits_text
+from daqconvert.cli.output import Output
 from daqconvert.cli.rundir import size_of
 from daqconvert.cli.sources import ARTIFACT, EVAL_BATCH, MODEL, calibrated, kind_of, needs_out, open_named, refuse
 from daqconvert.convert import current_plan
@@ -28,7 +28,7 @@ Out = Annotated[
 
 def freeze_command(
     *, source: Source, out: Out = None, code_model: o.CodeModel = None, weights: o.ModelOptions,
-    data: Annotated[o.DataOptions, o.Without("val", "batch_size")], bits: o.BitsOptions,
+    data: Annotated[o.DataOptions, o.Without("val", "batch_size")], bits: o.PolicyOptions,
     overwrite: o.Overwrite = False, as_json: o.Json = False,
 ) -> None:  # fmt: skip
     """Write an artifact: weights as integer codes, packed at their bits.
@@ -61,6 +61,6 @@ def _not_frozen_yet(kind: str, source: str) -> None:
 def _save(qmodel: nn.Module, opened: Opened, out: Path, overwrite: bool, output: Output) -> None:
     frozen = freeze(qmodel).cpu()
     save(frozen, out, overwrite=overwrite, **opened.artifact_source)
-    bits, size = bits_text(current_plan(frozen)), size_of(out)
+    bits, size = current_plan(frozen).label, size_of(out)
     document = {"artifact": str(out), "bytes": size, "bits": bits, "source": opened.artifact_source.get("source")}
     output.show(f"{out}: {bits}, {size / 1000:.1f} kB", document)

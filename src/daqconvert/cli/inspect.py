@@ -17,7 +17,7 @@ from daqconvert.artifact import read_manifest
 from daqconvert.cli import options as o
 from daqconvert.cli import rundir
 from daqconvert.cli.deployment import summary_text
-from daqconvert.cli.output import Output, bits_text
+from daqconvert.cli.output import Output
 from daqconvert.cli.rundir import size_of
 from daqconvert.cli.sources import ARTIFACT, MODEL, example_image, kind_of, refuse
 from daqconvert.data import input_config
@@ -49,7 +49,7 @@ def _artifact(path: Path) -> tuple[str, dict[str, Any]]:
     document: dict[str, Any] = {
         "model": manifest.model, "source": manifest.source, "source_kwargs": manifest.source_kwargs,
         "version": manifest.version, "daqconvert": manifest.daqconvert, "dtype": manifest.dtype,
-        "bytes": size_of(path), "float_bytes": manifest.plan.float_bytes, "bits": bits_text(manifest.plan),
+        "bytes": size_of(path), "float_bytes": manifest.plan.float_bytes, "bits": manifest.plan.label,
         "layers": {row.name: [row.weight_text, row.input_text] for row in manifest.plan.converted},
     }  # fmt: skip
     source = f"built from {manifest.source}" if manifest.source else "needs a skeleton"
@@ -101,7 +101,7 @@ def run_text(path: Path) -> tuple[str, dict[str, Any]]:
     summary = rundir.read_json(path / rundir.SUMMARY) if rundir.SUMMARY in files else None
     job = {key: value for key, value in dataclasses.asdict(config.job).items() if value not in (None, {}, False)}
     progress, warnings = _progress(path), _warnings(path)
-    facts = [f"{path}: {config.job.source}, {bits_text(config.plan)}, recipe {config.recipe.name}"]
+    facts = [f"{path}: {config.job.source}, {config.plan.label}, recipe {config.recipe.name}"]
     facts += ["  ".join(f"{key}={value}" for key, value in job.items())] if job else []
     facts += [_progress_text(progress, config.recipe.epochs), *_warning_lines(warnings)]
     table = render(simple_table("", ("file", "bytes"), list(files.items())))

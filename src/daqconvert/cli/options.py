@@ -12,6 +12,8 @@ import dataclasses
 import functools
 import inspect
 import json
+import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +24,12 @@ import typer
 from daqconvert.cli.job import Job
 from daqconvert.errors import DataError, PolicyError, TrainingError
 from daqconvert.policy.arguments import build
-from daqconvert.spec import Policy
+from daqconvert.spec import Policy, Settings
 from daqconvert.training.recipes import parse_overrides
+from daqconvert.training.recipes.recipe import FIELDS
 
 DEFAULT_BITS = 4
+SETTINGS = frozenset(item.name for item in dataclasses.fields(Settings))
 FORMS = "timm name, torchvision:NAME, hf-hub:ORG/NAME or module:function"
 
 
@@ -82,10 +86,12 @@ class PolicyOptions:
     policy: Annotated[str | None, option("--policy", "A policy file (TOML).")] = None
     preset: Annotated[str | None, option("--preset", "A preset, such as paper-w1a1.")] = None
     w_bits: Annotated[
-        str | None, option("--w-bits", "Bits of the weights, 1 to 8, or float. Default: 4, or 8 beside --a-bits.")
+        str | None,
+        option("--w-bits", "Bits of the weights, 1 to 8, or float. Default: 4, or what --policy or --preset says."),
     ] = None
     a_bits: Annotated[
-        str | None, option("--a-bits", "Bits of the inputs, 1 to 8, or float. Default: 4, or 8 beside --w-bits.")
+        str | None,
+        option("--a-bits", "Bits of the inputs, 1 to 8, or float. Default: 4, or what --policy or --preset says."),
     ] = None
     first: Annotated[str | None, option("--first", "First layers: W,A bits or float. Default: 8,8.")] = None
     last: Annotated[str | None, option("--last", "Last layers: W,A bits or float. Default: 8,8.")] = None
@@ -117,8 +123,8 @@ class PolicyOptions:
 
         Example:
             >>> asked = PolicyOptions(w_bits="2", first="float", set=["rounding=ste"]).read()
-            >>> asked.default.w_bits, asked.first, asked.default.rounding
-            (2, None, 'ste')
+            >>> asked.default.w_bits, asked.default.a_bits, asked.first, asked.default.rounding
+            (2, 4, None, 'ste')
         """
         found: dict[str, Any] = {"policy": self.policy, "preset": self.preset, "exclude": self.exclude or None}
         found |= {"include": self.include or None, "bits": layer_bits(self.bits) or None}
@@ -131,9 +137,11 @@ class PolicyOptions:
             if text is not None:
                 found[key] = _position(text, f"--{key}")
         found |= pairs(self.set, "--set")
-        if not {"policy", "preset", "w_bits", "a_bits"} & found.keys():
-            found |= {"w_bits": DEFAULT_BITS, "a_bits": DEFAULT_BITS} if found else {}
-        return build(**found) if found else None
+        if not found:
+            return None
+        if not {"policy", "preset"} & found.keys():  # the option that was not given keeps its default
+            found = {"w_bits": DEFAULT_BITS, "a_bits": DEFAULT_BITS} | found
+        return build(**found)
 
 
 class Without:
@@ -141,10 +149,6 @@ class Without:
 
     def __init__(self, *names: str) -> None:
         self.names = names
-
-
-# What all commands but `plan` offer of a policy.
-BitsOptions = Annotated[PolicyOptions, Without("include", "bits", "attention", "share_inputs")]
 
 
 @dataclass(frozen=True)
@@ -229,6 +233,50 @@ def given(group: Any) -> dict[str, Any]:
     """
     found = {item.name: (getattr(group, item.name), item.default) for item in dataclasses.fields(group)}
     return {name: value for name, (value, default) in found.items() if value not in (default, [])}
+
+
+def as_options(said: str) -> str:
+    """Return an error of the library in the words of the command line: options instead of Python's arguments.
+
+    Example:
+        >>> as_options('Pass overwrite=True, or exclude=["head.fc"], or w_bits=4, normalize=False or clip_grad=1.0.')
+        'Pass --overwrite, or --exclude head.fc, or --w-bits 4, --set normalize=false or --with clip_grad=1.0.'
+        >>> as_options("recipe 'quick': momentum: expected a number of 0 or more and below 1; found 2.")
+        '--with momentum: expected a number of 0 or more and below 1; found 2.'
+    """
+    named = NAMED.sub(lambda found: f"{_flag(found[1])}:", said, count=1).replace("or None (32)", "or float (32)")
+    named = re.sub("^arguments: ", "options: ", named)
+    return ARGUMENT.sub(_as_option, named).replace("out_dir", "--out")
+
+
+NAMED = re.compile(r"^(?:arguments:?|recipe '[^']*':) (\w+):")
+ARGUMENT = re.compile(r"(?<![\w-])(--[\w-]+ '?)?([a-z]\w*)=(\[[^\]]*\]|\"[^\"]*\"|'[^']*'|[\w+-]+(?:\.\w+)*)")
+FLAGS = ("resume", "overwrite", "share_inputs", "pretrained")
+VALUES = frozenset(item.name for group in (PolicyOptions, RecipeOptions) for item in dataclasses.fields(group))
+
+
+def _as_option(found: re.Match[str]) -> str:
+    typed, name, value = found[1], found[2], found[3].strip("\"'")
+    flag = _flag(name)
+    if typed:  # `--with clip_grad=1` is an option already
+        return found[0]
+    if name in FLAGS:
+        return flag if value == "True" else f"no {flag}"
+    if name in ("include", "exclude"):
+        return " ".join(
+            f"{flag} {shlex.quote(item.strip(chr(34) + chr(39)))}" for item in value.strip("[]").split(", ")
+        )
+    plain = {"True": "true", "False": "false", "None": "float"}.get(value, value)
+    if name in VALUES | FIELDS.keys() | SETTINGS:
+        return f"{flag}{' ' if name in VALUES else '='}{plain}"
+    return found[0]
+
+
+def _flag(name: str) -> str:
+    """Return the option by which a field of a policy or a recipe is set."""
+    if name in VALUES | {"include", "exclude", *FLAGS}:
+        return f"--{name.replace('_', '-')}"
+    return f"--with {name}" if name in FIELDS else f"--set {name}"
 
 
 def default_policy() -> Policy:

@@ -6,20 +6,21 @@ import contextlib
 import functools
 import json
 import math
+import os
 import re
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import typer
 
+from daqconvert.cli.options import as_options
 from daqconvert.cli.processes import is_main, number
 from daqconvert.errors import DaqError
-from daqconvert.spec import Plan
 
 LATER = 5.0  # seconds in which a launcher ends the other processes when one has failed
+CLOSED = 141  # what shells give a command that was ended by SIGPIPE
 WORKER = re.compile(r"Caught \w+ in DataLoader worker process.*?\n(?:\w+\.)*\w*Error: ", re.DOTALL)
 
 
@@ -31,7 +32,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except DaqError as error:
-            fail(WORKER.sub("", str(error)), 2)
+            fail(as_options(WORKER.sub("", str(error))), 2)
         except OSError as error:
             if error.filename is None:
                 raise
@@ -79,8 +80,26 @@ class Output:
 
     def show(self, text: str, document: dict[str, Any]) -> None:
         """Print the text for people, or the document for programs as JSON; numbers that JSON lacks become null."""
-        shown = json.dumps(_plain(document), indent=2, ensure_ascii=False) if self.as_json else text
-        print(shown, file=self._stream, flush=True)
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        unicode = encoding.lower().replace("-", "") == "utf8"
+        shown = json.dumps(_plain(document), indent=2, ensure_ascii=not unicode) if self.as_json else text
+        with writing(self._stream):
+            print(shown.encode(encoding, "backslashreplace").decode(encoding), file=self._stream, flush=True)
+
+
+@contextlib.contextmanager
+def writing(stream: Any) -> Iterator[None]:
+    """End the command, with one line at most, when its standard output takes no more: a full disk, a closed pipe."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        with contextlib.suppress(OSError, ValueError):  # what is left in the buffer would fail again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise typer.Exit(CLOSED) from None
+        fail(f"Standard output could not be written ({error.strerror}).", 2)
 
 
 def _plain(value: Any) -> Any:
@@ -91,14 +110,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
-
-
-def bits_text(plan: Plan) -> str:
-    """Return the bits that most layers of a plan have, as `W4A4`.
-
-    Example:
-        >>> bits_text(Plan((), "Net"))
-        'float'
-    """
-    found = Counter((row.settings.w_bits or 32, row.settings.a_bits or 32) for row in plan if row.settings)
-    return "W{}A{}".format(*found.most_common(1)[0][0]) if found else "float"

@@ -19,14 +19,14 @@ from daqconvert.sources import load_checkpoint, parse_source
 from daqconvert.spec import Plan
 from daqconvert.training import Recipe, load_weights
 from daqconvert.training.recipes import completed
-from daqconvert.training.rundir import RunDirectory
+from daqconvert.training.rundir import RunDirectory, resume_command
 from daqconvert.version import __version__
 
 RUN = "run"
 CONFIG, FLOAT, SUMMARY = "config.json", "float.safetensors", "summary.json"
 ARTIFACT, ONNX, FLOAT_ONNX = "artifact", "model.onnx", "float.onnx"
 HINT = "Free some space or choose another --out."
-BEST = "best.safetensors"
+BEST, LAST = "best.safetensors", "last.safetensors"
 LOGS = {"report": "report.html", "log": "log.csv", "steps": "steps.csv", "warnings": "warnings.jsonl"}
 OWN = (CONFIG, FLOAT, SUMMARY, ARTIFACT, ONNX, FLOAT_ONNX)
 
@@ -40,12 +40,14 @@ class Config:
         plan: Which layers get how many bits.
         recipe: How the quantized model is trained.
         float_epochs: Epochs that the float model is trained first.
+        onnx: Whether ONNX files are made.
     """
 
     job: Job
     plan: Plan
     recipe: Recipe
     float_epochs: int
+    onnx: bool = True
 
 
 def is_run(path: str | Path) -> bool:
@@ -99,12 +101,23 @@ def write_config(path: Path, config: Config) -> None:
     path.mkdir(parents=True, exist_ok=True)
     document = {
         "daqconvert": __version__,
-        "job": dataclasses.asdict(config.job),
+        "job": dataclasses.asdict(absolute(config.job)),
         "recipe": config.recipe.to_dict(),
         "float_epochs": config.float_epochs,
+        "onnx": config.onnx,
         "plan": plan_to_dict(config.plan),
     }
     write_json(path / CONFIG, document)
+
+
+def absolute(job: Job) -> Job:
+    """Return a job whose files and folders are named from the root, so that it is the same job in any folder."""
+    found: dict[str, Any] = {
+        key: str(Path(value).absolute())
+        for key in ("checkpoint", "data", "val", "data_root")
+        if (value := getattr(job, key)) is not None and Path(value).exists()
+    }
+    return dataclasses.replace(job, **found)
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
@@ -133,9 +146,8 @@ def read_config(path: Path) -> Config:
     found = read_json(path / CONFIG)
     try:
         job = job_from_dict(found["job"], path / CONFIG)
-        return Config(
-            job, plan_from_dict(found["plan"]), Recipe(**completed(found["recipe"])), int(found["float_epochs"])
-        )
+        plan, recipe = plan_from_dict(found["plan"]), Recipe(**completed(found["recipe"]))
+        return Config(job, plan, recipe, int(found["float_epochs"]), onnx=bool(found.get("onnx", True)))
     except (KeyError, TypeError) as error:
         raise TrainingError(f"{path / CONFIG} is damaged: {error}.") from error
 
@@ -168,22 +180,25 @@ def open_run(
     config = read_config(path)
     job = dataclasses.replace(allow_code(config.job, typed, path), **changes or {})
     if not (path / FLOAT).is_file():
-        raise TrainingError(f"{path}: it has no {FLOAT} yet. Go on with daqconvert finetune --out {path} --resume.")
+        raise TrainingError(f"{path}: it has no {FLOAT} yet. Go on with: {resume_command(path, job.model)}")
     opened = open_job(job, batch_size, skeleton=True, recipe=config.recipe)
     load_checkpoint(opened.model, path / FLOAT)
     return config, measured_by_float(opened)
 
 
 def quantized_model(path: Path, config: Config, opened: Opened) -> Any:
-    """Return the quantized model of a run's best epoch, in evaluation mode; the float model is converted in place.
+    """Return the quantized model that a run ends with, in evaluation mode; the float model is converted in place.
+
+    That is the model of its best epoch, or of its last if the recipe says so.
 
     Raises:
         TrainingError: If no epoch was finished.
     """
-    if not (path / BEST).is_file():
-        raise TrainingError(f"{path}: it has no {BEST} yet. Go on with daqconvert finetune --out {path} --resume.")
+    file = path / (BEST if config.recipe.final_epoch == "best" else LAST)
+    if not file.is_file():
+        raise TrainingError(f"{path}: it has no {file.name} yet. Go on with: {resume_command(path, config.job.model)}")
     qmodel = apply_plan(opened.model, config.plan)
-    load_weights(qmodel, path / BEST)
+    load_weights(qmodel, file)
     return qmodel.eval()
 
 

@@ -194,17 +194,17 @@ def _check_rule(rule: Rule, sites: Sequence[Site], named: Mapping[str, Sequence[
     if not levels:
         hint = _type_hint(rule.type, sites) if rule.type is not None else _name_hint(rule.match or "", sites)
         raise PolicyError(
-            f"{where} matches no layer.{hint} Fix the {'pattern' if rule.type is None else 'type'} "
-            "or set optional = true."
+            f"{where} matches no layer.{hint} Fix the {'pattern' if rule.type is None else 'type'}"
+            f"{_optional(rule, ' or leave it out')}."
         )
     for site, level in levels:
         if site.reason and level is Level.EXACT:
-            raise PolicyError(f"{where} cannot be converted: {site.reason}. Remove the rule or set optional = true.")
+            raise PolicyError(f"{where} cannot be converted: {site.reason}. {_drop(rule)}.")
     if all(site.reason for site, _ in levels):
         site = levels[0][0]
         raise PolicyError(
             f"{where} matches only layers that cannot be converted, as {site.name or '(root)'}: {site.reason}. "
-            "Remove the rule or set optional = true."
+            f"{_drop(rule)}."
         )
     _check_effect(rule, [site for site, _ in levels if not site.reason], where)
 
@@ -220,9 +220,18 @@ def _check_effect(rule: Rule, sites: Sequence[Site], where: str) -> None:
             "Write attention = 8."
         )
     raise PolicyError(
-        f"{where} sets {names}, which {sites[0].name or '(root)'} ({sites[0].kind}) does not take. "
-        "Remove the rule or set optional = true."
+        f"{where} sets {names}, which {sites[0].name or '(root)'} ({sites[0].kind}) does not take. {_drop(rule)}."
     )
+
+
+def _drop(rule: Rule) -> str:
+    """Return how to get rid of a rule that has no effect."""
+    return f"Remove the entry of {rule.place}" if rule.place else f"Remove the rule{_optional(rule)}"
+
+
+def _optional(rule: Rule, other: str = "") -> str:
+    """Return the words for `optional = true`; an entry of `bits` has no place for it, and gets the other words."""
+    return other if rule.place else " or set optional = true"
 
 
 def _name_hint(pattern: str, sites: Iterable[Site]) -> str:

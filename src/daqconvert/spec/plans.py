@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -86,6 +87,17 @@ class Plan:
     def float_bytes(self) -> int:
         """Bytes of all parameters in float32."""
         return self.totals.float_bytes
+
+    @property
+    def label(self) -> str:
+        """The bits that were asked for, as `W4A4`: those of most layers that no special rule decided; or `float`.
+
+        First and last layers have bits of their own, so two ends of 8 bits around one layer of 4 are still `W4A4`.
+        """
+        converted = [row for row in self.converted if not row.site.is_output]
+        counted = [row for row in converted if row.rule == "default"] or converted
+        found = Counter(f"W{row.bits[0]}A{row.bits[1]}" for row in counted)
+        return found.most_common(1)[0][0] if found else "float"
 
     def input_groups(self) -> dict[str, str]:
         """Return the sites that use another's input quantizer: name -> name of the site that has it."""

@@ -97,7 +97,11 @@ def finetune(
     on_epoch: Callable[[Row], None] | None = None, on_step: Callable[[Step], None] | None = None,
     accelerator: Accelerator | None = None, **overrides: Any,
 ) -> FinetuneResult:  # fmt: skip
-    """Train a quantized model in place; it is left with the last epoch's weights, in evaluation mode.
+    """Train a quantized model in place; it is left with the best epoch's weights, in evaluation mode.
+
+    The best epoch is that with the highest top-1 accuracy on the validation loader, or the lowest loss where there is
+    no top-1. Without a validation loader, and with `final_epoch="last"`, the model has the last epoch's weights. The
+    command line freezes a run by the same rule.
 
     If some bounds were never set, the first training batches calibrate the model. SIGTERM and the first Ctrl-C end the
     training after the step in progress, with a checkpoint; SIGUSR1 asks for a checkpoint.
@@ -115,7 +119,7 @@ def finetune(
         train_loader: A `DataLoader` or a list, read once an epoch, the same on all processes. Its batches are
             `(input, target)`, or dicts with the target under `target`, `label` or `labels`; with `distill=1.0` they
             need no targets.
-        val_loader: Labelled batches to evaluate on after each epoch; the best epoch's model is kept too.
+        val_loader: Labelled batches to evaluate on after each epoch; they tell which epoch is the best.
         recipe: A name that `daqconvert recipes` lists, the path of a TOML file, or a `Recipe`.
         out_dir: Directory for checkpoints and logs; None writes nothing.
         teacher: Model to distil from; by default a float copy of `qmodel` as it is before the first step.

@@ -28,8 +28,8 @@ from daqconvert.training.batching.seeding import derived_seed, seed_generators
 from daqconvert.training.evaluation import EvalResult, measured
 from daqconvert.training.optim import QUANTIZERS, WEIGHTS
 from daqconvert.training.run import Run, Step
-from daqconvert.training.rundir import Row
-from daqconvert.training.saving import ended_by, model_copy, save
+from daqconvert.training.rundir import Row, kept
+from daqconvert.training.saving import end_with_best, ended_by, model_copy, save
 from daqconvert.training.signals import Ended
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ T = TypeVar("T")
 def train(
     run: Run, bar: Bar, on_epoch: Callable[[Row], None] | None = None, on_step: Callable[[Step], None] | None = None
 ) -> None:
-    """Train the epochs that are left of a prepared run; evaluate and save after each of them.
+    """Train the epochs that are left of a prepared run; evaluate and save after each; end with the best one's weights.
 
     On the main process `on_epoch` is called with each epoch's row, and `on_step` after each optimizer step.
     """
@@ -48,6 +48,7 @@ def train(
             _end_epoch(run, row)
             if on_epoch is not None and run.processes.is_main:
                 on_epoch(dict(row))
+    end_with_best(run)
 
 
 def _train_epoch(run: Run, wrapped: Any, bar: Bar, on_step: Callable[[Step], None] | None) -> Row:
@@ -223,8 +224,8 @@ def _evaluate(run: Run, row: Row) -> dict[str, Tensor] | None:
         row["val_loss"], row["val_top1"] = result.loss, result.top1
         if run.best is not None and _merit(row) <= _merit(run.best):
             return None
-        run.best = row
-        return model_copy(run)
+        run.best, run.best_tensors = row, model_copy(run)
+        return run.best_tensors
 
 
 def _measured(run: Run, batches: Iterator[Any]) -> EvalResult:
@@ -265,10 +266,7 @@ def _require_finite(run: Run) -> None:
 
 def _raise_diverged(run: Run, what: str) -> NoReturn:
     """End a run whose values are not finite any more, with an error that says what is kept and what to try."""
-    kept = "no out_dir was given, so there is no checkpoint"
-    if run.directory is not None:
-        kept = f"{run.directory.last} holds the state after {run.saved}"
     raise TrainingError(
-        f"{what}. Training stopped; {kept}. Try a smaller lr (now {run.recipe.lr:g}), quantizer_lr (now "
-        f"{run.recipe.quantizer_lr:g}) or clip_grad=1.0."
+        f"{what}. Training stopped; {kept(run.directory, run.saved)}. Try a smaller lr (now {run.recipe.lr:g}), "
+        f"quantizer_lr (now {run.recipe.quantizer_lr:g}) or clip_grad=1.0."
     )

@@ -69,7 +69,7 @@ def _start_fresh(run: Run) -> None:
     run.processes.agree(run.model)
     if own:
         run.objective.teacher = float_copy(run.model)
-    initial = model_copy(run) if own else {}
+    initial = model_copy(run) if own and run.directory is not None else {}
     original = None
     if recipe.reconstruct:  # blocks learn from weights that GPTQ has not changed
         original = run.objective.teacher if own else float_copy(run.model)

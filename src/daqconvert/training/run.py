@@ -179,6 +179,7 @@ class Run:
         position: The epoch in progress.
         history: One row for each epoch done.
         best: Row of the best epoch, or None.
+        best_tensors: The model's tensors after it, on the main process, if this call trained it; else empty.
         stop: Why training ends before its last epoch, or None; a part may set it after an epoch.
         saved: Position that the last checkpoint holds; None before there is one.
     """
@@ -205,6 +206,7 @@ class Run:
     position: Position = field(default_factory=Position)
     history: list[Row] = field(default_factory=list)
     best: Row | None = None
+    best_tensors: dict[str, Tensor] = field(default_factory=dict)
     stop: str | None = None
     saved: Position | None = None
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import logging
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ from typing import Any
 
 from daqconvert.errors import TrainingError
 from daqconvert.files import replacing, write_text
+from daqconvert.sources import parse_source
 from daqconvert.training.checkpoint import NOT_WRITTEN
 from daqconvert.training.recipes import Recipe
 
@@ -85,17 +88,16 @@ class RunDirectory:
         """Keep `last`, the state after `step` steps, in `checkpoints`; a link takes no space until `last` changes.
 
         Raises:
-            OSError: If the file or the link cannot be made.
-            TrainingError: If the copy, where there are no links, cannot be written.
+            TrainingError: If it cannot be written.
         """
         if not self.last.is_file():
             return
-        self.checkpoints.mkdir(exist_ok=True)
         kept = self.checkpoints / f"step-{step:08d}.safetensors"
-        kept.unlink(missing_ok=True)
         try:
+            self.checkpoints.mkdir(exist_ok=True)
+            kept.unlink(missing_ok=True)
             os.link(self.last, kept)
-        except OSError:  # the file system has no links
+        except OSError:  # the file system has no links, or the folder cannot be written to
             with replacing(kept, TrainingError, NOT_WRITTEN) as temporary:
                 shutil.copyfile(self.last, temporary)
 
@@ -143,6 +145,33 @@ class RunDirectory:
             if not directory.is_dir() or any(directory.iterdir()):
                 return
             directory.rmdir()
+
+
+def kept(directory: RunDirectory | None, saved: object = None) -> str:
+    """Return what is left of a run that ends early, in words; `saved` is what the last checkpoint holds, if known."""
+    if directory is None:
+        return "no out_dir was given, so nothing is kept"
+    return f"{directory.last} is as it was" if saved is None else f"{directory.last} holds the state after {saved}"
+
+
+def shell_job(path: Path) -> dict[str, Any]:
+    """Return model and data of a run as they were typed on the command line; empty where it was started in Python."""
+    file = path / "config.json"
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))["job"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def resume_command(path: Path, model: str | None) -> str:
+    """Return the command that goes on with a run; a model that is code has to be named again.
+
+    Example:
+        >>> resume_command(Path("runs/my net"), "nets:build")
+        "daqconvert finetune nets:build --out 'runs/my net' --resume"
+    """
+    named = [model] if model is not None and parse_source(model).kind == "import" else []
+    return shlex.join(["daqconvert", "finetune", *named, "--out", str(path), "--resume"])
 
 
 class Appended:

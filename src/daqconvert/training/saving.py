@@ -34,7 +34,7 @@ from daqconvert.training.optim import Optimizers
 from daqconvert.training.parts.assembly import parts_for
 from daqconvert.training.recipes import completed
 from daqconvert.training.run import Position, Run
-from daqconvert.training.rundir import RunDirectory, write_log
+from daqconvert.training.rundir import RunDirectory, kept, write_log
 from daqconvert.training.signals import Terminated
 
 
@@ -69,10 +69,23 @@ def _write(run: Run, about: dict[str, Any], best: dict[str, Tensor] | None) -> N
 
 
 def model_copy(run: Run) -> dict[str, Tensor]:
-    """Return the model's tensors as they are now, for `save`; empty on a process that writes nothing."""
-    if run.directory is None or not run.processes.is_main:
+    """Return a copy of the model's tensors as they are now, on the CPU; empty on all processes but the main one."""
+    if not run.processes.is_main:
         return {}
     return {key: value.detach().to("cpu", copy=True) for key, value in model_tensors(run.model).items()}
+
+
+def end_with_best(run: Run) -> None:
+    """Give the model the weights of the best epoch, on all processes, if the recipe asks for them and there is one."""
+    if run.recipe.final_epoch != "best" or run.best is None:
+        return
+    if run.processes.is_main:
+        tensors = {key.removeprefix(MODEL): value for key, value in run.best_tensors.items()}
+        if not tensors:  # an earlier call, which this one resumed, had the best epoch
+            assert run.directory is not None
+            tensors = read_checkpoint(run.directory.best).part(MODEL)
+        run.model.load_state_dict(tensors)
+    run.processes.agree(run.model)
 
 
 def meta(run: Run) -> dict[str, Any]:
@@ -139,10 +152,8 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
 
 def ended_by(run: Run, signal: str) -> BaseException:
     """Return the exception that ends a run after a signal: `KeyboardInterrupt` for SIGINT, else `Terminated`."""
-    where = "no out_dir was given, so nothing is kept."
-    if run.directory is not None:
-        where = f"{run.directory.last} holds the state after {run.saved}. Go on with resume=True."
-    said = f"{signal}: training stopped; {where}"
+    how = "" if run.directory is None else " Go on with resume=True."
+    said = f"{signal}: training stopped; {kept(run.directory, run.saved)}.{how}"
     return KeyboardInterrupt(said) if signal == "SIGINT" else Terminated(said)
 
 

@@ -15,7 +15,6 @@ from typing import Any
 from daqconvert.errors import TrainingError
 
 NAMES = ("SIGUSR1", "SIGTERM", "SIGINT")  # the later, the more urgent; Windows has no SIGUSR1
-USUAL = (signal.SIG_DFL, signal.default_int_handler)  # handlers that `listening` replaces
 
 
 class Ended(Exception):
@@ -28,6 +27,18 @@ class Ended(Exception):
 
 class Terminated(TrainingError):
     """SIGTERM ended training, after a checkpoint."""
+
+
+def terminate(number: int, frame: FrameType | None) -> None:
+    """Handle SIGTERM outside of training: what runs ends where it is.
+
+    Raises:
+        Terminated: Always.
+    """
+    raise Terminated("SIGTERM")
+
+
+USUAL = (signal.SIG_DFL, signal.default_int_handler, terminate)  # handlers that `listening` replaces
 
 
 class Signals:

@@ -24,7 +24,7 @@ def recorded(qmodel, loader, val_loader=None, **options):
 @pytest.mark.parametrize("warmup", [True, False])
 def test_it_is_its_formula_and_what_is_evaluated_and_kept(make, loader, val_loader, warmup):
     qmodel = make()
-    seen, result = recorded(qmodel, loader, val_loader, ema=0.8, ema_warmup=warmup)
+    seen, result = recorded(qmodel, loader, val_loader, ema=0.8, ema_warmup=warmup, final_epoch="last")
     average = {key: value.double() if value.is_floating_point() else value for key, value in seen[0].items()}
     for number, new in enumerate(seen[1:], 2):
         decay = min(0.8, 1 - number ** (-2 / 3)) if warmup else 0.8

@@ -21,7 +21,7 @@ from daqconvert.layers.site import QuantizedSite
 from daqconvert.training.parts.measures import input_quantizers, input_range, level_counts, sites_of, weight_ranges
 from daqconvert.training.recipes import Recipe
 from daqconvert.training.run import Part, Run, Step
-from daqconvert.training.rundir import Row, RunDirectory
+from daqconvert.training.rundir import Row, RunDirectory, kept
 
 LOGGER = logging.getLogger("daqconvert.training")
 
@@ -133,7 +133,7 @@ class Guards(Part):
             recipe = self.recipe
             raise TrainingError(
                 f"epoch {step.epoch}, step {step.number}: the loss is {step.loss:.4g}, {step.loss / mean:.3g} times "
-                f"its running mean {mean:.4g}: it explodes. Training stopped; {_kept(self.directory)}. Start again "
+                f"its running mean {mean:.4g}: it explodes. Training stopped; {kept(self.directory)}. Start again "
                 f"with lr={recipe.lr / 10:g} (now {recipe.lr:g}), quantizer_lr={recipe.quantizer_lr / 10:g} (now "
                 f"{recipe.quantizer_lr:g}), clip_grad=1.0 or warmup_steps={max(100, step.total // 20)}; explode=0 "
                 "never looks."
@@ -215,10 +215,6 @@ class Guards(Part):
 
 def _channels(which: Tensor) -> str:
     return "" if which.numel() == 1 else f" in {int(which.sum())} of {which.numel()} channels"
-
-
-def _kept(directory: RunDirectory | None) -> str:
-    return "no out_dir was given, so there is no checkpoint" if directory is None else f"{directory.last} is as it was"
 
 
 class Stopping(Part):

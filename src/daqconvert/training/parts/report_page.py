@@ -94,7 +94,7 @@ class ReportPage(Part):
         """Return what the page shows; `rows` is the history with the epoch that has just ended."""
         run, plan = self.run, current_plan(self.run.model)
         return TrainingReport(
-            title=f"{plan.model}, {_widths(plan)}",
+            title=f"{plan.model}, {plan.label}",
             subtitle=f"{folder.resolve().name} · recipe {run.recipe.name} · policy {plan.policy}",
             finished=finished,
             epochs=run.recipe.epochs,
@@ -142,13 +142,6 @@ def _bits(site: QuantizedSite) -> tuple[int | None, int | None]:
         None if site.weight_quantizer is None else site.weight_quantizer.bits,
         None if site.input_quantizer is None else site.input_quantizer.bits,
     )
-
-
-def _widths(plan: Plan) -> str:
-    """The bits that most of the layers have, as `W2A2`."""
-    found = [row.bits for row in plan.converted if not row.site.is_output]
-    w, a = max(sorted(set(found)), key=found.count, default=(32, 32))
-    return f"W{w}A{a}"
 
 
 def _result(run: Run, rows: list[Row]) -> dict[str, object]:

@@ -204,6 +204,12 @@ class Recipe:
         0, "Steps between two checkpoints besides those at the ends of epochs; 0 for none.", Integer(0)
     )
     keep: int = setting(2, "Checkpoints that are kept, the last one among them.", Integer(1))
+    final_epoch: str = setting(
+        "best",
+        'Epoch whose weights the model ends with: the `"best"` on the validation loader, where there is one, or the '
+        '`"last"`.',
+        Choice("best", "last"), before="best",
+    )  # fmt: skip
 
     # before the first step
     calibration_batches: int = setting(
