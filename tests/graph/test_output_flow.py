@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import daqconvert as dq
 from daqconvert.layers.output_quantizers import OutputQuantizer
@@ -81,6 +82,76 @@ def test_what_stays_in_float_says_why(settings, name, note):
     plan, found = meets(trained("residual")[0], **settings)
     assert found[name] is None
     assert note is None or any(note in text for text in plan[name].notes)
+
+
+class Clipped(nn.Module):
+    """Two convolutions with a clip between them."""
+
+    def __init__(self, clip):
+        super().__init__()
+        self.a, self.b, self.clip = nn.Conv2d(3, 4, 3, bias=False), nn.Conv2d(4, 4, 3), clip
+        self.register_buffer("low", torch.tensor(-0.1))
+        self.register_buffer("high", torch.full((4, 1, 1), 0.2))
+
+    def forward(self, x):
+        return self.b(self.clip(self, self.a(x)))
+
+
+KNOWN_CLIPS = {
+    "position": (lambda m, x: torch.clamp(x, -0.1, 0.2), -0.1, 0.2),
+    "keyword": (lambda m, x: x.clamp(max=0.2, min=-0.1), -0.1, 0.2),
+    "above": (lambda m, x: torch.clip(x, max=0.2), None, 0.2),
+    "clamp_min": (lambda m, x: torch.clamp_min(x, -0.1), -0.1, None),
+    "clamp_max": (lambda m, x: x.clamp_max(max=0.2), None, 0.2),
+    "in place": (lambda m, x: x.clamp_(-0.1, 0.2), -0.1, 0.2),
+    "in place, result left": (lambda m, x: (x.clip_(max=0.2), x)[-1], None, 0.2),
+    "crossing": (lambda m, x: torch.clamp(x, 0.3, 0.2), 0.2, 0.2),
+    "one after another": (lambda m, x: F.hardtanh(x, 0.0, 6.0).clamp(-0.2, -0.1), -0.1, -0.1),
+}
+OTHER_CLIPS = {
+    "position": lambda m, x: torch.clamp(x, m.low, m.high),
+    "keyword": lambda m, x: torch.clamp(x, max=m.high),
+    "method": lambda m, x: x.clamp(min=m.low),
+    "one tensor": lambda m, x: x.clamp(min=m.low, max=m.high),
+    "clip": lambda m, x: torch.clip(x, max=m.high),
+    "clamp_min": lambda m, x: torch.clamp_min(x, m.low),
+    "clamp_max": lambda m, x: x.clamp_max(m.high),
+    "minimum": lambda m, x: torch.minimum(x, m.high),
+    "maximum": lambda m, x: torch.maximum(x, m.low),
+    "in place": lambda m, x: x.clamp_(max=m.high),
+    "in place, result left": lambda m, x: (x.clamp_(max=m.high), x)[-1],
+}
+
+
+@pytest.mark.parametrize("name", KNOWN_CLIPS)
+def test_every_way_to_write_a_clip_is_read(name):
+    clip, lower, upper = KNOWN_CLIPS[name]
+    output = dq.plan(Clipped(clip), deploy="integer")["a"].site.output
+    assert (output.lower, output.upper) == (lower, upper)
+    clipped_is_near(clip)
+
+
+@pytest.mark.parametrize("name", OTHER_CLIPS)
+def test_limits_that_are_tensors_end_what_is_known(name):
+    output = dq.plan(Clipped(OTHER_CLIPS[name]), deploy="integer")["a"].site.output
+    assert (output.lower, output.upper, output.nonnegative) == (None, None, False)
+    clipped_is_near(OTHER_CLIPS[name])
+
+
+def clipped_is_near(clip):
+    torch.manual_seed(0)
+    model, x = Clipped(clip).eval(), torch.randn(4, 3, 8, 8)
+    qmodel = dq.quantize(model, deploy="integer")
+    dq.calibrate(qmodel, [x])
+    with torch.no_grad():
+        expected, found = model(x), dq.freeze(qmodel)(x)
+    assert (found - expected).norm() < 0.03 * expected.norm()  # 8 bits
+
+
+def test_the_limits_of_a_relu6_are_those_that_it_has():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU6(), nn.Conv2d(4, 2, 1))
+    model[1].max_val = 4.0
+    assert dq.plan(model, deploy="integer")["0"].site.output.upper == 4.0
 
 
 def test_a_transposed_convolution_says_so():

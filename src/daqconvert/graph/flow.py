@@ -42,13 +42,14 @@ class Flow:
 
 def read_flow(
     graph: fx.Graph, modules: dict[str, nn.Module], sites: dict[str, str], reads: Sequence[tuple[Read, str]] = (),
-    indirect: frozenset[str] = frozenset(),
+    indirect: frozenset[str] = frozenset(), hooked: frozenset[str] = frozenset(),
 ) -> Flow:  # fmt: skip
     """Return the facts that a model's graph tells about its sites.
 
     `modules` are all named modules, aliases included; `sites` maps any dotted name of a site to its site name (one
     module may have several dotted names); `reads` are calls that are sites, each with the site's name; `indirect` are
-    sites whose forward may change the input before it multiplies.
+    sites whose forward may change the input before it multiplies; `hooked` are modules whose inputs or outputs hooks
+    may change.
     """
     by_node: dict[fx.Node, list[str]] = {}
     for read, name in reads:
@@ -61,9 +62,9 @@ def read_flow(
             inside += within.get(str(node.target), ())
         if inside:
             calls[node] = list(dict.fromkeys(inside))
-    proven = nonnegative_nodes(graph, modules)
+    proven = nonnegative_nodes(graph, modules, hooked)
     unproven = {s for n, names in calls.items() for s in names if not _input_proven(n, proven, names, sites)}
-    unproven |= indirect
+    unproven |= indirect | {own for name, own in sites.items() if name in hooked}
     called = list(dict.fromkeys(name for names in calls.values() for name in names))
     own = {n: names[0] for n, names in calls.items() if _own_call(n, names, sites) and names[0] not in indirect}
     first = _reach([n for n in graph.nodes if n.op == "placeholder"], calls, forward=True)

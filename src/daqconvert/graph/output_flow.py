@@ -16,14 +16,12 @@ from typing import Any
 
 from torch import fx, nn
 
-from daqconvert.graph.calls import call_name
-from daqconvert.graph.signs import library_type, limit
+from daqconvert.graph.signs import CLIPS, clip_limits, library_type, torch_name
 from daqconvert.layers.integer_layers import folds, only_clips
 from daqconvert.spec import SiteOutput
 
 ACTIVATIONS: dict[str, tuple[float, float]] = {
-    "ReLU": (0.0, math.inf), "relu": (0.0, math.inf), "relu_": (0.0, math.inf), "ReLU6": (0.0, 6.0),
-    "relu6": (0.0, 6.0),
+    "ReLU": (0.0, math.inf), "relu": (0.0, math.inf), "relu_": (0.0, math.inf), "relu6": (0.0, 6.0),
 }  # fmt: skip
 SAME = {"Identity", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "DropPath", "AlphaDropout"}
 SAME_CALLS = {"dropout", "dropout_", "feature_dropout", "contiguous", "clone"}
@@ -207,16 +205,14 @@ class _Search:
 
     def _bounds(self, module: nn.Module | None, node: fx.Node | None = None) -> tuple[float, float] | None:
         """Return the bounds that an activation clips to; None if it does more than clip, or is not an activation."""
-        if isinstance(module, nn.Hardtanh) and library_type(module) == "Hardtanh":
+        if isinstance(module, nn.Hardtanh) and library_type(module) in ("Hardtanh", "ReLU6"):
             return float(module.min_val), float(module.max_val)
         if module is not None:
             return ACTIVATIONS.get(library_type(module))
         if node is None or node.op not in ("call_function", "call_method"):
             return None
-        name = call_name(node)
-        if name in ("clamp", "clip", "hardtanh") and not any(isinstance(a, fx.Node) for a in node.args[1:]):
-            return limit(node, "min"), limit(node, "max")
-        return ACTIVATIONS.get(name)
+        name = torch_name(node)
+        return clip_limits(node) if name in CLIPS else ACTIVATIONS.get(name)
 
     def _same(self, node: fx.Node, module: nn.Module | None) -> bool:
         return library_type(module) in SAME if module is not None else _name(node) in SAME_CALLS
@@ -229,8 +225,8 @@ class _Search:
 
 
 def _clip(way: _Way, bounds: tuple[float, float] | None) -> None:
-    if bounds is not None:
-        way.lower, way.upper = max(way.lower, bounds[0]), min(way.upper, bounds[1])
+    if bounds is not None:  # both ends pass the clip, for the next interval may lie outside the one so far
+        way.lower, way.upper = (min(max(end, bounds[0]), bounds[1]) for end in (way.lower, way.upper))
 
 
 def _places(node: fx.Node) -> Iterator[str]:
@@ -241,4 +237,4 @@ def _places(node: fx.Node) -> Iterator[str]:
 
 
 def _name(node: fx.Node) -> Any:
-    return call_name(node) if node.op in ("call_function", "call_method") else ""
+    return torch_name(node) if node.op in ("call_function", "call_method") else ""

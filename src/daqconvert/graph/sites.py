@@ -21,7 +21,8 @@ from daqconvert.graph.calls import HELPER, Read, find_reads
 from daqconvert.graph.flow import Flow, above, entries, read_flow
 from daqconvert.graph.multiplying import trace_modules
 from daqconvert.graph.output_flow import OutputFlow
-from daqconvert.graph.trace import trace
+from daqconvert.graph.signs import is_hooked
+from daqconvert.graph.trace import in_sequence, trace
 from daqconvert.layers.attention import PROJECTIONS, SCORES, VALUES
 from daqconvert.layers.lookup import quantized_class
 from daqconvert.layers.registry import is_site_type
@@ -63,10 +64,11 @@ def find_sites(model: nn.Module, example_inputs: Any = None) -> Found:
     Raises:
         ConversionError: If the model cannot be copied, or cannot run on the example inputs.
     """
+    hooked = frozenset(name for name, m in model.named_modules(remove_duplicate=False) if is_hooked(m))
     model = copy_model(model, to_look_at=True)  # its own code runs below and may store what it gets
     args, kwargs, size = example_arguments(model, example_inputs)
     required = example_inputs is not None
-    view = _look(model, (len(args), frozenset(kwargs)) if required else None)
+    view = _look(model, (len(args), frozenset(kwargs)) if required else None, hooked)
     macs = _macs(model, view, args, kwargs, required) if size is not None else None
     (first, last), notes = _ends(view), _notes(view)
     order = [name for name in _ordered(view) if not _never_multiplied(name, view, macs)]
@@ -116,11 +118,14 @@ class _View:
         return {name: self.paths[name] for name in dict.fromkeys(self.aliases.values())}
 
 
-def _look(model: nn.Module, given: tuple[int, frozenset[str]] | None = None) -> _View:
+def _look(
+    model: nn.Module, given: tuple[int, frozenset[str]] | None = None, hooked: frozenset[str] = frozenset()
+) -> _View:
     """Walk the modules of a model, trace the model, and trace separately every module whose forward may multiply.
 
     The model should be a copy of the user's, because its code runs here with proxies and may keep them. `given` is the
     number of positional arguments and the names of keyword arguments; None for the arguments without a default.
+    `hooked` are the modules whose inputs or outputs hooks of the user's model may change; the copy has no hooks.
     """
     paths = dict(model.named_modules(remove_duplicate=False))
     aliases = layer_names(paths)
@@ -128,6 +133,8 @@ def _look(model: nn.Module, given: tuple[int, frozenset[str]] | None = None) -> 
         traced, failed = trace_modules(paths, every=False)
         sites = {site.name: site for site in (*find_call_sites(traced, aliases), *attention_sites(paths))}
         graph = trace(model, given) if "" not in aliases else None
+        if graph is not None:
+            in_sequence(graph, paths)
         reads = find_reads(graph, model) if graph is not None else []
     owners = _owners(paths, aliases, sites)
     calls: list[tuple[Read, str]] = []
@@ -150,7 +157,7 @@ def _look(model: nn.Module, given: tuple[int, frozenset[str]] | None = None) -> 
         flow: Flow | None = Flow((aliases[""],), frozenset({""}), frozenset({""}))
     else:
         known = _in_order(paths, aliases, sites)
-        flow = None if graph is None else read_flow(graph, paths, known, calls, _indirect(sites))
+        flow = None if graph is None else read_flow(graph, paths, known, calls, _indirect(sites), hooked)
     return _View(paths, aliases, flow, sites, failed, bypassed)
 
 

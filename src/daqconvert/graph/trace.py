@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import operator
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.fx.proxy import ParameterProxy
 
+from daqconvert.graph.signs import is_number, library_type, torch_name
 from daqconvert.layers.registry import is_site_type
 
 
@@ -130,6 +133,85 @@ def trace(
         return SiteTracer(*timm_notrace(), given=given, alone=alone).trace(model)
     except Exception:  # NOTE: the model's own code runs here with proxies and may raise anything
         return None
+
+
+VIEWS = {
+    *("view", "view_as", "reshape", "flatten", "unflatten", "getitem", "select", "narrow", "chunk", "split", "unbind"),
+    *("tensor_split", "transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "squeeze", "unsqueeze"),
+    *("expand", "expand_as", "detach", "contiguous", "to", "float", "unfold", "diagonal", "t", "ravel", "dropout"),
+    *("feature_dropout", "real", "imag", "view_as_real", "view_as_complex"),
+}
+"""Functions whose result may have the memory of their first argument."""
+WRITING_OPERATORS = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem"}
+WRITING_OPERATORS |= {"ilshift", "irshift"}
+SAME_MODULES = {"Identity", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "DropPath", "Flatten", "Unflatten"}
+
+
+def in_sequence(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Let every call after one that changes a tensor in place read that call instead of the tensor, in the graph.
+
+    After `h.relu_()` or `self.act(h)` with `inplace=True`, `h` is what the call returned, whether or not the code uses
+    this. A tensor that shares memory with a changed one becomes a call of `changed`, about whose value nothing is
+    known. The graph is for reading only: it does not run afterwards.
+    """
+    root: dict[fx.Node, fx.Node] = {}
+    for place, node in enumerate(nodes := list(graph.nodes)):
+        target = _changed(node, modules)
+        first = node.args[0] if node.args else None
+        same = isinstance(first, fx.Node) and _is_view(node, modules)
+        root[node] = root[target] if target is not None else root[first] if same else node  # type: ignore[index]
+        if target is None or is_number(target):
+            continue
+        later = {*nodes[place + 1 :]}
+        for other in list(root)[:-1]:
+            if root[other] is not root[node] or later.isdisjoint(other.users):
+                continue
+            now = node
+            if other is not target:
+                with graph.inserting_after(node):
+                    now = graph.call_function(changed, (other, node))
+                root[now] = root[node]
+            other.replace_all_uses_with(now, delete_user_cb=later.__contains__)
+
+
+def changed(tensor: Any, by: Any) -> Any:
+    """Stand, in a graph, for a tensor whose memory the call `by` has changed."""
+    return tensor
+
+
+def _changed(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
+    """Return the tensor that a call may write into; None if it makes a new one."""
+    found = node.kwargs.get("out")
+    first = node.args[0] if node.args else node.kwargs.get("input")
+    if node.op == "call_module":
+        found = first if getattr(modules[str(node.target)], "inplace", False) is True else None
+    elif node.op in ("call_function", "call_method") and found is None:
+        name = torch_name(node)
+        if getattr(operator, name, None) is node.target:
+            written = name in WRITING_OPERATORS  # `and_` and `is_` write nothing
+        else:
+            special = name[:2] == "__" == name[-2:]
+            written = name[2:-2] in WRITING_OPERATORS if special else name.endswith("_") or _asks_in_place(node)
+        found = first if written else None
+    return found if isinstance(found, fx.Node) else None
+
+
+def _asks_in_place(node: fx.Node) -> bool:
+    """Whether the argument `inplace` of a function is true, given by position or by keyword."""
+    if node.kwargs.get("inplace") is True or True not in node.args:
+        return node.kwargs.get("inplace") is True
+    try:
+        given = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # a function of C++ tells no signature, and none of them has the argument
+        return False
+    return given.arguments.get("inplace") is True
+
+
+def _is_view(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return library_type(modules[str(node.target)]) in SAME_MODULES
+    attribute = node.target is getattr and node.args[1] in ("data", "T", "mT", "H", "mH", "real", "imag")
+    return attribute or (node.op in ("call_function", "call_method") and torch_name(node) in VIEWS)
 
 
 def timm_notrace() -> tuple[tuple[type, ...], tuple[Callable[..., Any], ...]]:
