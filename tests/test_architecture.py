@@ -17,7 +17,7 @@ PACKAGE = "daqconvert"
 # Lowest first; a module imports from its own line and from those above it in this list, never from below. A floor is a
 # group of lines that belong together; `docs/architecture.md` draws it as one.
 FLOORS = {
-    "ground": (("errors", "version"), ("files",), ("spec",), ("kernels",)),
+    "ground": (("errors", "version"), ("files", "seeding"), ("spec",), ("kernels",)),
     "mathematics": (("functional",),),
     "modules": (("quantizers",), ("layers",)),
     "seeing": (("models",), ("policy",), ("graph", "macs"), ("report",), ("batches",)),

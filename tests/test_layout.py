@@ -36,6 +36,7 @@ BEHAVIOUR = {
     "artifact/test_format.py": "docs/artifact.md, read by its prose alone",
     "artifact/test_fuzz.py": "random damage to any part of an artifact",
     "artifact/test_roundtrip.py": "saved and loaded is identical",
+    "calibration/test_modes.py": "what is observed: evaluation mode, training mode, or both",
     "cli/test_main.py": "the command line itself, whichever command it is asked for",
     "cli/test_interrupts.py": "signals while a command runs",
     "cli/test_unlabelled.py": "finetuning on images without labels",
@@ -65,6 +66,7 @@ BEHAVIOUR = {
 ELSEWHERE = {
     "batches.py": ("calibration/test_calibrating.py", "every kind of batch goes through it"),
     "errors.py": ("test_public.py", "its classes are public names; each message is tested where it is raised"),
+    "seeding.py": ("training/batching/test_epochs.py", "seeds decide what a loader gives"),
     "version.py": ("test_public.py", "the version is the declared one"),
     "cli/deployment.py": ("cli/test_finetune.py", "the last steps of a run, by the files and the summary they leave"),
     "cli/job.py": ("cli/test_finetune.py", "a run is its job: resumed, refused, started anew"),
@@ -106,7 +108,6 @@ ELSEWHERE = {
     "spec/site_facts.py": ("policy/test_plan_json.py", "every field is written and read"),
     "spec/text_table.py": ("deploy/comparing/test_export_report.py", "the text of a report"),
     "spec/toml.py": ("policy/test_policy_files.py", "written and read again"),
-    "training/batching/seeding.py": ("training/batching/test_epochs.py", "seeds decide what a loader gives"),
     "training/parts/assembly.py": ("training/parts/test_resume.py", "all parts, put together by recipes"),
     "training/parts/measures.py": ("training/parts/test_snapshots.py", "what is measured is what is written"),
     "training/patterns.py": ("training/optim/test_optimizers.py", "names and patterns of no_decay"),

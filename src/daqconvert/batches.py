@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from daqconvert.errors import DataError
 
@@ -79,3 +79,15 @@ def batch_size(batch: Any) -> int:
         if isinstance(value, Tensor) and value.dim():
             return int(value.shape[0])
     return 1
+
+
+def is_empty(batch: Any) -> bool:
+    """Whether all tensors among the inputs of a batch are without elements; False if there is none.
+
+    Example:
+        >>> is_empty((torch.zeros(0, 3), torch.zeros(0))), is_empty(torch.zeros(1))
+        (True, False)
+    """
+    args, kwargs, _ = split_batch(batch)
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    return bool(tensors) and all(tensor.numel() == 0 for tensor in tensors)

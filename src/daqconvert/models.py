@@ -6,11 +6,15 @@
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from daqconvert.errors import ConversionError, FrozenError
@@ -18,6 +22,7 @@ from daqconvert.layers.frozen_site import FrozenSite
 from daqconvert.layers.mode import evaluating as evaluating
 from daqconvert.layers.mode import in_mode as in_mode
 from daqconvert.layers.site import QuantizedSite
+from daqconvert.seeding import preserved_random_state, seed_generators
 
 
 def copy_model(model: nn.Module, *, to_look_at: bool = False, sharing: Iterable[Tensor] = ()) -> nn.Module:
@@ -147,3 +152,90 @@ def float_copy(qmodel: nn.Module) -> nn.Module:
     for site in quantized_sites(found).values():
         site.enabled = False
     return found.eval().requires_grad_(False)
+
+
+@contextmanager
+def rehearsing(model: nn.Module, seed: int = 0, *, norms_only: bool = False) -> Iterator[nn.Module]:
+    """Let a model compute as it does in training, and take everything back that a training forward changes.
+
+    A model that is in training mode computes as it is: a batch norm that you have put in evaluation mode is held, and
+    uses its running statistics. A model in evaluation mode computes as `model.train()` makes it. Dropout and the like
+    act, with random numbers from `seed`. Afterwards buffers (running statistics, moving averages, the vectors of a
+    power iteration), attributes, modes and the random state are what they were.
+
+    A batch norm that is given one value for each channel has no variance, so it uses its running statistics here,
+    where training would fail. A synchronized one takes the statistics of its own process.
+
+    Args:
+        model: Any module.
+        seed: Seed of the random numbers that the forward draws.
+        norms_only: Put batch norms alone in training mode, everything else in evaluation mode.
+
+    Yields:
+        The same model.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(1).eval()
+        >>> with rehearsing(norm):
+        ...     norm(torch.tensor([[0.0], [2.0]])).tolist()
+        [[-0.9999949932098389], [0.9999949932098389]]
+        >>> norm.running_mean.item(), norm.training
+        (0.0, False)
+    """
+    everything = list(model.modules())
+    held = [(module, dict(vars(module)), dict(module._buffers)) for module in everything]
+    tensors = {id(t): t for _, own, buffers in held for t in (*own.values(), *buffers.values()) if _has_values(t)}
+    values = {key: tensor.detach().clone() for key, tensor in tensors.items()}
+    generators = [value for _, own, _ in held for value in own.values() if isinstance(value, torch.Generator)]
+    by_itself = not model.training
+    handles = []
+    with preserved_random_state(*generators):
+        try:
+            _begin_training(model, norms_only)
+            for norm in everything:
+                if isinstance(norm, _BatchNorm) and norm.training:
+                    handles.append(norm.register_forward_pre_hook(_hold_where_single, with_kwargs=True))
+                    if isinstance(norm, SyncBatchNorm):
+                        vars(norm)["forward"] = types.MethodType(_BatchNorm.forward, norm)
+            seed_generators(seed, devices=True)
+            yield model
+        finally:
+            for handle in handles:
+                handle.remove()
+            if by_itself and not norms_only:
+                model.eval()  # what `train` of a module of its own has done is undone by its `eval`
+            _take_back(held, tensors, values)
+
+
+def _begin_training(model: nn.Module, norms_only: bool) -> None:
+    """Put a model in training mode, unless it is; with `norms_only`, its batch norms that are not held."""
+    if not norms_only:
+        if not model.training:
+            model.train()
+        return
+    by_itself = not model.training
+    for module in model.modules():
+        module.training = isinstance(module, _BatchNorm) and (module.training or by_itself)
+
+
+def _hold_where_single(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    x = args[0] if args else kwargs["input"]
+    norm.training = x.numel() > x.shape[1]
+
+
+def _has_values(value: Any) -> bool:
+    plain = isinstance(value, Tensor) and value.layout == torch.strided
+    return plain and not value.is_meta and not is_lazy(value)
+
+
+@torch.no_grad()
+def _take_back(held: list[Any], tensors: dict[int, Tensor], values: dict[int, Tensor]) -> None:
+    """Give modules their attributes and buffers back, and these the values that they had."""
+    for module, own, buffers in held:
+        vars(module).clear()
+        vars(module).update(own)
+        module._buffers.clear()
+        module._buffers.update(buffers)
+    for key, tensor in tensors.items():
+        if not torch.equal(tensor, values[key]):  # another write would count as a change, of which autograd complains
+            tensor.copy_(values[key])

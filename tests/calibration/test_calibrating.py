@@ -100,7 +100,7 @@ def test_inputs_are_observed_in_the_float_model_and_the_rest_stays():
     model[3].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.no_grad():
         copy.deepcopy(model).eval()(images)
-    report = dq.calibrate(qmodel, [images], method="minmax")
+    report = dq.calibrate(qmodel, [images], method="minmax", mode="eval")
     assert report.inputs[1].upper == pytest.approx(float(seen[0].max()))
     assert all(module.training for module in qmodel.modules())
     for key, value in model.state_dict().items():  # weights and the statistics of batch norm
@@ -137,7 +137,7 @@ def test_calibrating_again_with_the_same_data_changes_nothing():
 def test_output_scales_start_as_in_the_paper():
     settings = {"w_bits": 2, "normalize": True, "granularity": "channel", "first": (2, 4), "last": (2, 4)}
     qmodel, images = chain(**settings), torch.randn(16, 3, 9, 9)
-    dq.calibrate(qmodel, [images, torch.randn(16, 3, 9, 9) * 9])
+    dq.calibrate(qmodel, [images, torch.randn(16, 3, 9, 9) * 9], mode="eval")
     qmodel.eval()
     for name, x in (("0", images), ("3", nn.Sequential(*list(qmodel)[:3])(images))):
         layer = qmodel.get_submodule(name)
@@ -184,22 +184,10 @@ def test_a_channel_that_is_dead_on_the_first_batch_is_not_lost():
         assert (qmodel[0].output_scale.grad != 0).all()
 
 
-class Routed(nn.Module):
-    """A model with an auxiliary head that only training calls, as Inception's; its input has both signs."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.head, self.aux = nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(4, 2)
-
-    def forward(self, x):
-        h = self.a(x)
-        return (self.head(h), self.aux(h)) if self.training else self.head(h)
-
-
 @pytest.mark.parametrize("w_bits", [2, 8])
 def test_a_layer_that_no_batch_reaches(w_bits):
-    qmodel = dq.quantize(Routed(), w_bits=w_bits, a_bits=8, first=(w_bits, 8), last=(w_bits, 8))
-    report = dq.calibrate(qmodel, [torch.randn(4, 4)])
+    qmodel = dq.quantize(awkward.Routed(), w_bits=w_bits, a_bits=8, first=(w_bits, 8), last=(w_bits, 8))
+    report = dq.calibrate(qmodel, [torch.randn(4, 4)], mode="eval")
     assert report.unseen == ("aux",) and "aux: not reached by any batch" in str(report)
     assert qmodel.aux.input_quantizer.sign is None
     out = qmodel.train()(torch.randn(4, 4))[1]
@@ -208,7 +196,7 @@ def test_a_layer_that_no_batch_reaches(w_bits):
     assert torch.equal(frozen(torch.ones(1, 4)), qmodel.eval()(torch.ones(1, 4)))
     before = qmodel.aux.input_quantizer.upper.clone()
     qmodel.aux.input_quantizer.upper.data.mul_(2)
-    dq.calibrate(qmodel, [torch.randn(4, 4)])
+    dq.calibrate(qmodel, [torch.randn(4, 4)], mode="eval")
     assert qmodel.aux.input_quantizer.upper == 2 * before  # what was trained since is kept
 
 
@@ -230,6 +218,7 @@ REFUSED = {
     "empty": ([], {}, CalibrationError, "expected at least one batch, found none"),
     "nan": ([torch.randn(2, 3, 9, 9), nan_batch()], {}, CalibrationError, "0: its input holds NaN or infinite"),
     "method": ([torch.randn(2, 3, 9, 9)], {"method": "msee"}, CalibrationError, "unknown method 'msee'.*Nearest: mse"),
+    "mode": ([torch.randn(2, 3, 9, 9)], {"mode": "trian"}, CalibrationError, "unknown mode 'trian'.*Nearest: train"),
     "kind": ([7], {}, DataError, "batch: expected a tensor, a tuple or list .* found int"),
     "none": ([None], {}, DataError, "found NoneType"),
     "empty-tuple": ([()], {}, DataError, "found tuple of length 0"),
@@ -334,5 +323,5 @@ def test_the_report_is_a_record():
     report = dq.calibrate(chain(), [torch.randn(2, 3, 9, 9)])
     with pytest.raises(dataclasses.FrozenInstanceError):
         report.batches = 3
-    assert str(report).endswith("3 inputs calibrated on 1 batches (mse)")
+    assert str(report).endswith("3 inputs calibrated on 1 batches (mse, both modes)")
     assert len(quantized_sites(chain())) == 3

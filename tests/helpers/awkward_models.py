@@ -258,3 +258,27 @@ def complex_first() -> nn.Module:
             return x.to(torch.complex64)
 
     return nn.Sequential(Lift(), nn.Linear(4, 4, dtype=torch.complex64), Modulus(), nn.Linear(4, 2))
+
+
+class Routed(nn.Module):
+    """A model with an auxiliary head that only training calls, as Inception's; its input has both signs."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.head, self.aux = nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = self.a(x)
+        return (self.head(h), self.aux(h)) if self.training else self.head(h)
+
+
+def new_network():
+    """Return a network whose running statistics are those of no data, which shrink what goes through it."""
+    layers = [
+        (nn.Conv2d(3 if i == 0 else 8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()) for i in range(4)
+    ]
+    for conv, *_ in layers:
+        nn.init.normal_(conv.weight, std=0.02)
+    return nn.Sequential(
+        *(m for layer in layers for m in layer), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)
+    )

@@ -13,23 +13,28 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from contextlib import ExitStack
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from daqconvert.batches import run_batch
+from daqconvert.batches import is_empty, run_batch
 from daqconvert.calibration.observers import METHODS, InputObserver, observer_for
 from daqconvert.convert import PLAN_ATTRIBUTE, require_quantized
-from daqconvert.errors import CalibrationError, nearest
+from daqconvert.errors import CalibrationError, DaqError, nearest
 from daqconvert.functional.dasr import wide
 from daqconvert.functional.grid import levels
 from daqconvert.graph.watch import watching_weights
 from daqconvert.layers.site import Operation, QuantizedSite, Watcher, safe_products, watching
-from daqconvert.models import disabled, evaluating, unchanged_on_error
+from daqconvert.models import disabled, evaluating, rehearsing, unchanged_on_error
 from daqconvert.quantizers import InputQuantizer, WeightQuantizer
 from daqconvert.quantizers.lsq import StepInputQuantizer
 from daqconvert.report.progress import track
+
+MODES = {"eval": ("eval",), "train": ("train",), "both": ("eval", "train")}
+"""Which forwards each value of `calibrate(mode=)` observes."""
+ALIKE = 0.8  # ranges of the two modes differ if one is smaller than this part of the other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +49,7 @@ class CalibratedInput:
         maximum: Largest value seen.
         lower: Chosen lower bound.
         upper: Chosen upper bound.
+        by_mode: The bounds that each forward that reached the site asks for by itself, under `"eval"` and `"train"`.
     """
 
     name: str
@@ -53,6 +59,26 @@ class CalibratedInput:
     maximum: float
     lower: float
     upper: float
+    by_mode: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def differs(self) -> bool:
+        """Whether evaluation and training mode ask for ranges of different width, of which one is 0.8 of the other."""
+        widths = [high - low for low, high in self.by_mode.values()]
+        return bool(widths) and min(widths) < ALIKE * max(widths)
+
+    def __str__(self) -> str:
+        """Return the input as one line of the report."""
+        said = (
+            f"{self.name or '(root)'}: {'signed' if self.signed else 'unsigned'} "
+            f"({'proven' if self.proven else 'from data'}), seen [{self.minimum:.4g}, {self.maximum:.4g}], "
+            f"bounds [{self.lower:.4g}, {self.upper:.4g}]"
+        )
+        if self.minimum < 0.0 and not self.signed:
+            said += ", negative values are clipped"
+        if self.differs:
+            said += "".join(f", {mode} alone [{low:.4g}, {high:.4g}]" for mode, (low, high) in self.by_mode.items())
+        return said
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,35 +91,51 @@ class CalibrationReport:
         method: The method that chose the bounds.
         unseen: Names of the sites that no batch reached. If such a site has no bounds yet, it gets placeholders,
             `[-1, 1]` (`[0, 1]` if unsigned or of 1 bit); an undecided sign stays undecided.
+        mode: Which forwards were observed: `"eval"`, `"train"` or `"both"`.
+        note: What was observed instead, where a forward in training mode failed; else `""`.
     """
 
     inputs: tuple[CalibratedInput, ...]
     batches: int
     method: str
     unseen: tuple[str, ...] = ()
+    mode: str = "both"
+    note: str = ""
+
+    @property
+    def differing(self) -> tuple[str, ...]:
+        """Names of the inputs whose range in training mode is not that in evaluation mode."""
+        return tuple(row.name or "(root)" for row in self.inputs if row.differs)
 
     def __str__(self) -> str:
-        """Return a plain-text table: name, sign, range seen, bounds chosen."""
-        rows = [
-            f"{i.name or '(root)'}: {'signed' if i.signed else 'unsigned'} ({'proven' if i.proven else 'from data'}), "
-            f"seen [{i.minimum:.4g}, {i.maximum:.4g}], bounds [{i.lower:.4g}, {i.upper:.4g}]"
-            f"{', negative values are clipped' if i.minimum < 0.0 and not i.signed else ''}"
-            for i in self.inputs
-        ]
+        """Return a plain-text table: name, sign, range seen, bounds chosen; then what does not go without saying."""
+        rows = [str(row) for row in self.inputs]
         rows += [f"{name}: not reached by any batch" for name in self.unseen]
-        return "\n".join([*rows, f"{len(self.inputs)} inputs calibrated on {self.batches} batches ({self.method})"])
+        if self.differing:
+            rows.append(
+                f"{len(self.differing)} of {len(self.inputs)} inputs have another range in training mode than in "
+                f"evaluation mode: {', '.join(self.differing)}"
+            )
+        rows += [self.note] if self.note else []
+        observed = {"eval": "evaluation mode", "train": "training mode", "both": "both modes"}[self.mode]
+        return "\n".join(
+            [*rows, f"{len(self.inputs)} inputs calibrated on {self.batches} batches ({self.method}, {observed})"]
+        )
 
 
 def calibrate(
-    qmodel: nn.Module, batches: Iterable[Any], *, method: str = "mse", max_batches: int | None = None,
-    progress: bool = True,
+    qmodel: nn.Module, batches: Iterable[Any], *, method: str = "mse", mode: str = "both",
+    max_batches: int | None = None, progress: bool = True,
 ) -> CalibrationReport:  # fmt: skip
     """Set the bounds of every quantizer from data in one pass, then the output scales from the first batch.
 
-    The model computes in float and in evaluation mode while the inputs of its sites are observed. Its weights, modes
-    and batch-norm statistics do not change. The sign of an input that `quantize` could not prove to be non-negative is
-    decided here. Output scales start at 1 or, if weights are normalized as in the paper, at
-    `mean|conv(x, W)| / mean|conv(x_q, W_q)|`.
+    The model computes in float while the inputs of its sites are observed: in evaluation mode, as it is deployed, and
+    in training mode, as it is trained. Each bound is the wider one of the two modes. The modes differ where running
+    statistics of batch norms are not those of the batches (a new network, a checkpoint on other data), where dropout
+    acts, and where a head computes in training only. Weights, modes, buffers and the random state do not change.
+
+    The sign of an input that `quantize` could not prove to be non-negative is decided here. Output scales start at 1
+    or, if weights are normalized as in the paper, at `mean|conv(x, W)| / mean|conv(x_q, W_q)|`.
 
     Args:
         qmodel: A model from `quantize`; it is changed in place.
@@ -102,15 +144,18 @@ def calibrate(
         method: How bounds are chosen: `"mse"` (least squared error, but `"std"` at 1 bit), `"minmax"`, `"percentile"`
             (99.99 per cent of the values) or `"std"` (3 standard deviations, as in the paper). With LSQ each step size
             starts at `2 mean|v| / sqrt(Q_p)` whatever the method.
+        mode: What is observed: `"eval"` if nothing is trained afterwards, `"train"` if training follows, or `"both"`.
+            In training mode, batch norms use the statistics of the batch. If the model is in training mode, those that
+            you have put in evaluation mode use their running statistics.
         max_batches: Number of batches after which to stop; None reads all.
         progress: Show a progress bar if standard error is a terminal.
 
     Returns:
-        What was seen and chosen for each input.
+        What was seen and chosen for each input; `differing` names those whose range is another in training mode.
 
     Raises:
-        CalibrationError: If there is no batch, a value is NaN or infinite, the method is unknown, or an input with
-            negative values has 1 bit. The model is unchanged then.
+        CalibrationError: If there is no batch, a value is NaN or infinite, the method or mode is unknown, or an input
+            with negative values has 1 bit. The model is unchanged then.
         ConversionError: If the model is not quantized, or a forward uses the weight of a layer without calling the
             layer. The model is unchanged then.
         FrozenError: If the model is frozen.
@@ -125,23 +170,26 @@ def calibrate(
         [True, False]
     """
     sites = require_quantized(qmodel, "calibrate")
-    if method not in METHODS:
-        raise CalibrationError(
-            f"calibrate: unknown method {method!r}; expected one of {', '.join(METHODS)}.{nearest(method, METHODS)}"
-        )
+    for name, value, known in (("method", method, METHODS), ("mode", mode, MODES)):
+        if value not in known:
+            raise CalibrationError(
+                f"calibrate: unknown {name} {value!r}; expected one of {', '.join(known)}.{nearest(value, known)}"
+            )
     for site in sites.values():
         if isinstance(site.weight_quantizer, WeightQuantizer):
             weight = site.float_weight()
             assert weight is not None  # a weight that depends on data has an input quantizer
             site.weight_quantizer.check(weight)
-    operands, first, count = _observe(qmodel, sites, batches, method, max_batches, progress)
+    forwards, operands = _Forwards(qmodel, mode), _operands(sites, method, MODES[mode])
+    tracked = track(batches, "calibrating", max_batches, enabled=progress)
+    first, count = _observe(forwards, sites, operands, islice(tracked, max_batches))
     proven = {row.name for row in getattr(qmodel, PLAN_ATTRIBUTE, ()) if row.signed is not None}
     rows = _choose(operands, method, proven)
     unseen = tuple(dict.fromkeys(operand.name for key, operand in operands.items() if key not in rows))
     with unchanged_on_error(sites.values()):
         _set_bounds(sites, operands, rows)
-        _set_output_scales(qmodel, sites, first)
-    return CalibrationReport(tuple(rows.values()), count, method, unseen)
+        _set_output_scales(forwards, sites, first)
+    return CalibrationReport(tuple(rows.values()), count, method, unseen, mode, forwards.note)
 
 
 def is_calibrated(qmodel: nn.Module) -> bool:
@@ -155,36 +203,81 @@ def _quantizers(site: QuantizedSite) -> list[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _Operand:
-    """A quantizer whose bounds come from data (of an input, or of a weight that depends on data) and its observer."""
+    """A quantizer whose bounds come from data, of an input or a weight that depends on data; an observer a mode."""
 
     name: str
     role: str
     quantizer: InputQuantizer
-    observer: InputObserver
+    observers: dict[str, InputObserver]
+
+
+class _Forwards:
+    """Runs a model on one batch after another, in the modes that are observed.
+
+    A training forward may need what a batch for calibration does not have, as a detector needs boxes. If one fails
+    where evaluation mode is observed as well, batch norms alone are put in training mode from then on; if that fails
+    too, training mode is not observed any more. `note` says so.
+
+    Attributes:
+        mode: The mode that is running: a key of every `_Operand.observers`.
+    """
+
+    def __init__(self, qmodel: nn.Module, mode: str) -> None:
+        self.qmodel, self.modes, self.mode = qmodel, MODES[mode], MODES[mode][0]
+        self.note = ""
+        self._norms_only = False
+
+    def run(self, batch: Any, number: int) -> None:
+        """Run one batch in each mode; random numbers of a training forward follow from the batch's number."""
+        for mode in self.modes:
+            self.mode = mode
+            if mode == "eval":
+                with evaluating(self.qmodel), torch.no_grad():
+                    run_batch(self.qmodel, batch)
+            else:
+                self._rehearse(batch, number)
+
+    def _rehearse(self, batch: Any, number: int) -> None:
+        try:
+            with rehearsing(self.qmodel, number, norms_only=self._norms_only), torch.no_grad():
+                run_batch(self.qmodel, batch)
+        except DaqError:
+            raise
+        except Exception as error:  # NOTE: any error, because it is the user's forward that runs
+            if "eval" not in self.modes:
+                error.add_note('calibrate(mode="train") runs the model in training mode; mode="eval" does not.')
+                raise
+            done = "training mode was not observed" if self._norms_only else "batch norms alone had training mode"
+            self.note = f"{done}, because the model's forward raised {type(error).__name__} in it: {error}"
+            if self._norms_only:
+                self.modes = ("eval",)
+            else:
+                self._norms_only = True
+                self._rehearse(batch, number)
 
 
 class _Observing(Watcher):
     """Passes the input and the weight of a site to their observers."""
 
-    def __init__(self, of_input: InputObserver | None, of_weight: InputObserver | None) -> None:
-        self.of_input, self.of_weight = of_input, of_weight
+    def __init__(self, forwards: _Forwards, of_input: _Operand | None, of_weight: _Operand | None) -> None:
+        self.forwards, self.of_input, self.of_weight = forwards, of_input, of_weight
 
     def before(self, site: Any, x: Tensor, weight: Tensor | None, operation: Operation) -> Tensor:
         if self.of_input is not None:
-            self.of_input.observe(x)
+            self.of_input.observers[self.forwards.mode].observe(x)
         if self.of_weight is not None and weight is not None:
-            self.of_weight.observe(weight)
+            self.of_weight.observers[self.forwards.mode].observe(weight)
         return x
 
 
-def _operands(sites: dict[str, QuantizedSite], method: str) -> dict[int, _Operand]:
+def _operands(sites: dict[str, QuantizedSite], method: str, modes: tuple[str, ...]) -> dict[int, _Operand]:
     """Return the quantizers that need data, by `id`, because sites that read the same tensor may share a quantizer."""
     found: dict[int, _Operand] = {}
     for site in sites.values():
         for role, quantizer in (("input", site.input_quantizer), ("weight", site.weight_quantizer)):
             if isinstance(quantizer, InputQuantizer) and id(quantizer) not in found:
-                observer = observer_for(method, quantizer.bits, quantizer.by_mean)
-                found[id(quantizer)] = _Operand(site.layer_name, role, quantizer, observer)
+                observers = {mode: observer_for(method, quantizer.bits, quantizer.by_mean) for mode in modes}
+                found[id(quantizer)] = _Operand(site.layer_name, role, quantizer, observers)
     return found
 
 
@@ -197,32 +290,27 @@ def _shared_layers(qmodel: nn.Module) -> set[str]:
 
 
 def _observe(
-    qmodel: nn.Module,
-    sites: dict[str, QuantizedSite],
-    batches: Iterable[Any],
-    method: str,
-    max_batches: int | None,
-    progress: bool,
-) -> tuple[dict[int, _Operand], Any, int]:
-    operands = _operands(sites, method)
-    first, count = None, 0
+    forwards: _Forwards, sites: dict[str, QuantizedSite], operands: dict[int, _Operand], batches: Iterable[Any],
+) -> tuple[Any, int]:  # fmt: skip
+    """Observe the float model on all batches; return the first that is not empty, and their number."""
+    qmodel, first, count = forwards.qmodel, None, 0
     with ExitStack() as stack:
         for site in sites.values():
             parts = [operands.get(id(q)) for q in (site.input_quantizer, site.weight_quantizer)]
-            observers = [None if part is None else part.observer for part in parts]
-            stack.enter_context(watching(site, _Observing(*observers)))
-        watch = watching_weights(qmodel, sites, _shared_layers(qmodel))
-        for context in (evaluating(qmodel), disabled(qmodel), watch, torch.no_grad()):
-            stack.enter_context(context)
-        for batch in track(batches, "calibrating", max_batches, enabled=progress):
-            run_batch(qmodel, batch)
-            first = batch if count == 0 else first
-            count += 1
-            if max_batches is not None and count >= max_batches:
-                break
+            stack.enter_context(watching(site, _Observing(forwards, *parts)))
+        stack.enter_context(disabled(qmodel))
+        shared = _shared_layers(qmodel)
+        for count, batch in enumerate(batches, 1):
+            with watching_weights(qmodel, sites, shared):
+                forwards.run(batch, count)
+            first = batch if first is None and not is_empty(batch) else first
     if count == 0:
         raise CalibrationError("calibrate: expected at least one batch, found none. Is the loader empty?")
-    return operands, first, count
+    if first is None:
+        raise CalibrationError(
+            f"calibrate: expected a batch with inputs, found {count} of size 0. Look at the loader."
+        )
+    return first, count
 
 
 def _set_bounds(
@@ -242,24 +330,24 @@ def _set_bounds(
 def _choose(operands: dict[int, _Operand], method: str, proven: set[str]) -> dict[int, CalibratedInput]:
     rows, one_bit = {}, []
     for key, operand in operands.items():
-        name, quantizer, observer = operand.name, operand.quantizer, operand.observer
-        if not observer.finite:
+        name, quantizer = operand.name, operand.quantizer
+        if not all(observer.finite for observer in operand.observers.values()):
             raise CalibrationError(
                 f"{name or '(root)'}: its {operand.role} holds NaN or infinite values in the float model. Look for "
                 "them in the calibration data or in the layers before it."
             )
-        if not observer.seen:
+        seen = {mode: observer for mode, observer in operand.observers.items() if observer.seen}
+        if not seen:
             continue
-        signed = observer.minimum < 0.0 if quantizer.sign is None else quantizer.sign
+        minimum, maximum = min(o.minimum for o in seen.values()), max(o.maximum for o in seen.values())
+        signed = minimum < 0.0 if quantizer.sign is None else quantizer.sign
         if signed and quantizer.bits == 1:
-            one_bit.append(f"{name or '(root)'} (down to {observer.minimum:.3g})")
-        own = quantizer.start(observer.mean, signed) if isinstance(quantizer, StepInputQuantizer) else None
-        lower, upper = own or METHODS[method](observer, quantizer.bits, signed)
-        if upper <= 0.0 and lower >= 0.0:
-            upper = 1.0  # an input that is always zero: any range represents it exactly
+            one_bit.append(f"{name or '(root)'} (down to {minimum:.3g})")
+        bounds = {mode: _bounds(quantizer, observer, method, signed) for mode, observer in seen.items()}
+        lower, upper = min(low for low, _ in bounds.values()), max(high for _, high in bounds.values())
         known = operand.role == "input" and name in proven
         shown = name if operand.role == "input" else f"{name} (weight)"
-        rows[key] = CalibratedInput(shown, signed, known, observer.minimum, observer.maximum, lower, upper)
+        rows[key] = CalibratedInput(shown, signed, known, minimum, maximum, lower, upper, bounds)
     if one_bit:
         raise CalibrationError(
             f"calibrate: inputs with negative values need 2 bits or more, found 1 bit at: {', '.join(one_bit)}. "
@@ -268,7 +356,14 @@ def _choose(operands: dict[int, _Operand], method: str, proven: set[str]) -> dic
     return rows
 
 
-def _set_output_scales(qmodel: nn.Module, sites: dict[str, QuantizedSite], first: Any) -> None:
+def _bounds(quantizer: InputQuantizer, observer: InputObserver, method: str, signed: bool) -> tuple[float, float]:
+    """Return the bounds for what was observed in one mode."""
+    own = quantizer.start(observer.mean, signed) if isinstance(quantizer, StepInputQuantizer) else None
+    lower, upper = own or METHODS[method](observer, quantizer.bits, signed)
+    return lower, 1.0 if upper <= 0.0 <= lower else upper  # any range represents an input that is always zero
+
+
+def _set_output_scales(forwards: _Forwards, sites: dict[str, QuantizedSite], first: Any) -> None:
     with ExitStack() as stack:
         unitless = [site for site in sites.values() if site.unitless]
         for site in sites.values():
@@ -277,9 +372,7 @@ def _set_output_scales(qmodel: nn.Module, sites: dict[str, QuantizedSite], first
             else:
                 site.output_scale.data.fill_(1.0)
         if unitless:
-            stack.enter_context(evaluating(qmodel))
-            stack.enter_context(torch.no_grad())
-            run_batch(qmodel, first)
+            forwards.run(first, 1)
 
 
 class _OutputScaleStart(Watcher):

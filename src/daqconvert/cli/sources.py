@@ -92,7 +92,7 @@ def open_named(job: Job, batch_size: int = EVAL_BATCH) -> Opened:
 def calibrated(opened: Opened, policy: Policy) -> nn.Module:
     """Return a quantized copy of a model, calibrated on its data and not trained."""
     qmodel: nn.Module = quantize(opened.model, policy=policy, example_inputs=opened.example)
-    calibrate(qmodel, opened.loaders.calibration)
+    calibrate(qmodel, opened.loaders.calibration, mode="eval")  # nothing is trained afterwards
     return qmodel.eval()
 
 

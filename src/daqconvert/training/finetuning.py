@@ -17,9 +17,9 @@ from daqconvert.errors import ConversionError, TrainingError
 from daqconvert.models import evaluating
 from daqconvert.report.fits import Fitted
 from daqconvert.report.progress import progress as progress_bar
+from daqconvert.seeding import preserved_random_state
 from daqconvert.training.batching.epochs import Epochs
 from daqconvert.training.batching.loaders import check_length, check_loader
-from daqconvert.training.batching.seeding import preserved_random_state
 from daqconvert.training.checkpoint import layer_settings
 from daqconvert.training.looping import train
 from daqconvert.training.losses import LossFn

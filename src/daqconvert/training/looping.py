@@ -18,13 +18,13 @@ from contextlib import ExitStack
 from typing import Any, NoReturn, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from daqconvert.errors import DataError, TrainingError
 from daqconvert.report.progress import Bar
+from daqconvert.seeding import derived_seed, seed_generators
 from daqconvert.training.batching.loaders import UNLABELLED, Inputs, inputs_count, read_batch
-from daqconvert.training.batching.seeding import derived_seed, seed_generators
 from daqconvert.training.evaluation import EvalResult, measured
 from daqconvert.training.optim import QUANTIZERS, WEIGHTS
 from daqconvert.training.run import Run, Step
@@ -54,7 +54,7 @@ def train(
 def _train_epoch(run: Run, wrapped: Any, bar: Bar, on_step: Callable[[Step], None] | None) -> Row:
     """Train what is left of an epoch and return its row, without the evaluation."""
     position = run.position
-    _set_training(run.model, freeze_batch_norm=run.recipe.batch_norm == "freeze")
+    run.begin_training(hold_batch_norms=run.recipe.batch_norm == "freeze")
     for part in run.parts:
         part.before_epoch(position.epoch)
     before, started = position.seconds, time.perf_counter()
@@ -67,15 +67,6 @@ def _train_epoch(run: Run, wrapped: Any, bar: Bar, on_step: Callable[[Step], Non
     if position.batches == 0:
         raise DataError(f"train_loader: gave no batch in epoch {position.epoch}. It must be readable once an epoch.")
     return _row(run)
-
-
-def _set_training(model: nn.Module, *, freeze_batch_norm: bool) -> None:
-    """Put a model into training mode, its batch norms into evaluation mode where they are frozen."""
-    model.train()
-    if freeze_batch_norm:
-        for module in model.modules():
-            if isinstance(module, _BatchNorm):
-                module.eval()
 
 
 def groups_of(batches: Iterable[T], count: int) -> Iterator[list[T]]:

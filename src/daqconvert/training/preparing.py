@@ -23,11 +23,12 @@ from daqconvert.errors import DataError
 from daqconvert.models import copy_model, disabled, evaluating, float_copy
 from daqconvert.posttraining import block_names, choose_codes, reconstruct
 from daqconvert.report.fits import Fitted
+from daqconvert.seeding import preserved_random_state
 from daqconvert.training.batching.loaders import UNLABELLED, length, read_batch
-from daqconvert.training.batching.seeding import preserved_random_state
 from daqconvert.training.checkpoint import model_tensors, write_checkpoint
 from daqconvert.training.losses import check_classes, checked_target, logits_of
 from daqconvert.training.objective import OWN_TEACHER
+from daqconvert.training.recipes import Recipe
 from daqconvert.training.run import Run
 from daqconvert.training.saving import check_run, last_of, make_optimizers_and_parts, meta, model_copy, restore, save
 
@@ -96,10 +97,24 @@ def _calibrate(run: Run) -> None:
         return
     recipe = run.recipe
     count = min(recipe.calibration_batches, length(run.train_epochs.loader) or recipe.calibration_batches)
-    run.calibration = calibrate(
-        run.model, itertools.chain(first, batches), method=recipe.calibration_method, max_batches=count,
+    run.begin_training(hold_batch_norms=_held(recipe))
+    found = run.calibration = calibrate(
+        run.model, itertools.chain(first, batches), method=recipe.calibration_method, mode="both", max_batches=count,
         progress=run.show,
     )  # fmt: skip
+    if found.differing and run.processes.is_main:
+        names, more = ", ".join(found.differing[:SHOWN]), ", ..." if found.differing[SHOWN:] else ""
+        LOGGER.warning(
+            "calibration: %d of %d inputs have another range in training mode than in evaluation mode: %s%s. Either "
+            "batch norms have running statistics that are not those of these batches (a new network, other data), or "
+            "dropout acts. The bounds fit both modes; results of the first epochs may not. See docs/training.md.",
+            len(found.differing), len(found.inputs), names, more,
+        )  # fmt: skip
+
+
+def _held(recipe: Recipe) -> bool:
+    """Whether every step of training uses the running statistics that batch norms have now."""
+    return recipe.batch_norm == "freeze" and not (recipe.reestimate or recipe.reconstruct)
 
 
 def _check_batch(run: Run, batch: Any, where: str, *, needs_target: bool, training: bool = False) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from daqconvert.calibration import CalibrationReport
 from daqconvert.report.fits import Fitted
@@ -224,6 +225,13 @@ class Run:
     def finished(self) -> bool:
         """Whether there is no epoch left, or a part has ended the run."""
         return self.stop is not None or self.epochs_done >= self.recipe.epochs
+
+    def begin_training(self, *, hold_batch_norms: bool) -> None:
+        """Put the model in training mode, its batch norms in evaluation mode where they are held."""
+        self.model.train()
+        for module in self.model.modules() if hold_batch_norms else ():
+            if isinstance(module, _BatchNorm):
+                module.eval()
 
     @property
     def folder(self) -> Path | None:

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler, Subset
 
+from daqconvert.seeding import preserved_random_state
 from daqconvert.training import finetune
 from daqconvert.training.batching.epochs import Epochs
-from daqconvert.training.batching.seeding import preserved_random_state
 from daqconvert.training.looping import groups_of
 from helpers.clusters import Breaking, Clusters
 

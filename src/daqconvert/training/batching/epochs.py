@@ -19,8 +19,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
+from daqconvert.seeding import derived_seed, parts_of, seed_epoch, seed_generators
 from daqconvert.training.batching.loaders import length
-from daqconvert.training.batching.seeding import derived_seed, parts_of, seed_epoch, seed_generators
 
 
 class Epochs:

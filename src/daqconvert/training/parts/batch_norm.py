@@ -18,9 +18,9 @@ from torch import nn
 
 from daqconvert.errors import TrainingError
 from daqconvert.posttraining import batch_norms, reestimate
+from daqconvert.seeding import preserved_random_state
 from daqconvert.training.batching.epochs import Epochs
 from daqconvert.training.batching.loaders import read_batch
-from daqconvert.training.batching.seeding import preserved_random_state
 from daqconvert.training.parts.scheduled import steps_until
 from daqconvert.training.processes import Processes
 from daqconvert.training.run import Part

@@ -150,8 +150,10 @@ class Guards(Part):
         if name in self._reached and not bool(self._reached[name]):
             yield (
                 "no gradient",
-                "no gradient reached its weight in this epoch: all its inputs are clipped to 0, or nothing behind it "
-                'lets one through. Try calibration_method="minmax", or more bits for its input.',
+                "no gradient reached its weight in this epoch: all its inputs are clipped to 0, or those of a layer "
+                "behind it. If you calibrated the model in evaluation mode, its bounds may not be those of training: "
+                'call calibrate(model, batches, mode="both") first. Else try calibration_method="minmax", or more '
+                "bits for its input.",
             )
 
     def _collapsed_inputs(self, name: str, site: QuantizedSite) -> Iterator[Found]:

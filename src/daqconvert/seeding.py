@@ -63,7 +63,7 @@ def seed_epoch(seed: int, epoch: int, *loaders: Any) -> None:
 def preserved_random_state(*loaders: Any) -> Iterator[None]:
     """Restore the random state of torch, numpy, `random` and the loaders' generators after the context.
 
-    A loader that is None is skipped.
+    A loader that is None is skipped; a `torch.Generator` may stand in the place of a loader.
     """
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     numpy_state, python_state = np.random.get_state(), random.getstate()
@@ -93,6 +93,8 @@ def parts_of(loader: Any) -> list[Any]:
 
 
 def _generators(*loaders: Any) -> list[torch.Generator]:
-    """Return the generators of loaders, their data sets and samplers, each once."""
-    found = [getattr(part, "generator", None) for loader in loaders for part in parts_of(loader)]
+    """Return the generators of loaders, their data sets and samplers, each once; a generator may stand by itself."""
+    plain = [loader for loader in loaders if isinstance(loader, torch.Generator)]
+    others = [loader for loader in loaders if not isinstance(loader, torch.Generator)]
+    found = plain + [getattr(part, "generator", None) for loader in others for part in parts_of(loader)]
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
