@@ -7,37 +7,41 @@ the files of a float and a frozen model can be compared in size and time.
 
 from __future__ import annotations
 
+import functools
 import io
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map, tree_structure
 
-from daqconvert.batches import split_batch
-from daqconvert.deploy.comparing.agreement import FileAgreement
+from daqconvert.batches import model_device, split_batch, to_device
+from daqconvert.deploy.batch_dimension import Batch, find_batch
+from daqconvert.deploy.comparing.agreement import FileAgreement, Noise
 from daqconvert.deploy.comparing.export_report import ExportReport, ProgramReport
 from daqconvert.deploy.comparing.probes import ModuleProbe
 from daqconvert.deploy.onnx.expansion import expand
 from daqconvert.deploy.onnx.hardware import exact_int8
-from daqconvert.deploy.onnx.lowering import (
+from daqconvert.deploy.onnx.lowering import BATCH, first_lines, float32_copy, lower, quiet
+from daqconvert.deploy.onnx.runtime import require_packages
+from daqconvert.deploy.signature import (
     Arguments,
     example_arguments,
-    first_lines,
-    float32_copy,
-    lower,
-    open_batch,
-    quiet,
-    repeated,
+    input_tensors,
+    left_out,
+    output_names,
+    output_tensors,
+    plain_result,
     to_float32,
 )
-from daqconvert.deploy.onnx.runtime import require_packages
 from daqconvert.errors import ExportError
 from daqconvert.files import replacing
 from daqconvert.layers import FrozenSite, QuantizedSite
+from daqconvert.models import evaluating
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -47,7 +51,7 @@ HINT = "Make room, or choose another place."
 
 
 def export(
-    frozen: nn.Module, path: str | Path, example_inputs: Any, *, dynamic_batch: bool = True,
+    frozen: nn.Module, path: str | Path, example_inputs: Any, *, dynamic_batch: bool | Sequence[str] = True,
     check_batches: Iterable[Any] | None = None, overwrite: bool = False,
 ) -> ExportReport | ProgramReport:  # fmt: skip
     """Write a frozen model as an ONNX file with packed weights, and compare the two in ONNX Runtime.
@@ -62,7 +66,9 @@ def export(
         frozen: A model from `freeze` or `load`; it is not changed. A float16 or bfloat16 model is exported in float32.
         path: The file to write; missing directories are created.
         example_inputs: A tensor, a tuple of positional or a dict of keyword arguments.
-        dynamic_batch: Whether the first dimension of the inputs is left open.
+        dynamic_batch: Whether the batch, the first dimension of the inputs that count samples there, is left open.
+            Which inputs do is found by running the model on other rows of the example; side inputs keep their shape.
+            The names of these inputs instead of True say so without a trial.
         check_batches: Further batches to compare on, in the forms that `calibrate` takes; targets are not used.
         overwrite: Whether an existing file may be replaced.
 
@@ -86,20 +92,21 @@ def export(
     """
     _require_frozen(frozen)
     if Path(path).suffix == PROGRAM:
-        return _export_program(frozen, _free_path(path, overwrite), example_inputs, dynamic_batch)
+        return _export_program(frozen, _free_path(path, overwrite), example_inputs, dynamic_batch, check_batches)
     return _write_onnx(frozen, path, example_inputs, dynamic_batch, check_batches, overwrite)
 
 
 def export_float(
-    model: nn.Module, path: str | Path, example_inputs: Any, *, dynamic_batch: bool = True, overwrite: bool = False
-) -> ExportReport:
+    model: nn.Module, path: str | Path, example_inputs: Any, *, dynamic_batch: bool | Sequence[str] = True,
+    overwrite: bool = False,
+) -> ExportReport:  # fmt: skip
     """Write a float model as an ONNX file in float32, and compare the two in ONNX Runtime.
 
     Args:
         model: A model without quantized layers; it is not changed, and exported in evaluation mode.
         path: The file to write.
         example_inputs: A tensor, a tuple of positional or a dict of keyword arguments.
-        dynamic_batch: Whether the first dimension of the inputs is left open.
+        dynamic_batch: Whether the batch is left open, or the names of the inputs that carry it, as in `export`.
         overwrite: Whether an existing file may be replaced.
 
     Returns:
@@ -116,7 +123,7 @@ def export_float(
 
 
 def _write_onnx(
-    model: nn.Module, path: str | Path, example_inputs: Any, dynamic_batch: bool = True,
+    model: nn.Module, path: str | Path, example_inputs: Any, dynamic_batch: bool | Sequence[str] = True,
     check_batches: Iterable[Any] | None = None, overwrite: bool = False,
 ) -> ExportReport:  # fmt: skip
     """Write a frozen or float model as an ONNX file, after comparing the file with the model."""
@@ -124,23 +131,31 @@ def _write_onnx(
     require_packages()
     arguments = example_arguments(example_inputs)
     twin = float32_copy(model)
-    names = _output_names(twin, arguments)
-    content = _serialize(expand(lower(twin, arguments, dynamic_batch), names))
+    result = _result(twin, arguments)
+    batch = _batch(twin, arguments, dynamic_batch)
+    content = _serialize(expand(lower(twin, arguments, batch), output_names(result)))
     agreement = FileAgreement(ModuleProbe(twin), content)
     agreement.add(*arguments)
-    for batch in check_batches if check_batches is not None else ():
-        args, kwargs, _ = split_batch(batch)
+    for example in check_batches if check_batches is not None else ():
+        args, kwargs, _ = split_batch(example)
         agreement.add(*to_float32((args, kwargs)))
+    if batch is not None:
+        agreement.add_other(*batch.other(arguments))
+    notes = _notes(model) + _notes_on_ends(twin, arguments, batch, result)
     outputs = agreement.outputs
     report = ExportReport(
         str(place), len(content), agreement.layers(), outputs.samples, outputs.largest, outputs.sqnr,
-        agreement.outputs_same.sqnr, outputs.class_agreement, tuple(_notes(model)),
+        agreement.outputs_same.sqnr, outputs.class_agreement, tuple(notes), tuple(agreement.other_problems()),
     )  # fmt: skip
     with replacing(place, ExportError, HINT) as temporary:
         temporary.write_bytes(content)
-    if not report.agrees:
-        warnings.warn(f"{place} does not agree with the model: {'; '.join(report.problems())}", stacklevel=3)
+    _warn_of(report)
     return report
+
+
+def _warn_of(report: ExportReport | ProgramReport) -> None:
+    if not report.agrees:
+        warnings.warn(f"{report.path} does not agree with the model: {'; '.join(report.problems())}", stacklevel=4)
 
 
 def _free_path(path: str | Path, overwrite: bool) -> Path:
@@ -171,8 +186,8 @@ def _require_frozen(model: nn.Module) -> None:
         )
 
 
-def _output_names(model: nn.Module, arguments: Arguments) -> list[str]:
-    """Run the model once and name its output tensors: a single one `output`, several by their places in the result."""
+def _result(model: nn.Module, arguments: Arguments) -> Any:
+    """Run the model once and return its result; raises `ExportError` if it cannot run, or returns no tensor."""
     try:
         with torch.no_grad():
             result = model(*arguments[0], **arguments[1])
@@ -180,13 +195,32 @@ def _output_names(model: nn.Module, arguments: Arguments) -> list[str]:
         raise ExportError(
             f"export: {type(model).__name__} cannot run on example_inputs: {type(error).__name__}: {str(error)[:300]}"
         ) from error
-    leaves = [(place, leaf) for place, leaf in tree_flatten_with_path(result)[0] if isinstance(leaf, Tensor)]
-    if len(leaves) == 1:
-        return ["output"]
-    words = [
-        keystr(place).replace("']", "").replace("['", "_").replace("[", "_").replace("]", "") for place, _ in leaves
-    ]
-    return [f"output{word.replace('.', '_')}" for word in words]
+    if not output_tensors(result):
+        raise ExportError(
+            f"export: {type(model).__name__} returns no tensor: expected tensors, or tuples, lists, dicts or "
+            f"dataclasses of them, found {type(result).__name__}."
+        )
+    return result
+
+
+def _batch(model: nn.Module, arguments: Arguments, dynamic_batch: bool | Sequence[str]) -> Batch | None:
+    """Return the inputs that carry the batch; None if it shall be fixed, or no input has a dimension."""
+
+    def run(given: Arguments) -> list[Tensor]:
+        with torch.no_grad():
+            return output_tensors(model(*given[0], **given[1]))
+
+    if dynamic_batch is False:
+        return None
+    names = None if dynamic_batch is True else [dynamic_batch] if isinstance(dynamic_batch, str) else dynamic_batch
+    return find_batch(model, arguments, run, names)
+
+
+def _notes_on_ends(model: nn.Module, arguments: Arguments, batch: Batch | None, result: Any) -> list[str]:
+    """Return what a user of the file has to know about its inputs and outputs."""
+    notes = [] if batch is None else batch.notes(model, arguments)
+    others = left_out(result)
+    return [*notes, f"not in the file, which holds tensors alone: {', '.join(others)}"] if others else notes
 
 
 def _serialize(proto: ModelProto) -> bytes:
@@ -210,7 +244,8 @@ def _notes(model: nn.Module) -> list[str]:
     transposed = [m.layer_name for m in sites if isinstance(m, nn.modules.conv._ConvTransposeNd)]
     if transposed:
         count = f"{len(transposed)} transposed convolution{'s' if len(transposed) > 1 else ''}"
-        notes.append(f"{count} ({transposed[0]}, ...): packed, but computed in float: there is no integer kernel")
+        named = transposed[0] + (", ..." if len(transposed) > 1 else "")
+        notes.append(f"{count} ({named}): packed, but computed in float: there is no integer kernel")
     wide = [m for m in sites if (m.settings.w_bits or 0) == 8 and m.settings.a_bits == 8]
     if wide and exact_int8() is False:
         notes.append(
@@ -227,33 +262,126 @@ def _dtype_notes(model: nn.Module) -> list[str]:
     return [f"{', '.join(other)} was exported, and compared, in float32"] if other else []
 
 
-def _export_program(model: nn.Module, place: Path, example_inputs: Any, dynamic_batch: bool) -> ProgramReport:
+def _export_program(
+    model: nn.Module, place: Path, example_inputs: Any, dynamic_batch: bool | Sequence[str],
+    check_batches: Iterable[Any] | None,
+) -> ProgramReport:  # fmt: skip
     """Write a model as a program of torch.export, in its own dtype and on its own device.
 
-    The program is loaded again and compared with the model on the example inputs before the file is put in place.
+    The program is loaded again and compared with the model before the file is put in place: on the example inputs, at
+    another batch size, and on `check_batches`.
 
     Raises:
         ExportError: If torch cannot follow the model, or cannot load the program again.
     """
-    arguments = example_arguments(example_inputs, move=False)
-    args, kwargs = repeated(arguments) if dynamic_batch else arguments
+    arguments, device = example_arguments(example_inputs, move=False), model_device(model)
+    with evaluating(model):
+        result = _result(model, arguments)
+        batch = _batch(model, arguments, dynamic_batch)
+        with _storable(model, result) as notes:
+            content = _program(model, arguments, batch)
+        again = _loaded(model, content)
+        noise, samples = Noise(), 0
+        for args, kwargs in [arguments] if batch is None else [arguments, batch.other(arguments)]:
+            samples = max(samples, _compare(noise, model, again, args, kwargs))
+        for example in check_batches if check_batches is not None else ():
+            args, kwargs, _ = split_batch(example)
+            samples += _compare(noise, model, again, to_device(args, device), to_device(kwargs, device))
+        if batch is not None:
+            notes += batch.notes(model, arguments)
+    with replacing(place, ExportError, HINT) as temporary:
+        temporary.write_bytes(content)
+    report = ProgramReport(str(place), len(content), samples, noise.largest, tuple(notes))
+    _warn_of(report)
+    return report
+
+
+def _program(model: nn.Module, arguments: Arguments, batch: Batch | None) -> bytes:
+    """Return the file of a model as torch.export follows it, with an open batch unless `batch` is None."""
+    hint = " If its batch size is fixed, pass dynamic_batch=False." if batch is not None else ""
+    args, kwargs = arguments if batch is None else batch.several(arguments)
+    odd = [key for key in kwargs if not key.isidentifier()]
+    if odd:
+        raise ExportError(f"export: a program of torch.export has no argument {odd[0]!r}: it is no name in Python.")
+    shapes = None
+    if batch is not None:
+        dim, collection = torch.export.Dim(BATCH), torch.export.ShapesCollection()
+        tensors = input_tensors((args, kwargs))
+        for place in batch.places:
+            collection[tensors[place]] = {0: dim}
+        shapes = collection.dynamic_shapes(model, args, kwargs)
     try:
-        with torch.no_grad(), quiet():
-            shapes = open_batch(model, (args, kwargs)) if dynamic_batch else None
+        with torch.no_grad(), quiet(own=True):
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
             stream = io.BytesIO()
             torch.export.save(program, stream)
-            stream.seek(0)
-            again = torch.export.load(stream).module()
-            wanted, found = (tree_leaves(each(*args, **kwargs)) for each in (model, again))
     except Exception as error:  # NOTE: the model's own code runs here under tracing and may raise anything
-        hint = " If its batch size is fixed, pass dynamic_batch=False." if dynamic_batch else ""
         raise ExportError(
             f"export: torch.export cannot follow {type(model).__name__}: {first_lines(error)}{hint}"
         ) from error
-    pairs = [(a, b) for a, b in zip(wanted, found, strict=True) if isinstance(a, Tensor)]
-    with replacing(place, ExportError, HINT) as temporary:
-        temporary.write_bytes(stream.getvalue())
-    largest = max((float((a.double() - b.double()).abs().max()) for a, b in pairs if a.numel()), default=0.0)
-    samples = max((a.shape[0] for a, _ in pairs if a.dim()), default=1)
-    return ProgramReport(str(place), len(stream.getvalue()), samples, largest)
+    return stream.getvalue()
+
+
+def _loaded(model: nn.Module, content: bytes) -> nn.Module:
+    try:
+        with quiet():
+            return torch.export.load(io.BytesIO(content)).module()
+    except Exception as error:  # NOTE: torch raises many kinds, some of them assertions
+        raise ExportError(
+            f"export: torch.export wrote {type(model).__name__} and cannot load it again: {first_lines(error)}"
+        ) from error
+
+
+def _compare(noise: Noise, model: nn.Module, again: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Add how a reloaded program differs from its model on these arguments; return the number of samples.
+
+    Raises:
+        ExportError: If the program cannot run on them, or returns tensors of other shapes.
+    """
+    with torch.no_grad():
+        wanted = output_tensors(model(*args, **kwargs))
+        try:
+            found = output_tensors(again(*args, **kwargs))
+        except Exception as error:  # NOTE: guards are assertions, operators raise errors of their own
+            shapes = ", ".join(str(tuple(t.shape)) for t in input_tensors((args, kwargs)))
+            raise ExportError(
+                f"export: the program of {type(model).__name__} cannot run on inputs of shapes {shapes}: "
+                f"{first_lines(error)}"
+            ) from error
+    noise.add("output", wanted, found)
+    return max((t.shape[0] for t in wanted if t.dim()), default=1)
+
+
+@contextmanager
+def _storable(model: nn.Module, result: Any) -> Iterator[list[str]]:
+    """Let a model return what a program can hold while the context lasts: dicts for classes, None for texts.
+
+    Yields:
+        What a user of the program has to know about that, a sentence each.
+    """
+
+    def plain(value: Any) -> Any:
+        return tree_map(lambda leaf: None if isinstance(leaf, str) else leaf, plain_result(value))
+
+    notes: list[str] = []
+    if tree_structure(plain_result(result)) != tree_structure(result):
+        notes.append("dataclasses, named tuples and the like are dicts in what the program returns")
+    if any(isinstance(leaf, str) for leaf in tree_leaves(plain_result(result))):
+        notes.append("a program holds no texts: they are None in what it returns")
+    if not notes:
+        yield notes
+        return
+    forward, own = model.forward, "forward" in vars(model)
+
+    @functools.wraps(forward)
+    def returning_plain(*args: Any, **kwargs: Any) -> Any:
+        return plain(forward(*args, **kwargs))
+
+    model.forward = returning_plain
+    try:
+        yield notes
+    finally:
+        if own:
+            model.forward = forward
+        else:
+            del model.forward

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
 from torch import Tensor
 
-from daqconvert.deploy.comparing.export_report import LayerAgreement
+from daqconvert.deploy.comparing.export_report import ExportReport, LayerAgreement
 from daqconvert.deploy.comparing.probes import ModuleProbe, OnnxProbe
 from daqconvert.errors import ExportError
 
@@ -105,6 +106,10 @@ class FileAgreement:
     def __init__(self, model: ModuleProbe, content: bytes) -> None:
         self.model, self.file = model, OnnxProbe(content, ["codes"])
         self.names = [name for name, tensors in self.file.tensors.items() if tensors["codes"]]
+        self._other: list[str] = []
+        self._start()
+
+    def _start(self) -> None:
         self.outputs, self.outputs_same = OutputNoise(), OutputNoise()
         self.codes = {name: CodeDifferences() for name in self.names}
         self.codes_same = {name: CodeDifferences() for name in self.names}
@@ -119,6 +124,20 @@ class FileAgreement:
         for name in self.names:
             self.codes[name].add(name, own.codes[name], theirs.codes[name])
             self.codes_same[name].add(name, same.codes[name], theirs.codes[name])
+
+    def add_other(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        """Compare at another batch size: the arguments repeat samples, so they count for `other_problems` alone."""
+        apart = copy.copy(self)
+        apart._start()
+        apart.add(args, kwargs)
+        outputs = apart.outputs
+        report = ExportReport("", 0, apart.layers(), outputs.samples, outputs.largest, outputs.sqnr,
+                              apart.outputs_same.sqnr, outputs.class_agreement)  # fmt: skip
+        self._other += report.problems()
+
+    def other_problems(self) -> list[str]:
+        """Return why model and file do not agree at another batch size; empty where they do, or none was tried."""
+        return self._other
 
     def layers(self) -> tuple[LayerAgreement, ...]:
         """Return the agreement of each layer's input codes."""

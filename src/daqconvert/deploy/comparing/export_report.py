@@ -69,6 +69,8 @@ class ExportReport:
             nothing but float rounding differs.
         class_agreement: Share of samples with the same class, or None where no output is of shape `(N, classes)`.
         notes: What else a user of the file has to know, a sentence each.
+        other_batch: Why the file does not agree at another batch size than that of the example; empty where it does,
+            or the batch is fixed.
     """
 
     path: str
@@ -80,6 +82,7 @@ class ExportReport:
     sqnr_same_codes: float
     class_agreement: float | None
     notes: tuple[str, ...] = ()
+    other_batch: tuple[str, ...] = ()
 
     @property
     def classes_differing(self) -> int:
@@ -104,7 +107,7 @@ class ExportReport:
         if self.classes_differing > max(1.0, (1 - CLASS_SHARE) * self.samples):
             why = "" if found else "; layer by layer the codes agree, so the network amplifies float32 rounding"
             found.append(f"the class differs for {self.classes_differing} of {self.samples} samples{why}")
-        return found
+        return found + [f"at another batch size than the example's: {problem}" for problem in self.other_batch]
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values for JSON."""
@@ -140,26 +143,33 @@ class ProgramReport:
         file_bytes: Its size.
         samples: Number of samples compared.
         largest_difference: Largest absolute difference of an output; 0 where every element is the same.
+        notes: What else a user of the file has to know, a sentence each.
     """
 
     path: str
     file_bytes: int
     samples: int
     largest_difference: float
+    notes: tuple[str, ...] = ()
 
     @property
     def agrees(self) -> bool:
         """Whether every element of the reloaded program's outputs equals the model's."""
         return self.largest_difference == 0.0
 
+    def problems(self) -> list[str]:
+        """Return the reasons why the program does not agree, a sentence each; an empty list if it does."""
+        return [] if self.agrees else [f"an output differs by {self.largest_difference:.3g}"]
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values for JSON."""
-        return {**vars(self), "agrees": self.agrees}
+        return plain({**vars(self), "agrees": self.agrees})
 
     def __str__(self) -> str:
-        """Return two lines of text."""
-        same = "identical" if self.agrees else f"largest difference {self.largest_difference:.3g}"
-        return f"{self.path}: {self.file_bytes:,} bytes\nreloaded, {self.samples} samples: {same}"
+        """Return two lines of text, and the notes between them."""
+        same = "identical" if self.agrees else f"DOES NOT AGREE: {'; '.join(self.problems())}"
+        first, last = f"{self.path}: {self.file_bytes:,} bytes", f"reloaded, {self.samples} samples: {same}"
+        return "\n".join([first, *self.notes, last])
 
 
 def db_text(value: float) -> str:

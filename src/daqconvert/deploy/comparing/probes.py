@@ -15,13 +15,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from daqconvert.batches import model_device, to_device
 from daqconvert.convert import PLAN_ATTRIBUTE
 from daqconvert.deploy.onnx.expansion import layer_tensors
 from daqconvert.deploy.onnx.lowering import named_layers
 from daqconvert.deploy.onnx.runtime import OnnxModel, require_packages
+from daqconvert.deploy.signature import output_tensors
 from daqconvert.layers import FrozenSite, QuantizedSite
 from daqconvert.layers.integer_layers import folded_numbers, folds
 from daqconvert.layers.site import Operation, Watcher, watching
@@ -101,7 +101,7 @@ class ModuleProbe:
         for name in self.epilogues.keys() & recording.outputs.keys() - epilogues(self.model).keys():
             modules = dict(self.model.named_modules())
             recording.outputs[name] = [_after(modules, self.epilogues[name], y) for y in recording.outputs[name]]
-        recording.results = [leaf.cpu() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        recording.results = [tensor.cpu() for tensor in output_tensors(result)]
         return recording
 
 

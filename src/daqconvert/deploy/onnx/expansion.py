@@ -24,14 +24,16 @@ import numpy as np
 from daqconvert.deploy.onnx.code_tensors import CodeTensor, CodeTensors, attributes
 from daqconvert.deploy.onnx.frozen_operators import DOMAIN
 from daqconvert.deploy.onnx.integer_nodes import PackedWeight, ProductWriter
-from daqconvert.deploy.onnx.lowering import BATCH
+from daqconvert.deploy.onnx.lowering import BATCH, rename, tensor_names
 from daqconvert.deploy.onnx.unpacking import GraphWriter
+from daqconvert.deploy.signature import distinct
 from daqconvert.functional.integer import CodeGrid
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
 LAYERS_KEY = "daqconvert.layers"
+OWN = "own::"  # before the names of the model's own tensors while others are written, which yield to them in the end
 
 
 def expand(model: ModelProto, output_names: list[str]) -> ModelProto:
@@ -43,8 +45,9 @@ def expand(model: ModelProto, output_names: list[str]) -> ModelProto:
     del model.graph.metadata_props[:]
     model.producer_name, model.producer_version, model.doc_string = "daqconvert", "", ""
     model.graph.name, model.graph.doc_string = "model", ""
-    _rename_outputs(model, output_names)
+    _name_outputs(model, output_names)
     _name_batch(model)
+    rename(model.graph, {name: f"{OWN}{name}" for name in tensor_names(model.graph)})
     return Expansion(model).run()
 
 
@@ -79,7 +82,6 @@ class Expansion:
         self.tensors = CodeTensors(self.writer, self.values, self.outputs, self._rounded_to)
         self.products = ProductWriter(self.writer, self.tensors, self.values)
         self.quantized: dict[tuple[Any, ...], CodeTensor] = {}
-        self.plain = set(_names_used(n for n in nodes if n.domain != DOMAIN))
         self.endings = {n.input[0]: n for n in nodes if n.domain == DOMAIN and n.op_type in ("Requantize", "Rescale")}
 
     def run(self) -> ModelProto:
@@ -220,9 +222,7 @@ class Expansion:
     def _vector(self, layer: str, key: str, source: str, output_dims: int) -> str:
         value = self.values[source]
         shaped = value.reshape(-1, *(1,) * output_dims) if value.ndim else value
-        name = _join(layer, key)
-        # NOTE: the exporter merges equal tensors, so another node may read this one in its own shape
-        return self.writer.constant(f"{name}.shaped" if name in self.plain and shaped.ndim > 1 else name, shaped)
+        return self.writer.constant(_join(layer, key), shaped)
 
     def _entry(self, layer: str) -> dict[str, Any]:
         return self.layers.setdefault(layer, {"codes": [], "outputs": []})
@@ -238,14 +238,24 @@ class Expansion:
         del graph.node[:]
         graph.node.extend(writer.nodes)
         used = set(_names_used(writer.nodes)) | {o.name for o in graph.output}
-        kept = [t for t in graph.initializer if t.name in used and t.name not in writer.initializers]
-        for tensor in kept:
+        plain = [t for t in graph.initializer if t.name in used and t.name not in writer.initializers]
+        for tensor in plain:
             del tensor.metadata_props[:]
         del graph.initializer[:]
-        graph.initializer.extend([*kept, *(t for t in writer.initializers.values() if t.name in used)])
+        graph.initializer.extend([*plain, *(t for t in writer.initializers.values() if t.name in used)])
+        kept = _without_inference(writer.nodes, {o.domain: o.version for o in self.model.opset_import})
+        known = [value for value in graph.value_info if value.name in kept]
         del graph.value_info[:]
+        graph.value_info.extend(known)
         for entry in [o for o in self.model.opset_import if o.domain == DOMAIN]:
             self.model.opset_import.remove(entry)
+        own = {name: name.removeprefix(OWN) for name in tensor_names(graph) if name.startswith(OWN)}
+        names = rename(graph, own)
+        for found in self.layers.values():
+            for kind in ("codes", "outputs"):
+                found[kind] = [names.get(name, name) for name in found[kind]]
+            if "grids" in found:
+                found["grids"] = {names.get(name, name): grid for name, grid in found["grids"].items()}
         if self.layers:
             entry = self.model.metadata_props.add()
             entry.key, entry.value = LAYERS_KEY, json.dumps(self.layers, separators=(",", ":"))
@@ -263,22 +273,44 @@ def _names_used(nodes: Iterable[NodeProto]) -> Iterable[str]:
                 yield from _names_used(graph.node)
 
 
-def _rename_outputs(model: ModelProto, output_names: list[str]) -> None:
+def _without_inference(nodes: Iterable[NodeProto], opsets: dict[str, int]) -> set[str]:
+    """Return the outputs of nodes for which ONNX infers no types and shapes, functions and operators unknown to it."""
+    from onnx import defs
+
+    found: set[str] = set()
+    for node in nodes:
+        try:
+            schema = defs.get_schema(node.op_type, opsets.get(node.domain, 1), node.domain)
+        except defs.SchemaError:
+            found |= set(node.output)
+        else:
+            found |= set() if schema.has_type_and_shape_inference_function else set(node.output)
+    return found
+
+
+def _name_outputs(model: ModelProto, output_names: list[str]) -> None:
+    """Give the outputs their names; one that is an input, a parameter or another output as well is a copy of it."""
+    from onnx import helper
+
     graph = model.graph
-    taken = {i.name for i in graph.input} | {t.name for t in graph.initializer}
-    names = {o.name: new for o, new in zip(graph.output, output_names, strict=True) if o.name not in taken}
-    for output in graph.output:
-        output.name = names.get(output.name, output.name)
-    for node in graph.node:
-        for values in (node.input, node.output):
-            for i, name in enumerate(values):
-                values[i] = names.get(name, name)
+    given = [i.name for i in graph.input]
+    copied = {*given, *(t.name for t in graph.initializer)}
+    names = distinct(output_names, set(given))
+    moved = {i: i for i in given}
+    for output, name in zip(graph.output, names, strict=True):
+        if output.name not in copied | moved.keys():
+            moved[output.name] = name
+    rename(graph, moved, reserved=names)
+    for output, name in zip(graph.output, names, strict=True):
+        if output.name != name:
+            graph.node.append(helper.make_node("Identity", [output.name], [name]))
+            output.name = name
 
 
 def _name_batch(model: ModelProto) -> None:
     """Give the open dimension its name, in the inputs and in the sizes of outputs that are computed from it."""
     symbols = {d.dim_param for i in model.graph.input for d in i.type.tensor_type.shape.dim if d.dim_param}
-    for value in (*model.graph.input, *model.graph.output):
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         del value.metadata_props[:]
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param:

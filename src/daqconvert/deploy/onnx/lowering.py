@@ -13,56 +13,30 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from daqconvert.deploy.batch_dimension import Batch
 from daqconvert.deploy.onnx.frozen_operators import translations
 from daqconvert.deploy.onnx.runtime import require_packages
+from daqconvert.deploy.signature import Arguments, distinct, input_names, input_tensors, output_tensors
 from daqconvert.errors import ExportError
 from daqconvert.graph.rewrite import CODES, Rewritten
 from daqconvert.layers import FrozenSite, QuantizedSite, is_site_type
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
+    from onnx import GraphProto, ModelProto
 
 
 OPSET = 21
 BATCH = "batch"
+FLAT = "daq_model"  # the exporter puts it, and a dot, before the name of every parameter
 LOGGERS = ("torch.onnx", "torch.export", "torch.fx.experimental.symbolic_shapes", "onnxscript", "onnx_ir")
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-def example_arguments(example_inputs: Any, move: bool = True) -> Arguments:
-    """Return example inputs as positional and keyword arguments, on the CPU in float32 unless `move` is False.
-
-    Raises:
-        ExportError: Unless they are a tensor, a tuple or list of positional arguments or a dict of keyword arguments,
-            and hold a tensor.
-    """
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    if isinstance(example_inputs, Tensor):
-        args = (example_inputs,)
-    elif isinstance(example_inputs, dict):
-        kwargs = dict(example_inputs)
-    elif isinstance(example_inputs, (tuple, list)):
-        args = tuple(example_inputs)
-    if not any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
-        raise ExportError(
-            "export: example_inputs: expected a tensor, a tuple of positional arguments, or a dict of keyword "
-            f"arguments with at least one tensor; found {type(example_inputs).__name__}."
-        )
-    return to_float32((args, kwargs)) if move else (args, kwargs)
-
-
-def to_float32(value: Any) -> Any:
-    """Move every tensor of a nested structure to the CPU, floating-point ones as float32."""
-    return tree_map_only(Tensor, lambda t: t.detach().cpu().float() if t.is_floating_point() else t.cpu(), value)
 
 
 def float32_copy(model: nn.Module) -> nn.Module:
@@ -73,26 +47,24 @@ def float32_copy(model: nn.Module) -> nn.Module:
     return twin
 
 
-def lower(model: nn.Module, arguments: Arguments, dynamic_batch: bool) -> ModelProto:
+def lower(model: nn.Module, arguments: Arguments, batch: Batch | None) -> ModelProto:
     """Return the ONNX graph of a model that `float32_copy` made; frozen layers become placeholders.
 
-    With `dynamic_batch` the first dimension of the inputs is left open.
+    The graph's inputs are `input_tensors(arguments)` under the names `input_names(model, arguments)`, its outputs
+    `output_tensors` of the result, in this order. The first dimension of the inputs that carry the batch is left open.
 
     Raises:
         ExportError: If torch cannot export the model; the message says at which step and why.
     """
     require_packages()
     what = type(model).__name__
-    hint = " If its batch size is fixed, pass dynamic_batch=False." if dynamic_batch else ""
-    if dynamic_batch:
-        arguments = repeated(arguments)
+    hint = " If its batch size is fixed, pass dynamic_batch=False." if batch is not None else ""
+    flat = FlatCall(model, arguments)
+    tensors = input_tensors(arguments if batch is None else batch.several(arguments))
     with _writing_operators(model), quiet():
         try:
             program = torch.export.export(
-                model,
-                *arguments,
-                dynamic_shapes=open_batch(model, arguments) if dynamic_batch else None,
-                strict=False,
+                flat, tuple(tensors), dynamic_shapes=_open_dimensions(len(tensors), batch), strict=False
             )
         except Exception as error:  # NOTE: the model's own code runs here under tracing and may raise anything
             raise ExportError(f"export: torch.export cannot follow {what}: {first_lines(error)}{hint}") from error
@@ -101,9 +73,80 @@ def lower(model: nn.Module, arguments: Arguments, dynamic_batch: bool) -> ModelP
                 program, dynamo=True, opset_version=OPSET, verbose=False, custom_translation_table=translations()
             )
             assert result is not None
-            return result.model_proto
+            proto = result.model_proto
         except Exception as error:  # NOTE: the exporter wraps any exception of a translation in its own
             raise ExportError(f"export: torch.onnx cannot write {what}: {first_lines(error)}{hint}") from error
+    _name_inputs(proto.graph, input_names(model, arguments))
+    return proto
+
+
+class FlatCall(nn.Module):
+    """A model that is called with its input tensors alone, one after the other, and returns its output tensors.
+
+    Whatever else it takes is as in the example; whatever else it returns is left out. So the arguments may have any
+    names, and the result may be of any class that `plain_result` knows.
+    """
+
+    def __init__(self, model: nn.Module, arguments: Arguments) -> None:
+        super().__init__()
+        self.add_module(FLAT, model)
+        leaves, self.spec = tree_flatten(arguments)
+        self.others = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Return the output tensors for these input tensors."""
+        given = iter(tensors)
+        args, kwargs = tree_unflatten([next(given) if o is None else o[0] for o in self.others], self.spec)
+        return tuple(output_tensors(getattr(self, FLAT)(*args, **kwargs)))
+
+
+def _open_dimensions(count: int, batch: Batch | None) -> Any:
+    if batch is None:
+        return None
+    dim = torch.export.Dim(BATCH)
+    return (tuple({0: dim} if i in batch.places else None for i in range(count)),)
+
+
+def _name_inputs(graph: GraphProto, names: list[str]) -> None:
+    """Give the inputs their names, and the parameters those that they have in the model."""
+    prefix = f"{FLAT}."
+    rename(graph, {name: name.removeprefix(prefix) for name in tensor_names(graph) if name.startswith(prefix)})
+    rename(graph, dict(zip([i.name for i in graph.input], names, strict=True)))
+
+
+def rename(graph: GraphProto, names: dict[str, str], reserved: Iterable[str] = ()) -> dict[str, str]:
+    """Rename tensors of a graph, in its subgraphs too, and return all names, old to new.
+
+    Another tensor that has such a name already, or a reserved one, gets a number at its end.
+    """
+    others = [name for name in tensor_names(graph) if name not in names]
+    names = names | dict(zip(others, distinct(others, {*names.values(), *reserved}), strict=True))
+    for part in graphs(graph):
+        for value in (*part.input, *part.output, *part.value_info, *part.initializer):
+            value.name = names.get(value.name, value.name)
+        for node in part.node:
+            for found in (node.input, node.output):
+                for i, name in enumerate(found):
+                    found[i] = names.get(name, name)
+    return names
+
+
+def tensor_names(graph: GraphProto) -> list[str]:
+    """Return the names of all tensors of a graph and its subgraphs, each once."""
+    found: dict[str, None] = {}
+    for part in graphs(graph):
+        found |= dict.fromkeys(value.name for value in (*part.input, *part.initializer))
+        found |= dict.fromkeys(name for node in part.node for name in node.output if name)
+    return list(found)
+
+
+def graphs(graph: GraphProto) -> Iterator[GraphProto]:
+    """Yield a graph and the graphs inside its nodes."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for part in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                yield from graphs(part)
 
 
 @contextmanager
@@ -119,26 +162,12 @@ def _writing_operators(model: nn.Module) -> Iterator[None]:
             layer.qdq = False
 
 
-def repeated(arguments: Arguments) -> Arguments:
-    """Return arguments with a batch of one repeated, because torch.export treats a size of 1 as a constant."""
-    return tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t, arguments)
-
-
-def open_batch(model: nn.Module, arguments: Arguments) -> Any:
-    """Return torch.export's description of a first dimension that is open, the same one in every input."""
-    tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
-    size = next((t.shape[0] for t in tensors if t.dim()), None)
-    batch = torch.export.Dim(BATCH)
-    shapes = torch.export.ShapesCollection()
-    for tensor in tensors:
-        if tensor.dim() and tensor.shape[0] == size:
-            shapes[tensor] = {0: batch}
-    return shapes.dynamic_shapes(model, *arguments)
-
-
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Silence what the exporter says about itself: its deprecations, its log, the graph it prints when it fails."""
+def quiet(own: bool = False) -> Iterator[None]:
+    """Silence what the exporter says about itself: its deprecations, its log, the graph it prints when it fails.
+
+    With `own` the model is the user's, not a copy, and a warning about it is let through.
+    """
     loggers = [logging.getLogger(name) for name in LOGGERS]
     before = [logger.level for logger in loggers]
     for logger in loggers:
@@ -149,7 +178,8 @@ def quiet() -> Iterator[None]:
             for category in (DeprecationWarning, FutureWarning):
                 warnings.filterwarnings("ignore", category=category, module=r"(torch|onnxscript|onnx_ir|onnx)\b")
             # torch warns if a forward stores a tensor as an attribute of the model; on a copy that does no harm
-            warnings.filterwarnings("ignore", message=r"The tensor attributes? .* assigned during export")
+            if not own:
+                warnings.filterwarnings("ignore", message=r"The tensor attributes? .* assigned during export")
             yield
         sys.stderr.write(printed.getvalue())  # what the model itself printed; after a failure the error says enough
     finally:

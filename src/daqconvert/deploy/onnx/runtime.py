@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from daqconvert.deploy.signature import keyword_names
 from daqconvert.errors import ExportError, nearest
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -96,7 +97,7 @@ class OnnxModel:
 
     def feeds(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the graph's inputs by name: positional tensors in order, keyword tensors by their key."""
-        named = {key: value for key, value in kwargs.items() if isinstance(value, Tensor)}
+        named = dict(keyword_names(kwargs))
         unknown = [key for key in named if key not in self.input_names]
         if unknown:
             raise ExportError(
