@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import random
-import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from daqconvert.convert import PLAN_ATTRIBUTE, current_plan
-from daqconvert.macs import Event, assign, counting
+from daqconvert.macs import Event, assign, counting, eager
 from daqconvert.spec import Plan, PlanRow
 from daqconvert.spec.text_table import text_table
 
@@ -165,7 +164,7 @@ def coverage(qmodel: nn.Module, *args: Any, **kwargs: Any) -> Coverage:
     model = _unwrapped(qmodel)
     plan = current_plan(model) if isinstance(getattr(model, PLAN_ATTRIBUTE, None), Plan) else None
     torch.clear_autocast_cache()  # NOTE: otherwise a weight cast before this run would have no known origin
-    with unchanged(model), _eager(model), counting(model, (args, kwargs)) as counter:
+    with unchanged(model), eager(model), counting(model, (args, kwargs)) as counter:
         model(*args, **kwargs)
     weighted = assign([event for event in counter.events if not event.attention], plan)
     reasons = {row.name: row.reason for row in plan.skipped} if plan is not None else {}
@@ -223,18 +222,6 @@ def unchanged(model: nn.Module) -> Iterator[None]:
                 # NOTE: equal buffers are not written, because autograd counts writes
                 if not (buffer.is_meta or torch.equal(buffer, value)):
                     buffer.copy_(value)
-
-
-@contextmanager
-def _eager(model: nn.Module) -> Iterator[None]:
-    """Run compiled modules uncompiled, because operators inside a compiled graph cannot be seen."""
-    compiled = any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in model.modules())
-    with ExitStack() as stack:
-        if compiled:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(warnings.catch_warnings())  # here it is harmless that hooks also fire for the wrapper
-            warnings.filterwarnings("ignore", "Using `torch.compile\\(module\\)` when there are global hooks")
-        yield
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

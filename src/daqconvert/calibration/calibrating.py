@@ -25,7 +25,7 @@ from daqconvert.convert import PLAN_ATTRIBUTE, require_quantized
 from daqconvert.errors import CalibrationError, DaqError, nearest
 from daqconvert.functional.dasr import wide
 from daqconvert.functional.grid import levels
-from daqconvert.graph.watch import watching_weights
+from daqconvert.graph.watch import comparing, watching_weights
 from daqconvert.layers.site import Operation, QuantizedSite, Watcher, safe_products, watching
 from daqconvert.models import disabled, evaluating, rehearsing, unchanged_on_error
 from daqconvert.quantizers import InputQuantizer, WeightQuantizer
@@ -299,6 +299,7 @@ def _observe(
             parts = [operands.get(id(q)) for q in (site.input_quantizer, site.weight_quantizer)]
             stack.enter_context(watching(site, _Observing(forwards, *parts)))
         stack.enter_context(disabled(qmodel))
+        stack.enter_context(comparing(qmodel, sites, getattr(qmodel, PLAN_ATTRIBUTE, None)))
         shared = _shared_layers(qmodel)
         for count, batch in enumerate(batches, 1):
             with watching_weights(qmodel, sites, shared):

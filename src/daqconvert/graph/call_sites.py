@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedParameter
 
-from daqconvert.graph.calls import HELPER, UNSUPPORTED, ProductCall, call_name
+from daqconvert.graph.calls import HELPER, ProductCall, call_name
 from daqconvert.graph.multiplying import Traced, module_calls
 from daqconvert.graph.rewrite import weight_function
 from daqconvert.graph.scan import read_weights
 from daqconvert.graph.variants import Variant
 from daqconvert.layers.attention import PROJECTIONS, SCORES, VALUES, QuantMultiheadAttention, projection_weight
 from daqconvert.layers.frozen_site import FrozenSite
-from daqconvert.layers.functions import LAYER_FUNCTIONS, NAMES, channel_layout
+from daqconvert.layers.functions import FUNCTIONS, LAYER_FUNCTIONS, NAMES, channel_layout, has_columns
 from daqconvert.layers.lookup import quantized_class
 from daqconvert.layers.registry import is_site_type
 from daqconvert.layers.site import QuantizedSite
@@ -86,7 +86,7 @@ class CallSite:
             return shape[1] * self.groups, shape[0] // self.groups * math.prod(shape[2:])
         if function.startswith(("conv", "linear")):
             return shape[0], math.prod(shape[1:])
-        return (shape[-1], shape[-2]) if self.weight_at == 1 else (shape[-2], shape[-1])
+        return (shape[-1], shape[-2]) if has_columns(function, self.weight_at) else (shape[-2], shape[-1])
 
 
 def layer_names(paths: dict[str, nn.Module]) -> dict[str, str]:
@@ -179,8 +179,9 @@ def _suffix(number: int) -> str:
 
 def _described(site: CallSite, one: Traced, call: ProductCall, variant: Variant) -> CallSite:
     """Return the site completed by its shape and groups, and by the reasons for what cannot be done with it."""
-    if call.function in UNSUPPORTED:
-        return replace(site, reason=f"no quantized form of {call.function}")
+    if call.function not in FUNCTIONS and call.function not in (HELPER, SCORES, VALUES):
+        shape = _raw_shape(one.module, call) if call.tensors else ()
+        return replace(site, reason=f"no quantized form of {call.function}", weight_shape=shape)
     if call.function == HELPER:
         site = replace(site, weight_shape=_raw_shape(one.module, call))
         told = f"one scale: {call_name(call.node)} gets it, where torch.fx cannot follow"

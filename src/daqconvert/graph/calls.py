@@ -11,21 +11,20 @@ data.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, NamedTuple
 
-from torch import fx, nn
-from torch.nn.parameter import UninitializedParameter
+from torch import Tensor, fx, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from daqconvert.graph.scan import function_may_multiply
 from daqconvert.layers.attention import SCORES, VALUES
-from daqconvert.layers.functions import ALIASES, METHODS, NAMES
+from daqconvert.layers.functions import ADDED, ALIASES, FUNCTIONS, METHODS, MULTIPLYING, NAMES, split_einsum
 
 HELPER = "helper function"
 ATTENTION = "scaled_dot_product_attention"
-UNSUPPORTED = {"bilinear", "deform_conv2d", "multi_head_attention_forward"}
 SHAPE_CALLS = {"size", "dim", "numel", "ndimension", "stride", "is_contiguous"}
 SHAPE_ATTRIBUTES = {"shape", "ndim", "device", "dtype", "requires_grad", "is_cuda"}
 
@@ -36,8 +35,9 @@ class ProductCall:
 
     Attributes:
         node: The call.
-        function: A name of `daqconvert.layers.functions.FUNCTIONS` or of `UNSUPPORTED`, `HELPER` for a function that
-            gets a weight and may multiply by it, or `SCORES` or `VALUES` for a product of fused attention.
+        function: A name of `daqconvert.layers.functions.FUNCTIONS`, `HELPER` for a function that gets a weight and may
+            multiply by it, `SCORES` or `VALUES` for a product of fused attention, or the name of a function that has no
+            quantized form.
         weight: The operand that is the weight; in a product of two activations, the second operand.
         weight_at: Position of `weight` among the two operands, 0 or 1.
         tensors: Parameters and buffers that the weight is computed from, by their names in the module.
@@ -80,11 +80,14 @@ def find_calls(graph: fx.Graph, module: nn.Module) -> list[ProductCall]:
         if function is None or node not in data:
             continue
         operands = _operands(node, function)
+        if function not in FUNCTIONS:
+            found += _unsupported(node, function, module, data, origins, given)
+            continue
         if len(operands) != 2:
             continue
         x, weight = operands
         weight_at = 1
-        is_layer = NAMES.get(function, ("", ""))[1:2] == ("weight",) or function in UNSUPPORTED
+        is_layer = NAMES.get(function, ("", ""))[1:2] == ("weight",)
         if not is_layer and x not in data and origins[x]:
             x, weight, weight_at = weight, x, 0
         elif not is_layer and (x not in data or (weight not in data and not origins[weight])):
@@ -92,6 +95,19 @@ def find_calls(graph: fx.Graph, module: nn.Module) -> list[ProductCall]:
         tensors = origins[weight] if is_layer or weight not in data else ()
         found.append(ProductCall(node, function, weight, weight_at, tensors, weight in given))
     return found
+
+
+def _unsupported(
+    node: fx.Node, function: str, module: nn.Module, data: set[fx.Node], origins: dict[fx.Node, tuple[str, ...]],
+    given: set[fx.Node],
+) -> list[ProductCall]:  # fmt: skip
+    """Return the products of a call that has no quantized form: one for each weight among its arguments."""
+    weights = [n for n in node.all_input_nodes if n not in data and origins[n]]
+    weights = [n for n in weights if any(_tensor(module, name).dim() > 1 for name in origins[n])] or weights  # the others are biases
+    calls = [ProductCall(node, function, weight, 1, origins[weight], weight in given) for weight in weights]
+    if not calls and function in ("bilinear", "deform_conv2d", "multi_head_attention_forward"):
+        return [ProductCall(node, function, node.all_input_nodes[-1], 1, (), True)]
+    return calls
 
 
 def keyed(calls: list[ProductCall]) -> Iterator[tuple[tuple[Any, ...], ProductCall]]:
@@ -107,10 +123,21 @@ def keyed(calls: list[ProductCall]) -> Iterator[tuple[tuple[Any, ...], ProductCa
 
 
 def _function(node: fx.Node) -> str | None:
+    """Return what a node multiplies by: a name in `FUNCTIONS`, another text if it has no quantized form, or None."""
+    known, name = None, call_name(node).partition(".")[0].removeprefix("linalg_")
     if node.op == "call_function":
         known = ALIASES.get(node.target) if getattr(node.target, "__hash__", None) else None
-        return known or (call_name(node) if call_name(node) in UNSUPPORTED else None)
-    return METHODS.get(str(node.target)) if node.op == "call_method" else None
+    elif node.op == "call_method":
+        known = METHODS.get(name)
+    else:
+        return None
+    if known is None:
+        return None if name not in MULTIPLYING else str(node.target) if name in FUNCTIONS else name
+    if node.kwargs.get("out") is not None:
+        return f"{known} with out="
+    if known == "einsum" and len(split_einsum(node.args)[0]) > 2:
+        return f"einsum of {len(split_einsum(node.args)[0])} operands"
+    return known
 
 
 def _is_helper(node: fx.Node) -> bool:
@@ -122,31 +149,43 @@ def _is_helper(node: fx.Node) -> bool:
 
 def _operands(node: fx.Node, function: str) -> list[fx.Node]:
     if function == "einsum":
-        operands = list(node.args[1:])
-        operands = list(operands[0]) if operands and isinstance(operands[0], (list, tuple)) else operands
+        operands: list[Any] = split_einsum(node.args)[0]
     else:
         names = NAMES.get(function, ("input", "weight"))
         values = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-        values.setdefault("input", values.get("self"))
-        if function in ("addmm", "baddbmm") and (values.get("beta", 1) != 1 or values.get("alpha", 1) != 1):
-            return []
-        operands = [values.get(name) for name in (names[1:3] if function in ("addmm", "baddbmm") else names[:2])]
+        values.setdefault(names[0], values.get("self"))
+        operands = [values.get(name) for name in (names[1:3] if function.rstrip("_") in ADDED else names[:2])]
     return [operand for operand in operands if isinstance(operand, fx.Node)]
 
 
 def _origins(graph: fx.Graph, module: nn.Module, data: set[fx.Node]) -> dict[fx.Node, tuple[str, ...]]:
-    """Return for each node the parameters and buffers that it is computed from (those of 2 dimensions or more)."""
+    """Return for each node the parameters and buffers that it is computed from (those of 2 dimensions or more).
+
+    For a node that is computed from none of these, the parameters of one dimension are returned.
+    """
+    matrices = _sources(graph, module, data, lambda tensor: tensor.dim() > 1)
+    vectors = _sources(graph, module, data, lambda tensor: tensor.dim() == 1 and isinstance(tensor, nn.Parameter))
+    return {node: found or vectors[node] for node, found in matrices.items()}
+
+
+def _sources(
+    graph: fx.Graph, module: nn.Module, data: set[fx.Node], counts: Callable[[Tensor], bool]
+) -> dict[fx.Node, tuple[str, ...]]:
     origins: dict[fx.Node, tuple[str, ...]] = {}
     for node in graph.nodes:
         own: tuple[str, ...] = ()
-        if node.op == "get_attr" and getattr(_tensor(module, str(node.target)), "ndim", 0) > 1:
-            own = (str(node.target),)
+        if node.op == "get_attr" and isinstance(value := _tensor(module, str(node.target)), Tensor):
+            own = (str(node.target),) if not _is_lazy(value) and counts(value) else ()
         elif node.op == "call_module" and node not in data:
             child = module.get_submodule(str(node.target))
-            own = tuple(f"{node.target}.{name}" for name, p in child.named_parameters() if p.dim() > 1)
+            own = tuple(f"{node.target}.{name}" for name, p in child.named_parameters() if counts(p))
         inputs = [] if is_shape(node) or (node.op == "call_module" and node in data) else node.all_input_nodes
         origins[node] = tuple(dict.fromkeys((*own, *(name for n in inputs for name in origins[n]))))
     return origins
+
+
+def _is_lazy(tensor: Tensor) -> bool:
+    return isinstance(tensor, (UninitializedParameter, UninitializedBuffer))
 
 
 def _tensor(module: nn.Module, name: str) -> Any:

@@ -14,10 +14,9 @@ from typing import Any
 
 from torch import nn
 
-from daqconvert.layers.functions import METHODS, NAMES
+from daqconvert.layers.functions import MULTIPLYING
 
-PRODUCT_NAMES = frozenset({*NAMES, *METHODS, "einsum", "_conv_forward", "bilinear", "deform_conv2d"})
-PRODUCT_NAMES |= {"scaled_dot_product_attention", "multi_head_attention_forward"}
+PRODUCT_NAMES = frozenset({*MULTIPLYING, "imatmul",  "_conv_forward", "scaled_dot_product_attention"})
 ASKED = {"dtype", "device", "shape", "size", "ndim", "dim", "numel", "requires_grad"}
 """Attributes and methods of a weight that do not use its values."""
 _OPERATORS = {"@", "@="}
@@ -86,13 +85,15 @@ def read_weights(module: nn.Module) -> set[str]:
 def _chains(code: CodeType) -> Iterator[tuple[str, ...]]:
     """Yield the chains of attributes that are read from `self`: `("fc", "weight")` for `self.fc.weight`."""
     chain: list[str] | None = None
+    itself = code.co_varnames[:1] if "self" not in code.co_freevars else ("self",)  # a function inside a method
     for step in dis.get_instructions(code):
         if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and chain is not None:
             chain.append(str(step.argval))
             continue
         if chain:
             yield tuple(chain)
-        own = step.opname.startswith("LOAD_FAST") and code.co_varnames[:1] == (step.argval,)
+        loaded = step.argval[-1:] if isinstance(step.argval, tuple) else (step.argval,)  # two at once since Python 3.13
+        own = step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and loaded == itself
         chain = [] if own else None
 
 

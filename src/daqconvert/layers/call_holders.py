@@ -35,7 +35,7 @@ def call_site(holder: Any, function: str, weight_at: int, args: tuple[Any, ...],
     """
     parts = split_call(function, weight_at, args, kwargs)
     if isinstance(holder, FrozenSite):
-        return holder.run(parts.x, parts.weight, parts.bias, parts.operation)
+        return parts.written(holder.run(parts.x, parts.weight, parts.bias, parts.operation))
     if not isinstance(holder, QuantizedSite):
         return FUNCTIONS[function](*args, **kwargs)
 
@@ -43,7 +43,7 @@ def call_site(holder: Any, function: str, weight_at: int, args: tuple[Any, ...],
         # NOTE: makes the original call where it can, because `operation` adds no bias and may sum in another order
         return FUNCTIONS[function](*args, **kwargs) if x is parts.x else parts.operation(x, parts.weight)
 
-    return holder.run(parts.x, parts.weight, parts.bias, parts.operation, plain)
+    return parts.written(holder.run(parts.x, parts.weight, parts.bias, parts.operation, plain))
 
 
 WeightOf = Callable[[nn.Module], Tensor]

@@ -7,9 +7,13 @@ they are removed afterwards.
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -25,6 +29,10 @@ from daqconvert.quantizers.base import Quantizer
 from daqconvert.spec import Settings
 
 
+UNOWNED = "(a parameter that the model does not own)"
+"""Stands for the name of a parameter that no module of the model has registered."""
+
+
 @dataclass(frozen=True)
 class Event:
     """One product that ran.
@@ -37,6 +45,9 @@ class Event:
         attention: Whether both operands are activations.
         x_quantized: Whether a quantizer returned the input (in an attention product: the first operand).
         w_quantized: Whether a quantizer returned the weight (in an attention product: the second operand).
+        learned: Whether a parameter is among `tensors`, so that the weight is not a fixed filter.
+        of_data: Whether the input depends on the model's inputs; False for a product of two parameters.
+        where: File and line of the code that called the operator, such as `"model.py:12"`.
     """
 
     op: str
@@ -46,6 +57,9 @@ class Event:
     attention: bool = False
     x_quantized: bool = False
     w_quantized: bool = False
+    learned: bool = field(default=False, compare=False)
+    of_data: bool = field(default=False, compare=False)
+    where: str = field(default="", compare=False)
 
 
 class Counter(TorchDispatchMode):
@@ -63,19 +77,20 @@ class Counter(TorchDispatchMode):
         self._provenance = Provenance()
         self._aliases: dict[str, tuple[str, ...]] = {}
         self._weights: set[str] = set()
+        self._parameters: set[str] = {UNOWNED}
 
     def know(self, named: Iterable[tuple[str, Tensor, bool]], inputs: Any) -> None:
         """Tell the counter which tensors are parameters and buffers, and which are the model's inputs.
 
-        Each item of `named` is a dotted name, a tensor, and whether the tensor may be a weight. It is a weight if it
-        also has two dimensions or more.
+        Each item of `named` is a dotted name, a tensor, and whether the tensor may be a weight.
         """
         for name, tensor, weight in named:
             first = next(iter(self._provenance.of(tensor).tensors), name)
             self._aliases[first] = (*self._aliases.get(first, ()), name)
             self._provenance.set(tensor, Origin(tensors=frozenset([first])))
-            if weight and tensor.dim() > 1:
+            if weight and tensor.dim() > 0:
                 self._weights.add(first)
+                self._parameters.add(first)
         for tensor in tensors_in(inputs, deep=True):
             self._provenance.set(tensor, Origin(data=True))
 
@@ -89,6 +104,9 @@ class Counter(TorchDispatchMode):
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts
+        for tensor in tensors_in((args, kwargs)):
+            if isinstance(tensor, nn.Parameter) and not self._provenance.knows(tensor):
+                self.know([(UNOWNED, tensor, True)], ())
         out = func(*args, **kwargs)
         name = func._schema.name
         for product in products_of(name, args, kwargs, out):
@@ -108,11 +126,16 @@ class Counter(TorchDispatchMode):
                 role = "attention"
             else:
                 return  # a product with a constant
-        names = tuple(alias for name in sorted(w.tensors) for alias in self._aliases.get(name, ()))
         here = self._running[-1] if self._running else ""
-        attention = role == "attention"
-        tensors = () if attention else names
-        self.events.append(Event(op, here, product.macs, tensors, attention, x.quantized, w.quantized))
+        if role == "attention":
+            self.events.append(Event(op, here, product.macs, (), True, x.quantized, w.quantized))
+            return
+        names = dict.fromkeys(alias for name in sorted(w.tensors) for alias in self._aliases.get(name, ()))
+        learned = not w.tensors.isdisjoint(self._parameters)
+        followed = isinstance(product.x, Tensor) and product.x.layout is torch.strided  # sparse tensors are not followed
+        of_data = x.data or not followed
+        event = Event(op, here, product.macs, tuple(names), False, x.quantized, w.quantized, learned, of_data, _caller())
+        self.events.append(event)
 
     def enter(self, module: nn.Module, args: Any) -> None:
         """Record which module runs (a forward pre-hook)."""
@@ -140,6 +163,29 @@ class Counter(TorchDispatchMode):
             return operand
 
         return wrapper
+
+
+def _caller() -> str:
+    """Return file and line of the innermost code that is neither torch's nor daqconvert's, such as `"model.py:12"`."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        path, owner = Path(frame.f_code.co_filename), str(frame.f_globals.get("__name__", ""))
+        if not f"{owner}.".startswith(("torch.", "daqconvert.")):
+            return f"{path.name}:{frame.f_lineno}" if path.suffix else path.name.strip("<>")
+        frame = frame.f_back
+    return ""
+
+
+@contextmanager
+def eager(model: nn.Module) -> Iterator[None]:
+    """Run compiled modules uncompiled, because operators inside a compiled graph cannot be seen."""
+    compiled = any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in model.modules())
+    with ExitStack() as stack:
+        if compiled:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(warnings.catch_warnings())  # here it is harmless that hooks also fire for the wrapper
+            warnings.filterwarnings("ignore", "Using `torch.compile\\(module\\)` when there are global hooks")
+        yield
 
 
 @contextmanager

@@ -140,10 +140,11 @@ def _recurrent(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[
 
 
 _COUNTS: dict[str, Callable[[tuple[Any, ...], dict[str, Any], Any], list[Product]]] = {
-    **dict.fromkeys(["aten::mm", "aten::bmm", "aten::mv", "aten::_int_mm"], _matrix(0)),
+    **dict.fromkeys(["aten::mm", "aten::bmm", "aten::mv", "aten::dot", "aten::vdot", "aten::_int_mm"], _matrix(0)),
     **dict.fromkeys(["aten::addmm", "aten::baddbmm", "aten::addbmm", "aten::addmv"], _matrix(1)),
     **dict.fromkeys(["aten::addmm_", "aten::baddbmm_", "aten::addbmm_", "aten::addmv_"], _matrix(1)),
-    "aten::_addmm_activation": _matrix(1),
+    **dict.fromkeys(["aten::_addmm_activation", "aten::_sparse_addmm", "aten::sspaddmm"], _matrix(1)),
+    **dict.fromkeys(["aten::hspmm", "aten::_sparse_mm", "aten::_grouped_mm"], _matrix(0)),
     **dict.fromkeys(["aten::linear", "aten::mkldnn_linear"], _linear),
     **dict.fromkeys(["aten::convolution", "aten::_convolution"], _convolution),
     **dict.fromkeys(["aten::convolution_overrideable"], _convolution),

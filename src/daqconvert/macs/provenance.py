@@ -88,6 +88,11 @@ class Provenance:
         found = None if ref is None else self._known.get(ref.cdata)
         return CONSTANT if found is None else found[1]
 
+    def knows(self, tensor: Tensor) -> bool:
+        """Whether anything was recorded of a tensor; True also if it has no memory to record it by."""
+        ref = _storage(tensor)
+        return ref is None or ref.cdata in self._known
+
     def set(self, tensor: Tensor, origin: Origin) -> None:
         """Record where a tensor's values come from."""
         ref = _storage(tensor)
