@@ -64,7 +64,11 @@ def test_products_of_parameters_alone_are_no_surprise():
     class LowRank(nn.Module):
         def __init__(self):
             super().__init__()
-            self.fc, self.down, self.up = nn.Linear(4, 4), nn.Parameter(torch.randn(4, 2)), nn.Parameter(torch.randn(2, 4))
+            self.fc, self.down, self.up = (
+                nn.Linear(4, 4),
+                nn.Parameter(torch.randn(4, 2)),
+                nn.Parameter(torch.randn(2, 4)),
+            )
 
         def forward(self, x):
             return self.fc(x) @ (self.down @ self.up)

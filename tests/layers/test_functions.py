@@ -166,7 +166,11 @@ def test_what_sums_no_products_has_no_row(source):
 
 
 def test_layers_that_multiply_in_kernels_of_their_own_are_listed():
-    for layer, reason in ((nn.LSTM(4, 4), "recurrent"), (nn.GRUCell(4, 4), "recurrent"), (nn.Bilinear(4, 4, 4), "Bilinear")):
+    for layer, reason in (
+        (nn.LSTM(4, 4), "recurrent"),
+        (nn.GRUCell(4, 4), "recurrent"),
+        (nn.Bilinear(4, 4, 4), "Bilinear"),
+    ):
         (row,) = dq.plan(nn.Sequential(layer))
         assert row.name == "0" and reason in row.reason
 

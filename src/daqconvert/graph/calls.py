@@ -36,7 +36,7 @@ class ProductCall:
     Attributes:
         node: The call.
         function: A name of `daqconvert.layers.functions.FUNCTIONS`, `HELPER` for a function that gets a weight and may
-            multiply by it, `SCORES` or `VALUES` for a product of fused attention, or the name of a function that has no
+            multiply by it, `SCORES` or `VALUES` for a product of fused attention, or the name of a function without a
             quantized form.
         weight: The operand that is the weight; in a product of two activations, the second operand.
         weight_at: Position of `weight` among the two operands, 0 or 1.
@@ -103,7 +103,9 @@ def _unsupported(
 ) -> list[ProductCall]:  # fmt: skip
     """Return the products of a call that has no quantized form: one for each weight among its arguments."""
     weights = [n for n in node.all_input_nodes if n not in data and origins[n]]
-    weights = [n for n in weights if any(_tensor(module, name).dim() > 1 for name in origins[n])] or weights  # the others are biases
+    weights = [
+        n for n in weights if any(_tensor(module, name).dim() > 1 for name in origins[n])
+    ] or weights  # the others are biases
     calls = [ProductCall(node, function, weight, 1, origins[weight], weight in given) for weight in weights]
     if not calls and function in ("bilinear", "deform_conv2d", "multi_head_attention_forward"):
         return [ProductCall(node, function, node.all_input_nodes[-1], 1, (), True)]

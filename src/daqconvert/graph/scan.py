@@ -16,7 +16,7 @@ from torch import nn
 
 from daqconvert.layers.functions import MULTIPLYING
 
-PRODUCT_NAMES = frozenset({*MULTIPLYING, "imatmul",  "_conv_forward", "scaled_dot_product_attention"})
+PRODUCT_NAMES = frozenset({*MULTIPLYING, "imatmul", "_conv_forward", "scaled_dot_product_attention"})
 ASKED = {"dtype", "device", "shape", "size", "ndim", "dim", "numel", "requires_grad"}
 """Attributes and methods of a weight that do not use its values."""
 _OPERATORS = {"@", "@="}
@@ -92,7 +92,9 @@ def _chains(code: CodeType) -> Iterator[tuple[str, ...]]:
             continue
         if chain:
             yield tuple(chain)
-        loaded = step.argval[-1:] if isinstance(step.argval, tuple) else (step.argval,)  # two at once since Python 3.13
+        loaded = (
+            step.argval[-1:] if isinstance(step.argval, tuple) else (step.argval,)
+        )  # two at once since Python 3.13
         own = step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and loaded == itself
         chain = [] if own else None
 

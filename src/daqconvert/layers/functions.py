@@ -74,7 +74,16 @@ for _name in (*NAMES, "einsum"):  # torch.ops.aten.mm, torch.ops.aten.mm.default
 
 MULTIPLYING = {*NAMES, *METHODS, "einsum", "bilinear", "deform_conv2d", "multi_head_attention_forward", "conv_tbc"}
 MULTIPLYING |= {"convolution", "_convolution", "dot", "vdot", "vecdot", "chain_matmul", "multi_dot", "_trilinear"}
-MULTIPLYING |= {"smm", "hspmm", "sspaddmm", "_sparse_mm", "_sparse_addmm", "_addmm_activation", "_grouped_mm", "_int_mm"}
+MULTIPLYING |= {
+    "smm",
+    "hspmm",
+    "sspaddmm",
+    "_sparse_mm",
+    "_sparse_addmm",
+    "_addmm_activation",
+    "_grouped_mm",
+    "_int_mm",
+}
 MULTIPLYING |= {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
 """Names of all functions and methods of torch that sum products, with a quantized form or without."""
 
@@ -142,7 +151,9 @@ def split_einsum(args: tuple[Any, ...]) -> tuple[list[Any], Callable[..., Tensor
     if not isinstance(args[0], str):  # operand, axes, operand, axes, ..., and the axes of the result if they are given
         operands, axes = list(args[: len(args) // 2 * 2 : 2]), args[1::2]
         result = args[-1:] if len(args) % 2 else ()
-        return operands, lambda *ts: torch.einsum(*(part for pair in zip(ts, axes, strict=True) for part in pair), *result)
+        return operands, lambda *ts: torch.einsum(
+            *(part for pair in zip(ts, axes, strict=True) for part in pair), *result
+        )
     equation, *operands = args
     operands = list(operands[0]) if operands and isinstance(operands[0], (list, tuple)) else operands
     return operands, lambda *ts: torch.einsum(equation, *ts)

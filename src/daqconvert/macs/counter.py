@@ -28,7 +28,6 @@ from daqconvert.macs.provenance import Origin, Provenance, tensors_in
 from daqconvert.quantizers.base import Quantizer
 from daqconvert.spec import Settings
 
-
 UNOWNED = "(a parameter that the model does not own)"
 """Stands for the name of a parameter that no module of the model has registered."""
 
@@ -132,9 +131,13 @@ class Counter(TorchDispatchMode):
             return
         names = dict.fromkeys(alias for name in sorted(w.tensors) for alias in self._aliases.get(name, ()))
         learned = not w.tensors.isdisjoint(self._parameters)
-        followed = isinstance(product.x, Tensor) and product.x.layout is torch.strided  # sparse tensors are not followed
+        followed = (
+            isinstance(product.x, Tensor) and product.x.layout is torch.strided
+        )  # sparse tensors are not followed
         of_data = x.data or not followed
-        event = Event(op, here, product.macs, tuple(names), False, x.quantized, w.quantized, learned, of_data, _caller())
+        event = Event(
+            op, here, product.macs, tuple(names), False, x.quantized, w.quantized, learned, of_data, _caller()
+        )
         self.events.append(event)
 
     def enter(self, module: nn.Module, args: Any) -> None:
