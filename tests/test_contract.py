@@ -80,7 +80,7 @@ def test_strict_loading_of_a_quantized_state_dict(case):
     for name, layer in quantized_sites(other).items():
         theirs = qmodel.get_submodule(name)
         assert layer.input_quantizer.sign is theirs.input_quantizer.sign is not None
-        assert layer.input_quantizer.lower.requires_grad is theirs.input_quantizer.sign
+        assert layer.input_quantizer.lower.requires_grad and theirs.input_quantizer.lower.requires_grad
         assert layer.input_quantizer.ready and layer.weight_quantizer.ready
     assert [row.signed for row in dq.plan(other)] == [row.signed for row in dq.plan(qmodel)]
     assert torch.equal(run(dq.freeze(other), case.batch()), run(qmodel, case.batch()))

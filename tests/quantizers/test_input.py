@@ -94,7 +94,7 @@ def test_one_bit_cannot_be_signed():
 
 def test_the_sign_is_decided_once():
     made = quantizer(4, 0.0, 1.0)
-    assert made.sign is False and not made.lower.requires_grad
+    assert made.sign is False and made.lower.requires_grad
     with pytest.raises(CalibrationError, match="unsigned"):
         made.set_bounds(-1.0, 1.0)
     made = quantizer(4, -1.0, 1.0)
@@ -128,13 +128,50 @@ def test_the_sign_travels_in_the_state_dict(sign):
     if sign is not None:
         made.set_bounds(-1.0 if sign else 0.0, 2.0)
     other.load_state_dict(made.state_dict())
-    assert other.sign is sign and other.ready is made.ready and other.lower.requires_grad is (sign is True)
+    assert other.sign is sign and other.ready is made.ready and other.lower.requires_grad
     assert made.state_dict().keys() == {"lower", "upper", "calibrated", "signed"}
     assert made.signed.dtype == torch.int8 and made.calibrated.dtype == torch.bool
 
 
-def test_the_lower_bound_of_an_unsigned_input_never_learns():
-    made = quantizer(4, 0.0, 1.0, signed=False)
-    made.requires_grad_(True)  # as code that unfreezes a whole model does
-    made(torch.tensor([-1.0, 0.3, 2.0])).sum().backward()
-    assert made.lower.grad is None and made.upper.grad is not None
+OPTIMIZERS = {
+    "decay and momentum": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.1, weight_decay=0.1),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 0.1, momentum=0.9),
+    "adadelta": lambda p: torch.optim.Adadelta(p),
+}
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_the_lower_bound_of_an_unsigned_input_stays_zero_although_it_is_a_parameter(make):
+    made = InputQuantizer(Settings(a_bits=4), None)
+    optimizer = make(made.parameters())  # before the sign is known
+    assert all(p.requires_grad and p.shape == (1,) for p in made.parameters())
+    made.set_bounds(0.0, 1.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        made(torch.tensor([-1.0, 0.3, 2.0])).sum().backward()
+        assert made.lower.grad.tolist() == [0.0] and made.upper.grad.any()  # 0, and not None: DDP waits for it
+        optimizer.step()
+    assert made.lower.tolist() == [0.0] and float(made.upper.detach()) != 1.0
+
+
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "plain"])
+def test_an_unsigned_input_does_not_read_what_an_optimizer_made_of_lower(kernels, monkeypatch):
+    if not kernels:
+        monkeypatch.setattr("daqconvert.functional.input_operator.kernels", lambda *tensors: None)
+    made, x = quantizer(4, 0.0, 1.5), torch.tensor([-1.0, 0.3, 2.0])
+    expected, scale = made(x), made.scale()
+    made.lower.data.fill_(-0.7)  # momentum of a time when the input was signed, for example
+    assert torch.equal(made(x), expected) and torch.equal(made.scale(), scale) and float(made.zero_point()) == 0.0
+    (made(x).sum() + made.scale()).backward()
+    assert made.lower.grad.tolist() == [0.0]
+    again = torch.autograd.grad(made.scale(), [made.lower, made.upper])
+    assert [g.tolist() for g in again] == [[0.0], [pytest.approx(1 / 15)]]
+
+
+def test_a_state_dict_with_scalar_bounds_loads():
+    made = quantizer(4, -1.0, 2.0)
+    earlier = {key: value.reshape(()) for key, value in made.state_dict().items()}
+    other = InputQuantizer(Settings(a_bits=4), None)
+    other.load_state_dict(earlier)
+    assert other.lower.shape == (1,) and other.lower.tolist() == [-1.0] and other.sign is True

@@ -418,8 +418,8 @@ def _estimate(site: QuantizedSite) -> Tensor:
     quantizer, weight = site.weight_quantizer, site.float_weight()
     assert isinstance(quantizer, WeightQuantizer) and weight is not None  # true of every unitless site
     weight, operand = wide(weight), wide(quantizer(weight)) / levels(quantizer.bits, quantizer.grid)
-    layout, dim = quantizer.layout, site.output_scale.dim()
-    mean, mean_q = (layout.rows(t).abs().mean(dim=1) if dim else t.abs().mean() for t in (weight, operand))
+    layout, rows = quantizer.layout, site.scales_channels
+    mean, mean_q = (layout.rows(t).abs().mean(dim=1) if rows else t.abs().mean() for t in (weight, operand))
     ratio = mean / mean_q.clamp(min=1e-12)
     if site.input_quantizer is None:
         return ratio
@@ -429,7 +429,7 @@ def _estimate(site: QuantizedSite) -> Tensor:
 def _channel_mean(y: Tensor, site: QuantizedSite) -> Tensor:
     """Return the mean absolute value, per output channel if the site has a scale for each channel."""
     size = wide(y.detach()).abs()
-    if site.output_scale.dim() == 0:
+    if not site.scales_channels:
         return size.mean()
     channel = size.movedim(-1 - site.output_dims, 0)
     return channel.reshape(channel.shape[0], -1).mean(dim=1)

@@ -99,7 +99,7 @@ def expand_input(codes: Tensor, zero_point: Tensor) -> Tensor:
 
 
 def expand_weight(codes: WeightCodes, view: View, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return the operand of a weight in `dtype`, times the scale of its channel, `()` or `(A * C,)`, if there is one.
+    """Return the operand of a weight in `dtype`, times the scale of its channel, one or `(A * C,)`, if there is one.
 
     Example:
         >>> codes = WeightCodes(torch.tensor([[0, 1], [2, 3]], dtype=torch.uint8), 2, "midrise")
@@ -114,18 +114,20 @@ def expand_weight(codes: WeightCodes, view: View, scale: Tensor | None, dtype: t
     out = torch.empty_like(stored, dtype=torch.float32)
     library.daq_expand_weight(
         stored.data_ptr(), out.data_ptr(), view_argument(view), *coding(codes.bits, codes.grid), address(scale),
-        scale is not None and scale.dim() > 0, torch.get_num_threads(),
+        scale is not None and scale.numel() > 1, torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
 def scale_channels(x: Tensor, view: View, scale: Tensor) -> Tensor:
-    """Return `x`, of a weight's shape, times the scale of its channel, `()` or `(A * C,)`."""
-    if scale.dim() == 0:
+    """Return `x`, of a weight's shape, times the scale of its channel, one or `(A * C,)`."""
+    if scale.numel() == 1:
         return x * scale
     return (x.reshape(view) * scale.reshape(view[0], 1, view[2], 1)).reshape(x.shape)
 
 
 def channel_sums(x: Tensor, view: View, scale: Tensor) -> Tensor:
     """Return the sums of `x` over the elements that share a scale, in the shape of `scale`."""
-    return x.sum() if scale.dim() == 0 else x.reshape(view).sum(dim=(1, 3)).reshape(scale.shape)
+    whole = scale.numel() == 1 and view[0] * view[2] > 1  # one scale for many channels
+    sums = x.sum() if whole or scale.dim() == 0 else x.reshape(view).sum(dim=(1, 3))
+    return sums.reshape(scale.shape)

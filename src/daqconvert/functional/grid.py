@@ -90,17 +90,26 @@ def quantize_input(
     return _clip_round(wide(v) / scale, low, high, rounding, ends=False).to(v.dtype)
 
 
-def input_scale(lower: Tensor, upper: Tensor, bits: int) -> Tensor:
-    """Return `scale = (upper - lower) / n` with `lower <= 0 <= upper` enforced, float32 at least."""
-    high, low = wide(upper), wide(lower)
+def input_scale(lower: Tensor, upper: Tensor, bits: int, signed: bool = True) -> Tensor:
+    """Return `scale = (upper - lower) / n` with `lower <= 0 <= upper` enforced, a scalar, float32 at least.
+
+    The bounds are `()` or `(1,)`. Of an unsigned input `lower` is not read, and its gradient is exactly 0.
+    """
+    high, low = wide(upper).reshape(()), wide(lower).reshape(())
     # NOTE: not clamp, whose gradient at 0 itself is 0 in some versions: a bound that starts at 0 would never move
-    width = torch.where(high < 0.0, 0.0, high) - torch.where(low > 0.0, 0.0, low)
+    # NOTE: an unsigned input's 0 is computed from `lower`, whose gradient is then 0; without one DDP would wait for it
+    width = torch.where(high < 0.0, 0.0, high) - (torch.where(low > 0.0, 0.0, low) if signed else low * 0.0)
     return width.clamp(min=TINY) / float(2**bits - 1)
 
 
-def input_zero_point(lower: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Return the zero point `clip(round(-lower / scale), 0, n)`, integer-valued, constant for the gradient."""
-    return clip_round(-wide(lower).clamp(max=0.0).detach() / scale.detach(), 0.0, float(2**bits - 1))
+def input_zero_point(lower: Tensor, scale: Tensor, bits: int, signed: bool = True) -> Tensor:
+    """Return the zero point `clip(round(-lower / scale), 0, n)`, integer-valued, constant for the gradient.
+
+    It is a scalar, and 0 if the input is unsigned.
+    """
+    if not signed:
+        return torch.zeros_like(scale.detach())
+    return clip_round(-wide(lower).clamp(max=0.0).reshape(()).detach() / scale.detach(), 0.0, float(2**bits - 1))
 
 
 def quantize_weight(

@@ -38,16 +38,18 @@ class InputGrid:
     """How an input is quantized.
 
     Attributes:
-        lower: Scalar bound, taken as 0 where positive.
-        upper: Scalar bound, taken as 0 where negative.
+        lower: Bound, `()` or `(1,)`, taken as 0 where positive.
+        upper: Bound of the same shape, taken as 0 where negative.
         bits: 1 to 8.
         rounding: Gradient of the rounding.
+        signed: Whether `lower` is read. If not, it stands for 0, and its gradient is exactly 0.
     """
 
     lower: Tensor
     upper: Tensor
     bits: int
     rounding: Rounding
+    signed: bool = True
 
 
 def quantize_input(x: Tensor, grid: InputGrid, codes: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -71,13 +73,13 @@ def quantize_input(x: Tensor, grid: InputGrid, codes: bool = False) -> tuple[Ten
         [1.0, 1.0, 0.0]
     """
     found: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.daqconvert.quantize_input.default(
-        x, grid.lower, grid.upper, grid.bits, *grid.rounding.numbers, codes
+        x, grid.lower, grid.upper, grid.bits, grid.signed, *grid.rounding.numbers, codes
     )
     return found
 
 
 def forward(
-    x: Tensor, lower: Tensor, upper: Tensor, bits: int, codes: bool,
+    x: Tensor, lower: Tensor, upper: Tensor, bits: int, signed: bool, codes: bool,
     into: Callable[[Tensor], Tensor] = torch.empty_like,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return what the operator returns, without gradient.
@@ -85,7 +87,7 @@ def forward(
     `into(x)` returns a tensor of the shape and strides of `x`, into which the compiled kernels write the operand.
     """
     library = kernels(x, lower, upper)
-    scale, zero_point = parameters(lower, upper, bits)
+    scale, zero_point = parameters(lower, upper, bits, signed)
     if library is None:
         operand = plain.quantize_input(x, scale, zero_point, bits)
         stored = (operand + zero_point).to(torch.uint8) if codes else x.new_empty(0, dtype=torch.uint8)
@@ -100,15 +102,15 @@ def forward(
     return operand, stored, scale, zero_point
 
 
-def parameters(lower: Tensor, upper: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Return scale and zero point of an input with these scalar bounds, without gradient."""
+def parameters(lower: Tensor, upper: Tensor, bits: int, signed: bool) -> tuple[Tensor, Tensor]:
+    """Return scale and zero point, both scalars, of an input with these bounds, without gradient."""
     library = kernels(lower, upper)
     if library is None:
-        scale = plain.input_scale(lower, upper, bits)
-        return scale, plain.input_zero_point(lower, scale, bits)
-    scale, zero_point = torch.empty_like(lower), torch.empty_like(lower)
+        scale = plain.input_scale(lower, upper, bits, signed)
+        return scale, plain.input_zero_point(lower, scale, bits, signed)
+    scale, zero_point = upper.new_empty(()), upper.new_empty(())
     library.daq_input_parameters(
-        lower.data_ptr(), upper.data_ptr(), 2**bits - 1, scale.data_ptr(), zero_point.data_ptr()
+        address(lower if signed else None), upper.data_ptr(), 2**bits - 1, scale.data_ptr(), zero_point.data_ptr()
     )
     return scale, zero_point
 
@@ -133,9 +135,10 @@ def backward(
     grad_x = grad if in_place else torch.empty_like(x)
     grad_lower, grad_upper = torch.empty_like(lower), torch.empty_like(upper)
     library.daq_quantize_input_backward(
-        grad.data_ptr(), address(grad_scale), x.data_ptr(), grad_x.data_ptr(), x.numel(), lower.data_ptr(),
-        upper.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), grad_lower.data_ptr(), grad_upper.data_ptr(),
-        2**grid.bits - 1, *slope_numbers(*grid.rounding.numbers), torch.get_num_threads(),
+        grad.data_ptr(), address(grad_scale), x.data_ptr(), grad_x.data_ptr(), x.numel(),
+        address(lower if grid.signed else None), upper.data_ptr(), scale.data_ptr(), zero_point.data_ptr(),
+        grad_lower.data_ptr(), grad_upper.data_ptr(), 2**grid.bits - 1,
+        *slope_numbers(*grid.rounding.numbers), torch.get_num_threads(),
     )  # fmt: skip
     return grad_x, grad_lower, grad_upper
 
@@ -150,7 +153,8 @@ def _plain_backward(
     of_scale = -torch.where(inside, passed * levels, 0.0).sum() / scale
     of_scale = of_scale if grad_scale is None else of_scale + grad_scale
     share = torch.where(scale * top > TINY, of_scale / top, 0.0)  # a range of no width has no gradient
-    of_lower, of_upper = torch.where(lower > 0, 0.0, -share), torch.where(upper < 0, 0.0, share)
+    of_lower = torch.where(lower > 0, 0.0, -share) if grid.signed else torch.zeros_like(lower)
+    of_upper = torch.where(upper < 0, 0.0, share)
     return (passed / scale).to(x.dtype), of_lower.to(lower.dtype), of_upper.to(upper.dtype)
 
 
@@ -182,16 +186,17 @@ def input_operand(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Te
 
 
 def _operator_forward(
-    x: Tensor, lower: Tensor, upper: Tensor, bits: int, kind: int, c: float, a: float, codes: bool
+    x: Tensor, lower: Tensor, upper: Tensor, bits: int, signed: bool, kind: int, c: float, a: float, codes: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return forward(x, lower, upper, bits, codes)
+    return forward(x, lower, upper, bits, signed, codes)
 
 
 def _operator_backward(
     grad: Tensor | None, grad_scale: Tensor | None, x: Tensor, lower: Tensor, upper: Tensor, scale: Tensor,
-    zero_point: Tensor, bits: int, kind: int, c: float, a: float,
+    zero_point: Tensor, bits: int, signed: bool, kind: int, c: float, a: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return backward(grad, grad_scale, x, InputGrid(lower, upper, bits, Rounding.of(kind, c, a)), scale, zero_point)
+    grid = InputGrid(lower, upper, bits, Rounding.of(kind, c, a), signed)
+    return backward(grad, grad_scale, x, grid, scale, zero_point)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -204,11 +209,11 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 
 def _gradients(ctx: Any, grad: Tensor | None, _codes: Any, grad_scale: Tensor | None, _zero: Any) -> tuple[Any, ...]:
     found = torch.ops.daqconvert.quantize_input_backward.default(grad, grad_scale, *ctx.saved_tensors, *ctx.constants)
-    return (*found, None, None, None, None, None)
+    return (*found, None, None, None, None, None, None)
 
 
 def _fake(
-    x: Tensor, lower: Tensor, upper: Tensor, bits: int, kind: int, c: float, a: float, codes: bool
+    x: Tensor, lower: Tensor, upper: Tensor, bits: int, signed: bool, kind: int, c: float, a: float, codes: bool
 ) -> tuple[Tensor, ...]:
     dtype = torch.float64 if upper.dtype == torch.float64 else torch.float32
     stored = torch.empty_like(x, dtype=torch.uint8) if codes else x.new_empty(0, dtype=torch.uint8)
@@ -222,12 +227,12 @@ def _fake_backward(
 
 
 register(
-    "quantize_input(Tensor x, Tensor lower, Tensor upper, int bits, int kind, float c, float a, bool codes)"
-    " -> (Tensor operand, Tensor codes, Tensor scale, Tensor zero_point)",
+    "quantize_input(Tensor x, Tensor lower, Tensor upper, int bits, bool signed, int kind, float c, float a,"
+    " bool codes) -> (Tensor operand, Tensor codes, Tensor scale, Tensor zero_point)",
     _operator_forward, _fake, _gradients, _remember,
 )  # fmt: skip
 register(
     "quantize_input_backward(Tensor? grad, Tensor? grad_scale, Tensor x, Tensor lower, Tensor upper, Tensor scale,"
-    " Tensor zero_point, int bits, int kind, float c, float a) -> (Tensor, Tensor, Tensor)",
+    " Tensor zero_point, int bits, bool signed, int kind, float c, float a) -> (Tensor, Tensor, Tensor)",
     _operator_backward, _fake_backward, refuse,
 )  # fmt: skip

@@ -36,7 +36,8 @@ def compiled_layer(
     change from step to step without compiling anew; only the kind is read from the grids' own roundings.
     """
     i, w = of_input, of_weight
-    constants = list(w.view), i.bits, w.bits, w.grid, KINDS.index(i.rounding.kind), KINDS.index(w.rounding.kind)
+    kinds = KINDS.index(i.rounding.kind), KINDS.index(w.rounding.kind)
+    constants = list(w.view), i.bits, i.signed, w.bits, w.grid, *kinds
     out: Tensor = _CompiledLayer.apply(
         x, weight, bias, output_scale, i.lower, i.upper, w.lower, w.upper, w.mean, w.std, *slopes, encode(operation),
         constants,
@@ -52,7 +53,7 @@ class _CompiledLayer(torch.autograd.Function):
         w_slope: Tensor, geometry: list[int], constants: tuple[Any, ...],
     ) -> Tensor:  # fmt: skip
         tensors = weight, output_scale, lower, upper, w_lower, w_upper, mean, std
-        operand_w, sum_scale, scale, zero_point = torch.ops.daqconvert.layer_forward.default(*tensors, *constants[:4])
+        operand_w, sum_scale, scale, zero_point = torch.ops.daqconvert.layer_forward.default(*tensors, *constants[:5])
         operation = decode(geometry)
         sums = operation(quantize_input(x, scale, zero_point, constants[1]), operand_w)
         y = rescale(sums, sum_scale, bias, operation.output_dims)
@@ -100,24 +101,24 @@ def decode(geometry: Sequence[int]) -> KnownProducts:
 
 def _forward(
     weight: Tensor, output_scale: Tensor, lower: Tensor, upper: Tensor, w_lower: Tensor | None, w_upper: Tensor,
-    mean: Tensor | None, std: Tensor | None, view: View, bits: int, w_bits: int, grid: str,
+    mean: Tensor | None, std: Tensor | None, view: View, bits: int, signed: bool, w_bits: int, grid: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     of_weight = WeightGrid(w_lower, w_upper, mean, std, view, w_bits, grid, Rounding())
     operand_w, _ = weight_operator.forward(weight, of_weight)
-    scale, zero_point = input_operator.parameters(lower, upper, bits)
+    scale, zero_point = input_operator.parameters(lower, upper, bits, signed)
     return operand_w, layer_sum_scale(output_scale, scale, bits, of_weight), scale, zero_point
 
 
 def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, output_scale: Tensor, lower: Tensor, upper: Tensor,
     w_lower: Tensor | None, w_upper: Tensor, mean: Tensor | None, std: Tensor | None, slope: Tensor,
-    w_slope: Tensor, geometry: list[int], biased: bool, to_input: bool, view: View, bits: int, w_bits: int,
-    grid: str, kind: int, w_kind: int,
+    w_slope: Tensor, geometry: list[int], biased: bool, to_input: bool, view: View, bits: int, signed: bool,
+    w_bits: int, grid: str, kind: int, w_kind: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    of_input = InputGrid(lower, upper, bits, Rounding.of(kind, *slope.tolist()))
+    of_input = InputGrid(lower, upper, bits, Rounding.of(kind, *slope.tolist()), signed)
     of_weight = WeightGrid(w_lower, w_upper, mean, std, view, w_bits, grid, Rounding.of(w_kind, *w_slope.tolist()))
     codes = WeightCodes(weight_operator.forward(weight, of_weight)[1], w_bits, grid)
-    operand, _, scale, zero_point = input_operator.forward(x, lower, upper, bits, False, scratch_like)
+    operand, _, scale, zero_point = input_operator.forward(x, lower, upper, bits, signed, False, scratch_like)
     sum_scale = layer_sum_scale(output_scale, scale, bits, of_weight)
     needs = to_input, True, biased, True, True, True, w_lower is not None, True
     state = LayerState(x, weight, output_scale, operand, scale, zero_point, sum_scale)
@@ -145,7 +146,7 @@ def scratch_like(x: Tensor) -> Tensor:
 def _fake_forward(
     weight: Tensor, output_scale: Tensor, lower: Tensor, upper: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(weight), torch.empty_like(output_scale), torch.empty_like(upper), torch.empty_like(upper)
+    return torch.empty_like(weight), torch.empty_like(output_scale), upper.new_empty(()), upper.new_empty(())
 
 
 def _fake_backward(
@@ -162,7 +163,7 @@ def _fake_backward(
 
 
 _WEIGHT = "Tensor lower, Tensor upper, Tensor? w_lower, Tensor w_upper, Tensor? mean, Tensor? std"
-_GRIDS = "int[] view, int bits, int w_bits, str grid"
+_GRIDS = "int[] view, int bits, bool signed, int w_bits, str grid"
 register(
     f"layer_forward(Tensor weight, Tensor output_scale, {_WEIGHT}, {_GRIDS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward, _fake_forward, refuse,

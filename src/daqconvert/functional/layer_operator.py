@@ -31,7 +31,7 @@ def quantized_layer(
 ) -> Tensor:  # fmt: skip
     """Return a quantized layer's output; gradients reach input, weight, bias, output scale and all bounds.
 
-    `x` is float32 or float64; the output scale is `()` or `(C_out,)`, the bias `(C_out,)` or None.
+    `x` is float32 or float64; the output scale is `()`, `(1,)` or `(C_out,)`, the bias `(C_out,)` or None.
 
     Raises:
         DaqError: On a second derivative.
@@ -52,7 +52,7 @@ class LayerState(NamedTuple):
     Attributes:
         x: Input.
         weight: Weight.
-        output_scale: `()` or `(C_out,)`.
+        output_scale: `()`, `(1,)` or `(C_out,)`.
         operand: Operand of the input, or its codes (uint8).
         scale: Scale of the input.
         zero_point: Zero point of the input.
@@ -77,7 +77,9 @@ class _QuantizedLayer(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         training = any(ctx.needs_input_grad)
         grid, operand_w, codes_w = of_weight
-        operand, codes, scale, zero_point = input_operator.forward(x, lower, upper, of_input.bits, training)
+        operand, codes, scale, zero_point = input_operator.forward(
+            x, lower, upper, of_input.bits, of_input.signed, training
+        )
         sum_scale = layer_sum_scale(output_scale, scale, of_input.bits, grid)
         y = rescale_(operation(operand, operand_w), sum_scale, bias, operation.output_dims)
         if training:
@@ -86,7 +88,7 @@ class _QuantizedLayer(torch.autograd.Function):
                 *LayerState(x, weight, output_scale, codes, scale, zero_point, sum_scale),
             )  # fmt: skip
             constants = grid.view, grid.bits, grid.grid, grid.rounding
-            ctx.known = operation, of_input.bits, of_input.rounding, constants
+            ctx.known = operation, (of_input.bits, of_input.rounding, of_input.signed), constants
         return y
 
     @staticmethod
@@ -100,8 +102,8 @@ def _saved_gradients(
     w_lower: Tensor | None, w_upper: Tensor, mean: Tensor | None, std: Tensor | None, w_codes: Tensor, *state: Tensor,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return `layer_gradients` from what the forward saved."""
-    operation, bits, rounding, constants = known
-    of_input, of_weight = InputGrid(lower, upper, bits, rounding), WeightGrid(w_lower, w_upper, mean, std, *constants)
+    operation, own, constants = known
+    of_input, of_weight = InputGrid(lower, upper, *own), WeightGrid(w_lower, w_upper, mean, std, *constants)
     codes = WeightCodes(w_codes, of_weight.bits, of_weight.grid)
     return layer_gradients(operation, of_input, of_weight, codes, needs, grad, LayerState(*state))
 

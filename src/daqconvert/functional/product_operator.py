@@ -58,7 +58,7 @@ def can_fuse(operation: Any, x: Tensor, w: Tensor, scale: Tensor, bias: Tensor |
 def scaled_products(operation: KnownProducts, x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """Return `operation(x, w) * scale + bias` of two operands; gradients reach all four tensors.
 
-    The scale of the sums is `()` or `(C_out,)`, the bias `(C_out,)` or None.
+    The scale of the sums is `()`, `(1,)` or `(C_out,)`, the bias `(C_out,)` or None.
 
     Raises:
         DaqError: On a second derivative.
@@ -163,6 +163,6 @@ def split_gradient(
     grad, of_scale = in_memory_order(grad, codes), torch.empty_like(scale)
     library.daq_scale_weight_gradient(
         grad.data_ptr(), codes.data_ptr(), view_argument(view), *coding(w.bits, w.grid), address(scale),
-        of_scale.data_ptr(), scale.dim() > 0, torch.get_num_threads(),
+        of_scale.data_ptr(), scale.numel() > 1, torch.get_num_threads(),
     )  # fmt: skip
     return grad, of_scale

@@ -154,9 +154,9 @@ class PaddedProducts:
 def rescale(acc: Tensor, scale: Tensor, bias: Tensor | None, output_dims: int, in_place: bool = False) -> Tensor:
     """Return `acc * scale + bias`, computed in float32 at least, in the dtype of `acc`.
 
-    `output_dims` dimensions follow the channel of `acc`. The scale is `()` or `(C_out,)`, and so is a bias; where the
-    channel is last it may be anything that broadcasts. With `in_place` the result takes the memory of `acc`, which
-    nobody else may hold, and which has the dtype of scale and bias.
+    `output_dims` dimensions follow the channel of `acc`. The scale is `()`, `(1,)` or `(C_out,)`, and so is a bias;
+    where the channel is last it may be anything that broadcasts. With `in_place` the result takes the memory of `acc`,
+    which nobody else may hold, and which has the dtype of scale and bias.
 
     Example:
         >>> rescale(torch.tensor([[1.0, 2.0]]), torch.tensor([2.0, 3.0]), torch.tensor([0.5, 0.5]), 0).tolist()
@@ -185,7 +185,7 @@ def rescale_(acc: Tensor, scale: Tensor, bias: Tensor | None, output_dims: int) 
     if sizes is None or library is None or not (bias is None or bias.is_contiguous()):
         return rescale(acc, scale, bias, output_dims, in_place=True)
     library.daq_rescale(
-        acc.data_ptr(), acc.data_ptr(), *sizes, scale.data_ptr(), scale.dim() > 0, address(bias),
+        acc.data_ptr(), acc.data_ptr(), *sizes, scale.data_ptr(), scale.numel() > 1, address(bias),
         torch.get_num_threads(),
     )  # fmt: skip
     return acc

@@ -244,12 +244,13 @@ struct Weight {
 
 extern "C" {
 
-// Scale and zero point of an input, as functional.grid.input_scale and input_zero_point compute them.
+// Scale and zero point of an input, as functional.grid.input_scale and input_zero_point compute them. A null `lower`
+// stands for the lower bound of an unsigned input, which is 0.
 void daq_input_parameters(const float* lower, const float* upper, float top, float* scale, float* zero_point) {
-  const float high = *upper < 0.0f ? 0.0f : *upper, low = *lower > 0.0f ? 0.0f : *lower;
+  const float high = *upper < 0.0f ? 0.0f : *upper, low = !lower || *lower > 0.0f ? 0.0f : *lower;
   const float width = high - low;
   *scale = (width < TINY ? TINY : width) / top;
-  *zero_point = clip(std::rint(-(*lower > 0.0f ? 0.0f : *lower) / *scale), 0.0f, top);
+  *zero_point = clip(std::rint(-low / *scale), 0.0f, top);
 }
 
 // operand = clip(round(x / scale), -zero_point, top - zero_point); codes = operand + zero_point, unless null.
@@ -268,7 +269,8 @@ void daq_quantize_input(
   }
 }
 
-// Gradients to x and to both bounds. grad_scale is the gradient to the scale from elsewhere, or null for none.
+// Gradients to x and to both bounds; that to `lower` is 0 if it is null. grad_scale is the gradient to the scale from
+// elsewhere, or null for none.
 void daq_quantize_input_backward(
     const float* g, const float* grad_scale, const float* x, float* out, int64_t n, const float* lower,
     const float* upper, const float* scale, const float* zero_point, float* grad_lower, float* grad_upper, float top,
@@ -285,7 +287,7 @@ void daq_quantize_input_backward(
   for (double sum : sums) total += sum;
   total = (grad_scale ? *grad_scale : 0.0) - total / s;
   const float share = s * top > TINY ? static_cast<float>(total / top) : 0.0f;  // a range of no width has no gradient
-  *grad_lower = *lower > 0.0f ? 0.0f : -share;
+  *grad_lower = !lower || *lower > 0.0f ? 0.0f : -share;
   *grad_upper = *upper < 0.0f ? 0.0f : share;
 }
 

@@ -344,4 +344,5 @@ def drop_quantizers(site: Any) -> None:
     for child in ("weight_quantizer", "input_quantizer"):
         site.__dict__.pop(child, None)
         site._modules.pop(child, None)
+    site.__dict__.pop("scales_channels", None)
     del site.output_scale, site.enabled

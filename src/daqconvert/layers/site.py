@@ -23,6 +23,7 @@ from daqconvert.functional.layer_operator import quantized_layer
 from daqconvert.functional.product_operator import can_compile, can_fuse, scaled_products
 from daqconvert.functional.products import KNOWN, KnownProducts, PaddedProducts, rescale
 from daqconvert.quantizers import ChannelLayout, InputQuantizer, WeightQuantizer
+from daqconvert.quantizers.base import widen_scalars
 from daqconvert.quantizers.making import make_input_quantizer, make_weight_quantizer
 from daqconvert.spec import Settings
 
@@ -65,7 +66,8 @@ class QuantizedSite(nn.Module):
     Attributes:
         weight_quantizer: None if the weight stays float; an `InputQuantizer` if the weight depends on the data.
         input_quantizer: None if the input stays float.
-        output_scale: Learned factor of the output, a parameter of shape `()` or `(C_out,)`.
+        output_scale: Learned factor of the output, a parameter of shape `(1,)` or `(C_out,)`.
+        scales_channels: Whether `output_scale` has a factor for each output channel.
         settings: Settings of the site's row in the plan.
         layer_name: Dotted name of the site, for messages.
         enabled: If False, the site computes what the original computes with the current weights.
@@ -77,6 +79,7 @@ class QuantizedSite(nn.Module):
     weight_quantizer: WeightQuantizer | InputQuantizer | None
     input_quantizer: InputQuantizer | None
     output_scale: nn.Parameter
+    scales_channels: bool = True  # also of a model that an earlier version pickled, whose scales are as they were
     output_dims: int
     settings: Settings
     layer_name: str
@@ -106,8 +109,9 @@ class QuantizedSite(nn.Module):
             self.weight_quantizer = make_input_quantizer(settings, None, name, weight, role="weight")
         if settings.a_bits is not None:
             self.input_quantizer = make_input_quantizer(settings, signed, name, weight)
-        shape = (layout.channels,) if layout is not None and settings.granularity == "channel" else ()
-        one = torch.ones(shape, dtype=weight.dtype, device=weight.device)
+        self.scales_channels = layout is not None and settings.granularity == "channel"
+        channels = layout.channels if layout is not None and self.scales_channels else 1
+        one = torch.ones(channels, dtype=weight.dtype, device=weight.device)
         self.output_scale = nn.Parameter(one, requires_grad=settings.rounding != "lsq")  # LSQ learns step sizes only
         if isinstance(self.weight_quantizer, WeightQuantizer) and not weight.is_meta:
             self.weight_quantizer.initialize(weight)
@@ -194,7 +198,7 @@ class QuantizedSite(nn.Module):
         return compiled_layer(operation, x, weight, bias, self.output_scale, *grids, slopes)
 
     def sum_scale(self, operand: Tensor | None = None) -> Tensor:
-        """Return the real units per integer sum, in the shape of `output_scale`, in float32 or wider.
+        """Return the real units per integer sum, shape `()` or `(C_out,)`, in float32 or wider.
 
         If `operand`, the last result of the input quantizer, is given, the input's scale is taken from it.
         """
@@ -204,7 +208,12 @@ class QuantizedSite(nn.Module):
             codes = None if operand is None else codes_of(operand)
             scale = codes.scale if isinstance(codes, InputCodes) else self.input_quantizer.scale()
             of_input = 1.0 / (2**self.input_quantizer.bits - 1) if self.unitless else scale
-        return sum_scale(self.output_scale, of_weight, of_input)
+        factor = self.output_scale if self.scales_channels else self.output_scale.reshape(())
+        return sum_scale(factor, of_weight, of_input)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        widen_scalars(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def safe_products(

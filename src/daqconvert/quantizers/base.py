@@ -23,6 +23,23 @@ def is_watched(module: nn.Module) -> bool:
     return bool(hooks) or any(getattr(torch_module, name) for name in _GLOBAL_HOOKS)
 
 
+def widen_scalars(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Give scalars that an earlier version saved the shape `(1,)` that a module's own tensors have now, in place.
+
+    FSDP2 splits parameters along their first dimension, so parameters of one number are no scalars any more.
+
+    Example:
+        >>> module, state = nn.Module(), {"a.upper": torch.tensor(3.0)}
+        >>> module.upper = nn.Parameter(torch.ones(1))
+        >>> widen_scalars(module, state, "a."); state["a.upper"].shape
+        torch.Size([1])
+    """
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        saved = state_dict.get(prefix + name)
+        if tensor is not None and tensor.shape == (1,) and isinstance(saved, Tensor) and saved.dim() == 0:
+            state_dict[prefix + name] = saved.reshape(1)
+
+
 class Quantizer(nn.Module):
     """Base of the quantizers: bounds, a `calibrated` buffer, and the name of the layer for messages.
 
@@ -87,6 +104,7 @@ class Quantizer(nn.Module):
             )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        widen_scalars(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
         flag = state_dict.get(prefix + "calibrated")
         if flag is not None and not flag.is_meta:

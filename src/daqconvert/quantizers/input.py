@@ -24,8 +24,8 @@ class InputQuantizer(Quantizer):
     `operand = clip(round(x / scale), -zero_point, n - zero_point)`. Unsigned: `lower = 0`, so `zero_point = 0`.
 
     Attributes:
-        lower: Parameter of shape `()`; trained only where the input is signed.
-        upper: Parameter of shape `()`.
+        lower: Parameter of shape `(1,)`; not read where the input is unsigned, its gradient is exactly 0 then.
+        upper: Parameter of shape `(1,)`.
         signed: int8 buffer: 0 unsigned, 1 signed, -1 until `calibrate` decides.
 
     Reference: "Distance-aware Quantization" (Kim, Lee, Ham, ICCV 2021), eq. 1; zero point as in ONNX.
@@ -50,10 +50,10 @@ class InputQuantizer(Quantizer):
         self.rounding = make_rounding(settings, settings.a_gamma, settings.a_sigma, 2**bits - 1)
         like = torch.empty(0) if like is None else like
         self.calibrated = self.calibrated.to(like.device)
-        self._make_bounds(torch.ones((), dtype=like.dtype, device=like.device))
+        self._make_bounds(torch.ones(1, dtype=like.dtype, device=like.device))
         code = -1 if signed is None else int(signed)
         self.register_buffer("signed", torch.tensor(code, dtype=torch.int8, device=like.device))
-        self._set_sign(signed)
+        self._sign = signed
 
     def _make_bounds(self, one: Tensor) -> None:
         self.lower = nn.Parameter(torch.zeros_like(one))
@@ -75,30 +75,36 @@ class InputQuantizer(Quantizer):
         if torch.compiler.is_compiling():  # the compiler fuses plain operations, and cannot look into an operator
             scale = self.scale()
             return quantize_input(x, scale, self.zero_point(scale), self.bits, self.plain_rounding())
-        grid = InputGrid(self._lower(), self.upper, self.bits, self.rounding)
+        grid = self._grid()
         operand, codes, scale, zero_point = input_operator.quantize_input(x, grid, codes=torch.is_grad_enabled())
         return attach(operand, InputCodes(codes, zero_point, scale))
 
     def scale(self) -> Tensor:
         """Return the real units per code, a scalar tensor that carries the bounds' gradient."""
-        return input_scale(self._lower(), self.upper, self.bits)
+        return input_scale(self.lower, self.upper, self.bits, self._reads_lower())
 
     def grid(self, x: Tensor) -> InputGrid:
         """Return how an input `x` is quantized, for a layer that does it together with its products."""
         self.require_ready()
         self._see(x)
-        return InputGrid(self._lower(), self.upper, self.bits, self.rounding)
+        return self._grid()
 
     def _see(self, x: Tensor) -> None:
         """Note what the bounds need to know of the input before they are used: nothing here, its size in LSQ."""
 
-    def _lower(self) -> Tensor:
-        """Return `lower`, detached if unsigned: it must stay 0 even if all parameters of the model were unfrozen."""
-        return self.lower.detach() if self._sign is False and self.lower.requires_grad else self.lower
+    def _grid(self) -> InputGrid:
+        return InputGrid(self.lower, self.upper, self.bits, self.rounding, self._reads_lower())
+
+    def _reads_lower(self) -> bool:
+        """Whether `lower` is read and learned; if not, it stands for 0 whatever an optimizer makes of it.
+
+        An undecided sign has placeholder bounds, which are signed where there are 2 bits or more.
+        """
+        return self._sign is True or (self._sign is None and self.bits > 1)
 
     def zero_point(self, scale: Tensor | None = None) -> Tensor:
         """Return the integer-valued zero point, a scalar tensor without gradient."""
-        return input_zero_point(self.lower, self.scale() if scale is None else scale, self.bits)
+        return input_zero_point(self.lower, self.scale() if scale is None else scale, self.bits, self._reads_lower())
 
     def codes(self, x: Tensor) -> Tensor:
         """Return the codes `0 .. 2**bits - 1` of an input, uint8."""
@@ -125,7 +131,7 @@ class InputQuantizer(Quantizer):
                 f'Give this layer a_bits=2: [[rule]] match = "{name}", a_bits = 2.'
             )
         self.signed.fill_(int(signed))
-        self._set_sign(signed)
+        self._sign = signed
         self._write_bounds(lower, upper)
         self.mark(True)
 
@@ -174,7 +180,7 @@ class InputQuantizer(Quantizer):
     def forget(self, sign: bool | None) -> None:
         """Mark the bounds as never set, with the sign that the plan knows (None: `calibrate` decides again)."""
         self.signed.fill_(-1 if sign is None else int(sign))
-        self._set_sign(sign)
+        self._sign = sign
         self.mark(False)
 
     def extra_repr(self) -> str:
@@ -182,15 +188,11 @@ class InputQuantizer(Quantizer):
         sign = {None: "sign undecided", True: "signed", False: "unsigned"}[self._sign]
         return f"{self.bits} bits, {sign}, {self.rounding.kind}"
 
-    def _set_sign(self, signed: bool | None) -> None:
-        self._sign = signed
-        self.lower.requires_grad_(signed is True)
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         code = state_dict.get(prefix + "signed")
         if code is not None and not code.is_meta:
-            self._set_sign({-1: None, 0: False, 1: True}[int(code)])
+            self._sign = {-1: None, 0: False, 1: True}[int(code)]
 
 
 InputQuantizer.own_forward = InputQuantizer.forward

@@ -47,7 +47,7 @@ class StepWeightQuantizer(WeightQuantizer):
     """The weight quantizer of LSQ: all `2**b` levels of two's complement, `upper` and `lower` follow the step size.
 
     Attributes:
-        step: Step size, parameter of shape `()` or `(C_out,)`.
+        step: Step size, parameter of shape `(1,)` or `(C_out,)`.
 
     Reference: "Learned Step Size Quantization" (Esser et al., ICLR 2020), equations 1-3.
 
@@ -98,7 +98,7 @@ class StepInputQuantizer(InputQuantizer):
     """The input quantizer of LSQ: `upper` and `lower` follow the step size; `zero_point` is `Q_n`.
 
     Attributes:
-        step: Step size, parameter of shape `()`.
+        step: Step size, parameter of shape `(1,)`.
         features: `N`, the elements per sample of the last input.
 
     Reference: "Learned Step Size Quantization" (Esser et al., ICLR 2020), equations 1-3.
@@ -147,8 +147,8 @@ class StepInputQuantizer(InputQuantizer):
     def _see(self, x: Tensor) -> None:
         self.features = math.prod(x.shape[1:]) if x.dim() > 1 else x.numel()
 
-    def _lower(self) -> Tensor:
-        return self.lower
+    def _reads_lower(self) -> bool:
+        return self.sign is True
 
     def _write_bounds(self, lower: float, upper: float) -> None:
         low, high = self.ends(self.sign is True)
@@ -163,6 +163,3 @@ class StepInputQuantizer(InputQuantizer):
     def extra_repr(self) -> str:
         """Return bits and sign for `print(model)`."""
         return f"{super().extra_repr().removesuffix(self.rounding.kind)}lsq"
-
-    def _set_sign(self, signed: bool | None) -> None:
-        self._sign = signed

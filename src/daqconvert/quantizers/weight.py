@@ -38,7 +38,7 @@ class WeightQuantizer(Quantizer):
     Without `normalize` it quantizes `W` itself, `lower` is `-upper`, and its operands have a scale in real units.
 
     Attributes:
-        lower: Parameter of a normalized weight, else the buffer `-upper`; shape `()` or `(C_out,)`.
+        lower: Parameter of a normalized weight, else the buffer `-upper`; shape `(1,)` or `(C_out,)`.
         upper: Parameter of the same shape.
 
     Reference: "Distance-aware Quantization" (Kim, Lee, Ham, ICCV 2021), equations 1-3.
@@ -65,7 +65,7 @@ class WeightQuantizer(Quantizer):
         self.layout = layout
         self.rounding = make_rounding(settings, settings.w_gamma, settings.w_sigma, intervals(self.bits, self.grid))
         like = torch.empty(0) if like is None else like
-        start = torch.ones((layout.channels,) if self.per_channel else (), dtype=like.dtype, device=like.device)
+        start = torch.ones(layout.channels if self.per_channel else 1, dtype=like.dtype, device=like.device)
         self.calibrated = self.calibrated.to(like.device)
         self._make_bounds(start)
 
@@ -168,8 +168,12 @@ class WeightQuantizer(Quantizer):
         return {**self.__dict__, "_memory": None}  # a copy quantizes its weight again
 
     def scale(self) -> Tensor | float:
-        """Return the real units per operand unit: `1 / n` (normalized), `upper / n` (midrise), else `upper / m`."""
-        return weight_scale(None if self.normalize else self.upper, self.top)
+        """Return the real units per operand unit: `1 / n` (normalized), `upper / n` (midrise), else `upper / m`.
+
+        The result is a number or of shape `()` or `(C_out,)`.
+        """
+        upper = self.upper if self.per_channel else self.upper.reshape(())
+        return weight_scale(None if self.normalize else upper, self.top)
 
     def codes(self, weight: Tensor) -> Tensor:
         """Return the stored codes `0 .. 2**bits - 1`, uint8, shape of `weight`."""
@@ -261,12 +265,14 @@ class WeightQuantizer(Quantizer):
         return f"{self.bits} bits, {kind}, per {'channel' if self.per_channel else 'tensor'}, {self.rounding.kind}"
 
     def _expand(self, bound: Tensor) -> Tensor:
-        return wide(bound).reshape(self.layout.bound_view) if self.per_channel else wide(bound)
+        return wide(bound).reshape(self.layout.bound_view if self.per_channel else ())
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if not self.normalize:
             with torch.no_grad():
-                self.lower.copy_(-self.upper)  # the buffer follows the learned bound
+                # NOTE: FSDP2 leaves each process a part of the bound, and buffers whole; all processes come here
+                upper = self.upper.full_tensor() if hasattr(self.upper, "full_tensor") else self.upper
+                self.lower.copy_(-upper)  # the buffer follows the learned bound
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
 

@@ -26,6 +26,7 @@ from daqconvert.files import replacing
 FORMAT, VERSION = "daqconvert-checkpoint", 2
 READABLE = ("1", "2")  # version 1 holds whole epochs only: its model can be loaded, its run not resumed
 MODEL, OPTIMIZER, PART = "model/", "optimizer/", "part/"
+COUNTS = ("step", "mu_product")  # slots of an optimizer's state that are numbers, whatever the parameter's shape
 _AGAIN = "Start again with overwrite=True, or put a good copy in its place."
 NOT_WRITTEN = "Free some space or choose another out_dir, then go on with resume=True."
 
@@ -108,7 +109,28 @@ def read_checkpoint(path: Path) -> Checkpoint:
     text = header.get("json", "")
     if digest(tensors, text) != header.get("sha256"):
         raise TrainingError(f"{path}: its contents do not match their SHA-256: damaged or edited. {_AGAIN}")
-    return Checkpoint(tensors, json.loads(text))
+    return Checkpoint(_widened(tensors), json.loads(text))
+
+
+def _widened(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a checkpoint's tensors with shape `(1,)` where an earlier version had scalar bounds and output scales.
+
+    What the optimizers keep of such a parameter gets this shape too, but no count of steps.
+    """
+    keys = {key.removeprefix(MODEL) for key in tensors if key.startswith(MODEL)}
+    quantizers = {key.removesuffix(".calibrated") for key in keys if key.endswith(".calibrated")}
+    sites = {quantizer.rpartition(".")[0] for quantizer in quantizers}
+    own = {f"{quantizer}.{name}" for quantizer in quantizers for name in ("lower", "upper", "step")}
+    own |= {f"{site}.output_scale" if site else "output_scale" for site in sites}
+    scalars = {key for key in own & keys if tensors[MODEL + key].dim() == 0}
+
+    def is_widened(key: str) -> bool:
+        if not key.startswith(OPTIMIZER):
+            return key.startswith(MODEL) and key.removeprefix(MODEL) in scalars
+        _, slot, parameter = key.removeprefix(OPTIMIZER).split("/", 2)
+        return parameter in scalars and ":" not in slot and slot not in COUNTS
+
+    return {key: t.reshape(1) if t.dim() == 0 and is_widened(key) else t for key, t in tensors.items()}
 
 
 def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:

@@ -134,7 +134,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
         saved = run.processes.from_main(lambda: _teacher_of(run))
         run.objective.teacher = float_copy(run.model)
         run.objective.teacher.load_state_dict(saved.part(MODEL))
-    run.model.load_state_dict(model)  # before the optimizers: it tells which bounds are trained
+    run.model.load_state_dict(model)
     run.fitted = _fits_from_meta(about.get("fitted", {}))  # earlier versions did not save them
     make_optimizers_and_parts(run)
     for part in run.parts:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from daqconvert.errors import TrainingError, nearest
 from daqconvert.posttraining import parameter_sizes, step_in_sizes
+from daqconvert.training.checkpoint import COUNTS
 from daqconvert.training.optim.groups import (
     QUANTIZERS,
     WEIGHTS,
@@ -34,8 +35,6 @@ from daqconvert.training.recipes import Recipe
 
 class Optimizers:
     """One optimizer for the weights and one for the quantizers, stepped together; a group without parameters has none.
-
-    Make it after calibration or loading, because only then is it known which `lower` bounds are trained.
 
     Args:
         model: A quantized model.
@@ -153,7 +152,7 @@ class Optimizers:
 
 
 _OURS = {"sgd": "momentum"}  # names that mean something else in timm
-_SHAPES = ((4, 3, 2, 2), (4, 3), (4,), ())  # of the parameters that an optimizer is tried with
+_SHAPES = ((4, 3, 2, 2), (4, 3), (4,), (1,), ())  # of the parameters that an optimizer is tried with
 
 
 def check_optimizer(name: str, field: str) -> None:
@@ -220,7 +219,6 @@ _TYPES = {"bool": (bool, torch.bool), "int": (int, torch.int64), "float": (float
 _VALUES = (Tensor, bool, int, float)
 _GROUP = "group."
 _OTHERS = ("params", "lr", "initial_lr")  # of a group, and no state: the rates are a function of the step
-_ON_CPU = ("step", "mu_product")  # torch keeps these slots on the CPU, whatever the parameter's device
 
 
 def _group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -303,7 +301,7 @@ def _as_value(slot: str, tensor: Tensor, parameter: Tensor | None) -> tuple[str,
     plain, _, word = slot.partition(":")
     if word in _TYPES:
         return plain, _TYPES[word][0](tensor.item())
-    if parameter is None or plain in _ON_CPU:
+    if parameter is None or plain in COUNTS:  # torch keeps these on the CPU, whatever the parameter's device
         return slot, tensor.clone()
     if tensor.shape == parameter.shape:  # in the parameter's memory format
         return slot, torch.empty_like(parameter.detach(), dtype=tensor.dtype).copy_(tensor)

@@ -88,7 +88,7 @@ def input_quantizers(site: QuantizedSite) -> Iterator[tuple[str, InputQuantizer]
 
 def input_range(quantizer: InputQuantizer) -> tuple[float, float]:
     """Return lower and upper bound of an input; the lower one is 0 where the input is known to be unsigned."""
-    lower, upper = torch.stack([quantizer.lower.detach().float(), quantizer.upper.detach().float()]).tolist()
+    lower, upper = torch.cat([t.detach().float().reshape(1) for t in (quantizer.lower, quantizer.upper)]).tolist()
     return 0.0 if quantizer.sign is False else lower, upper
 
 
