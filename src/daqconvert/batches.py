@@ -88,6 +88,10 @@ def is_empty(batch: Any) -> bool:
         >>> is_empty((torch.zeros(0, 3), torch.zeros(0))), is_empty(torch.zeros(1))
         (True, False)
     """
-    args, kwargs, _ = split_batch(batch)
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    return no_elements(split_batch(batch)[:2])
+
+
+def no_elements(inputs: Any) -> bool:
+    """Whether a nested structure has tensors, all without elements."""
+    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
     return bool(tensors) and all(tensor.numel() == 0 for tensor in tensors)

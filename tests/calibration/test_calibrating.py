@@ -200,6 +200,60 @@ def test_a_layer_that_no_batch_reaches(w_bits):
     assert qmodel.aux.input_quantizer.upper == 2 * before  # what was trained since is kept
 
 
+class Boxes(nn.Module):
+    """A model with a box head: it computes for the rows whose mean is above 1/2, which may be none."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.norm, self.head, self.last = (
+            nn.Linear(4, 8),
+            nn.BatchNorm1d(8),
+            nn.Linear(8, 8),
+            nn.Linear(8, 2),
+        )
+
+    def forward(self, x):
+        h = self.norm(self.body(x)).relu()
+        return self.last(self.head(h[x.mean(1) > 0.5]).relu())
+
+
+WIDTHS = {
+    "w1a4": {"w_bits": 1, "a_bits": 4},
+    "w2a32": {"w_bits": 2, "a_bits": None},
+    "w1a2-channel": {"w_bits": 1, "a_bits": 2, "granularity": "channel"},
+    "w4a4": {"w_bits": 4, "a_bits": 4},
+    "lsq": {"w_bits": 4, "a_bits": 4, "rounding": "lsq", "granularity": "tensor"},
+}
+
+
+@pytest.mark.parametrize("mode", ["eval", "train", "both"])
+@pytest.mark.parametrize("settings", WIDTHS.values(), ids=list(WIDTHS))
+def test_empty_inputs_change_nothing(settings, mode):
+    """Batches of size 0 do not count; a head without boxes has its bounds from the batches that have some."""
+    ends = (settings["w_bits"], settings["a_bits"])
+    model, full, none = Boxes(), torch.rand(8, 4).add(0.5), torch.zeros(0, 4)
+    states = {}
+    for name, batches in {"full": [full], "with empty": [none, full, none]}.items():
+        qmodel = dq.quantize(model, first=ends, last=ends, **settings)
+        dq.calibrate(qmodel, batches, mode=mode)
+        states[name] = qmodel.state_dict()
+    for key, value in states["full"].items():
+        assert torch.equal(value, states["with empty"][key]), key
+    qmodel = dq.quantize(model, first=ends, last=ends, **settings)
+    report = dq.calibrate(qmodel, [torch.zeros(8, 4)], mode=mode)  # no boxes at all
+    assert report.unseen == (() if settings["a_bits"] is None else ("head", "last"))
+    assert all(torch.isfinite(value).all() for value in qmodel.state_dict().values())
+    out = qmodel.train()(none)  # a training forward of nothing
+    out.sum().backward()
+    assert out.shape == (0, 2) and all(p.grad is None or p.grad.isfinite().all() for p in qmodel.parameters())
+    assert dq.freeze(qmodel.eval())(none).shape == (0, 2)
+
+
+def test_only_empty_batches_are_no_batches():
+    with pytest.raises(CalibrationError, match="expected a batch with inputs, found 2 of size 0"):
+        dq.calibrate(chain(), [torch.zeros(0, 3, 9, 9)] * 2)
+
+
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 

@@ -272,3 +272,15 @@ def test_inputs_that_are_always_zero_change_nothing_else():
     everything = second_order_levels(weight, own, step, nearest, damping=0.01)
     assert torch.equal(everything, nearest(weight / step[:, :, None]))
     assert output_error(everything, weight, own) == 0.0
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(6, 4), nn.Conv2d(6, 4, 3, groups=2)])
+def test_empty_batches_have_no_moments(layer):
+    x = torch.randn(16, 6) if isinstance(layer, nn.Linear) else torch.randn(4, 6, 5, 5)
+    chosen = []
+    for batches in ([x], [x, x[:0]]):
+        qmodel = dq.quantize(nn.Sequential(layer), first=(4, 8), last=(4, 8))
+        dq.calibrate(qmodel, [x])
+        choose_codes(qmodel, batches, [], show=False)
+        chosen.append(qmodel[0].weight)
+    assert torch.equal(*chosen)

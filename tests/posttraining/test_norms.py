@@ -21,3 +21,10 @@ def test_statistics_are_means_over_batches_of_the_weights_as_they_are():
         torch.testing.assert_close(norm.running_var, torch.stack([x.var(0) for x in seen]).mean(0))
     assert (first.momentum, second.momentum) == (0.1, 0.3)
     assert all(module.training for module in model.modules())
+
+
+def test_empty_batches_do_not_count():
+    norm, x = nn.BatchNorm1d(2), torch.tensor([[1.0, 2.0], [3.0, 6.0]])
+    reestimate(norm, [((torch.zeros(0, 2),), {}), ((x,), {}), ((torch.zeros(0, 2),), {})])
+    assert norm.running_mean.tolist() == [2.0, 4.0] and norm.running_var.tolist() == [2.0, 8.0]
+    assert not norm._forward_pre_hooks

@@ -187,3 +187,17 @@ def test_the_float_weights_teach_after_gptq_too(monkeypatch):
     ((chosen, taught, batches, steps),) = seen
     assert torch.equal(taught, model.blocks[0].one.weight) and not torch.equal(chosen, taught)
     assert (batches, steps) == (8, 7)  # more batches than the six of an epoch
+
+
+def test_batches_without_inputs_are_passed_over():
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)) for _ in range(2)))
+    x, none = torch.randn(64, 4), torch.zeros(0, 4)
+    found = []
+    for batches in ([x], [x, none]):
+        qmodel = dq.quantize(model, w_bits=2, a_bits=4)
+        dq.calibrate(qmodel, [x])
+        rows = reconstruct(qmodel, float_copy(qmodel), batches, ["0", "1"], 5, show=False)
+        found.append([row.before for row in rows])
+    assert found[0][0] == found[1][0] and not any(row.left_alone for row in rows)
+    rows = reconstruct(qmodel, float_copy(qmodel), [none], ["0", "1"], 5, show=False)
+    assert [row.left_alone for row in rows] == ["it gets no inputs"] * 2

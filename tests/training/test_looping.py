@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import daqconvert as dq
-from daqconvert.errors import TrainingError
+from daqconvert.errors import DataError, TrainingError
 from daqconvert.training import evaluate, finetune
 from daqconvert.training.optim import Optimizers
 from daqconvert.training.processes import Processes, launched
@@ -195,3 +195,9 @@ def test_a_float64_model_stays_so(plain, loader):
     data = [(x.double(), y) for x, y in loader()]
     finetune(qmodel, data, epochs=1)
     assert {p.dtype for p in qmodel.parameters()} == {torch.float64}
+
+
+def test_a_batch_of_size_0_is_refused_by_name():
+    qmodel, x, y = dq.quantize(nn.Linear(4, 2)), torch.randn(4, 4), torch.tensor([0, 1, 0, 1])
+    with pytest.raises(DataError, match="epoch 1, step 2 of 2: expected a batch with inputs, found one of size 0"):
+        finetune(qmodel, [(x, y), (x[:0], y[:0])], epochs=1, progress=False)

@@ -237,9 +237,9 @@ def columns(operation: Operation, x: Tensor, shape: tuple[int, ...]) -> Tensor:
     if isinstance(operation, PaddedProducts):
         x, operation = operation.pad(x), operation.products
     if isinstance(operation, LinearProducts):
-        rows = x.reshape(-1, x.shape[-1])
-        per_image = max(1, rows.shape[0] // x.shape[0]) if x.dim() > 1 else 1
-        return rows[:: max(1, per_image // MOST_POSITIONS)].t()[None]
+        flat = x.reshape(-1, x.shape[-1])
+        per_image = max(1, flat.shape[0] // max(1, x.shape[0])) if x.dim() > 1 else 1
+        return flat[:: max(1, per_image // MOST_POSITIONS)].t()[None]
     assert isinstance(operation, ConvolutionProducts)
     stride, padding, dilation = _pair(operation.stride, 1), _pair(operation.padding, 0), _pair(operation.dilation, 1)
     kernel = _pair(tuple(shape[2:]), 1)
@@ -252,8 +252,9 @@ def columns(operation: Operation, x: Tensor, shape: tuple[int, ...]) -> Tensor:
     sparse = _pair(tuple(min(s * thin, max(s, n)) for s, n in zip(stride, x.shape[2:], strict=True)), 1)
     patches = F.unfold(x, kernel, dilation=dilation, padding=padding, stride=sparse)  # (N, C_in * kernel, L)
     groups = operation.groups
-    n, _, positions = patches.shape
-    return patches.reshape(n, groups, -1, positions).permute(1, 2, 0, 3).reshape(groups, -1, n * positions)
+    n, rows, positions = patches.shape  # no size is left to torch, which cannot tell it of an empty batch
+    inputs = rows // groups
+    return patches.reshape(n, groups, inputs, positions).permute(1, 2, 0, 3).reshape(groups, inputs, n * positions)
 
 
 def _pair(values: tuple[int, ...], fill: int) -> tuple[int, int]:

@@ -32,7 +32,7 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
 def reestimate(model: nn.Module, batches: Any, autocast: Any = torch.enable_grad) -> None:
     """Replace the running statistics of all batch norms by the mean of the statistics of some batches.
 
-    All other modules are in evaluation mode meanwhile, so there is no dropout.
+    All other modules are in evaluation mode meanwhile, so there is no dropout. Empty batches do not count.
 
     Args:
         model: Any model; afterwards its modules are in the modes that they had.
@@ -45,19 +45,27 @@ def reestimate(model: nn.Module, batches: Any, autocast: Any = torch.enable_grad
         >>> norm.running_mean.item(), norm.running_var.item()
         (2.5, 1.0)
     """
-    norms = batch_norms(model)
+    norms, handles = batch_norms(model), []
     momenta = [module.momentum for module in norms]
     with evaluating(model), _eager(model):
         try:
             for module in norms:
                 module.reset_running_stats()
                 module.momentum, module.training = None, True  # None: equal weight for each batch
+                handles.append(module.register_forward_pre_hook(_pass_over_nothing, with_kwargs=True))
             for args, kwargs in batches:
                 with autocast(), torch.no_grad():
                     model(*args, **kwargs)
         finally:
+            for handle in handles:
+                handle.remove()
             for module, momentum in zip(norms, momenta, strict=True):
                 module.momentum = momentum
+
+
+def _pass_over_nothing(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Keep an empty batch out of the mean: torch would count it, with the statistics of before."""
+    norm.training = (args[0] if args else kwargs["input"]).numel() > 0
 
 
 def _eager(model: nn.Module) -> AbstractContextManager[Any]:

@@ -100,8 +100,13 @@ def reconstruct(
                 theirs.reach(stage, targets if carried else None)
                 targets = theirs.outputs()
                 reestimate(ours.block, map(copied, ours.calls))
-                whole = not treats_rows_alone(theirs.block, theirs.calls[0], targets[0])
-                examples = Examples(ours.calls, targets, whole)
+                filled = [i for i, target in enumerate(targets) if target.numel()]  # a box head may get no boxes
+                if not filled:
+                    rows.append(Fitted(stage.names[0], left_alone="it gets no inputs"))
+                    bar.advance(steps)
+                    continue
+                whole = not treats_rows_alone(theirs.block, theirs.calls[filled[0]], targets[filled[0]])
+                examples = Examples([ours.calls[i] for i in filled], [targets[i] for i in filled], whole)
                 trained = trainable(ours.block, _used_elsewhere(model, ours.block))
                 advance = partial(bar.advance, block=f"{number}/{len(found)}")
                 errors = fit(ours.block, examples, trained, steps, generator, advance)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from daqconvert.batches import no_elements
 from daqconvert.errors import DataError, TrainingError
 from daqconvert.report.progress import Bar
 from daqconvert.seeding import derived_seed, seed_generators
@@ -97,12 +98,15 @@ def _take_step(run: Run, wrapped: Any, group: list[Any]) -> tuple[Step, list[flo
 
     Raises:
         TrainingError: If the loss is NaN or infinite; the step does not change the parameters then.
+        DataError: If a batch has no inputs.
     """
     position, processes = run.position, run.processes
     number = position.number + 1
     where = f"epoch {position.epoch}, step {position.steps + 1}{f' of {run.steps}' if run.steps else ''}"
     needs, device = run.objective.needs_target, processes.device
     read = [read_batch(b, device, where, needs_target=needs, hint=UNLABELLED) for b in group]
+    if any(no_elements(inputs) for inputs, _ in read):
+        raise DataError(f"{where}: expected a batch with inputs, found one of size 0. Leave it out of train_loader.")
     run.optimizers.set_step(number - 1)
     for part in run.parts:
         part.before_step(number)
