@@ -32,19 +32,21 @@ from daqconvert.cli.sources import (
 from daqconvert.deploy.comparing.export_report import db_text
 from daqconvert.deploy.comparing.verify_report import VerifyReport, plot_reports, share_text
 from daqconvert.deploy.comparing.verifying import Model, Pair, verify_all
-from daqconvert.deploy.onnx.runtime import OnnxModel
+from daqconvert.deploy.onnx.runtime import PROGRAM, OnnxModel, program_shapes
 from daqconvert.errors import DataError, ExportError
 from daqconvert.models import copy_model
 from daqconvert.report.tables import render, simple_table
 
-Source = Annotated[str, typer.Argument(help=f"A run directory; or an artifact, an ONNX file, or a model ({o.FORMS}).")]
+Source = Annotated[
+    str, typer.Argument(help=f"A run directory; or an artifact, an ONNX file, a .pt2 program, or a model ({o.FORMS}).")
+]
 Other = Annotated[
     str | None, typer.Argument(help="What the first is compared with, unless that is a run.", show_default=False)
 ]
 Plot = Annotated[Path | None, o.option("--plot", "Draw SQNR by depth into this .png, .svg or .pdf.")]
 Images = Annotated[int, o.option("--images", "Images to compare on. Default: 256.")]
 IMAGES, BATCH = 256, 8  # small batches: the outputs of all layers of all models are held at once
-FILE = "ONNX file"
+FILE = "exported file"
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def _check(*numbers: int) -> None:
 
 def _kind(source: str) -> str:
     """Return the kind of a source: `"run"`, `"artifact"`, `"model"`, or `FILE`."""
-    return FILE if source.lower().endswith(".onnx") else kind_of(source)
+    return FILE if source.lower().endswith((".onnx", PROGRAM)) else kind_of(source)
 
 
 def _stages(source: str, typed: str | None, job: Job, size: int) -> Compared:
@@ -156,9 +158,9 @@ def _two(source: str, other: str, typed: str | None, job: Job, size: int, images
 
 
 def _shape(kinds: dict[str, str], built: dict[str, nn.Module], job: Job) -> tuple[int, ...]:
-    """Return the size of an image: that of an ONNX file, else as typed, else that of an artifact's model."""
+    """Return the size of an image: that of an exported file, else as typed, else that of an artifact's model."""
     for name in [name for name, kind in kinds.items() if kind == FILE]:
-        shapes = OnnxModel(name).input_shapes
+        shapes = program_shapes(Path(name)) if name.lower().endswith(PROGRAM) else OnnxModel(name).input_shapes
         size = [length for length in shapes[0][1:] if isinstance(length, int)]
         if len(shapes) == 1 and len(size) == len(shapes[0]) - 1:
             return tuple(size)

@@ -23,11 +23,11 @@ from daqconvert.batches import model_device, split_batch, to_device
 from daqconvert.deploy.batch_dimension import Batch, find_batch
 from daqconvert.deploy.comparing.agreement import FileAgreement, Noise
 from daqconvert.deploy.comparing.export_report import ExportReport, ProgramReport
-from daqconvert.deploy.comparing.probes import ModuleProbe
+from daqconvert.deploy.comparing.probes import EPILOGUES_KEY, ModuleProbe, epilogues, epilogues_text
 from daqconvert.deploy.onnx.expansion import expand
 from daqconvert.deploy.onnx.hardware import exact_int8
 from daqconvert.deploy.onnx.lowering import BATCH, first_lines, float32_copy, lower, quiet
-from daqconvert.deploy.onnx.runtime import require_packages
+from daqconvert.deploy.onnx.runtime import PROGRAM, require_packages
 from daqconvert.deploy.signature import (
     Arguments,
     example_arguments,
@@ -46,7 +46,6 @@ from daqconvert.models import evaluating
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-PROGRAM = ".pt2"  # a path with this ending gets a program of torch.export, any other an ONNX file
 HINT = "Make room, or choose another place."
 
 
@@ -133,7 +132,11 @@ def _write_onnx(
     twin = float32_copy(model)
     result = _result(twin, arguments)
     batch = _batch(twin, arguments, dynamic_batch)
-    content = _serialize(expand(lower(twin, arguments, batch), output_names(result)))
+    proto = expand(lower(twin, arguments, batch), output_names(result))
+    if epilogues(model):
+        entry = proto.metadata_props.add()
+        entry.key, entry.value = EPILOGUES_KEY, epilogues_text(model)
+    content = _serialize(proto)
     agreement = FileAgreement(ModuleProbe(twin), content)
     agreement.add(*arguments)
     for example in check_batches if check_batches is not None else ():

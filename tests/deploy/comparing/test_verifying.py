@@ -3,6 +3,7 @@
 import json
 import math
 
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -74,6 +75,100 @@ def test_files(pair, images, tmp_path):
     mixed = dq.verify(tmp_path / "float.onnx", tmp_path / "small.onnx", [images])
     assert mixed.layers == ()  # a float file does not say which tensor belongs to which layer
     assert mixed.sqnr == pytest.approx(dq.verify(model, frozen, [images]).sqnr, abs=0.1)
+
+
+class Residual(nn.Module):
+    """Batch norms whose numbers change what a layer puts out, an activation, a sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv, self.after = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.middle, self.head = nn.Linear(8, 8), nn.Linear(8, 5)
+        for norm in (self.norm, self.after):
+            nn.init.uniform_(norm.weight, 0.5, 2.0)
+            nn.init.normal_(norm.bias)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.stem(x)))
+        x = torch.relu(x + self.after(self.conv(x)))
+        return self.head(torch.relu(self.middle(x.mean((2, 3)))))
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    """One network in every form: float, and for both deployments quantized, frozen, artifact, ONNX file, program."""
+    torch.manual_seed(0)
+    folder, model, x = tmp_path_factory.mktemp("stages"), Residual(), torch.randn(8, 3, 12, 12) + 0.5
+    with torch.no_grad():
+        for _ in range(30):
+            model(torch.randn(16, 3, 12, 12) + 0.5)
+    model.eval()
+    found = {"float": model}
+    for deploy in ("float", "integer"):
+        qmodel = dq.quantize(model, w_bits=8, a_bits=8, deploy=deploy)
+        dq.calibrate(qmodel, [x])
+        frozen = dq.freeze(qmodel)
+        for suffix in ("onnx", "pt2"):
+            found[deploy, suffix] = folder / f"{deploy}.{suffix}"
+            dq.export(frozen, found[deploy, suffix], x)
+        dq.save(frozen, folder / deploy)
+        found |= {(deploy, "quantized"): qmodel, (deploy, "frozen"): frozen, (deploy, "artifact"): folder / deploy}
+    return found, x
+
+
+FORMS = [(deploy, kind) for deploy in ("float", "integer") for kind in ("quantized", "frozen", "artifact", "onnx")]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(form))
+def test_every_form_against_float_compares_equal_quantities(form, stages):
+    models, x = stages
+    report = dq.verify(models["float"], models[form], [x])
+    sqnr = {row.name: row.sqnr for row in report.layers}
+    assert list(sqnr) == ["stem", "conv", "middle", "head"]  # the order of execution
+    assert all(value > 30 for value in sqnr.values()), sqnr  # 8 bits; another quantity has some 0 dB
+    turned = dq.verify(models[form], models["float"], [x])
+    assert list(sqnr) == [row.name for row in turned.layers if not row.name.endswith("output_quantizer")]
+    assert all(row.sqnr == pytest.approx(sqnr[row.name], abs=0.3) for row in turned.layers if row.name in sqnr)
+
+
+@pytest.mark.parametrize("deploy", ["float", "integer"])
+def test_every_form_against_the_frozen_model(deploy, stages):
+    models, x = stages
+    frozen = models[deploy, "frozen"]
+    for kind in ("onnx", "pt2"):
+        for pair in ((frozen, models[deploy, kind]), (models[deploy, kind], frozen)):
+            report = dq.verify(*pair, [x])
+            assert report.sqnr > 100 and report.first_difference is None, (kind, str(report))
+            assert all(row.sqnr > 100 for row in report.layers)
+            assert bool(report.layers) == (kind != "pt2")  # a program does not say which tensors are whose
+    with torch.no_grad():
+        wanted = {"stem": torch.relu(models["float"].norm(models["float"].stem(x)))}
+    if deploy == "integer":
+        row = dq.verify(models["float"], models[deploy, "onnx"], [x]).layers[0]
+        assert row.largest_difference < 0.1 * wanted["stem"].abs().max()
+
+
+def test_two_files_of_which_one_has_its_batch_norms_folded_in(stages):
+    """Codes are compared; the outputs before and after a batch norm are two quantities, and are not."""
+    models, x = stages
+    report = dq.verify(models["float", "onnx"], models["integer", "onnx"], [x])
+    assert [(row.name, row.sqnr is None, row.codes > 0) for row in report.layers] == [
+        ("stem", True, True), ("conv", True, True), ("middle", True, True), ("head", False, True),
+    ]  # fmt: skip
+    assert report.layers[0].differing == 0
+
+
+def test_a_file_of_an_earlier_version_does_not_say_what_it_folded(stages, tmp_path):
+    models, x = stages
+    proto = onnx.load(models["integer", "onnx"])
+    (entry,) = [e for e in proto.metadata_props if e.key == "daqconvert.epilogues"]
+    proto.metadata_props.remove(entry)
+    onnx.save(proto, tmp_path / "earlier.onnx")
+    rows = dq.verify(models["float"], tmp_path / "earlier.onnx", [x]).layers
+    assert [row.name for row in rows] == ["head"]  # its output alone is that of the layer itself
+    rows = dq.verify(models["integer", "quantized"], tmp_path / "earlier.onnx", [x]).layers  # its plan says it
+    assert all(row.sqnr > 30 for row in rows)
 
 
 def test_models_are_left_as_they_were(pair, images):

@@ -2,11 +2,12 @@
 
 A frozen layer of integer deployment also computes the batch norm and the activation that follow it, its *epilogue*.
 So that outputs can be compared, the output of the same layer in a float or quantized model is recorded after the
-epilogue.
+epilogue. A file of integer form says in its metadata what its layers have folded in.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -41,11 +42,13 @@ class Recording:
         codes: Input codes of each quantized layer, uint8, one tensor per call, in the order of execution; where the
             weight depends on the data, its codes follow those of the input.
         outputs: Outputs of each layer, one tensor per call, in the order of execution.
+        after: Layers whose outputs were recorded after their epilogue.
     """
 
     results: list[Tensor]
     codes: Calls = field(default_factory=dict)
     outputs: Calls = field(default_factory=dict)
+    after: frozenset[str] = frozenset()
 
 
 class Probe(Protocol):
@@ -98,8 +101,9 @@ class ModuleProbe:
             stack.enter_context(evaluating(self.model))
             stack.enter_context(torch.no_grad())
             result = self.model(*to_device(args, device), **to_device(kwargs, device))
-        for name in self.epilogues.keys() & recording.outputs.keys() - epilogues(self.model).keys():
-            modules = dict(self.model.named_modules())
+        modules, own = dict(self.model.named_modules()), epilogues(self.model).keys()
+        recording.after = frozenset((self.epilogues.keys() | own) & recording.outputs.keys())
+        for name in recording.after - own:
             recording.outputs[name] = [_after(modules, self.epilogues[name], y) for y in recording.outputs[name]]
         recording.results = [tensor.cpu() for tensor in output_tensors(result)]
         return recording
@@ -166,6 +170,8 @@ class OnnxProbe:
 
     Attributes:
         tensors: Per layer, the names of its `"codes"` and `"outputs"`.
+        epilogues: What the file's integer layers compute besides their products, by the name of the layer; None for a
+            layer of a file that does not say it, because an earlier version wrote it.
 
     Args:
         source: Path of the file, or its bytes.
@@ -179,6 +185,7 @@ class OnnxProbe:
         self._file = OnnxModel(source)
         self._proto = onnx.load_from_string(source if isinstance(source, bytes) else Path(source).read_bytes())
         self.tensors = layer_tensors(self._file.metadata)
+        self.epilogues = _file_epilogues(self._file.metadata, self.tensors)
         self._kinds = tuple(kinds)
         self._sessions: dict[tuple[str, frozenset[str]], OnnxModel] = {}
 
@@ -190,12 +197,13 @@ class OnnxProbe:
         """Run the file and record the layers named in `watch`."""
         recording = Recording(self._file.run(args, kwargs))
         names = frozenset(watch & self.tensors.keys())
+        recording.after = names & self.epilogues.keys()
         for kind, calls in (("codes", recording.codes), ("outputs", recording.outputs)):
             if kind not in self._kinds or not any(self.tensors[name][kind] for name in names):
                 continue
             session = self._watching(kind, names)
             found = dict(zip(session.output_names, session.run(args, kwargs), strict=True))
-            for name in names:
+            for name in (n for n in self.tensors if n in names):  # in the order of execution
                 if self.tensors[name][kind]:
                     calls[name] = [self._real(name, kind, tensor, found) for tensor in self.tensors[name][kind]]
         return recording
@@ -228,13 +236,36 @@ class OnnxProbe:
         return self._sessions[kind, names]
 
 
+EPILOGUES_KEY = "daqconvert.epilogues"
+
+
 def epilogues(model: object) -> dict[str, SiteOutput]:
     """Return the epilogue of each layer of a model frozen for integer deployment, by name; `{}` for other models."""
     if not isinstance(model, nn.Module):
         return {}
-    rows = getattr(model, PLAN_ATTRIBUTE, ())
     integer = {m.layer_name for m in model.modules() if isinstance(m, FrozenSite) and m.is_integer}
-    return {row.name: row.site.output for row in rows if row.name in integer and row.site.output is not None}
+    return {name: output for name, output in planned_epilogues(model).items() if name in integer}
+
+
+def planned_epilogues(model: nn.Module) -> dict[str, SiteOutput]:
+    """Return what integer deployment would fold into each layer, as the plan of a model says; `{}` without a plan."""
+    rows = getattr(model, PLAN_ATTRIBUTE, ())
+    return {row.name: row.site.output for row in rows if row.site.output is not None}
+
+
+def epilogues_text(model: nn.Module) -> str:
+    """Return the epilogues of a model as the text that a file holds under `EPILOGUES_KEY`."""
+    found = epilogues(model)
+    return json.dumps({name: [y.batch_norm, y.lower, y.upper] for name, y in found.items()}, separators=(",", ":"))
+
+
+def _file_epilogues(metadata: dict[str, str], tensors: dict[str, dict[str, Any]]) -> dict[str, SiteOutput | None]:
+    if EPILOGUES_KEY in metadata:
+        read: dict[str, list[Any]] = json.loads(metadata[EPILOGUES_KEY])
+        return {name: SiteOutput(batch_norm=norm, lower=low, upper=high) for name, (norm, low, high) in read.items()}
+    # the output of an output quantizer is its own codes, that of an integer layer is not
+    coded = {name: entry for name, entry in tensors.items() if entry.get("grids")}
+    return {name: None for name, entry in coded.items() if not set(entry["outputs"]) <= set(entry["codes"])}
 
 
 def _after(modules: dict[str, nn.Module], output: SiteOutput, y: Tensor) -> Tensor:

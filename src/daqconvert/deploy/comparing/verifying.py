@@ -9,12 +9,22 @@ from typing import Any
 
 from torch import nn
 
+from daqconvert.artifact import load, read_manifest
 from daqconvert.batches import split_batch
 from daqconvert.deploy.comparing.agreement import CodeDifferences, Noise, OutputNoise
-from daqconvert.deploy.comparing.probes import ModuleProbe, OnnxProbe, Probe, Recording, epilogues
+from daqconvert.deploy.comparing.probes import (
+    ModuleProbe,
+    OnnxProbe,
+    Probe,
+    Recording,
+    epilogues,
+    planned_epilogues,
+)
 from daqconvert.deploy.comparing.verify_report import LayerComparison, VerifyReport
+from daqconvert.deploy.onnx.runtime import PROGRAM, read_program
 from daqconvert.errors import DataError, ExportError
 from daqconvert.layers import FrozenSite, QuantizedSite
+from daqconvert.spec import SiteOutput
 
 Model = nn.Module | str | Path
 Pair = tuple[str, str]
@@ -28,8 +38,9 @@ def verify(reference: Model, candidate: Model, batches: Iterable[Any], max_batch
     `report.plot("depth.png")` draws the SQNR by depth.
 
     Args:
-        reference: A float, quantized or frozen model, or the path of an ONNX file; a model runs in evaluation mode and
-            is not changed.
+        reference: A float, quantized or frozen model, or the path of an ONNX file, a `.pt2` program or an artifact; a
+            model runs in evaluation mode and is not changed. Of a program only outputs are compared. An artifact that
+            names no source is loaded into the structure of the float model that it is compared with.
         candidate: The other model or path.
         batches: An iterable of batches in the forms that `calibrate` takes; targets are not used.
         max_batches: Upper limit of the batches that are read; None for all.
@@ -65,8 +76,11 @@ def verify_all(
     Raises:
         DataError: If there is no batch.
     """
-    probes = {key: _probe(model) for key, model in models.items()}
-    folded = {name: output for model in models.values() for name, output in epilogues(model).items()}
+    skeleton = next(
+        (m for m in models.values() if isinstance(m, nn.Module) and _describe(m).startswith("float")), None
+    )
+    probes = {key: _probe(model, skeleton) for key, model in models.items()}
+    folded = _folded(probes.values())
     for probe in probes.values():
         if isinstance(probe, ModuleProbe):
             probe.epilogues = folded
@@ -102,6 +116,7 @@ class _Sums:
         self.outputs.add_results(reference.results, candidate.results)
         for name in dict.fromkeys([*reference.outputs, *reference.codes]):
             outputs = name in reference.outputs and name in candidate.outputs
+            outputs = outputs and (name in reference.after) == (name in candidate.after)  # else two quantities
             codes = name in reference.codes and name in candidate.codes
             if not (outputs or codes):
                 continue
@@ -126,12 +141,35 @@ class _Sums:
         )
 
 
-def _probe(model: Model) -> Probe:
+def _folded(probes: Iterable[Probe]) -> dict[str, SiteOutput]:
+    """Return the epilogues of all layers that some model or file of the comparison has folded in."""
+    found: dict[str, SiteOutput] = {}
+    planned: dict[str, SiteOutput] = {}
+    unsaid: set[str] = set()
+    for probe in probes:
+        if isinstance(probe, ModuleProbe):
+            found |= epilogues(probe.model)
+            planned |= planned_epilogues(probe.model)
+        elif isinstance(probe, OnnxProbe):
+            found |= {name: output for name, output in probe.epilogues.items() if output is not None}
+            unsaid |= {name for name, output in probe.epilogues.items() if output is None}
+    return {name: planned[name] for name in unsaid & planned.keys()} | found
+
+
+def _probe(model: Model, skeleton: nn.Module | None) -> Probe:
     if isinstance(model, nn.Module):
         return ModuleProbe(model)
-    if isinstance(model, (str, Path)):
-        return OnnxProbe(model)
-    raise ExportError(f"verify: expected a torch model or the path of an ONNX file, found {type(model).__name__}.")
+    if not isinstance(model, (str, Path)):
+        raise ExportError(
+            "verify: expected a torch model or the path of an ONNX file, a .pt2 program or an artifact, found "
+            f"{type(model).__name__}."
+        )
+    path = Path(model)
+    if path.suffix.lower() == PROGRAM:
+        return ModuleProbe(read_program(path))
+    if path.is_dir():
+        return ModuleProbe(load(path, None if read_manifest(path).source else skeleton))
+    return OnnxProbe(path)
 
 
 def _describe(model: Model) -> str:

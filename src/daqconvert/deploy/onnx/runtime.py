@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from daqconvert.deploy.signature import keyword_names
 from daqconvert.errors import ExportError, nearest
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+PROGRAM = ".pt2"  # a path with this ending is a program of torch.export, any other an ONNX file
 ERRORS_ONLY = 3  # ONNX Runtime's log severity
 
 
@@ -118,6 +119,33 @@ class OnnxModel:
 def _plain(tensor: Tensor) -> Tensor:
     tensor = tensor.detach().cpu()
     return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def read_program(path: Path) -> nn.Module:
+    """Return a program of torch.export that was written to a `.pt2` file, as a module.
+
+    Raises:
+        ExportError: If there is no such file, or torch cannot read it.
+    """
+    return _program(path).module()
+
+
+def program_shapes(path: Path) -> list[list[int | str | None]]:
+    """Return the shapes of a program's input tensors; an open dimension is None. Raises as `read_program` does."""
+    program = _program(path)
+    inputs = [node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
+    tensors = [node.meta["val"] for node in inputs if isinstance(node.meta.get("val"), Tensor)]
+    return [[size if isinstance(size, int) else None for size in tensor.shape] for tensor in tensors]
+
+
+def _program(path: Path) -> torch.export.ExportedProgram:
+    if not path.is_file():
+        raise ExportError(f"{path}: no such file.")
+    try:
+        return torch.export.load(path)
+    except Exception as error:  # NOTE: torch raises many kinds, some of them assertions
+        said = (str(error).strip().splitlines() or [""])[0][:300]
+        raise ExportError(f"{path}: torch.export cannot load it: {type(error).__name__}: {said}") from error
 
 
 def time_session(model: OnnxModel, *args: Any, repeats: int = 20, warmup: int = 3, **kwargs: Any) -> float:
