@@ -73,7 +73,6 @@ ELSEWHERE = {
     "cli/output.py": ("cli/test_plan.py", "what a command prints, as text and as JSON"),
     "data/input_config.py": ("data/test_images.py", "images are normalized as the model expects them"),
     "deploy/comparing/probes.py": ("deploy/comparing/test_verifying.py", "every layer of two models is watched"),
-    "deploy/onnx/code_tensors.py": ("deploy/onnx/test_integer_nodes.py", "codes are integers, whoever reads them"),
     "deploy/onnx/frozen_operators.py": ("deploy/onnx/test_expansion.py", "operators that expansion replaces"),
     "deploy/onnx/lowering.py": ("deploy/test_bad_input.py", "what torch cannot follow is told plainly"),
     "functional/grid.py": ("quantizers/test_weight.py", "grids, levels and codes by hand"),

@@ -105,6 +105,73 @@ def test_saved_and_loaded(name, tmp_path):
     assert {k: v.dtype for k, v in loaded.state_dict().items()} == {k: v.dtype for k, v in frozen.state_dict().items()}
 
 
+class SumOfTwo(nn.Module):
+    """A quantized sum, read by a convolution and by a linear layer that returns float; no parameter stays in float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv1d(3, 4, 1, bias=False), nn.Conv1d(4, 4, 1, bias=False)
+        self.act, self.join = nn.ReLU(), nn.ReLU()
+        self.c, self.d = nn.Conv1d(4, 6, 1, bias=False), nn.Linear(6, 6, bias=False)
+
+    def forward(self, x):
+        y = self.act(self.a(x))
+        y = self.join(y + self.b(y))
+        return self.c(y) + self.d(y).sum()
+
+
+def test_readers_follow_the_scale_of_a_sum():
+    qmodel = dq.quantize(SumOfTwo().eval(), w_bits=8, a_bits=8, deploy="integer")
+    dq.calibrate(qmodel, [torch.randn(4, 3, 6)])
+    of_sum = qmodel.join.output_quantizer
+    for k in range(30):  # until the scale of the sum has to move
+        with torch.no_grad():
+            for site in (of_sum, qmodel.c, qmodel.d):
+                site.input_quantizer.upper.fill_(1.0 + k * 0.01)
+        frozen = dq.freeze(qmodel)
+        scale, before = frozen.join.output_quantizer.input_scale, of_sum.input_quantizer.scale()
+        if scale != before:
+            break
+    assert before < scale < before * (1 + 1e-4) and torch.equal(qmodel.c.input_quantizer.scale(), before)
+    assert torch.equal(frozen.c.input_scale, scale) and torch.equal(frozen.d.input_scale, scale)
+    # weights are worth what they were, to the last bit but one; only the unit of the input has changed
+    assert torch.equal(frozen.d.scale, (qmodel.d.sum_scale().double() * (scale.double() / before.double())).float())
+    wanted = qmodel.c.sum_scale().double() / before.double()
+    torch.testing.assert_close(frozen.c.w_scale.double(), wanted, rtol=2.0**-23, atol=0)
+
+
+@pytest.mark.parametrize("deploy", ["integer", "float"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "make", [SumOfTwo, lambda: nn.Sequential(nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4), nn.Linear(6, 6))]
+)
+def test_every_verb_takes_every_dtype(make, dtype, deploy, tmp_path):
+    model, x = make().eval().to(dtype), torch.randn(4, 3, 6, dtype=dtype)
+    qmodel = dq.quantize(model, w_bits=8, a_bits=8, deploy=deploy)
+    dq.calibrate(qmodel, [x])
+    frozen = dq.freeze(qmodel)
+    dq.save(frozen, tmp_path / "artifact")
+    loaded = dq.load(tmp_path / "artifact", model=make().eval().to(dtype))
+    assert loaded(x).dtype == dtype and torch.equal(loaded(x), frozen(x))
+    assert {k: v.dtype for k, v in loaded.state_dict().items()} == {k: v.dtype for k, v in frozen.state_dict().items()}
+    report = dq.export(frozen, tmp_path / "model.onnx", x)
+    assert report.agrees and all(layer.differing == 0 for layer in report.layers)
+    assert dq.export(frozen, tmp_path / "model.pt2", x).agrees
+    assert dq.verify(qmodel, frozen, [x]).sqnr > 25
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_cast_after_freezing(dtype, tmp_path):
+    qmodel, x = quantized("residual")
+    frozen = dq.freeze(qmodel)
+    sums = {name: value for name, value in frozen.state_dict().items() if name.endswith(("w_scale", "y_scale"))}
+    frozen = frozen.to(dtype)
+    assert all(torch.equal(frozen.state_dict()[name], value) for name, value in sums.items())
+    dq.save(frozen, tmp_path / "artifact")
+    loaded = dq.load(tmp_path / "artifact", model=trained("residual")[0].to(dtype))
+    assert torch.equal(loaded(x.to(dtype)), frozen(x.to(dtype)))
+
+
 def test_quantized_state_is_loaded_strictly():
     qmodel, x = quantized("residual")
     other, _ = quantized("residual")

@@ -6,11 +6,11 @@ output channel, and an output of scale `sy` and zero point `zy`:
     acc = sum((x - zx) * w) + bias                      int32;  bias = round(b / (sx * sw)), b the float bias
     y   = clip(round(float32(acc) * m) + zy, low, high)         m = float32(float32(sx * sw) / sy)
 
-`round` is half to even; each product, quotient and conversion is rounded to float32 by itself. `low` and `high`
-include the limits of an activation that clips. Stored weights are the layer's operands times `factor`, which is
-`127 // n`: that refines the unit of the bias at no cost. It is negative where the channel's scale is negative (a batch
-norm with negative gamma), and 0 where the scale is 0 or so small that the bias would not fit; the output of such a
-channel is its bias.
+`round` is half to even; each product, quotient and conversion is rounded to float32 by itself, in a model of any
+dtype: the numbers of a layer are float32 and integers. `low` and `high` include the limits of an activation that
+clips. Stored weights are the layer's operands times `factor`, which is `127 // n`: that refines the unit of the bias at
+no cost. It is negative where the channel's scale is negative (a batch norm with negative gamma), and 0 where the scale
+is 0 or so small that the bias would not fit; the output of such a channel is its bias.
 
 Between layers, values are `(code - zero point) * scale` in float32. A sum of two such values that is rounded to a
 third grid needs care. The frozen model computes `round((a * sa + b * sb) / sy)` in float32, operation by operation.
@@ -57,7 +57,7 @@ class IntegerLayer(NamedTuple):
 
     def sum_scale(self, x_scale: Tensor) -> Tensor:
         """Return the real units per integer sum, which are those of the bias: `sx * sw`, rounded to float32."""
-        return x_scale * self.weight_scale
+        return x_scale.float() * self.weight_scale
 
     def multiplier(self, x_scale: Tensor) -> Tensor:
         """Return `m`, the codes of the output per integer sum."""
@@ -71,8 +71,9 @@ def integer_layer(
     """Return the numbers of a layer whose input has the scale `x_scale` and whose output is quantized to `bits`.
 
     `scale` and `bias`, float64 of `(C_out,)`, are the layer's sum scale and bias with a batch norm folded in; `top` is
-    the largest size of an operand of the weight. The scales of input and output are float32 scalars, the output's zero
-    point is uint8. `lower` and `upper` are the bounds, in real units, of the activation that follows; None for none.
+    the largest size of an operand of the weight. The scales of input and output are scalars, taken as float32, the
+    output's zero point is uint8. `lower` and `upper` are the bounds, in real units, of the activation that follows;
+    None for none.
 
     Example:
         >>> one, half = torch.ones(2, dtype=torch.float64), torch.tensor(0.5)
@@ -80,7 +81,7 @@ def integer_layer(
         >>> numbers.factor.tolist(), numbers.bias.tolist(), numbers.range.tolist()
         ([18, 18], [72, 72], [0, 255])
     """
-    k = LARGEST_WEIGHT // top
+    k, x_scale, y_scale = LARGEST_WEIGHT // top, x_scale.float(), y_scale.float()
     weight_scale = (scale.abs() / (x_scale.double() * k)).float()
     unit = (x_scale * weight_scale).double()  # float32 product: what the runtime multiplies by
     dead = ~(unit.isfinite() & (unit >= torch.finfo(torch.float32).tiny) & (bias.abs() <= unit * LARGEST_BIAS))

@@ -218,12 +218,16 @@ class FrozenSite(nn.Module):
         self._renew_cache()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenSite:
-        """Move or cast, as `.to()` and `.half()` ask; scales stay in float32 or wider, as `freeze` makes them."""
+        """Move or cast, as `.to()` and `.half()` ask; scales stay in float32 or wider, as `freeze` makes them.
+
+        Those of an `IntegerLayer` stay in float32, because its arithmetic is defined so.
+        """
         scales = {key: self._buffers[key] for key in SCALES if key in self._buffers}
         super()._apply(fn, recurse)
         for key, before in scales.items():
             after = self._buffers[key]
-            if before is not None and after is not None and after.dtype in (torch.float16, torch.bfloat16):
+            kept = (torch.float16, torch.bfloat16, *([torch.float64] if key in INTEGER_BUFFERS else []))
+            if before is not None and after is not None and after.dtype in kept:
                 self._buffers[key] = before.to(after.device, torch.float32)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         self._renew_cache()

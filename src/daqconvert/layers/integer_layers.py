@@ -76,7 +76,8 @@ def _empty(site: FrozenSite) -> IntegerLayer:
 def settle_sums(sites: dict[str, FrozenSite], rows: dict[str, PlanRow]) -> None:
     """Adjust the scales of quantized sums of two values so that every runtime gives the same codes, in place.
 
-    No scale grows by more than a factor of `1 + 1e-4`. The keys of both arguments are names of plan rows. See
+    Sites that read such a sum on the same grid follow it, so that they find its codes again. No scale grows by more
+    than a factor of `1 + 1e-4`. The keys of both arguments are names of plan rows. See
     `functional.integer.sums_agree`.
     """
     places = {
@@ -89,7 +90,23 @@ def settle_sums(sites: dict[str, FrozenSite], rows: dict[str, PlanRow]) -> None:
         first, second = (_grid_of(source, sites, rows, places) for source in output.sources)
         quantizer = sites.get(row.name)
         if quantizer is not None and first is not None and second is not None:
-            quantizer.input_scale.fill_(agreeing_scale(first, second, _input_grid(quantizer)))
+            before = _input_grid(quantizer)
+            scale = agreeing_scale(first, second, before)
+            readers = (sites[name] for name in output.readers if name in sites)
+            for site in (quantizer, *(reader for reader in readers if _reads_on(reader, before))):
+                _move_grid(site, scale)
+
+
+def _reads_on(site: FrozenSite, grid: CodeGrid) -> bool:
+    """Return whether a site quantizes its input to a grid, with any number of bits."""
+    return site.settings.a_bits is not None and _input_grid(site) == grid
+
+
+def _move_grid(site: FrozenSite, scale: float) -> None:
+    """Set the scale of a site's input, and with it what its integer sums are worth."""
+    if "scale" in site._buffers:  # an output quantizer has no sums
+        site.scale.copy_(site.scale.double() * (scale / site.input_scale.double()))
+    site.input_scale.fill_(scale)
 
 
 def _grid_of(

@@ -88,7 +88,7 @@ def add_output_quantizer(model: nn.Module, row: PlanRow, frozen: bool) -> None:
     if module is None or settings is None or hasattr(module, OUTPUT_QUANTIZER):
         found = "no such module" if module is None else f"one that has a {OUTPUT_QUANTIZER} already"
         raise ConversionError(f"{row.name}: expected a module to quantize the output of, found {found}.")
-    like = next((p for p in (*module.parameters(), *model.parameters()) if p.is_floating_point()), torch.empty(0))
+    like = _like(module, model)
     quantizer: OutputQuantizer | FrozenOutputQuantizer
     if frozen:
         quantizer = FrozenOutputQuantizer()
@@ -101,6 +101,17 @@ def add_output_quantizer(model: nn.Module, row: PlanRow, frozen: bool) -> None:
         quantizer.make(settings, row.name, row.signed, torch.empty(0, dtype=like.dtype, device=like.device))
     module.add_module(OUTPUT_QUANTIZER, quantizer)
     module.register_forward_hook(quantize_output, prepend=True)
+
+
+def _like(module: nn.Module, model: nn.Module) -> Tensor:
+    """Return a tensor of the dtype and device that a module computes in: a parameter, or what a frozen site says."""
+    for part in (module, model):
+        for value in (*part.parameters(), *(m for m in part.modules() if isinstance(m, FrozenSite))):
+            if isinstance(value, FrozenSite):
+                return torch.empty(0, dtype=value.dtype, device=next(value.buffers()).device)
+            if value.is_floating_point():
+                return value
+    return torch.empty(0)
 
 
 def quantize_output(module: nn.Module, args: Any, output: Any) -> Any:

@@ -90,6 +90,7 @@ def test_verify_sees_outputs_behind_what_was_folded(tmp_path):
         pytest.param(lambda: torchvision.models.resnet18(num_classes=10), id="resnet18"),
         pytest.param(lambda: torchvision.models.mobilenet_v2(num_classes=10), id="mobilenet_v2"),
         pytest.param(lambda: timm.create_model("tf_efficientnet_lite0", num_classes=10), id="tf_efficientnet_lite0"),
+        pytest.param(lambda: timm.create_model("resnetblur18", num_classes=10), id="resnetblur18"),
         pytest.param(lambda: torchvision.models.densenet121(num_classes=10), id="densenet121", marks=pytest.mark.slow),
         pytest.param(lambda: timm.create_model("efficientnet_b0"), id="efficientnet_b0", marks=pytest.mark.slow),
         pytest.param(lambda: timm.create_model("regnety_002"), id="regnety_002", marks=pytest.mark.slow),
@@ -105,3 +106,15 @@ def test_networks_of_timm_and_torchvision(make, tmp_path):
     assert identical(report) and report.agrees
     convolutions = sum(isinstance(m, nn.Conv2d) for m in model.modules())
     assert kinds.count("QLinearConv") == convolutions
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_resnet18_at_8_bits(seed, tmp_path):
+    # sums whose scale `freeze` moves, each read by two convolutions that share a quantizer
+    torch.manual_seed(seed)
+    model, x = torchvision.models.resnet18(num_classes=10).eval(), torch.randn(2, 3, 112, 112)
+    qmodel = dq.quantize(model, w_bits=8, a_bits=8, deploy="integer")
+    dq.calibrate(qmodel, [x])
+    report, kinds = exported(qmodel, x, tmp_path / "model.onnx")
+    assert report.agrees and identical(report) and report.largest_difference == 0.0, str(report)
+    assert kinds.count("QLinearConv") == 20 and kinds.count("QuantizeLinear") == 2  # of the image, and behind the mean

@@ -6,6 +6,10 @@ zero) are given the codes; a clip that changes none of the codes is left out; ev
 that a `DequantizeLinear` computes. An operand (an integer-valued float tensor of the frozen model) is a code tensor as
 well: its scale is 1, and it is written as `Cast` and `Sub`.
 
+A `DequantizeLinear` before a node, and a `QuantizeLinear` behind it, is leave for a runtime to compute the node with
+integers. Where this would give other codes (`FUSED`, `FUSED_TOGETHER`, and two grids in a row), the dequantized values
+pass through a `Sum` of one term first. It changes no value, and no runtime looks through it for integers.
+
 ONNX Runtime has an integer kernel for `Add`. A sum of two code tensors that is rounded to the grid of a third is
 written as `Add` if this kernel computes the same codes on every processor (`functional.integer.sums_agree`). Otherwise
 it is written as `Sum`, which runtimes compute in float32 from the dequantized values, as the frozen model does.
@@ -27,6 +31,16 @@ if TYPE_CHECKING:
     from onnx import NodeProto
 
 MOVING = {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Slice", "Concat", "Pad"}
+
+FUSED = {"Softmax", "AveragePool", "GlobalAveragePool", "Resize", "Conv", "ConvTranspose", "Gemm"}
+"""Nodes that ONNX Runtime computes with integers if their first input is dequantized: the float weight of a product is
+quantized for that. Concat, LeakyRelu, Sigmoid and Where are no such case: it looks their codes up, which is exact.
+
+References: ONNX Runtime, `onnxruntime/core/optimizer/qdq_transformer`, `QDQSelectorActionTransformer` and
+`WeightBiasQuantization`.
+"""
+FUSED_TOGETHER = {"MatMul", "Mul"}
+"""Nodes that ONNX Runtime computes with integers if all their inputs are dequantized."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +116,11 @@ class CodeTensors:
         inputs = [tensor.codes, scale_name, tensor.zero_point_name]
         return self.writer.once("DequantizeLinear", inputs, f"{tensor.codes}.value")
 
+    def float_value(self, name: str) -> str:
+        """Return the name that `value` gives, for a reader that has to stay in float."""
+        tensor, value = self.known.get(name), self.value(name)
+        return value if tensor is None or tensor.is_operand else self.writer.once("Sum", [value], f"{value}.float")
+
     def _operand(self, tensor: CodeTensor) -> str:
         # NOTE: no DequantizeLinear: ONNX Runtime would then round the weights and bias of the same node again
         operand = self.writer.once("Cast", [tensor.codes], f"{tensor.codes}.operand", to=1)  # TensorProto.FLOAT
@@ -124,8 +143,9 @@ class CodeTensors:
         else:
             if node.op_type == "Add" and not all(tensor is None or tensor.is_operand for tensor in tensors):
                 node.op_type = "Add" if self._agree(node, tensors) else "Sum"
+            stays_float = node.op_type in FUSED or (node.op_type in FUSED_TOGETHER and all(tensors))
             for i, name in enumerate(node.input):
-                node.input[i] = self.value(name)
+                node.input[i] = self.float_value(name) if stays_float else self.value(name)
             self.writer.nodes.append(node)
         return True
 

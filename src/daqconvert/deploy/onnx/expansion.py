@@ -144,7 +144,8 @@ class Expansion:
             zero_name = self.writer.constant(_join(layer, f"{role}_zero_point"), zero_point)
             codes = self._unused(layer, "codes", f"{role}_codes")
             first = codes if bits == 8 else f"{codes}.unclipped"
-            self.writer.node("QuantizeLinear", [self.tensors.value(x), scale_name, zero_name], first)
+            # NOTE: ONNX Runtime replaces two grids in a row, as they stand, by a third that lies between them
+            self.writer.node("QuantizeLinear", [self.tensors.float_value(x), scale_name, zero_name], first)
             if bits < 8:
                 top = self.writer.constant(f"daq.code{2**bits - 1}", np.uint8(2**bits - 1))
                 self.writer.node("Clip", [first, "", top], codes)

@@ -2,7 +2,7 @@
 
     convolution, integer deployment   Dequantize(codes), Dequantize(weight), Dequantize(bias) -> Conv -> QuantizeLinear
     linear, integer deployment        MatMulInteger(codes, weight) -> Add(bias) -> Cast -> Mul(m) -> QuantizeLinear
-    linear, float output              Dequantize(codes), Dequantize(weight) -> MatMul
+    linear, float output              Dequantize(codes), Dequantize(weight) -> MatMul -> Add(bias), or Sum
 
 ONNX Runtime turns the first row into a `QLinearConv` and the last into a `MatMulIntegerToFloat`. Weights are unpacked
 from bit planes into int8 by standard operators, once, when the file is loaded.
@@ -172,8 +172,11 @@ class ProductWriter:
         name = self.writer.constant(weight.named("weight_scale"), scales)
         axis = {"axis": 1} if scales.ndim else {}
         real = self.writer.once("DequantizeLinear", [integers, name], f"{integers}.value", **axis)
-        inputs = [self._real(x, node.input[0]), real]
-        self.in_real_units[output] = self.writer.node("MatMul", inputs, f"{output}.scaled")
+        product = self.writer.node("MatMul", [self._real(x, node.input[0]), real], f"{output}.scaled")
+        if len(ending.input) < 3 or not ending.input[2]:
+            # NOTE: of a MatMul right before a QuantizeLinear, ONNX Runtime rounds the sums in a way of its own
+            product = self.writer.node("Sum", [product], f"{output}.float")
+        self.in_real_units[output] = product
 
     def _integer_product(
         self, node: NodeProto, x: CodeTensor, weight: PackedWeight, factor: np.ndarray | np.generic
