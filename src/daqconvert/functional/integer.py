@@ -8,9 +8,9 @@ output channel, and an output of scale `sy` and zero point `zy`:
 
 `round` is half to even; each product, quotient and conversion is rounded to float32 by itself, in a model of any
 dtype: the numbers of a layer are float32 and integers. `low` and `high` include the limits of an activation that
-clips. Stored weights are the layer's operands times `factor`, which is `127 // n`: that refines the unit of the bias at
-no cost. It is negative where the channel's scale is negative (a batch norm with negative gamma), and 0 where the scale
-is 0 or so small that the bias would not fit; the output of such a channel is its bias.
+clips. Stored weights are the layer's operands times `factor`, which is `127 // n`: that refines the unit of the bias
+at no cost. It is negative where the channel's scale is negative (a batch norm with negative gamma), and 0 where the
+scale is 0 or so small that the bias would not fit; the output of such a channel is its bias.
 
 Between layers, values are `(code - zero point) * scale` in float32. A sum of two such values that is rounded to a
 third grid needs care. The frozen model computes `round((a * sa + b * sb) / sy)` in float32, operation by operation.

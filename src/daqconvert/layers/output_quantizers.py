@@ -106,11 +106,12 @@ def add_output_quantizer(model: nn.Module, row: PlanRow, frozen: bool) -> None:
 def _like(module: nn.Module, model: nn.Module) -> Tensor:
     """Return a tensor of the dtype and device that a module computes in: a parameter, or what a frozen site says."""
     for part in (module, model):
-        for value in (*part.parameters(), *(m for m in part.modules() if isinstance(m, FrozenSite))):
-            if isinstance(value, FrozenSite):
-                return torch.empty(0, dtype=value.dtype, device=next(value.buffers()).device)
-            if value.is_floating_point():
-                return value
+        for parameter in part.parameters():
+            if parameter.is_floating_point():
+                return parameter
+        for site in part.modules():
+            if isinstance(site, FrozenSite):
+                return torch.empty(0, dtype=site.dtype, device=next(site.buffers()).device)
     return torch.empty(0)
 
 
