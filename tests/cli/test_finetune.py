@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import daqconvert as dq
+from daqconvert.cli.deployment import show_on_page
 from daqconvert.cli.rundir import read_config
 
 FILES = {
@@ -24,6 +25,27 @@ def test_run_directory_holds_everything(finished):
     config = read_config(finished)
     assert (str(config.job.source), config.recipe.epochs, config.float_epochs) == ("timm:test_resnet", 2, 2)
     assert config.plan["layer1.0.conv1"].settings.w_bits == 4
+
+
+def test_the_page_answers_the_question_first(finished, run):
+    """Accuracies, sizes and times stand above all else; what was typed is the title; a finished run does not go on."""
+    document = json.loads((finished / "summary.json").read_text())
+    page = (finished / "report.html").read_text()
+    result = page.split("<h2>Result</h2>")[1].split("<!-- result -->")[0]
+    assert page.index("<h2>Result</h2>") < page.index("best top-1")
+    for key in ("float", "quantized", "frozen", "onnx"):
+        assert f"{100 * document['top1'][key]:.2f} %" in result
+    assert document["top1"]["frozen"] == document["top1"]["onnx"] == document["top1"]["quantized"]
+    for said in ("x smaller", "x as fast", "model.onnx", "artifact/", document["data"]):
+        assert said in result, said
+    assert "<h1>test_resnet, W4A4 " in page
+    assert "--resume" not in page
+    assert str(read_config(finished).job.data) in page.split("</h1>")[1].split("</p>")[0]
+    daq_document = {**document, "top1": {"float": 0.5, "quantized": 0.25}}  # as an earlier version wrote it
+    show_on_page(run, daq_document)
+    again = (run / "report.html").read_text()
+    assert again.count("<h2>Result</h2>") == 1
+    assert "<b>25.00 %</b><span>quantized, top-1</span>" in again
 
 
 def test_json_is_the_summary_and_nothing_else(finished):

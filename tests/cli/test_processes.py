@@ -32,6 +32,7 @@ def test_two_processes(launcher, tmp_path):
     document = json.loads(done.stdout)
     assert document == json.loads((run / "summary.json").read_text())
     assert done.stderr.count("float: top-1") == 1
+    assert "find_unused_parameters" not in done.stderr  # torch's warning that it looks for what is not there
     assert done.stderr.count("1347 images for training, 450 held out, on 2 processes") == 1
     (row,) = (run / "log.csv").read_text().splitlines()[1:]
     assert row.split(",")[:2] == ["1", "5"]  # ten batches of 128, shared by two

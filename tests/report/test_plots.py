@@ -1,11 +1,12 @@
 """SQNR by depth: where the points stand, and what the axis says."""
 
 import math
+import re
 
 import pytest
 
 from daqconvert.report import plots
-from daqconvert.report.plots import Curve, draw_depth
+from daqconvert.report.plots import Curve, Line, curve, draw_depth
 
 
 @pytest.fixture
@@ -72,3 +73,23 @@ def test_many_layers_are_named_every_so_often(drawn):
     panel = drawn(Curve("a", {f"layer{i}": 10.0 for i in range(150)}))
     assert len(panel.get_xticks()) == 50
     assert "one name in 3 shown" in panel.get_xlabel()
+
+
+def numbers(drawn):
+    """Return the numbers at the ticks of a chart."""
+    return [float(found) for found in re.findall(r">([\d.]+)</text>", drawn)]
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 30])
+def test_epochs_are_whole_numbers(epochs):
+    drawn = curve("t", [Line("a", list(range(1, epochs + 1)), [0.5] * epochs)])
+    assert [x for x in numbers(drawn) if x >= 1] == [x for x in numbers(drawn) if 1 <= x <= epochs and x == int(x)]
+    assert any(x >= 1 for x in numbers(drawn))
+
+
+def test_a_few_outliers_in_the_background_do_not_flatten_the_curve():
+    steps = [i / 20 for i in range(100)]
+    spiky = [50.0 if i < 3 else 0.5 - 0.004 * i for i in range(100)]
+    epochs = Line("training", [1, 2, 3, 4, 5], [0.4, 0.3, 0.25, 0.2, 0.15])
+    assert max(numbers(curve("t", [Line("", steps, spiky, faint=True), epochs]))) == 5  # the last epoch
+    assert max(numbers(curve("t", [Line("training", steps, spiky), epochs]))) > 5  # a curve itself is shown whole

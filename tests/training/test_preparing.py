@@ -7,7 +7,8 @@ from torch import nn
 
 import daqconvert as dq
 from daqconvert.errors import CalibrationError, DataError, TrainingError
-from daqconvert.training import finetune
+from daqconvert.training import finetune, finetuning
+from daqconvert.training.preparing import may_miss_gradients
 
 
 def test_calibrates_only_what_is_not_calibrated(make, loader):
@@ -61,3 +62,33 @@ def test_numbers_are_learned_by_their_own_loss():
     assert {(row["train_top1"], row["val_top1"]) for row in result.history} == {(None, None)}
     with pytest.raises(TrainingError, match="softmax of one output is always 1"):
         finetune(qmodel, batches, loss_fn=F.mse_loss)  # half of `quick` is distillation
+
+
+class Branches(nn.Module):
+    """A model of which one layer may stay unused: always, where the input says so, or never."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.first, self.side, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.kind = kind
+
+    def forward(self, x):
+        y = self.first(x).relu()
+        if self.kind == "never" or (self.kind == "by the input" and x.sum() > -1e9):
+            y = y + self.side(y)
+        return self.last(y)
+
+
+@pytest.mark.parametrize(("kind", "may"), [("never", False), ("always", True), ("by the input", True)])
+def test_parameters_without_a_gradient_are_looked_for_where_there_may_be_some(monkeypatch, kind, may):
+    qmodel = dq.quantize(Branches(kind), w_bits=4, a_bits=4)
+    seen = []
+    monkeypatch.setattr(finetuning, "train", lambda run, *_: seen.append(run))
+    batches = [(torch.randn(4, 8), torch.randint(0, 3, (4,)))]
+    random = torch.get_rng_state()
+    finetune(qmodel, batches, epochs=1)
+    (run,) = seen
+    calibrated = {k: v.clone() for k, v in qmodel.state_dict().items()}
+    assert may_miss_gradients(run) == may
+    assert all(torch.equal(v, calibrated[k]) for k, v in qmodel.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)

@@ -15,13 +15,17 @@ from daqconvert.artifact import save
 from daqconvert.cli.bench import run_openers
 from daqconvert.cli.job import Opened
 from daqconvert.cli.output import say
-from daqconvert.cli.rundir import ARTIFACT, FLOAT, FLOAT_ONNX, ONNX, SUMMARY, Config, size_of
+from daqconvert.cli.rundir import ARTIFACT, FLOAT, FLOAT_ONNX, HINT, ONNX, PAGE, SUMMARY, Config, size_of
 from daqconvert.data import Loaders
 from daqconvert.deploy.comparing.export_report import ExportReport
 from daqconvert.deploy.comparing.timing import time_in_turns
 from daqconvert.deploy.exporting import export, export_float
+from daqconvert.errors import TrainingError
+from daqconvert.files import write_text
 from daqconvert.freezing import freeze
 from daqconvert.report.tables import render, simple_table
+from daqconvert.report.training_page import Deployment, with_result
+from daqconvert.training import EvalResult, evaluate
 
 CHECKED_IMAGES = 1000
 
@@ -31,11 +35,13 @@ class Deployed:
     """What was written, and whether the ONNX file agrees with the frozen model.
 
     Attributes:
+        frozen: Accuracy of the frozen model on all held-out images.
         files: Bytes by name: `float`, `artifact`, and with ONNX `float_onnx`, `onnx`.
         report: How well ONNX Runtime agrees with the frozen model; None without an ONNX file.
         seconds: Seconds per image: `torch`, `float_onnx`, `onnx`.
     """
 
+    frozen: EvalResult
     files: dict[str, int]
     report: ExportReport | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -48,11 +54,13 @@ class Deployed:
 
 def deploy(out: Path, opened: Opened, qmodel: nn.Module, *, onnx: bool) -> Deployed:
     """Freeze a quantized model and write its artifact into the run directory, and with `onnx` also ONNX files."""
-    frozen = freeze(qmodel).cpu()
+    frozen = freeze(qmodel)
+    measured = evaluate(frozen, opened.loaders.val)
+    frozen.cpu()
     save(frozen, out / ARTIFACT, overwrite=True, **opened.artifact_source)
     files = {"float": size_of(out / FLOAT), "artifact": size_of(out / ARTIFACT)}
     if not onnx:
-        return Deployed(files)
+        return Deployed(measured, files)
     say("exporting to ONNX")
     example = opened.example.cpu()
     report = export_checked(frozen, out / ONNX, opened, overwrite=True)
@@ -62,7 +70,7 @@ def deploy(out: Path, opened: Opened, qmodel: nn.Module, *, onnx: bool) -> Deplo
     openers = run_openers(out, opened, example)
     del openers["frozen"]
     times = time_in_turns(openers, torch.get_num_threads())
-    return Deployed(files, report, {name: timing.median for name, timing in times.items()})
+    return Deployed(measured, files, report, {name: timing.median for name, timing in times.items()})
 
 
 def export_checked(frozen: nn.Module, path: Path, opened: Opened, overwrite: bool) -> ExportReport:
@@ -91,7 +99,7 @@ def _some(loader: Any) -> Iterator[Any]:
 ROWS = (  # name, key of the accuracy, file, key of the file's size, key of the time
     ("float, PyTorch", "float", FLOAT, "float", "torch"),
     ("float, ONNX Runtime", None, FLOAT_ONNX, "float_onnx", "float_onnx"),
-    ("{bits}, frozen", "quantized", f"{ARTIFACT}/", "artifact", None),
+    ("{bits}, frozen", "frozen", f"{ARTIFACT}/", "artifact", None),
     ("{bits}, ONNX Runtime", "onnx", ONNX, "onnx", "onnx"),
 )
 
@@ -108,7 +116,7 @@ def summary_document(
         "measured_by": "labels" if data.val_labelled else "the float model's answers",
         "bits": config.plan.label,
         "epochs": config.recipe.epochs,
-        "top1": {"float": top1[0], "quantized": top1[1]},
+        "top1": {"float": top1[0], "quantized": top1[1], "frozen": deployed.frozen.top1, "onnx": _onnx_top1(deployed)},
         "bytes": deployed.files,
         "seconds_per_image": deployed.seconds,
         "onnx": None if report is None else {**report.to_dict(), "path": ONNX},
@@ -120,12 +128,61 @@ def summary_document(
 
 def summary_text(document: Mapping[str, Any], out: Path) -> str:
     """Return the summary as text: the table, and below it the files to read; `document` may be from `summary.json`."""
-    same = document["onnx_class_agreement"]
-    top1 = {**document["top1"], "onnx": document["top1"]["quantized"] if same == 1.0 else None}
-    rows = [
+    lines = [f"{document['model']} on {document['data']}: {document['seconds']:.0f} s", *_agreement(document)]
+    columns, rows = _table(document)
+    read = [name + "/" * (key == "tensorboard") for key, name in document["files"].items()]
+    return "\n".join([*lines, render(simple_table("", columns, rows)), f"in {out}: {', '.join([*read, SUMMARY])}"])
+
+
+def show_on_page(out: Path, document: Mapping[str, Any]) -> None:
+    """Put the summary at the top of the run's page, if the run has one."""
+    page = out / PAGE
+    if not page.is_file():
+        return
+    columns, rows = _table(document)
+    result = Deployment(_cards(document), columns, rows, [f"data: {document['data']}", *_agreement(document)])
+    write_text(page, with_result(page.read_text(encoding="utf-8"), result), TrainingError, HINT)
+
+
+def _cards(document: Mapping[str, Any]) -> list[tuple[str, str]]:
+    top1, sizes, times = document["top1"], document["bytes"], document["seconds_per_image"]
+    measured = "top-1" if document["measured_by"] == "labels" else "as float"
+    cards = [
+        (f"{100 * top1[key]:.2f} %", f"{name}, {measured}") for key, name in CARDS.items() if top1.get(key) is not None
+    ]
+    ratio = sizes["float"] / sizes["artifact"]
+    cards.append((f"{ratio:.1f}x smaller", f"{sizes['artifact'] / 1000:.1f} kB, float {sizes['float'] / 1000:.1f} kB"))
+    if {"onnx", "float_onnx"} <= times.keys():
+        told = f"{_milliseconds(times['onnx'])} an image in ONNX Runtime, float {_milliseconds(times['float_onnx'])}"
+        cards.append((f"{times['float_onnx'] / times['onnx']:.2f}x as fast", told))
+    return cards
+
+
+CARDS = {"float": "float", "quantized": "quantized", "frozen": "frozen", "onnx": "ONNX Runtime"}
+
+
+def _onnx_top1(deployed: Deployed) -> float | None:
+    """Return the accuracy in ONNX Runtime where it is known: it gave the frozen model's class for every image."""
+    report = deployed.report
+    if report is None or report.class_agreement != 1.0 or report.samples - 1 < deployed.frozen.count:
+        return None
+    return deployed.frozen.top1
+
+
+def _agreement(document: Mapping[str, Any]) -> list[str]:
+    same, checked = document["onnx_class_agreement"], document["onnx_images_checked"]
+    if same is None:
+        return []
+    return [f"ONNX Runtime gives the frozen model's class for {same:.2%} of {checked} images"]
+
+
+def _table(document: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str | None, ...]]]:
+    """Return the headings and the rows of the summary; one written by an earlier version lacks some accuracies."""
+    top1 = document["top1"]
+    rows: list[tuple[str | None, ...]] = [
         (
             what.format(bits=document["bits"]),
-            None if accuracy is None or top1[accuracy] is None else f"{100 * top1[accuracy]:.2f} %",
+            None if accuracy is None or top1.get(accuracy) is None else f"{100 * top1[accuracy]:.2f} %",
             file,
             f"{document['bytes'][size] / 1000:.1f} kB",
             _milliseconds(document["seconds_per_image"].get(time)),
@@ -133,14 +190,8 @@ def summary_text(document: Mapping[str, Any], out: Path) -> str:
         for what, accuracy, file, size, time in ROWS
         if size in document["bytes"]
     ]
-    lines = [f"{document['model']} on {document['data']}: {document['seconds']:.0f} s"]
-    if same is not None:
-        checked = document["onnx_images_checked"]
-        lines.append(f"ONNX Runtime gives the frozen model's class for {same:.2%} of {checked} images")
     measured = "top-1" if document["measured_by"] == "labels" else "as float"
-    table = simple_table("", ("model", measured, "file", "size", "time per image"), rows)
-    read = [name + "/" * (key == "tensorboard") for key, name in document["files"].items()]
-    return "\n".join([*lines, render(table), f"in {out}: {', '.join([*read, SUMMARY])}"])
+    return ("model", measured, "file", "size", "time per image"), rows
 
 
 def _milliseconds(seconds: float | None) -> str | None:

@@ -24,7 +24,7 @@ from torch import nn
 
 from daqconvert.cli import options as o
 from daqconvert.cli import rundir
-from daqconvert.cli.deployment import deploy, summary_document, summary_text
+from daqconvert.cli.deployment import deploy, show_on_page, summary_document, summary_text
 from daqconvert.cli.job import Job, Opened, measured_by_float, open_job
 from daqconvert.cli.output import Output, fail, say
 from daqconvert.cli.processes import ProcessGroup, count, is_main, process_group
@@ -298,6 +298,7 @@ def _deploy(
     document |= {"epochs": done.epochs, "best_epoch": done.best_epoch, "stop": done.stop}
     document["files"] = rundir.written(out)
     rundir.write_json(out / rundir.SUMMARY, document)
+    show_on_page(out, document)
     output.show(summary_text(document, out), document)
     if deployed.problems:
         fail(f"{out / rundir.ONNX} does not agree with the frozen model: {'; '.join(deployed.problems)}", 1)

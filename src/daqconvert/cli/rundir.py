@@ -27,7 +27,8 @@ CONFIG, FLOAT, SUMMARY = "config.json", "float.safetensors", "summary.json"
 ARTIFACT, ONNX, FLOAT_ONNX = "artifact", "model.onnx", "float.onnx"
 HINT = "Free some space or choose another --out."
 BEST, LAST = "best.safetensors", "last.safetensors"
-LOGS = {"report": "report.html", "log": "log.csv", "steps": "steps.csv", "warnings": "warnings.jsonl"}
+PAGE = "report.html"
+LOGS = {"report": PAGE, "log": "log.csv", "steps": "steps.csv", "warnings": "warnings.jsonl"}
 OWN = (CONFIG, FLOAT, SUMMARY, ARTIFACT, ONNX, FLOAT_ONNX)
 
 

@@ -146,6 +146,7 @@ PLACEHOLDERS = {
 }  # fmt: skip
 INK, SOFT, FAINT, *LINE_COLORS = PLACEHOLDERS
 MOST_MARKS = 40  # more points than this need no marks
+OUTLIERS = 12  # one value in so many, at each end of a line in the background, may lie outside of the axes
 
 
 @dataclass(frozen=True)
@@ -183,9 +184,9 @@ def curve(title: str, lines: Sequence[Line], *, percent: bool = False, log: bool
 
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 10.0, "axes.unicode_minus": False}
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(5.6, 3.0))
+        figure = Figure(figsize=(5.6, 3.0), layout="constrained")  # as much room as the labels need
         FigureCanvasSVG(figure)
-        panel = figure.subplots(gridspec_kw={"left": 0.12, "right": 0.985, "bottom": 0.165, "top": 0.9})
+        panel = figure.subplots()
         for line in lines:
             _draw(panel, line, log)
         if mark is not None:
@@ -194,11 +195,31 @@ def curve(title: str, lines: Sequence[Line], *, percent: bool = False, log: bool
             panel.set_yscale("log")
         if percent:
             panel.yaxis.set_major_formatter(PercentFormatter(1.0))
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        _fit(panel, lines, log)
         _dress(panel, title, any(line.label for line in lines))
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _inline(out.getvalue(), title, lines)
+
+
+def _fit(panel: Any, lines: Sequence[Line], log: bool) -> None:
+    """Fit the axes to the values: whole epochs, and no room for the few outliers of a line in the background."""
+    epochs = [x for line in lines for x in line.x]
+    if epochs:
+        low, high = math.floor(min(epochs)), math.ceil(max(epochs))
+        room = 0.5 if low == high else 0.02 * (high - low)
+        panel.set_xlim(low - room, high + room)
+    if log:
+        return
+    shown: list[float] = []
+    for line in lines:
+        known = sorted(v for v in line.y if v is not None and math.isfinite(v))
+        cut = len(known) // OUTLIERS if line.faint else 0
+        shown += known[cut : len(known) - cut]
+    if shown:
+        room = 0.06 * (max(shown) - min(shown)) or 0.05 * abs(max(shown)) or 0.05
+        panel.set_ylim(min(shown) - room, max(shown) + room)
 
 
 def _draw(panel: Any, line: Line, log: bool) -> None:

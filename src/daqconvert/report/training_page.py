@@ -65,6 +65,7 @@ def training_page(data: TrainingReport) -> str:
     parts = [
         f'<h1>{text(data.title)} <span class="chip{" done" if data.finished else ""}">{state}</span></h1>',
         f'<p class="soft">{text(data.subtitle)}</p>' if data.subtitle else "",
+        NO_RESULT,
         _figures(data),
         _section("Warnings", _warnings(data.warnings)) if data.warnings else "",
         _section("Curves", _curves(data)),
@@ -76,6 +77,44 @@ def training_page(data: TrainingReport) -> str:
         *(f"<h3>{text(name)}</h3><pre>{text(command)}</pre>" for name, command in data.commands.items()),
     ]
     return page(data.title, "\n".join(part for part in parts if part))
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What became of a run: the answer that a reader looks for first.
+
+    Attributes:
+        cards: The few numbers that matter, each as `(value, what it is)`.
+        columns: Headings of the table.
+        rows: A row for each model: float, trained, frozen, exported.
+        notes: Sentences below the table.
+    """
+
+    cards: Sequence[tuple[str, str]]
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | None]]
+    notes: Sequence[str] = ()
+
+
+def with_result(html: str, result: Deployment) -> str:
+    """Return the page of a run with its result above everything else; a page has one, that of the last call.
+
+    Example:
+        >>> page_of_run = training_page(TrainingReport("ResNet, W2A2", finished=True))
+        >>> result = Deployment([("91.2 %", "top-1")], ["model", "top-1"], [["float", "92 %"]])
+        >>> again = with_result(with_result(page_of_run, result), result)
+        >>> again.count("91.2 %"), again.count("<h2>Result</h2>")
+        (1, 1)
+    """
+    rows = [["-" if cell is None else text(cell) for cell in row] for row in result.rows]
+    notes = "".join(f'<p class="soft">{text(note)}</p>' for note in result.notes)
+    body = f"{_cards(result.cards)}{table(result.columns, rows, numbers=result.columns[1:])}{notes}"
+    start, end = html.index(RESULT), html.index(RESULT_END) + len(RESULT_END)
+    return f"{html[:start]}{RESULT}<h2>Result</h2>\n{body}{RESULT_END}{html[end:]}"
+
+
+RESULT, RESULT_END = '<section class="result">', "</section><!-- result -->"
+NO_RESULT = RESULT + RESULT_END
 
 
 def _best(data: TrainingReport) -> Row | None:
@@ -103,6 +142,10 @@ def _figures(data: TrainingReport) -> str:
     if last.get("frozen"):
         cards.append((percent(last["frozen"]), "of the weights are frozen"))
     cards.append((str(len(data.warnings)), "warning" if len(data.warnings) == 1 else "warnings"))
+    return _cards(cards)
+
+
+def _cards(cards: Sequence[tuple[str, str]]) -> str:
     shown = "".join(f'<div class="card"><b>{text(a)}</b><span>{text(b)}</span></div>' for a, b in cards)
     return f'<div class="cards">{shown}</div>'
 

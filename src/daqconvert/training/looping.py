@@ -43,7 +43,7 @@ def train(
 
     On the main process `on_epoch` is called with each epoch's row, and `on_step` after each optimizer step.
     """
-    with run.processes.wrapping(run.model) as wrapped:
+    with run.processes.wrapping(run.model, find_unused=run.find_unused) as wrapped:
         while not run.finished:
             row = _train_epoch(run, wrapped, bar, on_step)
             _end_epoch(run, row)

@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from daqconvert.batches import to_device
+from daqconvert.batches import run_batch, to_device
 from daqconvert.calibration import calibrate, is_calibrated
+from daqconvert.convert import current_plan
 from daqconvert.errors import DataError
 from daqconvert.models import copy_model, disabled, evaluating, float_copy
 from daqconvert.posttraining import block_names, choose_codes, reconstruct
@@ -62,6 +64,39 @@ def start(run: Run, *, resume: bool) -> None:
         _start_fresh(run)
     else:
         restore(run, checkpoint)
+    if run.processes.count > 1:
+        run.find_unused = run.processes.sum([float(may_miss_gradients(run))])[0] > 0
+
+
+def may_miss_gradients(run: Run) -> bool:
+    """Whether a trained parameter may have no gradient in some step, as the first batch and torch.fx tell.
+
+    A copy of the model runs on the first batch. A parameter that its outputs do not depend on has no gradient. Where
+    torch.fx cannot follow the forward, another batch may take another path, so any parameter may have none.
+    """
+    if current_plan(run.model).order != "fx":
+        return True
+    probe = copy_model(run.model).train()
+    with preserved_random_state(run.train_epochs.loader), torch.enable_grad():
+        batch = next(iter(run.train_epochs.batches(0, whole=True)))
+        reached = _reached(run_batch(probe, batch))
+    return any(value.requires_grad and id(value) not in reached for value in probe.parameters())
+
+
+def _reached(outputs: Any) -> set[int]:
+    """Return the ids of the parameters that outputs depend on, by torch's graph of their gradients."""
+    waiting = [value.grad_fn for value in tree_leaves(outputs) if isinstance(value, Tensor) and value.grad_fn]
+    seen, found = set(waiting), set[int]()
+    while waiting:
+        node = waiting.pop()
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found.add(id(variable))
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return found
 
 
 def _start_fresh(run: Run) -> None:

@@ -41,8 +41,8 @@ class Processes:
         launcher_accumulate: Batches per step, as set in the launcher.
     """
 
-    def __init__(self, accelerator: Accelerator, model: nn.Module) -> None:
-        self._accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, model: nn.Module, *, own: bool = False) -> None:
+        self._accelerator, self._own = accelerator, own
         self.count, self.index = int(accelerator.num_processes), int(accelerator.process_index)
         self.precision = str(accelerator.mixed_precision)
         self.launcher_accumulate = int(accelerator.gradient_accumulation_steps)
@@ -60,8 +60,11 @@ class Processes:
             model.to(self.device)
 
     @contextmanager
-    def wrapping(self, model: nn.Module) -> Iterator[Any]:
+    def wrapping(self, model: nn.Module, *, find_unused: bool = True) -> Iterator[Any]:
         """Yield what is called instead of a model while it trains; afterwards nothing of it is left on the model.
+
+        With `find_unused` torch looks for parameters without a gradient in every step, which takes time. An
+        accelerator of the caller's own decides that itself.
 
         Yields:
             The model itself; among several processes a `DistributedDataParallel` around it.
@@ -71,6 +74,8 @@ class Processes:
             return
         kept = {key: model.__dict__[key] for key in PATCHED if key in model.__dict__}
         before = list(self._accelerator._models)
+        if self._own:
+            self._accelerator.ddp_handler.find_unused_parameters = find_unused
         wrapped = self._accelerator.prepare_model(model, device_placement=False)
         for key in PATCHED:  # Accelerate's autocast is around the forward alone; ours is around the loss as well
             model.__dict__.pop(key, None)
@@ -202,7 +207,7 @@ def launched(model: nn.Module, recipe: Recipe, accelerator: Accelerator | None =
     before = [dict(state) for state in states]
     try:
         _check_precision(recipe, accelerator)
-        yield Processes(accelerator or _accelerator(model, recipe), model)
+        yield Processes(accelerator or _accelerator(model, recipe), model, own=accelerator is None)
     finally:
         if accelerator is None:
             for state, kept in zip(states, before, strict=True):
@@ -219,9 +224,7 @@ def _accelerator(model: nn.Module, recipe: Recipe) -> Accelerator:
             raise TrainingError(_refusal(name))
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     cpu = not torch.accelerator.is_available() if several else model_device(model).type == "cpu"
-    # NOTE: a layer that no batch reaches has no gradient, and DDP must look for such layers; where a model has none,
-    # torch warns once, from C++, that the search was not needed
-    handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+    handler = DistributedDataParallelKwargs()  # `wrapping` says whether to look for parameters without a gradient
     precision = None if recipe.precision == "launcher" else recipe.precision
     grouped = torch.distributed.is_initialized()
     try:

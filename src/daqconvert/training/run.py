@@ -170,6 +170,7 @@ class Run:
         directory: Where checkpoints go, or None.
         show: Whether to show progress, on this process.
         signals: Signals that came from outside since training began.
+        find_unused: Whether a parameter may have no gradient in some step, which several processes have to look for.
 
         calibration: What calibration found, if it was needed.
         fitted: What was done to each layer or block before the first step, by the recipe's field that asked for it:
@@ -198,6 +199,7 @@ class Run:
     directory: RunDirectory | None = None
     show: bool = True
     signals: Signals = field(default_factory=Signals)
+    find_unused: bool = True
 
     calibration: CalibrationReport | None = None
     fitted: dict[str, list[Fitted]] = field(default_factory=dict)

@@ -11,7 +11,7 @@ import platform
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import timm
 import torch
@@ -28,11 +28,12 @@ from daqconvert.training.parts.guards import Guards
 from daqconvert.training.parts.measures import sites_of
 from daqconvert.training.parts.oscillation import Oscillation
 from daqconvert.training.parts.snapshots import Snapshots, StepLog
-from daqconvert.training.recipes import Recipe
+from daqconvert.training.recipes import RECIPES, Recipe
 from daqconvert.training.run import Part, Run
-from daqconvert.training.rundir import Appended, Row, telling
+from daqconvert.training.rundir import Appended, Row, resume_command, shell_job, telling
 from daqconvert.version import __version__
 
+PAGE = "report.html"
 SHARE = 0.05  # of the time that may go into drawing
 FIRST_GUESS = 0.5  # seconds
 
@@ -62,25 +63,32 @@ class ReportPage(Part):
         )
         self._written, self._took = time.perf_counter(), FIRST_GUESS
         self._told: set[Path] = set()
+        self._drawn = self._finished = False
 
     def after_epoch(self, row: Row) -> None:
         """Write the page, unless that would take too much of the time."""
         folder = self.run.folder
         if folder is not None:
             self._write_warnings(folder / "warnings.jsonl")
-            if time.perf_counter() - self._written > self._took / SHARE:
+            if not self._drawn or time.perf_counter() - self._written > self._took / SHARE:
                 self._write(folder, [*self.run.history, row], finished=False)
 
     def finish(self) -> None:
         """Write the page of the whole run."""
         if self.run.folder is not None:
             self._write(self.run.folder, self.run.history, finished=True)
+            self._finished = True
+
+    def close(self) -> None:
+        """Write the page of a run that ends before its last epoch, for whatever reason."""
+        if self.run.folder is not None and not self.run.finished and not self._finished:
+            self._write(self.run.folder, self.run.history, finished=False)
 
     def _write(self, folder: Path, rows: list[Row], *, finished: bool) -> None:
-        started, path = time.perf_counter(), folder / "report.html"
+        started, path = time.perf_counter(), folder / PAGE
         with telling(path, self._told):
             write_text(path, training_page(self._report(folder, rows, finished=finished)), TrainingError)
-        self._written = time.perf_counter()
+        self._written, self._drawn = time.perf_counter(), True
         self._took = self._written - started
 
     def _write_warnings(self, path: Path) -> None:
@@ -93,9 +101,16 @@ class ReportPage(Part):
     def _report(self, folder: Path, rows: list[Row], *, finished: bool) -> TrainingReport:
         """Return what the page shows; `rows` is the history with the epoch that has just ended."""
         run, plan = self.run, current_plan(self.run.model)
+        job = shell_job(folder)
+        facts = [
+            plan.model,
+            *([job.get("data") or "scikit-learn's digits"] if job else []),
+            f"run {folder.resolve().name}",
+        ]
+        facts += [f"recipe {run.recipe.name}", f"policy {plan.policy}"]
         return TrainingReport(
-            title=f"{plan.model}, {plan.label}",
-            subtitle=f"{folder.resolve().name} · recipe {run.recipe.name} · policy {plan.policy}",
+            title=f"{job.get('model') or plan.model}, {plan.label}",
+            subtitle=" · ".join(facts),
             finished=finished,
             epochs=run.recipe.epochs,
             rows=rows,
@@ -106,11 +121,12 @@ class ReportPage(Part):
             warnings=self.guards.warnings,
             tables={
                 "Result": _result(run, rows),
-                "Recipe (changed from the default)": _changed(run.recipe),
+                f"Recipe {run.recipe.name}": _kept(run.recipe),
+                **_changed(run.recipe),
                 "Sizes": _sizes(plan),
                 "Environment": _environment(run),
             },
-            commands=_commands(folder),
+            commands=_commands(folder.resolve(), job, finished=finished),
         )
 
     def _layers(self, plan: Plan) -> list[LayerReport]:
@@ -158,10 +174,21 @@ def _result(run: Run, rows: list[Row]) -> dict[str, object]:
     return found
 
 
-def _changed(recipe: Recipe) -> dict[str, object]:
-    default = Recipe().to_dict()
-    kept = ("name", "epochs", "lr", "quantizer_lr", "schedule", "distill", "seed")
-    return {key: value for key, value in recipe.to_dict().items() if key in kept or value != default[key]}
+def _kept(recipe: Recipe) -> dict[str, object]:
+    """Return the fields that a reader wants to see of any recipe."""
+    return {key: getattr(recipe, key) for key in ("epochs", "lr", "quantizer_lr", "schedule", "distill", "seed")}
+
+
+def _changed(recipe: Recipe) -> dict[str, dict[str, object]]:
+    """Return the table of the fields that are not those of the recipe of that name, `quick` if it is from a file."""
+    base = RECIPES.get(recipe.name, RECIPES["quick"])
+    before = base.to_dict()
+    found: dict[str, object] = {
+        key: f"{value} (was {before[key]})"
+        for key, value in recipe.to_dict().items()
+        if key != "name" and value != before[key]
+    }
+    return {f"Changed from recipe {base.name}": found} if found else {}
 
 
 def _sizes(plan: Plan) -> dict[str, object]:
@@ -193,13 +220,11 @@ def _environment(run: Run) -> dict[str, object]:
     }
 
 
-def _commands(path: Path) -> Mapping[str, str]:
-    """Return the commands that resume and repeat the run: for the shell if it was started there, else in Python."""
-    if (path / "config.json").is_file():
-        return {"Go on, if it was interrupted": f"daqconvert finetune --out {path} --resume"}
+def _commands(path: Path, job: Mapping[str, Any], *, finished: bool) -> Mapping[str, str]:
+    """Return what resumes and repeats the run: for the shell if it was started there, else in Python."""
+    if job:
+        return {} if finished else {"Go on": resume_command(path, job.get("model"))}
     recipe = str(path / "recipe.toml")
     call = f"daqconvert.finetune(qmodel, train_loader, val_loader, recipe={recipe!r}, out_dir="
-    return {
-        "Go on, if it was interrupted": f"{call}{str(path)!r}, resume=True)",
-        "Repeat it": f"{call}{f'{path}-again'!r})",
-    }
+    again = {"Repeat it": f"{call}{f'{path}-again'!r})"}
+    return again if finished else {"Go on": f"{call}{str(path)!r}, resume=True)", **again}
