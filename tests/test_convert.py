@@ -182,3 +182,78 @@ def test_the_plan_of_a_quantized_model_cannot_be_asked_to_be_another(asked):
     with pytest.raises(ConversionError, match=f"plan: Chain is quantized already .*found {next(iter(asked))}"):
         dq.plan(qmodel, **asked)
     assert dq.plan(qmodel)["3"].settings.w_bits == 4
+
+
+class Frozen(nn.Module):
+    """Layers, a bare parameter, a computed weight and products of activations, of which some are frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (
+            nn.Linear(6, 6),
+            nn.Linear(6, 6),
+            nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)),
+        )
+        self.own, self.other = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(6, 6))
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x):
+        x = self.c(torch.relu(self.b(torch.relu(self.a(x))))) @ self.own
+        x = torch.nn.functional.linear(x, self.other)
+        return self.attention(x, x, x)[0]
+
+
+def unfrozen(model):
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("settings", [{}, {"rounding": "lsq", "grid": "twos"}], ids=["default", "lsq"])
+def test_bounds_of_a_layer_that_was_frozen_before_are_not_trained(settings):
+    model, x = Frozen(), torch.randn(4, 5, 6)
+    for part in (model.a, model.c, model.attention):
+        part.requires_grad_(False)
+    model.other.requires_grad = False
+    qmodel = dq.quantize(model, attention=8, **settings)
+    before = unfrozen(qmodel)
+    trained = {name.split(".")[0] for name in before}
+    assert trained == {"b", "own", *(name for name in trained if name.startswith("own"))}, before
+    assert any(name.startswith("b.input_quantizer.") for name in before)
+    assert any(name.startswith("own") and "_quantizer." in name for name in before)
+    dq.calibrate(qmodel, [x])
+    assert unfrozen(qmodel) == before
+    other = dq.quantize(model, attention=8, **settings)
+    other.load_state_dict(qmodel.state_dict())
+    assert unfrozen(other) == before
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["one layer", "the model"])
+def test_nothing_thaws_what_was_frozen_after_quantize(whole):
+    qmodel, x = dq.quantize(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))), torch.randn(32, 4)
+    signed = dq.quantize(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))
+    dq.calibrate(signed, [x])
+    (qmodel if whole else qmodel[0]).requires_grad_(False)
+    before = unfrozen(qmodel)
+    assert not any(name.startswith("0.") for name in before) and (not before) is whole
+    dq.calibrate(qmodel, [x])
+    assert unfrozen(qmodel) == before and qmodel[0].input_quantizer.sign is True
+    qmodel.load_state_dict(signed.state_dict())
+    assert unfrozen(qmodel) == before
+    dq.load_float(qmodel, nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).state_dict())
+    assert unfrozen(qmodel) == before
+
+
+def test_an_input_quantizer_that_a_trained_layer_shares_is_trained():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.end = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.end(self.one(x) + self.two(x))
+
+    model = Two()
+    model.one.requires_grad_(False)
+    qmodel = dq.quantize(model, share_inputs=True)
+    assert qmodel.one.input_quantizer is qmodel.two.input_quantizer
+    assert all(p.requires_grad for p in qmodel.two.parameters())
+    assert not any(p.requires_grad for p in qmodel.one.weight_quantizer.parameters())

@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from daqconvert.errors import ConversionError, FrozenError
 from daqconvert.graph import apply_sites, find_sites
+from daqconvert.layers.call_holders import CallHolder
 from daqconvert.layers.frozen_site import FrozenSite
 from daqconvert.layers.site import QuantizedSite
 from daqconvert.models import copy_model, quantized_sites
@@ -93,7 +95,8 @@ def quantize(
 
     Each layer keeps its `weight` and `bias` and gets a `weight_quantizer`, an `input_quantizer` and an
     `output_scale`. The bounds of weights are set from the weights now; `calibrate` (or `finetune`) sets those of
-    inputs.
+    inputs. What is trained is settled here: bounds and scales are parameters, and have `requires_grad=False` where no
+    parameter of the layer requires a gradient. Nothing sets it back: `requires_grad_` is yours, before and after.
 
     Args:
         model: Any module; it is not changed.
@@ -152,8 +155,40 @@ def apply_plan(model: nn.Module, chosen: Plan) -> nn.Module:
     sites = {site.layer_name: site for site in quantized_sites(model).values()}
     for name, leader in chosen.input_groups().items():
         sites[name].input_quantizer = sites[leader].input_quantizer
+    _keep_frozen(model)
     object.__setattr__(model, PLAN_ATTRIBUTE, chosen)
     return model
+
+
+def _keep_frozen(model: nn.Module) -> None:
+    """Take the gradients from bounds and scales that only layers without a trainable parameter use."""
+    sites = quantized_sites(model)
+    learned = {name: _learned(site) for name, site in sites.items()}
+    added = {id(p) for own in learned.values() for p in own}
+    trained = {id(p) for name, site in sites.items() if _is_trained(model, name, site, added) for p in learned[name]}
+    for parameter in (p for own in learned.values() for p in own):
+        if id(parameter) not in trained:
+            parameter.requires_grad_(False)
+
+
+def _learned(site: QuantizedSite) -> list[nn.Parameter]:
+    """Return the parameters that a site has added to its layer."""
+    quantizers = [q for q in (site.weight_quantizer, site.input_quantizer) if q is not None]
+    own = [p for quantizer in quantizers for p in quantizer.parameters()]
+    return [*own, *(p for p in (site._parameters.get("output_scale"),) if p is not None)]
+
+
+def _is_trained(model: nn.Module, name: str, site: QuantizedSite, added: set[int]) -> bool:
+    """Whether a site's weight is trained; without one of its own, whether the module around it is."""
+    if isinstance(site, CallHolder) and site.source is not None:
+        with torch.inference_mode(False), torch.enable_grad():  # so that a computed weight says where it comes from
+            weight = site.float_weight()
+        return weight is not None and weight.requires_grad
+    while True:
+        found = [p for p in model.get_submodule(name).parameters() if id(p) not in added]
+        if found or not name:
+            return not found or any(p.requires_grad for p in found)
+        name = name.rpartition(".")[0]
 
 
 def current_plan(model: nn.Module) -> Plan:

@@ -26,7 +26,7 @@ def rounded(x, low, high, coefficients):
 
 def shaped(bound, layer):
     """Return a bound in the shape that broadcasts against the layer's weight."""
-    return bound if bound.dim() == 0 else bound.reshape(layer.weight_quantizer.layout.bound_view)
+    return bound.reshape(()) if bound.numel() == 1 else bound.reshape(layer.weight_quantizer.layout.bound_view)
 
 
 def literal_weight(layer, parameters, coefficients):

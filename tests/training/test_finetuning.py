@@ -285,3 +285,26 @@ def test_a_loader_that_runs_dry(make, loader):
     dq.calibrate(qmodel, loader())
     with pytest.raises(DataError, match="gave no batch in epoch 1"):
         finetune(qmodel, Once())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weight_decay": 0.1, "quantizer_weight_decay": 0.1, "decay": "all", "ema": 0.5},
+        {"gptq": 2, "reconstruct": 4},
+        {"oscillation": "freeze", "oscillation_threshold": 0.0},
+        {"lr_unit": "size", "optimizer": "adam", "lr": 0.1, "quantizer_lr": 0.1},
+    ],
+    ids=["decay and average", "gptq and reconstruction", "oscillation", "steps in sizes"],
+)
+def test_a_frozen_layer_stays_what_it_is(make_float, loader, options, caplog):
+    qmodel = dq.quantize(make_float(), w_bits=3, a_bits=3, first=None, last=None)
+    dq.calibrate(qmodel, [torch.stack([x for x, _ in loader().dataset])])
+    qmodel[4].requires_grad_(False)
+    before = {key: value.clone() for key, value in qmodel.state_dict().items()}
+    finetune(qmodel, loader(), epochs=2, **options)
+    assert not any(p.requires_grad for p in qmodel[4].parameters())
+    for key, value in qmodel.state_dict().items():
+        assert not key.startswith("4.") or torch.equal(value, before[key]), key
+    assert not torch.equal(qmodel[6].weight, before["6.weight"])
+    assert ("gptq" in options) is ("4 (its weight is frozen" in caplog.text)

@@ -171,6 +171,8 @@ def _why_not(site: Any, weight: Tensor | None, operation: Operation) -> str:
         return "the grid of its weight has no fixed scale"
     if weight is None or id(weight) != id(site._parameters.get("weight")):
         return "its weight is computed from other parameters"
+    if not weight.requires_grad:
+        return "its weight is frozen: requires_grad is False"
     if not has_columns(operation):
         return "it is neither linear nor a convolution of one or two dimensions, padded by numbers"
     if weight[0].numel() > MOST_INPUTS:

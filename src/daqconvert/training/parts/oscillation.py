@@ -128,7 +128,8 @@ def trackers_of(model: nn.Module, *, freeze: bool) -> dict[str, Tracker]:
     """Return the tracker of each site's weight, by the site's name; of sites that share a weight the first has one.
 
     Samples of many sites are followed together, by one tracker. A weight that may be frozen is followed whole, by a
-    tracker of its own. A weight that is computed from other parameters cannot be set to a value and is never frozen.
+    tracker of its own. A weight that is computed from other parameters cannot be set to a value and is never frozen,
+    nor is one that is not trained: it stays what it is.
     """
     groups: dict[Any, dict[str, QuantizedSite]] = {}
     seen: set[int] = set()
@@ -140,7 +141,7 @@ def trackers_of(model: nn.Module, *, freeze: bool) -> dict[str, Tracker]:
         if weight is None or id(weight) in seen:
             continue
         seen.add(id(weight))
-        alone = freeze and isinstance(weight, nn.Parameter)
+        alone = freeze and isinstance(weight, nn.Parameter) and weight.requires_grad
         keys[name] = name if alone else (weight.device, weight.dtype, site.weight_quantizer.normalize)
         groups.setdefault(keys[name], {})[name] = site
     trackers = {key: Tracker(sites, None if isinstance(key, str) else SAMPLE) for key, sites in groups.items()}
@@ -203,10 +204,11 @@ class Tracker:
     def load(self, tensors: Mapping[str, Tensor], bits: Mapping[str, int]) -> None:
         """Go on from a state `KEY/SITE` and the bits for which it holds, by site."""
         self._read_bits()
-        for name in self.sites:
+        for name, stride in zip(self.sites, self._strides, strict=True):
             self.bits[name] = bits[name]
             for key, value in self.state_of(name).items():
-                value.copy_(tensors[f"{key}/{name}"])
+                saved = tensors[f"{key}/{name}"]  # of the whole weight, if it could be frozen when it was saved
+                value.copy_(saved if saved.shape == value.shape else saved[::stride])
 
     @torch.no_grad()
     def hold(self) -> None:
