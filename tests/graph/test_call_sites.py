@@ -17,6 +17,7 @@ from daqconvert.layers.site import QuantizedSite, Watcher, watching
 from daqconvert.models import copy_model, in_mode, quantized_sites
 from helpers.call_cases import CALLS
 from helpers.cases import BY_ID, run
+from helpers.made_weights import MADE, Made
 
 REWRITTEN = ("functional", "branch-on-data", "bare-parameters", "subclass", "attention", "encoder")
 EVERY = (*CALLS, *(BY_ID[name] for name in REWRITTEN))
@@ -194,3 +195,129 @@ def test_hooks_of_the_user_fire_on_every_module_that_fired_before(case):
     calls.clear()
     run(qmodel, case.batch())
     assert before <= set(calls)
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_weight_that_layers_make_is_quantized_as_a_whole(name, tmp_path):
+    torch.manual_seed(0)
+    make, site, makers = MADE[name]
+    model, x = make().eval(), torch.randn(5, 4, 16)
+    chosen = dq.plan(model)
+    assert {row.name for row in chosen if row.reason} == makers
+    assert all(f"weight of {site}" in row.reason or f"that of {site}" in row.reason for row in chosen if row.reason)
+    assert [row.name for row in chosen.converted] == ["pre", site, "head"]
+    qmodel, expected = dq.quantize(model), dq.quantize(model.reference())
+    for one in (qmodel, expected):
+        dq.calibrate(one, [x])
+    assert torch.equal(qmodel.eval()(x), expected.eval()(x))  # as if the weight were a layer's own
+    with dq.disabled(qmodel):
+        assert torch.equal(qmodel(x), model(x))
+    frozen = dq.freeze(qmodel)
+    assert torch.equal(frozen(x), qmodel(x))
+    dq.save(frozen, tmp_path / "artifact")
+    torch.manual_seed(1)
+    assert torch.equal(dq.load(tmp_path / "artifact", make())(x), frozen(x))
+    qmodel.train()(x).square().sum().backward()
+    unused = {key for key, p in qmodel.named_parameters() if p.requires_grad and p.grad is None}
+    assert unused <= {key for key, _ in model.named_parameters()}  # no quantizer is without a gradient
+
+
+def test_a_maker_that_data_reach_too_stays_in_float():
+    class Both(Made):
+        def forward(self, x):
+            return super().forward(x) + self.net(x[:, 0, :8]).mean()
+
+    torch.manual_seed(0)
+    model = Both(lambda m: m.net(m.position).view(4, 4, 3), net=torch.nn.Linear(8, 48)).eval()
+    x = torch.randn(5, 4, 16)
+    qmodel = dq.quantize(model)
+    dq.calibrate(qmodel, [x])
+    assert [row.name for row in dq.plan(qmodel) if row.reason] == ["net"]
+    with torch.no_grad():
+        expected, found = model(x), qmodel.eval()(x)
+    assert (found - expected).norm() < 0.03 * expected.norm()  # 8 bits
+
+
+READS = {
+    "type_as": lambda w, x: x.type_as(w),
+    "to": lambda w, x: x.to(w),
+    "to-dtype": lambda w, x: x.to(w.dtype),
+    "to-device": lambda w, x: x.to(device=w.device),
+    "new_zeros": lambda w, x: x + w.new_zeros(x.shape),
+    "new_tensor": lambda w, x: x + w.new_tensor([0.5]),
+    "zeros_like": lambda w, x: x + torch.zeros_like(w).sum(),
+    "full_like": lambda w, x: x + torch.full_like(w, 0.1).sum(),
+    "shape": lambda w, x: x * w.shape[0],
+    "size": lambda w, x: x * w.size(1),
+    "len": lambda w, x: x * len(w),
+    "numel": lambda w, x: x / w.numel(),
+    "numel-function": lambda w, x: x / torch.numel(w),
+    "is_cuda": lambda w, x: -x if w.is_cuda else x,
+    "is_contiguous": lambda w, x: x if w.is_contiguous() else -x,
+    "is_complex": lambda w, x: -x if torch.is_complex(w) else x,
+    "result_type": lambda w, x: x.to(torch.result_type(x, w)),
+    "data-dtype": lambda w, x: x.to(w.data.dtype),
+    "detached": lambda w, x: x + w.detach().new_ones(1),
+    "transposed": lambda w, x: x * w.mT.shape[-1],
+    "grad": lambda w, x: x if w.grad is None else -x,
+    "element_size": lambda w, x: x * w.element_size(),
+    "get_device": lambda w, x: x if w.get_device() < 0 else -x,
+    "converted": lambda w, x: x + w.to(x.dtype).new_zeros(1),
+}
+
+
+SIZES = ("shape", "size", "len", "numel", "numel-function", "transposed", "full_like")
+
+
+class Reads(torch.nn.Module):
+    """Reads a layer's weight for something else than its values."""
+
+    def __init__(self, read, traceable, by_parameters):
+        super().__init__()
+        self.c, self.d = torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 2, 1)
+        self.read, self.traceable, self.by_parameters = read, traceable, by_parameters
+
+    def forward(self, x):
+        if not self.traceable:
+            x = x * (1 if x.isfinite().all() else 0)
+        x = self.read(next(self.parameters()) if self.by_parameters else self.c.weight, x)
+        return self.d(self.c(x).relu())
+
+
+@pytest.mark.parametrize(
+    ("traceable", "by_parameters"), [(True, False), (False, False), (True, True)], ids=["traced", "untraced", "first"]
+)
+@pytest.mark.parametrize("name", READS)
+def test_a_weight_may_be_asked_for_all_but_its_values(name, traceable, by_parameters):
+    torch.manual_seed(0)
+    model, x = Reads(READS[name], traceable, by_parameters).eval(), torch.randn(4, 3, 8, 8)
+    plain = dq.plan(Reads(lambda w, x: x, traceable, by_parameters))
+    chosen = dq.plan(model)
+    assert [(row.name, row.reason) for row in chosen] == [("c", ""), ("d", "")]
+    if chosen.order == plain.order:  # torch.fx does not follow `if w.is_cuda`
+        assert not plain.diff(chosen)
+        assert all(row.site.output == other.site.output for row, other in zip(chosen, plain, strict=True))
+    qmodel = dq.quantize(model)
+    dq.calibrate(qmodel, [x])
+    with torch.no_grad():
+        expected, found = model(x), qmodel.eval()(x)
+        assert (found - expected).norm() < 0.03 * expected.norm()  # 8 bits
+        if not (by_parameters and name in SIZES):
+            assert torch.equal(dq.freeze(qmodel)(x), found)  # the first parameter of the frozen model is a bias
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda w, x: x + w.sum(),
+        lambda w, x: x + w.detach().mean(),
+        lambda w, x: x + w.data.abs().max(),
+        lambda w, x: x * w.to(x.dtype).norm(),
+        lambda w, x: x + w.clone().view(-1)[0],
+        lambda w, x: w.to(x).flatten()[:3].view(1, 3, 1, 1) + x,
+    ],
+)
+def test_values_of_a_weight_are_still_refused(read):
+    qmodel = dq.quantize(Reads(read, False, False))
+    with pytest.raises(dq.ConversionError, match="c: another module's forward uses its weight"):
+        dq.calibrate(qmodel, [torch.randn(1, 3, 8, 8)])

@@ -22,8 +22,8 @@ from torch.nn.parameter import UninitializedParameter
 
 from daqconvert.graph.calls import HELPER, ProductCall, call_name
 from daqconvert.graph.multiplying import Traced, module_calls
-from daqconvert.graph.rewrite import weight_function
-from daqconvert.graph.scan import read_weights
+from daqconvert.graph.rewrite import ancestors, weight_function
+from daqconvert.graph.scan import may_multiply, read_weights
 from daqconvert.graph.variants import Variant
 from daqconvert.layers.attention import PROJECTIONS, SCORES, VALUES, QuantMultiheadAttention, projection_weight
 from daqconvert.layers.frozen_site import FrozenSite
@@ -57,6 +57,7 @@ class CallSite:
         one_scale: Why the site cannot have a scale per channel; empty if it can.
         direct: Whether the site's input is an argument of the forward, unchanged or padded.
         nonnegative: Whether the site's input is known to be non-negative, as the probabilities of attention are.
+        makers: Dotted names of the modules that are called to make the weight.
     """
 
     name: str
@@ -70,6 +71,7 @@ class CallSite:
     one_scale: str = ""
     direct: bool = False
     nonnegative: bool = False
+    makers: tuple[str, ...] = ()
 
     @property
     def is_product(self) -> bool:
@@ -145,7 +147,14 @@ def _of_module(one: Traced, aliases: dict[str, str]) -> Iterator[CallSite]:
         site = CallSite(name, kind, Call(call.function, (one.path,), holder, tensors, call.dynamic), key)
         probabilities = call.function == VALUES
         site = replace(site, weight_at=call.weight_at, direct=_is_direct(call), nonnegative=probabilities)
+        site = replace(site, makers=tuple(sorted({_join(one.path, str(node.target)) for node in _makers(call)})))
         yield _described(site, one, call, variant)
+
+
+def _makers(call: ProductCall) -> list[fx.Node]:
+    """Return the calls of modules that make the weight of a call; none if the weight depends on data."""
+    found = ancestors(call.weight) if call.tensors and not call.dynamic else ()
+    return [node for node in found if node.op == "call_module"]
 
 
 def _is_direct(call: ProductCall) -> bool:
@@ -168,6 +177,10 @@ def _name(one: Traced, call: ProductCall, aliases: dict[str, str], taken: set[st
         name = aliases.get(one.path, one.path)
         return name, one.path, type(one.module).__name__
     base = max(call.tensors, key=lambda t: _numel(one.module, t)) if call.tensors else call.function
+    for node in _makers(call):  # a module that multiplies by this tensor itself has a site of its name
+        target = str(node.target)
+        if base.startswith(f"{target}.") and node.args and may_multiply(type(one.module.get_submodule(target))):
+            base = base if quantized_class(type(one.module.get_submodule(target))) else f"{target}.made"
     base = _join(one.path, base)
     number = next(i for i in itertools.count(1) if f"{base}_site{_suffix(i)}" not in taken)
     return f"{base}{f'#{number}' if number > 1 else ''}", f"{base}_site{_suffix(number)}", call.function

@@ -16,17 +16,16 @@ from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from daqconvert.graph.scan import function_may_multiply
+from daqconvert.graph.scan import AS_CALLS, ASKED_ATTRIBUTES, ASKED_CALLS, LIKE_CALLS, function_may_multiply
 from daqconvert.layers.attention import SCORES, VALUES
 from daqconvert.layers.functions import ADDED, ALIASES, FUNCTIONS, METHODS, MULTIPLYING, NAMES, split_einsum
 
 HELPER = "helper function"
 ATTENTION = "scaled_dot_product_attention"
-SHAPE_CALLS = {"size", "dim", "numel", "ndimension", "stride", "is_contiguous"}
-SHAPE_ATTRIBUTES = {"shape", "ndim", "device", "dtype", "requires_grad", "is_cuda"}
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,7 @@ def _sources(
         elif node.op == "call_module" and node not in data:
             child = module.get_submodule(str(node.target))
             own = tuple(f"{node.target}.{name}" for name, p in child.named_parameters() if counts(p))
-        inputs = [] if is_shape(node) or (node.op == "call_module" and node in data) else node.all_input_nodes
+        inputs = [] if node.op == "call_module" and node in data else value_inputs(node)
         origins[node] = tuple(dict.fromkeys((*own, *(name for n in inputs for name in origins[n]))))
     return origins
 
@@ -220,8 +219,9 @@ def find_reads(graph: fx.Graph, root: nn.Module) -> list[Read]:
         seen: set[fx.Node] = set()
         stack = [node]
         while stack:
-            for user in stack.pop().users:
-                if user in seen or is_shape(user):
+            read = stack.pop()
+            for user in read.users:
+                if user in seen or read not in value_inputs(user):
                     continue
                 seen.add(user)
                 if user in data or user.op == "output":
@@ -264,5 +264,20 @@ def call_name(node: fx.Node) -> str:
 def is_shape(node: fx.Node) -> bool:
     """Return whether a node asks a tensor for its size, dtype or device, so that no value passes through it."""
     if node.op == "call_method":
-        return str(node.target) in SHAPE_CALLS
-    return node.op == "call_function" and node.target is getattr and node.args[1] in SHAPE_ATTRIBUTES
+        return str(node.target) in ASKED_CALLS
+    if node.op != "call_function":
+        return False
+    if node.target is getattr:
+        return node.args[1] in ASKED_ATTRIBUTES
+    return getattr(torch, call_name(node), None) is node.target and call_name(node) in ASKED_CALLS
+
+
+def value_inputs(node: fx.Node) -> list[fx.Node]:
+    """Return the nodes whose values a node uses: not those that it asks for size, dtype or device alone.
+
+    `zeros_like(w)`, `w.new_zeros(...)` and `x.type_as(w)` use no value of `w`.
+    """
+    name = call_name(node) if node.op in ("call_function", "call_method") else ""
+    if is_shape(node) or name in LIKE_CALLS:
+        return []
+    return [n for n in node.all_input_nodes if n in node.args[:1]] if name in AS_CALLS else node.all_input_nodes

@@ -17,7 +17,24 @@ from torch import nn
 from daqconvert.layers.functions import MULTIPLYING
 
 PRODUCT_NAMES = frozenset({*MULTIPLYING, "imatmul", "_conv_forward", "scaled_dot_product_attention"})
-ASKED = {"dtype", "device", "shape", "size", "ndim", "dim", "numel", "requires_grad"}
+ASKED_ATTRIBUTES = {
+    *("dtype", "device", "shape", "ndim", "layout", "requires_grad", "is_leaf", "itemsize", "nbytes", "is_quantized"),
+    *("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_sparse_csr", "is_mps", "is_xpu", "is_xla", "is_nested"),
+    *("names", "is_mkldnn", "is_vulkan", "is_ipu"),
+}
+ASKED_CALLS = {
+    *("size", "dim", "numel", "nelement", "ndimension", "stride", "is_contiguous", "element_size", "get_device"),
+    *("is_floating_point", "is_complex", "is_signed", "is_conj", "is_neg", "is_same_size", "is_pinned", "is_shared"),
+    *("is_inference", "storage_offset", "data_ptr", "has_names", "__len__", "result_type", "can_cast"),
+}
+LIKE_CALLS = {
+    *(f"{kind}_like" for kind in ("zeros", "ones", "empty", "full", "rand", "randn", "randint")),
+    *(f"new_{kind}" for kind in ("zeros", "ones", "empty", "full", "tensor", "empty_strided")),
+}
+"""Functions that make a tensor of the size, type or device of their first operand, and use none of its values."""
+AS_CALLS = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
+"""Functions that take no values from their second operand."""
+ASKED = ASKED_ATTRIBUTES | ASKED_CALLS | LIKE_CALLS
 """Attributes and methods of a weight that do not use its values."""
 _OPERATORS = {"@", "@="}
 _KNOWN: dict[type[nn.Module], bool] = {}

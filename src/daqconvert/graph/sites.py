@@ -101,8 +101,8 @@ class _View:
         flow: The dataflow of the whole model; None if fx cannot follow the model.
         calls: Name -> call site.
         failed: Name of a module whose own forward may multiply and that fx cannot follow -> the reason.
-        bypassed: Name of a layer whose weight is used, without a call of the layer, by a forward that cannot be
-            rewritten -> the reason not to convert the layer.
+        bypassed: Name of a layer -> the reason not to convert it: its weight is used, without a call of the layer, by
+            a forward that cannot be rewritten; or the layer makes or shares the weight of a call site.
     """
 
     paths: dict[str, nn.Module]
@@ -153,12 +153,35 @@ def _look(
                 bypassed.setdefault(name, site)
             elif isinstance(site, CallSite):
                 sites.setdefault(name, site)
+    bypassed |= _making(sites, aliases)
     if "" in aliases:  # the root itself is a layer, and fx would trace into it
         flow: Flow | None = Flow((aliases[""],), frozenset({""}), frozenset({""}))
     else:
         known = _in_order(paths, aliases, sites)
         flow = None if graph is None else read_flow(graph, paths, known, calls, _indirect(sites), hooked)
+    for site in sites.values() if flow is not None else ():
+        for tensor in site.call.tensors if not site.reason else ():
+            layer = aliases.get(tensor.removesuffix(".weight"), site.name)
+            if layer not in (site.name, *flow.order):  # type: ignore[union-attr]
+                bypassed.setdefault(layer, f"never called: its weight is part of that of {site.name}")
     return _View(paths, aliases, flow, sites, failed, bypassed)
+
+
+def _making(sites: dict[str, CallSite], aliases: dict[str, str]) -> dict[str, str]:
+    """Return the layers that are called to make the weight of a call site, each with the reason not to convert it.
+
+    The weight is quantized as a whole; a quantized maker would round it twice, and its input is no data that
+    `calibrate` sees. Call sites inside such a module get the same reason, in `sites`.
+    """
+    found: dict[str, str] = {}
+    for site in list(sites.values()):
+        for maker in site.makers if not site.reason else ():
+            why = f"makes the weight of {site.name}, which is quantized as a whole"
+            found |= {name: why for alias, name in aliases.items() if maker in (alias, *above(alias))}
+            for name, inside in sites.items():
+                if inside is not site and any(maker in (path, *above(path)) for path in inside.call.modules):
+                    sites[name] = dataclasses.replace(inside, reason=inside.reason or why)
+    return found
 
 
 def _in_order(paths: dict[str, nn.Module], aliases: dict[str, str], sites: dict[str, CallSite]) -> dict[str, str]:

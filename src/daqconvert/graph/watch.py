@@ -18,15 +18,27 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from daqconvert.errors import ConversionError
+from daqconvert.graph.scan import AS_CALLS, ASKED_ATTRIBUTES, ASKED_CALLS, LIKE_CALLS
 from daqconvert.layers.base import QuantizedLayer
 from daqconvert.layers.site import Operation, QuantizedSite, Watcher, watching
 from daqconvert.macs import Event, assign, counting, eager
 from daqconvert.macs.counter import Counter
 from daqconvert.spec import Plan
 
-_QUESTIONS = ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_meta", "is_sparse")
-HARMLESS = {getattr(Tensor, name).__get__ for name in _QUESTIONS}
-HARMLESS |= {Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_floating_point, Tensor.is_contiguous}
+_OWNERS = (Tensor, torch)
+_QUESTIONS = ASKED_ATTRIBUTES | {"grad", "grad_fn", "_version", "output_nr"}
+HARMLESS = {getattr(Tensor, name).__get__ for name in _QUESTIONS if hasattr(getattr(Tensor, name, None), "__get__")}
+HARMLESS |= {getattr(o, name) for o in _OWNERS for name in ASKED_CALLS | LIKE_CALLS if hasattr(o, name)}
+HARMLESS |= {Tensor.new, Tensor.__repr__, Tensor.__format__, Tensor.__hash__}
+AS = {getattr(Tensor, name) for name in AS_CALLS}
+SAME = {getattr(Tensor, name).__get__ for name in ("data", "T", "mT", "H", "mH")} | AS
+SAME |= {
+    getattr(o, name)
+    for name in ("detach", "float", "double", "half", "bfloat16", "type", "cpu", "cuda", "contiguous", "clone", "view")
+    for o in _OWNERS
+    if callable(getattr(o, name, None)) and not isinstance(getattr(o, name), torch.dtype)
+}
+"""Functions whose result is a weight with the same values, which is looked for from then on."""
 
 
 class _Watch(TorchFunctionMode):
@@ -36,21 +48,31 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.names = {id(w): name for name, m in layers.items() if (w := m._parameters.get("weight")) is not None}
         self.running = 0
+        self.kept: list[Tensor] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if not self.running and func not in HARMLESS:
-            for value in (*args, *kwargs.values()):
+            given = (*args, *kwargs.values())
+            for value in given[:1] if func in AS else given:
                 if id(value) in self.names:
                     name = self.names[id(value)]
+                    if func in SAME:
+                        return self._follow(func(*args, **kwargs), name)
                     raise ConversionError(
                         f"{name}: another module's forward uses its weight without calling it "
                         f"({getattr(func, '__name__', func)}), so its quantizers would do nothing. Leave it alone: "
                         f'daqconvert.quantize(model, exclude=["{name}"]).'
                     )
         return func(*args, **kwargs)
+
+    def _follow(self, same: Any, name: str) -> Any:
+        if isinstance(same, Tensor):
+            self.names[id(same)] = name
+            self.kept.append(same)  # while it lives, no other tensor has its id
+        return same
 
     def enter(self, *_: Any) -> None:
         self.running += 1
