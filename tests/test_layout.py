@@ -64,7 +64,6 @@ BEHAVIOUR = {
 }
 # Modules without a test file of their name: the file that holds each, and what of it
 ELSEWHERE = {
-    "batches.py": ("calibration/test_calibrating.py", "every kind of batch goes through it"),
     "errors.py": ("test_public.py", "its classes are public names; each message is tested where it is raised"),
     "seeding.py": ("training/batching/test_epochs.py", "seeds decide what a loader gives"),
     "version.py": ("test_public.py", "the version is the declared one"),

@@ -1,18 +1,22 @@
 """Taking batches apart, and calling a model on one.
 
-A batch is a tensor, a tuple or list whose first entry is the input and second the target, or a dict of keyword
-arguments, whose target is under one of `TARGET_KEYS`.
+A batch is a tensor, a tuple or list whose first entry is the input and second the target, or a mapping of keyword
+arguments, whose target is under one of `TARGET_KEYS`. A mapping is a dict or anything else with names for its values:
+`collections.abc.Mapping`, a `UserDict` such as Hugging Face's `BatchEncoding`, a dataclass.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import itertools
+from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map
 
 from daqconvert.errors import DataError
 
@@ -23,7 +27,7 @@ def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     """Return the positional arguments, the keyword arguments and the target of a batch; the target may be None.
 
     Raises:
-        DataError: If the batch is not a tensor, a non-empty tuple or list, or a dict.
+        DataError: If the batch is not a tensor, a non-empty tuple or list, or a mapping with texts as its keys.
 
     Example:
         >>> split_batch((torch.zeros(2, 3), torch.tensor([0, 1])))[2].tolist()
@@ -31,8 +35,15 @@ def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     """
     if isinstance(batch, Tensor):
         return (batch,), {}, None
-    if isinstance(batch, dict):
-        kwargs = dict(batch)
+    fields = getattr(batch, "_fields", ()) if isinstance(batch, tuple) else ()
+    if not set(TARGET_KEYS).isdisjoint(fields) and len(fields) > 1:
+        batch = batch._asdict()  # a named tuple that says which entry is the target
+        if len(fields) == 2:  # the other is the input, whatever the model calls it
+            key = next(key for key in TARGET_KEYS if key in batch)
+            target = batch.pop(key)
+            return tuple(batch.values()), {}, target
+    kwargs = named_values(batch)
+    if kwargs is not None and all(isinstance(key, str) for key in kwargs):
         target = next((kwargs.pop(key) for key in TARGET_KEYS if key in kwargs), None)
         return (), kwargs, target
     if isinstance(batch, (tuple, list)) and batch:
@@ -43,9 +54,38 @@ def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     )
 
 
+def named_values(batch: Any) -> dict[str, Any] | None:
+    """Return the values of a mapping or a dataclass by name; None for anything else.
+
+    Example:
+        >>> from collections import UserDict
+        >>> named_values(UserDict(x=1)), named_values([1])
+        ({'x': 1}, None)
+    """
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    return None
+
+
 def to_device(value: Any, device: torch.device) -> Any:
-    """Move every tensor of a nested structure to a device."""
-    return tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), value)
+    """Move every tensor of a nested structure to a device; mappings and dataclasses keep their class."""
+
+    def moved(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.to(device, non_blocking=True)
+        values = named_values(leaf)
+        if values is None:
+            return leaf
+        found = {key: to_device(item, device) for key, item in values.items()}
+        if isinstance(leaf, MutableMapping):
+            leaf = copy.copy(leaf)
+            leaf.update(found)
+            return leaf
+        return found if isinstance(leaf, Mapping) else dataclasses.replace(leaf, **found)
+
+    return tree_map(moved, value)
 
 
 def model_device(model: nn.Module) -> torch.device:

@@ -9,6 +9,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+ROOT = "(root)"
+"""How messages and plans write the name of a layer that is the model itself; names that are typed may say so, too."""
+
 
 class DaqError(Exception):
     """Base of all errors that daqconvert raises about its input.

@@ -1,7 +1,9 @@
 """Which layers a rule means, and the errors for one that means none."""
 
 import pytest
+import torch
 
+import daqconvert as dq
 from daqconvert.errors import PolicyError
 from daqconvert.policy.rules import Level, check_matches, check_pattern, name_level, rule_level
 from daqconvert.spec import Policy, Rule, Site
@@ -124,3 +126,33 @@ def test_what_may_stay(rule, sites):
 
 def test_a_model_without_layers_is_the_callers_business():
     check_matches(Policy(rules=(Rule({}, match="fc"),), exclude=("head",)), ())
+
+
+@pytest.mark.parametrize("how", ["exclude", "include", "bits", "rule", "first-rule-of-many"])
+def test_a_layer_that_is_the_model_itself_is_typed_as_it_is_printed(how):
+    model = torch.nn.Linear(4, 2)
+    assert str(dq.plan(model)).splitlines()[1].startswith("(root)")
+    asked = {
+        "exclude": {"exclude": ["(root)"]},
+        "include": {"include": ["(root)"], "w_bits": 3, "last": {}, "first": {}},
+        "bits": {"bits": {"(root)": 3}},
+        "rule": {"rules": [dq.Rule({"w_bits": 3}, match="(root)")]},
+        "first-rule-of-many": {"bits": {"*": 5, "(root)": 3}},
+    }[how]
+    row = dq.plan(model, **asked)["(root)"]
+    assert row is not None and row.name == "" and row.converted == (how != "exclude")
+    assert row.settings is None or row.settings.w_bits == 3
+    with pytest.raises(dq.PolicyError, match=r'"\(rot\)" matches no layer. Nearest: \(root\)'):
+        dq.plan(model, exclude=["(rot)"])
+    with pytest.raises(dq.PolicyError, match="matches no layer"):
+        dq.plan(torch.nn.Sequential(model), exclude=["(root)"])
+
+
+def test_a_plan_gives_rows_by_place():
+    chosen = dq.plan(torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3))))
+    assert (chosen[0].name, chosen[-1].name, [row.name for row in chosen[1:]]) == ("0", "2", ["1", "2"])
+    assert chosen["1"] is chosen[1] and list(chosen) == list(chosen[:])
+    with pytest.raises(IndexError):
+        chosen[3]
+    with pytest.raises(KeyError, match="no site of this plan"):
+        chosen["3"]

@@ -22,6 +22,7 @@ from torch.utils._pytree import (
     tree_map_only,
 )
 
+from daqconvert.batches import named_values
 from daqconvert.errors import ExportError
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -38,8 +39,8 @@ def example_arguments(example_inputs: Any, move: bool = True) -> Arguments:
     kwargs: dict[str, Any] = {}
     if isinstance(example_inputs, Tensor):
         args = (example_inputs,)
-    elif isinstance(example_inputs, Mapping):
-        kwargs = dict(example_inputs)
+    elif (named := named_values(example_inputs)) is not None:
+        kwargs = named
     elif isinstance(example_inputs, (tuple, list)):
         args = tuple(example_inputs)
     if not any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):

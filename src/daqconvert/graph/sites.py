@@ -159,11 +159,7 @@ def _look(
     else:
         known = _in_order(paths, aliases, sites)
         flow = None if graph is None else read_flow(graph, paths, known, calls, _indirect(sites), hooked)
-    for site in sites.values() if flow is not None else ():
-        for tensor in site.call.tensors if not site.reason else ():
-            layer = aliases.get(tensor.removesuffix(".weight"), site.name)
-            if layer not in (site.name, *flow.order):  # type: ignore[union-attr]
-                bypassed.setdefault(layer, f"never called: its weight is part of that of {site.name}")
+    bypassed = _never_called(sites, aliases, flow) | bypassed
     return _View(paths, aliases, flow, sites, failed, bypassed)
 
 
@@ -181,6 +177,17 @@ def _making(sites: dict[str, CallSite], aliases: dict[str, str]) -> dict[str, st
             for name, inside in sites.items():
                 if inside is not site and any(maker in (path, *above(path)) for path in inside.call.modules):
                     sites[name] = dataclasses.replace(inside, reason=inside.reason or why)
+    return found
+
+
+def _never_called(sites: dict[str, CallSite], aliases: dict[str, str], flow: Flow | None) -> dict[str, str]:
+    """Return the layers that are never called while their weights are part of a call site's, each with this reason."""
+    found: dict[str, str] = {}
+    for site in sites.values() if flow is not None else ():
+        for tensor in site.call.tensors if not site.reason else ():
+            layer = aliases.get(tensor.removesuffix(".weight"), site.name)
+            if layer not in (site.name, *flow.order):  # type: ignore[union-attr]
+                found.setdefault(layer, f"never called: its weight is part of that of {site.name}")
     return found
 
 

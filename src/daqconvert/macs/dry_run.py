@@ -40,6 +40,8 @@ def example_arguments(
             return (), {}, None
         dtype = like.dtype if like.is_floating_point() else torch.float32
         return (torch.empty(size, dtype=dtype, device=like.device),), {}, size
+    if isinstance(example_inputs, Mapping):
+        example_inputs = dict(example_inputs)  # a mapping of another class would be one value to move
     if not isinstance(example_inputs, (Tensor, Sequence, Mapping)) or isinstance(example_inputs, str):
         raise ConversionError(
             "example_inputs: expected a tensor, a tuple of positional or a dict of keyword arguments; "

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
 from fnmatch import fnmatchcase
 
-from daqconvert.errors import PolicyError, nearest
+from daqconvert.errors import ROOT, PolicyError, nearest
 from daqconvert.spec import Policy, Rule, Site
 from daqconvert.spec.row import settable
 
@@ -61,8 +61,10 @@ def name_level(pattern: str, name: str) -> Level | None:
     Example:
         >>> name_level("layer4.*", "layer4.0.conv1").name, name_level("fc", "fc").name, name_level("fc", "fc2")
         ('PATTERN', 'EXACT', None)
+        >>> name_level("(root)", "").name  # a layer that is the model itself
+        'EXACT'
     """
-    if pattern == name:
+    if pattern == name or (pattern == ROOT and not name):
         return Level.EXACT
     if pattern.startswith(REGEX_PREFIX):
         return Level.PATTERN if re.fullmatch(pattern.removeprefix(REGEX_PREFIX), name) else None
@@ -120,7 +122,8 @@ class Matcher:
 
     def about(self, site: Site) -> Iterator[tuple[str, Rule, Level]]:
         """Yield the rules that apply to a layer, in order: the rule's place, the rule and its level."""
-        for number in sorted((*self._named.get(site.name, ()), *self._others)):
+        also = () if site.name else self._named.get(ROOT, ())
+        for number in sorted((*self._named.get(site.name, ()), *also, *self._others)):
             place, rule = self._places[number]
             level = rule_level(rule, site)
             if level is not None:
@@ -169,7 +172,8 @@ def check_matches(policy: Policy, sites: Sequence[Site]) -> None:
         return
     named: dict[str, list[Site]] = {}
     for site in sites:
-        named.setdefault(site.name, []).append(site)
+        for name in {site.name, site.name or ROOT}:
+            named.setdefault(name, []).append(site)
     for place, rule in places(policy.rules):
         if not rule.optional:
             _check_rule(rule, sites, named, f"{policy.name} {place}: {label(rule)}")
@@ -235,7 +239,7 @@ def _optional(rule: Rule, other: str = "") -> str:
 
 
 def _name_hint(pattern: str, sites: Iterable[Site]) -> str:
-    names = [site.name for site in sites]
+    names = [site.name or ROOT for site in sites]
     inside = [name for name in names if name.startswith(pattern + ".")]
     if pattern and inside:
         return f' It is a module with {len(inside)} layer{"s" * (len(inside) > 1)} inside: write "{pattern}.*".'

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import overload
 
-from daqconvert.errors import nearest
+from daqconvert.errors import ROOT, nearest
 from daqconvert.spec.diff import PlanDiff
 from daqconvert.spec.reproduce import plan_toml
 from daqconvert.spec.row import PlanRow, input_groups
@@ -30,6 +31,8 @@ class Plan:
     Example:
         >>> import daqconvert as dq
         >>> chosen = dq.plan(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), w_bits=4, a_bits=4)
+        >>> chosen[0].name, [row.name for row in chosen[1:]]
+        ('0', ['2'])
         >>> chosen["2"].signed, len(chosen.converted), chosen.bytes, chosen.float_bytes
         (False, 2, 48, 120)
     """
@@ -47,11 +50,25 @@ class Plan:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, name: str) -> PlanRow:
+    @overload
+    def __getitem__(self, key: str | int) -> PlanRow: ...
+
+    @overload
+    def __getitem__(self, key: slice) -> tuple[PlanRow, ...]: ...
+
+    def __getitem__(self, key: str | int | slice) -> PlanRow | tuple[PlanRow, ...]:
+        """Return the row of a name or of a place, or the rows of a slice.
+
+        Raises:
+            KeyError: If no row has this name.
+            IndexError: If there are fewer rows.
+        """
+        if not isinstance(key, str):
+            return self.rows[key]
         for row in self.rows:
-            if row.name == name:
+            if row.name == key or (key == ROOT and not row.name):
                 return row
-        raise KeyError(f"{name!r} is no site of this plan.{nearest(name, [r.name for r in self.rows])}")
+        raise KeyError(f"{key!r} is no site of this plan.{nearest(key, [r.name or ROOT for r in self.rows])}")
 
     @property
     def converted(self) -> tuple[PlanRow, ...]:

@@ -5,7 +5,7 @@ A loader is any iterable that can be read again and again: a `DataLoader`, a lis
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
@@ -90,8 +90,8 @@ def read_batch(
 def _describe(batch: Any) -> str:
     if isinstance(batch, torch.Tensor):
         return f"a tensor of shape {tuple(batch.shape)} alone"
-    if isinstance(batch, dict):
-        return f"a dict with {', '.join(map(str, batch)) or 'nothing'}"
+    if isinstance(batch, Mapping):
+        return f"a {type(batch).__name__} with {', '.join(map(str, batch)) or 'nothing'}"
     return f"a {type(batch).__name__} of {len(batch)}"
 
 
