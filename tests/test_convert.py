@@ -257,3 +257,21 @@ def test_an_input_quantizer_that_a_trained_layer_shares_is_trained():
     assert qmodel.one.input_quantizer is qmodel.two.input_quantizer
     assert all(p.requires_grad for p in qmodel.two.parameters())
     assert not any(p.requires_grad for p in qmodel.one.weight_quantizer.parameters())
+
+
+@pytest.mark.parametrize(
+    "settings", [{"rounding": "lsq", "grid": "twos"}, {"deploy": "integer"}], ids=["lsq", "integer"]
+)
+def test_a_model_that_was_made_on_the_meta_device_is_whole_after_load_float(settings):
+    def make():
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(100, 2)).eval()
+
+    real, x = make(), torch.randn(4, 3, 9, 9)
+    with torch.device("meta"):
+        empty = make()
+    found, expected = (dq.quantize(model, **settings) for model in (empty, real))
+    dq.load_float(found, real.state_dict())
+    for qmodel in (found, expected):
+        dq.calibrate(qmodel, [x])
+    assert not any(t.is_meta for t in (*found.parameters(), *found.buffers()))
+    assert torch.equal(found.eval()(x), expected.eval()(x))

@@ -83,7 +83,8 @@ def test_lsq(name, bits, signed, granularity):
     ):  # fmt: skip
         torch.testing.assert_close(found.grad, wanted.grad, **close)
         assert found.grad.any()
-    assert layer.output_scale.grad is None and layer.output_scale.eq(1.0).all()
+    layer.requires_grad_(True)  # as code that unfreezes a whole model does
+    assert not layer.output_scale.requires_grad and layer.output_scale.eq(1.0).all()
     of_weight.step.data.mul_(0.01)
     codes = of_weight.codes(layer.weight)
     assert int(codes.min()) == 0 and int(codes.max()) == 2**bits - 1  # both ends of the grid

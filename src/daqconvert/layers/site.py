@@ -66,7 +66,8 @@ class QuantizedSite(nn.Module):
     Attributes:
         weight_quantizer: None if the weight stays float; an `InputQuantizer` if the weight depends on the data.
         input_quantizer: None if the input stays float.
-        output_scale: Learned factor of the output, a parameter of shape `(1,)` or `(C_out,)`.
+        output_scale: Learned factor of the output, a parameter of shape `(1,)` or `(C_out,)`; with LSQ a
+            buffer of ones.
         scales_channels: Whether `output_scale` has a factor for each output channel.
         settings: Settings of the site's row in the plan.
         layer_name: Dotted name of the site, for messages.
@@ -78,7 +79,7 @@ class QuantizedSite(nn.Module):
 
     weight_quantizer: WeightQuantizer | InputQuantizer | None
     input_quantizer: InputQuantizer | None
-    output_scale: nn.Parameter
+    output_scale: Tensor
     scales_channels: bool = True  # also of a model that an earlier version pickled, whose scales are as they were
     output_dims: int
     settings: Settings
@@ -112,7 +113,10 @@ class QuantizedSite(nn.Module):
         self.scales_channels = layout is not None and settings.granularity == "channel"
         channels = layout.channels if layout is not None and self.scales_channels else 1
         one = torch.ones(channels, dtype=weight.dtype, device=weight.device)
-        self.output_scale = nn.Parameter(one, requires_grad=settings.rounding != "lsq")  # LSQ learns step sizes only
+        if settings.rounding == "lsq":  # learns step sizes only, also if a whole model is unfrozen
+            self.register_buffer("output_scale", one)
+        else:
+            self.output_scale = nn.Parameter(one)
         if isinstance(self.weight_quantizer, WeightQuantizer) and not weight.is_meta:
             self.weight_quantizer.initialize(weight)
         self.train(self.training)
@@ -120,7 +124,7 @@ class QuantizedSite(nn.Module):
     def leave_meta(self) -> None:
         """Move bounds, flags and output scale from the meta device to the device of the weights.
 
-        Parameters become ones and buffers zeros; `calibrate` sets their values later.
+        Parameters and output scales become ones, other buffers zeros; `calibrate` sets their values later.
         """
         weight = self.float_weight()
         places = [t.device for t in (*self.parameters(), *self.buffers()) if not t.is_meta]
@@ -131,10 +135,11 @@ class QuantizedSite(nn.Module):
                 if tensor is not None and tensor.is_meta and (owner is not self or name == "output_scale"):
                     found = torch.ones_like(tensor, device=device)
                     parameters[name] = nn.Parameter(found, requires_grad=tensor.requires_grad)
-            buffers: dict[str, Any] = {} if owner is None or owner is self else owner._buffers
+            buffers: dict[str, Any] = {} if owner is None else owner._buffers
             for name, tensor in list(buffers.items()):
-                if tensor is not None and tensor.is_meta:
-                    buffers[name] = torch.zeros_like(tensor, device=device)
+                if tensor is not None and tensor.is_meta and (owner is not self or name == "output_scale"):
+                    make = torch.ones_like if owner is self else torch.zeros_like
+                    buffers[name] = make(tensor, device=device)
 
     def float_weight(self) -> Tensor | None:
         """Return the weight as the original computes it from its parameters; None if it depends on the data."""

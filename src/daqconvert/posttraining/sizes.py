@@ -34,8 +34,10 @@ def bounds_and_scales(model: nn.Module) -> set[nn.Parameter]:
         model: A quantized model, or a part of one.
     """
     quantizers = (module for module in model.modules() if isinstance(module, Quantizer))
-    scales = {site.output_scale for site in quantized_sites(model).values()}
-    return scales.union(*(quantizer.parameters() for quantizer in quantizers))
+    scales = (site.output_scale for site in quantized_sites(model).values())
+    return {scale for scale in scales if isinstance(scale, nn.Parameter)}.union(
+        *(quantizer.parameters() for quantizer in quantizers)
+    )
 
 
 @torch.no_grad()
