@@ -3,7 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
+import daqconvert as dq
 from daqconvert.graph import find_sites
 from helpers.cases import timm_network, torchvision_network
 
@@ -158,3 +160,97 @@ def test_mobilevit_hides_most_of_its_layers():
     assert [n for n, s in sites.items() if s.first] == ["stem.conv"]
     assert [n for n, s in sites.items() if s.last] == ["head.fc"]
     assert all(site.macs for site in sites.values())
+
+
+class Parts(nn.Module):
+    """Multiplies by the parts of one parameter, which `part` takes from it, with a layer between them."""
+
+    def __init__(self, part, shape=(24, 8)):
+        super().__init__()
+        self.w, self.mid, self.part = nn.Parameter(torch.randn(*shape)), nn.Linear(8, 8), part
+
+    def forward(self, x):
+        first, second, third = self.part(self.w)
+        return F.linear(self.mid(F.linear(F.linear(x, first), second).relu()), third)
+
+
+class Layer(nn.Module):
+    """The weight of one layer, in three calls of one input."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24, bias=False), nn.Linear(8, 4)
+
+    def forward(self, x):
+        first, second, third = self.qkv.weight.chunk(3)
+        q, k, v = F.linear(x, first), F.linear(x, second), F.linear(x, third)
+        return self.out(torch.softmax(q * k, -1) * v)
+
+
+class Inner(nn.Module):
+    """Two parts, in a module that its parent may call twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(16, 8))
+
+    def forward(self, x):
+        first, second = self.w.chunk(2)
+        return F.linear(F.linear(x, first).relu(), second)
+
+
+class Twice(nn.Module):
+    """Calls a module with two parts before and behind a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.mid = Inner(), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.inner(self.mid(self.inner(x)))
+
+
+PARTS = {
+    "split": lambda: Parts(lambda w: w.split(8)),
+    "chunk": lambda: Parts(lambda w: w.chunk(3)),
+    "slices": lambda: Parts(lambda w: (w[:8], w[8:16], w[16:])),
+    "index": lambda: Parts(lambda w: (w[0], w[1], w[2]), (3, 8, 8)),
+    "unbind": lambda: Parts(lambda w: w.unbind(0), (3, 8, 8)),
+    "transposed": lambda: Parts(lambda w: (w[0].t(), w[1].t(), w[2].t()), (3, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_one_weight_stand_where_they_are_called(name):
+    found = find_sites(PARTS[name]())
+    assert [site.name for site in found.sites] == ["w", "w#2", "mid", "w#3"]
+    assert [site.first for site in found.sites] == [True, False, False, False]
+    assert [site.last for site in found.sites] == [False, False, False, True]
+    assert [site.nonnegative for site in found.sites] == [False, False, True, False]
+
+
+def test_parts_of_a_layers_weight_and_parts_in_a_module_that_is_called_twice():
+    layer, twice = find_sites(Layer()), find_sites(Twice())
+    names = ["qkv.weight", "qkv.weight#2", "qkv.weight#3"]
+    assert [site.name for site in layer.sites if not site.reason] == [*names, "out"]
+    assert [site.name for site in layer.sites if site.first] == names
+    assert [site.name for site in layer.sites if site.last] == ["out"]
+    assert [(site.name, site.first, site.last) for site in twice.sites] == [
+        ("inner.w", True, False), ("inner.w#2", False, True), ("mid", False, False),
+    ]  # fmt: skip
+    assert [site.name for site in twice.sites if site.nonnegative] == ["inner.w#2"]
+
+
+@pytest.mark.parametrize("make", [*PARTS.values(), Layer, Twice], ids=[*PARTS, "layer", "twice"])
+def test_every_parameter_of_parts_gets_a_gradient(make):
+    """As plain DistributedDataParallel wants it: it waits for every parameter that asks for a gradient."""
+    torch.manual_seed(0)
+    model, x = make().eval(), torch.randn(16, 8)
+    qmodel = dq.quantize(model)
+    dq.calibrate(qmodel, [x])
+    with torch.no_grad():
+        expected, found = model(x), qmodel(x)
+        assert (found - expected).norm() < 0.05 * expected.norm()  # 8 bits, several layers
+        assert torch.equal(dq.freeze(qmodel)(x), found)
+    qmodel.train()(x).square().sum().backward()
+    assert not [key for key, p in qmodel.named_parameters() if p.requires_grad and p.grad is None]

@@ -203,10 +203,12 @@ class Read(NamedTuple):
     Attributes:
         node: The call.
         tensor: Dotted name of the parameter.
+        operand: What the call gets: the parameter, or what is computed from it, such as one part of a split.
     """
 
     node: fx.Node
     tensor: str
+    operand: fx.Node
 
 
 def find_reads(graph: fx.Graph, root: nn.Module) -> list[Read]:
@@ -225,11 +227,22 @@ def find_reads(graph: fx.Graph, root: nn.Module) -> list[Read]:
                     continue
                 seen.add(user)
                 if user in data or user.op == "output":
-                    found.append(Read(user, str(node.target)))
+                    found.append(Read(user, str(node.target), read))
                 else:
                     stack.append(user)
     place = {node: i for i, node in enumerate(graph.nodes)}
     return sorted(found, key=lambda read: place[read.node])
+
+
+def multiplying_site(read: Read, reads: list[Read], owners: list[str]) -> list[str]:
+    """Return the site that makes a call, of those that multiply by the call's parameter, in order of their calls.
+
+    Each part of a parameter (`w.split(8)`) is an operand of its own, and belongs to one site. If the operands do not
+    correspond to the sites, the first site stands for all.
+    """
+    operands = list(dict.fromkeys(one.operand for one in reads if one.tensor == read.tensor))
+    place = operands.index(read.operand) if owners and len(operands) % len(owners) == 0 else 0
+    return owners[place % len(owners) :][:1] if owners else []
 
 
 def _is_matrix(root: nn.Module, tensor: str) -> bool:

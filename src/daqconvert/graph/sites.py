@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from daqconvert.graph.call_sites import CallSite, attention_sites, find_call_sites, layer_names, unseen_sites
-from daqconvert.graph.calls import HELPER, Read, find_reads
+from daqconvert.graph.calls import HELPER, Read, find_reads, multiplying_site
 from daqconvert.graph.flow import Flow, above, entries, read_flow
 from daqconvert.graph.multiplying import trace_modules
 from daqconvert.graph.output_flow import OutputFlow
@@ -142,7 +142,7 @@ def _look(
     places = {path: i for i, path in enumerate(failed)}
     for read in reads:
         names = owners.get(id(model.get_parameter(read.tensor)), [])
-        calls += [(read, name) for name in names[:1]]
+        calls += [(read, name) for name in multiplying_site(read, reads, [n for n in names if n in sites] or names)]
         for name in names:
             maker = min((path for path in above(name) if path in failed), key=places.__getitem__, default=None)
             if name not in sites and maker is not None:
