@@ -47,7 +47,10 @@ def test_measured_against_the_float_model(daq, weights, photos, tmp_path):
 def test_labelled_images_to_measure_by(daq, weights, photos, folder, tmp_path):
     run = tmp_path / "run"
     found = daq("finetune", *weights, "--data", photos, "--val", folder / "val", *QUICK, "--out", run, "--json").json
-    assert found["data"] == "photos: 12 images without labels for training, 8 in val, at 32 x 32"
+    assert found["data"] == (
+        "photos: 12 images without labels for training, 8 in val; numbered in the order of their names, for "
+        "timm:test_resnet keeps none, at 32 x 32"
+    )
     assert found["measured_by"] == "labels"
     assert "has val" in daq("finetune", "test_resnet", "--out", run, "--resume", "--val", photos).fails()
 

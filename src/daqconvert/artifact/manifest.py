@@ -2,7 +2,8 @@
 
 The file is one JSON object with exactly the fields of `Manifest` and a `checksum`: the SHA-256 of the object without
 its checksum, written as JSON with sorted keys and no spaces. The checksum finds damage and careless edits. It is no
-signature, so every field is checked as if it came from an attacker. `docs/artifact.md` specifies the bytes.
+signature, so every field is checked as if it came from an attacker. A field `classes` that is None is left out.
+`docs/artifact.md` specifies the bytes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from daqconvert.spec import Plan
 
 FORMAT, VERSION = "daqconvert-artifact", 1
 MANIFEST, TENSORS = "daqconvert.json", "model.safetensors"
+MOST_CLASSES = 100_000
 LARGEST_MANIFEST = 16 << 20  # bytes; the manifest of a model with ten thousand layers is smaller
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 DTYPES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1}
@@ -75,6 +77,7 @@ class Manifest:
         forwards: SHA-256 of the source code of every forward that is rewritten, by the full name of its class.
         tensors: Entry of each key of the state dict.
         plan: The plan from which the layers were made.
+        classes: Names of the model's classes, by number of its outputs; None if they are not known.
     """
 
     format: str
@@ -89,11 +92,14 @@ class Manifest:
     forwards: dict[str, str]
     tensors: dict[str, TensorEntry]
     plan: Plan
+    classes: tuple[str, ...] | None = None
 
     def to_json(self) -> str:
         """Return the file's text: a line for each field, and the checksum."""
         body = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         body["plan"] = plan_to_dict(self.plan)
+        if body["classes"] is None:
+            del body["classes"]
         body["tensors"] = {
             key: {name: value for name, value in dataclasses.asdict(entry).items() if value is not None}
             for key, entry in self.tensors.items()
@@ -220,7 +226,7 @@ def _finite(text: str) -> float:
 
 def _decode(body: dict[str, Any]) -> Manifest:
     names = [f.name for f in dataclasses.fields(Manifest)]
-    wrong = sorted(set(names) ^ set(body))
+    wrong = sorted(set(names) ^ ({"classes"} | set(body)))
     if wrong:
         raise ArtifactError(f"field {shown(wrong[0])} is {'missing' if wrong[0] in names else 'unknown'}.")
     for name, kind in {"source_kwargs": dict, "tensors": dict, "source": str | None}.items():
@@ -236,6 +242,7 @@ def _decode(body: dict[str, Any]) -> Manifest:
     if not _is_digest(body["sha256"]):
         raise ArtifactError(f"sha256: expected 64 hexadecimal digits, found {shown(body['sha256'])}.")
     _check_forwards(body["forwards"])
+    classes = _classes(body["classes"]) if "classes" in body else None
     tensors = {key: _entry(key, value) for key, value in body["tensors"].items()}
     _check_aliases(tensors)
     needed = sum(entry.stored_bytes for entry in tensors.values())
@@ -243,7 +250,14 @@ def _decode(body: dict[str, Any]) -> Manifest:
         raise ArtifactError(f"tensors: they take {needed} bytes, the tensor file has {body['bytes']}.")
     check_source(body["source"], body["source_kwargs"], largest_size(tensors))
     _check_texts(body["plan"])
-    return Manifest(**{**body, "tensors": tensors, "plan": plan_from_dict(body["plan"])})
+    return Manifest(**{**body, "tensors": tensors, "plan": plan_from_dict(body["plan"]), "classes": classes})
+
+
+def _classes(value: object) -> tuple[str, ...]:
+    ok = isinstance(value, list) and 0 < len(value) <= MOST_CLASSES
+    if not ok or not all(isinstance(name, str) and name.isprintable() and 0 < len(name) <= 400 for name in value):  # type: ignore[attr-defined]
+        raise ArtifactError(f"classes: expected a list of short texts that can be printed, found {shown(value)}.")
+    return tuple(value)  # type: ignore[arg-type]
 
 
 def _check_forwards(value: object) -> None:

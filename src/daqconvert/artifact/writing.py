@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ def save(
     *,
     source: str | None = None,
     source_kwargs: dict[str, Any] | None = None,
+    classes: Sequence[str] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a frozen model as a directory: `model.safetensors` with packed codes, `daqconvert.json` with the plan.
@@ -55,6 +56,7 @@ def save(
             skeleton.
         source_kwargs: Arguments with which the source builds the model, such as `{"num_classes": 10}`: numbers, texts,
             booleans, and lists of these.
+        classes: Names of the model's classes, in the order of its outputs, so that other data can be mapped to them.
         overwrite: Whether an artifact at `path` may be replaced.
 
     Returns:
@@ -78,6 +80,7 @@ def save(
     directory = _free_directory(path, overwrite)
     entries, state = collect(frozen)
     draft = _draft(frozen, entries, source, source_kwargs or {})
+    draft = dataclasses.replace(draft, classes=tuple(map(str, classes)) if classes else None)
     try:
         try_source(draft, "save")
     except ArtifactError as error:

@@ -43,7 +43,8 @@ def evaluate_command(
     """Measure top-1 on held-out images.
 
     Of a run: its float, quantized and frozen model. Of a model by name: float, and, with an option on bits, quantized
-    and calibrated without training.
+    and calibrated without training. Classes of other data are mapped to the run's or artifact's by name; those of
+    published ImageNet weights are known by synset, word and number.
     """
     with Output(as_json).capturing() as output:
         kind, size = kind_of(source), data.batch_size or EVAL_BATCH
@@ -67,7 +68,7 @@ def _measure(model: nn.Module, loader: Any) -> dict[str, Any]:
 
 
 def _named(job: Job, asked: Policy | None, batch_size: int) -> tuple[str, Results]:
-    opened = open_named(job, batch_size)
+    opened = open_named(job, batch_size, labels=True)
     found = {"float": _measure(opened.model, opened.loaders.val)}
     if asked is not None:
         qmodel = calibrated(opened, asked)
@@ -76,7 +77,7 @@ def _named(job: Job, asked: Policy | None, batch_size: int) -> tuple[str, Result
 
 
 def _run(path: Path, typed: str | None, job: Job, batch_size: int) -> tuple[str, Results]:
-    config, opened = rundir.open_run(path, typed, batch_size, data_changes(job))
+    config, opened = rundir.open_run(path, typed, batch_size, data_changes(job), labels=True)
     loader = opened.loaders.val
     found = {"float": _measure(opened.model, loader)}
     bits, skeleton = config.plan.label, copy_model(opened.model)
@@ -90,5 +91,5 @@ def _run(path: Path, typed: str | None, job: Job, batch_size: int) -> tuple[str,
 
 def _artifact(path: Path, typed: str | None, job: Job, batch_size: int) -> tuple[str, Results]:
     frozen = load_artifact(path, typed)
-    loaders = loaders_of(path, frozen, job, batch_size)
+    loaders = loaders_of(path, frozen, job, batch_size, labels=True)
     return loaders.description, {f"{read_manifest(path).plan.label}, frozen": _measure(frozen, loaders.val)}

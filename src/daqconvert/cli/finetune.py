@@ -128,7 +128,7 @@ def open_fresh(typed: Typed, chosen: Recipe) -> tuple[Config, Opened]:
             raise DataError(f"--with {name}: has no effect on {opened.loaders.description}. Leave it out.")
     policy = typed.policy or o.default_policy()
     found = plan(opened.model, policy=policy, example_inputs=opened.example)
-    return Config(job, found, chosen, float_epochs), opened
+    return Config(job, found, chosen, float_epochs, known=opened.known), opened
 
 
 def _check_labels(job: Job, opened: Opened, chosen: Recipe, float_epochs: int) -> None:
@@ -165,7 +165,8 @@ def open_resumed(out: Path, typed: Typed, processes: ProcessGroup) -> tuple[Conf
     run_job = dataclasses.replace(run_job, workers=typed.job.workers or run_job.workers)
     has_float = (out / rundir.FLOAT).is_file()
     torch.manual_seed(run_job.seed)
-    opened = open_job(run_job, config.recipe.batch_size, skeleton=has_float or not is_main(), recipe=config.recipe)
+    skeleton = has_float or not is_main()
+    opened = open_job(run_job, config.recipe.batch_size, skeleton, config.recipe, known=config.known)
     if has_float and is_main():
         load_checkpoint(opened.model, out / rundir.FLOAT)
     if typed.policy is not None:

@@ -6,19 +6,32 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from daqconvert.data import Augmentation, Loaders, Splits, answered_by, create_loaders, open_splits
+from daqconvert.data import (
+    Augmentation,
+    Classes,
+    Loaders,
+    Splits,
+    answered_by,
+    create_loaders,
+    open_splits,
+    published_classes,
+    read_classes,
+    renumbered,
+)
 from daqconvert.errors import ConversionError, DataError
 from daqconvert.sources import Source, build_model, parse_source
 from daqconvert.spec.plain_values import from_plain
 from daqconvert.training import Recipe
 
 DEMO_MODEL = "timm:test_resnet"
+DIGITS = tuple("0123456789")
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,7 @@ class Job:
         download: Whether a timm data set may be downloaded.
         input_size: Height and width of the images.
         num_classes: Number of classes.
+        classes: File of class names, in the order of the model's outputs.
         workers: Processes that decode images.
         seed: Seed of everything random.
     """
@@ -52,6 +66,7 @@ class Job:
     download: bool = False
     input_size: int | None = None
     num_classes: int | None = None
+    classes: str | None = None
     workers: int = 0
     seed: int = 0
 
@@ -75,6 +90,21 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Known:
+    """What a run keeps of its model, so that it is the same beside other data.
+
+    Attributes:
+        model_args: Keyword arguments that the model was built with; None in runs that keep nothing of all this.
+        num_classes: Number of classes of the run's data; 0 without labels.
+        class_names: Names of the model's classes, by number; None where labels were numbers alone.
+    """
+
+    model_args: Mapping[str, Any] | None = None
+    num_classes: int = 0
+    class_names: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
 class Opened:
     """A job's model and data.
 
@@ -83,12 +113,19 @@ class Opened:
         loaders: The data.
         source: Source of the model.
         model_args: Keyword arguments that the model was built with; they suffice to build it again without weights.
+        class_names: Names of the model's classes, by number, where anybody knows them.
     """
 
     model: nn.Module
     loaders: Loaders
     source: Source
     model_args: dict[str, Any]
+    class_names: tuple[str, ...] | None = None
+
+    @property
+    def known(self) -> Known:
+        """What a run keeps of them."""
+        return Known(self.model_args, self.loaders.num_classes, self.class_names)
 
     @property
     def example(self) -> Tensor:
@@ -97,25 +134,38 @@ class Opened:
 
     @property
     def artifact_source(self) -> dict[str, Any]:
-        """Arguments of `save` that let `load` build the model itself; empty if an artifact may not name its source."""
-        if not self.source.is_trusted_name:
-            return {}
-        return {"source": str(self.source), "source_kwargs": self.model_args}
+        """Arguments of `save`: the names of the classes, and the source from which `load` builds the model itself.
+
+        An artifact may not name every source, and a name with control characters is none to print.
+        """
+        names = self.class_names or ()
+        found: dict[str, Any] = {"classes": names} if names and all(map(str.isprintable, names)) else {}
+        if self.source.is_trusted_name:
+            found |= {"source": str(self.source), "source_kwargs": self.model_args}
+        return found
 
 
-def open_job(job: Job, batch_size: int, skeleton: bool = False, recipe: Recipe | None = None) -> Opened:
-    """Build a job's model and open its data.
+def open_job(
+    job: Job, batch_size: int, skeleton: bool = False, recipe: Recipe | None = None, *,
+    known: Known | None = None, labels: bool = True,
+) -> Opened:  # fmt: skip
+    """Build a job's model and open its data, whose classes are mapped to those of the model.
 
     A `skeleton` is built without published weights and without the checkpoint, because it gets other weights later.
-    The recipe gives the augmentation of training images, and says whether anything is learned from labels.
+    The recipe gives the augmentation of training images, and says whether anything is learned from labels; without a
+    recipe nothing is, and published weights keep all their classes. `known` is what a run kept of its model. Without
+    `labels` the images alone count, whatever their classes.
 
     Raises:
         ConversionError: If the model cannot be built.
-        DataError: If the data cannot be read, or has more classes than the model.
+        DataError: If the data cannot be read or has a class that the model does not know, or nothing says which is
+            which.
     """
-    splits = _splits(job)
-    taught = recipe is not None and recipe.distill == 1.0
+    splits = _splits(job, known is not None or job.classes is not None)
+    taught = recipe is None or recipe.distill == 1.0
     arguments = dict(job.model_args) | _defaults(job, splits, taught)
+    if known is not None and known.model_args is not None:
+        arguments = dict(known.model_args)
     model = build_model(
         job.source,
         pretrained=job.pretrained and not skeleton,
@@ -123,18 +173,94 @@ def open_job(job: Job, batch_size: int, skeleton: bool = False, recipe: Recipe |
         **arguments,
     )
     model.eval()
-    loaders = create_loaders(
-        splits,
-        model,
-        batch_size,
+    own = partial(
+        create_loaders,
+        model=model,
+        batch_size=batch_size,
         source=str(job.source),
         input_size=job.input_size,
         augment=True if recipe is None else _augmentation(recipe),
         num_workers=job.workers,
         seed=job.seed,
     )
-    _check_classes(job, model, loaders, taught)
-    return Opened(model.to(_device()), loaders, job.source, arguments)
+    loaders = own(splits)
+    count = outputs_of(model, loaders.input_size)
+    classes = _classes_of(job, model, count, known, loaders.class_names)
+    if labels:
+        _check_classes(job, classes, count, loaders, taught=taught and recipe is not None)
+        if splits is not None and classes is not None:
+            loaders = own(renumbered(splits, classes))
+    names = classes.names if classes is not None and classes.names else loaders.class_names
+    return Opened(model.to(_device()), loaders, job.source, arguments, names)
+
+
+def outputs_of(model: nn.Module, image: tuple[int, int, int]) -> int | None:
+    """Return the number of classes that a model, in evaluation mode, has outputs for; None if they are no logits.
+
+    `image` is the size of an image; the model is asked with one, unless it says the number itself.
+    """
+    count = getattr(model, "num_classes", None)
+    if isinstance(count, int):
+        return count
+    where = next(iter(model.parameters()), torch.zeros(())).device
+    try:
+        with torch.no_grad():
+            outputs = model(torch.zeros(1, *image, device=where))
+    except Exception:  # NOTE: any error of the user's model; it comes again, and is told, where the model is measured
+        return None
+    return outputs.shape[1] if isinstance(outputs, Tensor) and outputs.dim() > 1 else None
+
+
+def classes_of_file(job: Job, count: int | None) -> Classes | None:
+    """Return the classes that the user's file names; None without one.
+
+    Raises:
+        DataError: If it does not name as many as the model has.
+    """
+    if job.classes is None:
+        return None
+    names = read_classes(job.classes)
+    if count is not None and count != len(names):
+        raise DataError(f"--classes {job.classes}: it names {len(names)} classes, the model has {count}.")
+    return Classes(len(names), names, owner=job.classes)
+
+
+def _classes_of(
+    job: Job, model: nn.Module, count: int | None, known: Known | None, names: tuple[str, ...] | None
+) -> Classes | None:
+    """Return the classes of a model's outputs; None where the data, with its `names`, decides: the head is new."""
+    found = classes_of_file(job, count)
+    if found is not None or count is None:
+        return found
+    published = published_classes(model, job.source, count)
+    if known is not None:
+        if published is not None and known.class_names in (None, published.names):
+            return published
+        forgotten = "the run, which was made before class names were kept,"
+        owner = forgotten if known.model_args is None else "the run"
+        return Classes(count, known.class_names, numbers=known.num_classes > 0, owner=owner)
+    if job.checkpoint is None and job.source.kind != "import":
+        config = getattr(model, "pretrained_cfg", None) or {}
+        if not job.pretrained or (published is None and count != config.get("num_classes")):
+            return None
+        return published or Classes(count, owner=str(job.source))
+    fits = published is not None and names is not None and all(published.number(name) is not None for name in names)
+    return published if fits else Classes(count, owner=str(job.source))
+
+
+def remembered(job: Job, recipe: Recipe) -> Known:
+    """Return what a run did not keep, from its own data if that is still there.
+
+    Runs that were made before class names were kept had their classes numbered in the order of this data.
+    """
+    try:
+        splits = _splits(job, known=False)
+    except DataError:
+        return Known()
+    arguments = dict(job.model_args) | _defaults(job, splits, recipe.distill == 1.0)
+    if splits is None:
+        return Known(arguments, len(DIGITS), DIGITS)
+    return Known(arguments, splits.num_classes, splits.class_names)
 
 
 def measured_by_float(opened: Opened) -> Opened:
@@ -146,33 +272,31 @@ def _augmentation(recipe: Recipe) -> Augmentation:
     return Augmentation(recipe.augment, recipe.color_jitter, recipe.random_erasing, recipe.crop_scale)
 
 
-def _check_classes(job: Job, model: nn.Module, loaders: Loaders, taught: bool) -> None:
-    outputs = getattr(model, "num_classes", None)
-    if not isinstance(outputs, int):
-        return
-    if outputs < loaders.num_classes:
+def _check_classes(job: Job, classes: Classes | None, count: int | None, loaders: Loaders, *, taught: bool) -> None:
+    names = None if job.data is None else loaders.class_names
+    known = classes is not None and all(classes.number(name) is not None for name in names or ())
+    if taught and names is not None and count not in (None, len(names)) and not known:
         raise DataError(
-            f"{job.source} has {outputs} classes, its data {loaders.num_classes}. Give --model-arg "
-            f"num_classes={loaders.num_classes}."
-        )
-    names = loaders.class_names
-    if taught and names is not None and outputs != len(names) and job.data is not None:
-        raise DataError(
-            f"{job.source} has {outputs} classes, the folders {len(names)}. Training towards the float model alone "
-            f"(distill = 1) keeps its classes: name all {outputs} folders, give a --checkpoint of a model with "
+            f"{job.source} has {count} classes, the folders {len(names)}. Training towards the float model alone "
+            f"(distill = 1) keeps its classes: name all {count} folders, give a --checkpoint of a model with "
             f"{len(names)} classes, or images without class folders."
         )
+    if count is not None and count < loaders.num_classes and (classes is None or not classes.names):
+        raise DataError(
+            f"{job.source} has {count} classes, its data {loaders.num_classes}. Give --model-arg "
+            f"num_classes={loaders.num_classes}."
+        )
 
 
-def _splits(job: Job) -> Splits | None:
+def _splits(job: Job, known: bool) -> Splits | None:
     if job.data is None:
-        others = (job.holdout, job.num_classes, job.data_root, job.val)
+        others = (job.holdout, job.num_classes, job.data_root, job.val, job.classes)
         if job.download or any(value is not None for value in others):
             raise DataError(
                 "The digits have their own split and ten classes. Give --data, or no other option on data."
             )
         return None
-    return open_splits(job.data, job.holdout, job.seed, job.data_root, job.download, job.num_classes, job.val)
+    return open_splits(job.data, job.holdout, job.seed, job.data_root, job.download, job.num_classes, job.val, known)
 
 
 def _defaults(job: Job, splits: Splits | None, taught: bool) -> dict[str, Any]:
@@ -183,6 +307,7 @@ def _defaults(job: Job, splits: Splits | None, taught: bool) -> dict[str, Any]:
     named = splits is None or splits.class_names is not None or not (job.pretrained or job.checkpoint)
     named = named and not (taught and job.pretrained)  # without labels a new head would stay random
     classes = job.num_classes or (10 if splits is None else splits.num_classes)
+    classes = classes if job.classes is None else len(read_classes(job.classes))
     if "num_classes" not in job.model_args and classes and (named or job.num_classes):
         found["num_classes"] = classes  # else the numbers may be those of the published model, which keeps its head
     fresh = not (job.pretrained or job.checkpoint)
@@ -203,4 +328,13 @@ def job_from_dict(values: object, where: str | Path) -> Job:
     Raises:
         ConversionError: If the values do not describe a job.
     """
-    return from_plain(Job, values, f"{where}: job", error=ConversionError)
+    return from_plain(Job, values, f"{where}: job", error=ConversionError, later=("classes",))
+
+
+def known_from_dict(values: object, where: str | Path) -> Known:
+    """Return what a run kept of its model, from its configuration.
+
+    Raises:
+        ConversionError: If the values do not describe it.
+    """
+    return from_plain(Known, values, f"{where}: known", error=ConversionError)

@@ -75,6 +75,14 @@ class DataOptions:
     num_classes: Annotated[int | None, option("--num-classes", "Number of classes, where the data does not say.")] = (
         None
     )
+    classes: Annotated[
+        Path | None,
+        option(
+            "--classes",
+            "Text file of class names, one a line, in the order of the model's outputs. Default: "
+            "those of the run or artifact, or of the published weights, else the data's own order.",
+        ),
+    ] = None
     batch_size: Annotated[int | None, option("--batch-size", "Images a batch. Default: the recipe's.")] = None
     workers: Annotated[int, option("--workers", "Processes that decode images.")] = 0
 
@@ -359,6 +367,7 @@ def job_from(source: str | None, weights: ModelOptions, data: DataOptions, seed:
         download=data.download,
         input_size=data.input_size,
         num_classes=data.num_classes,
+        classes=_text(data.classes),
         workers=data.workers,
         seed=seed or 0,
     )

@@ -10,7 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from daqconvert.cli.job import Job, Opened, job_from_dict, measured_by_float, open_job
+from daqconvert.cli.job import (
+    Job,
+    Known,
+    Opened,
+    job_from_dict,
+    known_from_dict,
+    measured_by_float,
+    open_job,
+    remembered,
+)
 from daqconvert.convert import apply_plan
 from daqconvert.errors import ConversionError, TrainingError
 from daqconvert.files import replacing, write_text
@@ -42,6 +51,7 @@ class Config:
         recipe: How the quantized model is trained.
         float_epochs: Epochs that the float model is trained first.
         onnx: Whether ONNX files are made.
+        known: The model's arguments and class names; None in runs that were made before these were kept.
     """
 
     job: Job
@@ -49,6 +59,7 @@ class Config:
     recipe: Recipe
     float_epochs: int
     onnx: bool = True
+    known: Known | None = None
 
 
 def is_run(path: str | Path) -> bool:
@@ -106,6 +117,7 @@ def write_config(path: Path, config: Config) -> None:
         "recipe": config.recipe.to_dict(),
         "float_epochs": config.float_epochs,
         "onnx": config.onnx,
+        "known": None if config.known is None else dataclasses.asdict(config.known),
         "plan": plan_to_dict(config.plan),
     }
     write_json(path / CONFIG, document)
@@ -115,7 +127,7 @@ def absolute(job: Job) -> Job:
     """Return a job whose files and folders are named from the root, so that it is the same job in any folder."""
     found: dict[str, Any] = {
         key: str(Path(value).absolute())
-        for key in ("checkpoint", "data", "val", "data_root")
+        for key in ("checkpoint", "data", "val", "data_root", "classes")
         if (value := getattr(job, key)) is not None and Path(value).exists()
     }
     return dataclasses.replace(job, **found)
@@ -147,8 +159,11 @@ def read_config(path: Path) -> Config:
     found = read_json(path / CONFIG)
     try:
         job = job_from_dict(found["job"], path / CONFIG)
+        known = found.get("known")
+        known = None if known is None else known_from_dict(known, path / CONFIG)
         plan, recipe = plan_from_dict(found["plan"]), Recipe(**completed(found["recipe"]))
-        return Config(job, plan, recipe, int(found["float_epochs"]), onnx=bool(found.get("onnx", True)))
+        onnx = bool(found.get("onnx", True))
+        return Config(job, plan, recipe, int(found["float_epochs"]), onnx=onnx, known=known)
     except (KeyError, TypeError) as error:
         raise TrainingError(f"{path / CONFIG} is damaged: {error}.") from error
 
@@ -169,20 +184,25 @@ def allow_code(job: Job, typed: str | None, where: str | Path) -> Job:
 
 
 def open_run(
-    path: Path, typed: str | None, batch_size: int, changes: Mapping[str, Any] | None = None
+    path: Path, typed: str | None, batch_size: int, changes: Mapping[str, Any] | None = None, *, labels: bool = False
 ) -> tuple[Config, Opened]:
     """Return the configuration of a run, its data and its float model with the run's own float weights.
 
-    `typed` is the `--model` option; `changes` are fields of the job, those on data, with other values for now.
+    `typed` is the `--model` option; `changes` are fields of the job, those on data, with other values for now. With
+    `labels`, the classes of the data are mapped to the run's by name.
 
     Raises:
         TrainingError: If the run has no float weights yet.
+        DataError: With `labels`, if the data has a class that the run does not know.
     """
     config = read_config(path)
     job = dataclasses.replace(allow_code(config.job, typed, path), **changes or {})
     if not (path / FLOAT).is_file():
         raise TrainingError(f"{path}: it has no {FLOAT} yet. Go on with: {resume_command(path, job.model)}")
-    opened = open_job(job, batch_size, skeleton=True, recipe=config.recipe)
+    known = config.known
+    if known is None and changes:
+        known = remembered(config.job, config.recipe)
+    opened = open_job(job, batch_size, skeleton=True, recipe=config.recipe, known=known, labels=labels)
     load_checkpoint(opened.model, path / FLOAT)
     return config, measured_by_float(opened)
 

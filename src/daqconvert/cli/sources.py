@@ -12,10 +12,10 @@ from daqconvert.artifact import load, read_manifest
 from daqconvert.artifact.manifest import MANIFEST
 from daqconvert.calibration import calibrate
 from daqconvert.cli import rundir
-from daqconvert.cli.job import Job, Opened, measured_by_float, open_job
+from daqconvert.cli.job import Job, Opened, classes_of_file, measured_by_float, open_job, outputs_of
 from daqconvert.cli.options import given
 from daqconvert.convert import quantize
-from daqconvert.data import Loaders, create_loaders, input_config, open_splits
+from daqconvert.data import Classes, Loaders, create_loaders, input_config, open_splits, published_classes, renumbered
 from daqconvert.errors import ArtifactError, ConversionError, DataError, PolicyError
 from daqconvert.sources import build_model
 from daqconvert.spec import Policy
@@ -77,16 +77,17 @@ def needs_out(out: Path | None, what: str) -> Path:
     return out
 
 
-def open_named(job: Job, batch_size: int = EVAL_BATCH) -> Opened:
-    """Build the model that a job names, with trained weights, and open its data.
+def open_named(job: Job, batch_size: int = EVAL_BATCH, *, labels: bool = False) -> Opened:
+    """Build the model that a job names, with trained weights, and open its data; with `labels`, mapped to its classes.
 
     Raises:
         ConversionError: If the weights would be random.
+        DataError: With `labels`, if the data has a class that the model does not know.
     """
     if not job.has_weights:
         raise ConversionError(f"{job.source} would have random weights. Give --pretrained or --checkpoint FILE.")
     torch.manual_seed(job.seed)
-    return measured_by_float(open_job(job, batch_size))
+    return measured_by_float(open_job(job, batch_size, labels=labels))
 
 
 def calibrated(opened: Opened, policy: Policy) -> nn.Module:
@@ -109,28 +110,47 @@ def load_artifact(path: Path, typed: str | None) -> nn.Module:
     return load(path, model=skeleton).eval()
 
 
-def loaders_of(path: Path, frozen: nn.Module, job: Job, batch_size: int) -> Loaders:
+def loaders_of(path: Path, frozen: nn.Module, job: Job, batch_size: int, *, labels: bool = False) -> Loaders:
     """Return the data that the user named, with images as the model of an artifact takes them.
 
+    With `labels`, its classes are mapped to the artifact's by name.
+
     Raises:
-        DataError: If the images have no labels.
+        DataError: If the images have no labels, or with `labels` a class that the artifact does not know.
     """
     splits = None
     if job.data is not None:
-        splits = open_splits(job.data, job.holdout, job.seed, job.data_root, job.download, job.num_classes)
+        splits = open_splits(
+            job.data, job.holdout, job.seed, job.data_root, job.download, job.num_classes, known=labels
+        )
         if not splits.val_labelled:
             raise DataError(
                 f"{job.data}: its images have no labels to measure an artifact by. Put them into class folders."
             )
-    source = read_manifest(path).source
-    return create_loaders(
-        splits, frozen, batch_size, source=source, input_size=job.input_size, num_workers=job.workers
-    )
+    manifest = read_manifest(path)
+    size, side, workers = batch_size, job.input_size, job.workers
+    loaders = create_loaders(splits, frozen, size, source=manifest.source, input_size=side, num_workers=workers)
+    count = outputs_of(frozen, loaders.input_size)
+    if not labels or count is None:
+        return loaders
+    names = None if manifest.classes is None else tuple(manifest.classes)
+    classes = classes_of_file(job, count)
+    if classes is None and names is None:
+        classes = published_classes(frozen, manifest.source, count)
+    classes = classes or Classes(count, names, owner=str(path))
+    if count < loaders.num_classes and (splits is None or not classes.names):
+        raise DataError(
+            f"{path}: its model has {count} classes, the data {loaders.num_classes}: {loaders.description}."
+        )
+    if splits is None:
+        return loaders
+    splits = renumbered(splits, classes)
+    return create_loaders(splits, frozen, size, source=manifest.source, input_size=side, num_workers=workers)
 
 
 def data_changes(job: Job) -> dict[str, Any]:
     """Return the fields on data that the user gave, to replace those of a run's job."""
-    names = ("data", "holdout", "data_root", "download", "input_size", "num_classes", "workers")
+    names = ("data", "holdout", "data_root", "download", "input_size", "num_classes", "classes", "workers")
     default = Job()
     found = {name: getattr(job, name) for name in names if getattr(job, name) != getattr(default, name)}
     return found | ({"val": None} if "data" in found else {})  # the run's --val belongs to the run's own data

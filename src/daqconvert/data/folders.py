@@ -16,15 +16,17 @@ from daqconvert.errors import DataError, nearest
 
 VAL_NAMES = ("val", "validation", "valid", "test")
 HOLDOUT = 0.1
+SHOWN = 3  # names in a message
 NO_LABEL = -100  # the label of images that cross entropy and top-1 leave out
 
 
 def open_folder(
-    path: Path, holdout: float | int | None, seed: int
+    path: Path, holdout: float | int | None, seed: int, known: bool = False
 ) -> tuple[Dataset[Any], Dataset[Any], int, tuple[str, ...], str]:
     """Return training and validation images of a folder, number and names of its classes, and one line about them.
 
     The folder holds `train/` and `val/`, or a folder for each class; then `holdout` says how many images are held out.
+    The classes of `val/` are among those of `train/`; where a model's classes are `known` anyway, they need not be.
 
     Raises:
         DataError: If a split is missing, a class is empty or there are no images.
@@ -38,8 +40,11 @@ def open_folder(
         if holdout is not None:
             raise DataError(f"{path}: it has its own {val_path.name}/, so nothing is held out. Leave holdout out.")
         classes = _classes(train_path)
+        if known:
+            classes = tuple(sorted({*classes, *_classes(val_path)}))
         train, val = _folder(train_path, classes), _folder(val_path, classes)
         text = f"{path.absolute().name}: {len(train)} images for training, {len(val)} in {val_path.name}/"
+        text += _without([classes[number] for number in sorted({*range(len(classes))} - {*val.targets})])
         return train, val, len(classes), classes, text
     classes = _classes(path)
     images = _folder(path, classes)
@@ -48,13 +53,19 @@ def open_folder(
     return Subset(images, rest), Subset(images, held), len(classes), classes, text
 
 
-def open_classes(path: Path, classes: Sequence[str] | None = None) -> Folder:
-    """Return all images of a folder of class folders; `classes` gives their order if another folder decides it.
+def _without(missing: list[str]) -> str:
+    """Return what to say of a split without images of some classes."""
+    more = ", ..." if len(missing) > SHOWN else ""
+    return f", none of {', '.join(missing[:SHOWN])}{more}" if missing else ""
+
+
+def open_classes(path: Path) -> Folder:
+    """Return all images of a folder of class folders.
 
     Raises:
         DataError: If a class is empty or there are no images.
     """
-    return _folder(path, classes or _classes(path))
+    return _folder(path, _classes(path))
 
 
 def is_flat(path: Path) -> bool:

@@ -5,7 +5,7 @@ Data is named by a string: a folder, a parquet file, or a timm data set name suc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ def open_splits(
     download: bool = False,
     num_classes: int | None = None,
     val: str | Path | None = None,
+    known: bool = False,
 ) -> Splits:
     """Open a folder, a parquet file or a timm data set.
 
@@ -70,15 +71,17 @@ def open_splits(
         num_classes: Number of classes, if the data does not say it.
         val: Other data to evaluate on, all of it: a folder of class folders or of images alone, or a parquet file.
             In that case all of `data` is trained on.
+        known: Whether a model's classes are known, to which `renumbered` maps these: `val` may then have classes that
+            `data` does not have.
 
     Raises:
         DataError: If there is no such data, a split is missing, or a class is empty.
     """
     path = Path(data)
     if val is not None:
-        splits = _open_two(path, Path(val), holdout)
+        splits = _open_two(path, Path(val), holdout, known)
     elif path.is_dir():
-        splits = _open_flat(path, holdout, seed) if is_flat(path) else Splits(*open_folder(path, holdout, seed))
+        splits = _open_flat(path, holdout, seed) if is_flat(path) else Splits(*open_folder(path, holdout, seed, known))
     elif path.is_file() and path.suffix == ".parquet":
         splits = _open_parquet(path, holdout)
     elif not path.exists() and str(data).partition("/")[0].lower() in TIMM_PREFIXES + ITERABLE_PREFIXES:
@@ -101,22 +104,60 @@ def _open_flat(path: Path, holdout: float | int | None, seed: int) -> Splits:
     return Splits(Subset(images, rest), Subset(images, held), 0, None, text, labelled=False, val_labelled=False)
 
 
-def _open_two(data: Path, val: Path, holdout: float | int | None) -> Splits:
-    """Open all images of `data` for training and all images of `val` for evaluation."""
+def _open_two(data: Path, val: Path, holdout: float | int | None, known: bool) -> Splits:
+    """Open all images of `data` for training, and all of `val` for evaluation, with classes mapped by name."""
     if holdout is not None:
         raise DataError(f"{val}: is what is evaluated on, so nothing of {data} is held out. Leave holdout out.")
     train, classes, names = _whole(data)
-    held, val_classes, val_names = _whole(val, names)
+    held, val_classes, val_names = _whole(val)
     labelled, val_labelled = classes is not None, val_classes is not None
     without = ("" if labelled else " without labels", "" if val_labelled else " without labels")
     places = data.absolute().name, val.absolute().name
     text = f"{places[0]}: {len(train)} images{without[0]} for training, {len(held)}{without[1]} in {places[1]}"
     flip = data.stem not in NO_FLIP
-    most = max(classes or 0, val_classes or 0)
+    if labelled and val_names is not None and val_names != names:
+        order, names, more = _order(val, val_names, names, classes or 0, known)
+        held, val_classes, text = Renumbered(held, order), max(order) + 1, text + more
+    most = max(classes or 0, val_classes or 0, len(names or ()))
     return Splits(train, held, most, names or val_names, text, flip, labelled, val_labelled)
 
 
-def _whole(path: Path, names: tuple[str, ...] | None = None) -> tuple[Any, int | None, tuple[str, ...] | None]:
+def _order(
+    val: Path, own: tuple[str, ...], names: tuple[str, ...] | None, count: int, known: bool
+) -> tuple[list[int], tuple[str, ...] | None, str]:
+    """Return the number in training of each class of `val`, all names, and what to say of classes without names."""
+    if names is not None:
+        names += tuple(name for name in own if known and name not in names)
+        for name in own:
+            if name not in names:
+                raise DataError(f"{val}: class {name!r} is not among those trained on.{nearest(name, names)}")
+        return [names.index(name) for name in own], names, ""
+    if all(name.isascii() and name.isdecimal() and int(name) < count for name in own):
+        return [int(name) for name in own], None, ""  # the folders are named by what the training labels are
+    if len(own) != count:
+        raise DataError(
+            f"{val}: it has {len(own)} classes with names, such as {own[0]!r}, but training labels are numbers from 0 "
+            f"to {count - 1}, and nothing says which is which. Name its folders by these numbers."
+        )
+    return list(range(count)), own, f"; {val.absolute().name} is numbered in the order of its classes"
+
+
+class Renumbered(Dataset[Any]):
+    """A data set of `(image, label)` whose label `k` becomes `numbers[k]`; images without a label keep none."""
+
+    def __init__(self, images: Any, numbers: Sequence[int]) -> None:
+        self.images = images
+        self.numbers = list(numbers)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, label = self.images[index]
+        return image, NO_LABEL if int(label) == NO_LABEL else self.numbers[int(label)]
+
+
+def _whole(path: Path) -> tuple[Any, int | None, tuple[str, ...] | None]:
     """Return all images of a folder or parquet file, the number of classes (None without labels) and their names."""
     if path.is_file() and path.suffix == ".parquet":
         rows = ParquetImages(path)
@@ -128,7 +169,7 @@ def _whole(path: Path, names: tuple[str, ...] | None = None) -> tuple[Any, int |
         return Unlabelled(path), None, None
     if (path / "train").is_dir():
         raise DataError(f"{path}: it has train/. Name the folder whose images are meant, as {path / 'train'}.")
-    images = open_classes(path, names)
+    images = open_classes(path)
     return images, len(images.classes), tuple(images.classes)
 
 
