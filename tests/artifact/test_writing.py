@@ -1,5 +1,6 @@
 """Saving where it cannot be done, or is interrupted: nothing half-written remains, an old artifact stays as it was."""
 
+import json
 import os
 import resource
 import signal
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 import daqconvert as dq
+from daqconvert.artifact import read_manifest
 from daqconvert.errors import ArtifactError, FrozenError
 from helpers.artifacts import MANIFEST, TENSORS, assert_same, frozen_of, small_network
 
@@ -165,6 +167,18 @@ def test_saved_over_the_artifact_it_was_loaded_from(artifact, frozen, batch):
     before = content(artifact)
     dq.save(dq.load(artifact, model=small_network()), artifact, overwrite=True)
     assert content(artifact) == before
+
+
+def test_class_names_are_kept(frozen, batch, tmp_path):
+    plain, named = dq.save(frozen, tmp_path / "plain"), dq.save(frozen, tmp_path / "named", classes=["café", "tea"])
+    assert read_manifest(named).classes == ("café", "tea")
+    assert read_manifest(plain).classes is None
+    assert "classes" not in json.loads((plain / "daqconvert.json").read_text(encoding="utf-8"))
+    assert torch.equal(*(dq.load(path, model=small_network())(*batch) for path in (named, plain)))
+    for wrong in (["a\x1b[2J"], [""], ["a" * 401]):
+        with pytest.raises(ArtifactError, match="classes: expected a list of short texts"):
+            dq.save(frozen, tmp_path / "wrong", classes=wrong)
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_nothing_is_saved_that_could_not_be_loaded(batch, tmp_path):

@@ -63,3 +63,23 @@ def test_folder_with_nothing(tmp_path):
 def test_holdout_beside_a_val_folder_is_refused(make_folder):
     with pytest.raises(DataError, match="its own val/"):
         open_splits(make_folder(TWO_SPLITS), holdout=0.1)
+
+
+def test_what_systems_and_notebooks_leave_is_no_class(make_folder):
+    path = make_folder(
+        {"cat": 4, "dog": 4, ".git": 1, ".ipynb_checkpoints": 1, "__MACOSX": 1, "cat/.ipynb_checkpoints": 2}
+    )
+    (path / "cat" / "._0.jpg").write_bytes(b"a resource fork")
+    splits = open_splits(path, holdout=2)
+    assert splits.class_names == ("cat", "dog")
+    assert len(splits.train) + len(splits.val) == 8
+    flat = make_folder({".": 3, "__MACOSX": 1}, name="flat")
+    (flat / "._0.jpg").write_bytes(b"a resource fork")
+    assert len(open_splits(flat, holdout=1).train) == 2
+
+
+def test_a_split_without_a_class_says_so(make_folder):
+    path = make_folder({"train/cat": 2, "train/dog": 2, "train/emu": 2, "val/dog": 1})
+    splits = open_splits(path)
+    assert splits.description == "folder: 6 images for training, 1 in val/, none of cat, emu"
+    assert [label for _, label in splits.val] == [1]

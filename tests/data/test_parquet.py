@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import io
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from daqconvert.data import ParquetImages
@@ -92,14 +95,16 @@ def test_columns(tmp_path):
     from pyarrow import parquet
 
     path = tmp_path / "a.parquet"
-    parquet.write_table(pa.table({"img": [b"x"], "label": [0]}), path)
-    with pytest.raises(DataError, match=r"a\.parquet: no column 'image'; it has img, label"):
+    parquet.write_table(pa.table({"imag": ["x"], "label": [0]}), path)
+    with pytest.raises(DataError, match=r"a\.parquet: no column 'image'; it has imag, label.* Nearest: imag"):
         ParquetImages(path)
-    parquet.write_table(pa.table({"image": [b"x"], "label": ["cat"]}), path)
-    with pytest.raises(DataError, match="column 'label' should hold integers, found string"):
+    parquet.write_table(pa.table({"image": [b"x"], "label": [0.5]}), path)
+    with pytest.raises(DataError, match="column 'label' should hold integers or class names, found double"):
         ParquetImages(path)
     parquet.write_table(pa.table({"image": ["x"], "label": [0]}), path)
-    with pytest.raises(DataError, match="column 'image' should hold encoded bytes, found string"):
+    with pytest.raises(
+        DataError, match="column 'image' should hold encoded bytes, or a struct of bytes and path, found string"
+    ):
         ParquetImages(path)
 
 
@@ -142,3 +147,55 @@ def test_without_pyarrow_says_what_to_install(make_parquet, child_env):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=child_env, check=True)
     assert "pip install 'daqconvert[parquet]'" in done.stdout
+
+
+def hugging_face(tmp_path, columns, features, name="hf"):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pa.table(columns)
+    info = json.dumps({"info": {"features": features}})
+    path = tmp_path / f"{name}.parquet"
+    parquet.write_table(table.replace_schema_metadata({"huggingface": info}), path)
+    return path
+
+
+def test_the_layout_of_hugging_face(tmp_path):
+    (tmp_path / "beside.jpg").write_bytes(jpeg(2))
+    images = [
+        {"bytes": jpeg(0), "path": "a.jpg"},
+        {"bytes": jpeg(1), "path": None},
+        {"bytes": None, "path": "beside.jpg"},
+    ]
+    features = {"img": {"_type": "Image"}, "fine": {"names": ["red, dark", "blue"], "_type": "ClassLabel"}}
+    rows = ParquetImages(hugging_face(tmp_path, {"img": images, "fine": [1, 0, 1], "id": [7, 8, 9]}, features))
+    assert (rows.class_names, rows.num_classes) == (("red, dark", "blue"), 2)
+    for number, label in enumerate([1, 0, 1]):
+        found = rows[number]
+        assert found[1] == label
+        assert found[0].tobytes() == Image.open(io.BytesIO(jpeg(number))).tobytes()
+
+
+def test_labels_that_are_texts(tmp_path):
+    columns = {"image": [jpeg(i) for i in range(3)], "label": ["dog", "cat", "dog"]}
+    rows = ParquetImages(hugging_face(tmp_path, columns, {}))
+    assert (rows.class_names, [label for _, label in rows]) == (("cat", "dog"), [1, 0, 1])
+    features = {"label": {"names": ["dog"], "_type": "ClassLabel"}}
+    with pytest.raises(DataError, match="row 1: label 'cat' is no name of its metadata"):
+        ParquetImages(hugging_face(tmp_path, columns, features))
+
+
+def test_columns_that_could_be_meant_are_not_guessed(tmp_path):
+    columns = {"left": [jpeg(0)], "right": [jpeg(0)], "label": [0]}
+    with pytest.raises(DataError, match="no column 'image'; it has left, right, label"):
+        ParquetImages(hugging_face(tmp_path, columns, {}))
+    columns = {"image": [jpeg(0)], "coarse": [0], "fine": [0]}
+    features = {key: {"_type": "ClassLabel", "names": ["a"]} for key in ("coarse", "fine")}
+    with pytest.raises(DataError, match="no column 'label'; it has image, coarse, fine"):
+        ParquetImages(hugging_face(tmp_path, columns, features))
+
+
+def test_a_part_is_the_same_rows(make_parquet):
+    path = make_parquet([jpeg(i) for i in range(6)], [0, 1, 2, 0, 1, 2])
+    for cache in (False, True):
+        part, own = ParquetImages(path, cache=cache).part(2, 5), ParquetImages(path, start=2, stop=5)
+        assert [label for _, label in part] == [label for _, label in own] == [2, 0, 1]
+        assert part[1][0].convert("RGB").tobytes() == own[1][0].convert("RGB").tobytes()

@@ -30,6 +30,7 @@ from daqconvert.cli.output import Output, fail, say
 from daqconvert.cli.processes import ProcessGroup, count, is_main, process_group
 from daqconvert.cli.rundir import Config
 from daqconvert.convert import apply_plan, plan
+from daqconvert.data import check_images
 from daqconvert.errors import DataError, TrainingError
 from daqconvert.models import copy_model
 from daqconvert.report.progress import progress
@@ -75,6 +76,8 @@ def finetune_command(
         with process_group() as processes:
             processes.from_main(lambda: rundir.prepare(out, overwrite, resume))
             config, opened = open_fresh(typed, chosen) if chosen else open_resumed(out, typed, processes)
+            if not resume and (remarks := processes.from_main(lambda: check_images(*opened.images))):
+                say(remarks)
             config = processes.from_main(lambda: dataclasses.replace(config, onnx=config.onnx and not no_onnx))
             opened, float_top1 = prepare_float(out, config, opened, processes, resume=resume)
         run(out, Started(config, opened, float_top1, resume=resume), output)

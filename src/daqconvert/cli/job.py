@@ -123,6 +123,11 @@ class Opened:
     class_names: tuple[str, ...] | None = None
 
     @property
+    def images(self) -> tuple[Any, Any]:
+        """The data sets of training and of validation."""
+        return self.loaders.train.dataset, self.loaders.val.dataset
+
+    @property
     def known(self) -> Known:
         """What a run keeps of them."""
         return Known(self.model_args, self.loaders.num_classes, self.class_names)

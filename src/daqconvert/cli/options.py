@@ -68,7 +68,12 @@ class DataOptions:
         Path | None,
         option("--val", "Folder or .parquet file to evaluate on, all of it; then all of --data is trained on."),
     ] = None
-    holdout: Annotated[float | None, option("--holdout", "Share (below 1) or number of images held out.")] = None
+    holdout: Annotated[
+        float | None,
+        option(
+            "--holdout", "Share (below 1) or number (1 or more) of the images that are held out. Default: a tenth."
+        ),
+    ] = None
     data_root: Annotated[Path | None, option("--data-root", "Where a timm data set lies. Default: data.")] = None
     download: Annotated[bool, option("--download", "Allow a timm data set to be downloaded.")] = False
     input_size: InputSize = None
@@ -83,7 +88,9 @@ class DataOptions:
             "those of the run or artifact, or of the published weights, else the data's own order.",
         ),
     ] = None
-    batch_size: Annotated[int | None, option("--batch-size", "Images a batch. Default: the recipe's.")] = None
+    batch_size: Annotated[
+        int | None, option("--batch-size", "Images a batch. Default: the recipe's; eval takes 64, verify 8.")
+    ] = None
     workers: Annotated[int, option("--workers", "Processes that decode images.")] = 0
 
 

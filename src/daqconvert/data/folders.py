@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from torch.utils.data import Dataset, Subset
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from daqconvert.data.decoding import Encoded, decoded
 from daqconvert.errors import DataError, nearest
 
 VAL_NAMES = ("val", "validation", "valid", "test")
 HOLDOUT = 0.1
 SHOWN = 3  # names in a message
+LEFTOVERS = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 NO_LABEL = -100  # the label of images that cross entropy and top-1 leave out
 
 
@@ -75,7 +78,7 @@ def is_flat(path: Path) -> bool:
         DataError: If it holds both.
     """
     entries = list(path.iterdir())
-    folders = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    folders = sorted(entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name))
     images = sorted(entry.name for entry in entries if _is_image(entry))
     if folders and images:
         raise DataError(
@@ -95,15 +98,30 @@ class Unlabelled(Dataset[Any]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        return load_image(self.paths[index]), NO_LABEL
+        return decoded(self.encoded(index)), NO_LABEL
+
+    def encoded(self, index: int) -> Encoded:
+        """Return an image as it is stored."""
+        return Encoded(self.paths[index], self.paths[index])
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMG_EXTENSIONS and path.is_file()
+    """Whether a path has the name of an image; a link that leads nowhere has it too, so that it can be told of."""
+    return path.suffix.lower() in IMG_EXTENSIONS and not is_hidden(path.name) and not path.is_dir()
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder is none of the user's data: hidden, or left by a system or a notebook.
+
+    Example:
+        >>> [is_hidden(name) for name in (".git", ".ipynb_checkpoints", "__MACOSX", "._cat.jpg", "cat")]
+        [True, True, True, True, False]
+    """
+    return name.startswith(".") or name in LEFTOVERS
 
 
 def _classes(path: Path) -> tuple[str, ...]:
-    classes = tuple(sorted(entry.name for entry in path.iterdir() if entry.is_dir()))
+    classes = tuple(sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not is_hidden(entry.name)))
     if not classes:
         raise DataError(f"{path}: expected a folder of images for each class, found no folder in it.")
     return classes
@@ -114,7 +132,25 @@ class Folder(ImageFolder):
 
     def __init__(self, path: Path, classes: Sequence[str]) -> None:
         self._names = list(classes)
-        super().__init__(str(path), loader=load_image, allow_empty=True)
+        super().__init__(str(path), loader=load_image, is_valid_file=self._is_valid, allow_empty=True)
+
+    def _is_valid(self, path: str) -> bool:
+        parts = Path(path).relative_to(self.root).parts
+        return Path(path).suffix.lower() in IMG_EXTENSIONS and not any(map(is_hidden, parts))
+
+    def encoded(self, index: int) -> Encoded:
+        """Return an image as it is stored."""
+        return Encoded(self.samples[index][0], self.samples[index][0])
+
+    def others(self) -> Counter[str]:
+        """Return how many files in the class folders have not the name of an image, for people, by their suffix."""
+        found: Counter[str] = Counter()
+        for name in self._names:
+            for path in (Path(self.root) / name).rglob("*"):
+                hidden = any(map(is_hidden, path.relative_to(self.root).parts))
+                if not hidden and not path.is_dir() and path.suffix.lower() not in IMG_EXTENSIONS:
+                    found[f"more files are left out, as {path.suffix or path.name} is no image's suffix here"] += 1
+        return found
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         """Return the class names and their numbers: those of the training split, even if this split lacks a class."""
@@ -136,19 +172,12 @@ def _folder(path: Path, classes: Sequence[str]) -> Folder:
 
 
 def load_image(path: str) -> Any:
-    """Return the decoded image in a file.
+    """Return the decoded image in a file, with 8 bits a channel and the right way up.
 
     Raises:
         DataError: If it is no readable image.
     """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image.copy()
-    except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, struct.error, ... for damaged files
-        raise DataError(f"{path} is no readable image ({error}).") from error
+    return decoded(Encoded(path, path))
 
 
 def stratified(labels: list[int], holdout: float | int | None, seed: int, where: str) -> tuple[list[int], list[int]]:
@@ -160,7 +189,7 @@ def stratified(labels: list[int], holdout: float | int | None, seed: int, where:
     count = holdout_count(holdout, len(labels), where)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).tolist()
     seen: dict[int, int] = {}
-    sizes = {label: labels.count(label) for label in set(labels)}
+    sizes = Counter(labels)
     keys = []
     for position in order:  # the k-th image of a class of n comes at (k + 1/2) / n: an even mixture of classes
         label = labels[position]

@@ -1,12 +1,18 @@
-"""Images in a parquet file: a column `image` of encoded bytes (JPEG, PNG, ...) and an integer column `label`.
+"""Images in a parquet file: a column `image` of encoded bytes (JPEG, PNG, ...) and a column `label`, numbers or names.
+
+Images may also be `struct<bytes, path>`, as Hugging Face's data sets have them; a path, where there are no bytes,
+begins at the folder of the file. Columns of other names are found by Hugging Face's own metadata, or if only one can
+be meant.
 
 Rows are numbered from 0 over the whole file, even if only a part of it is read. Class names are read from the schema's
-metadata entry `classes` (comma separated) where there is one.
+metadata: an entry `classes` (comma separated), or Hugging Face's `ClassLabel`. Labels that are texts are their own
+names, numbered in sorted order.
 """
 
 from __future__ import annotations
 
-import io
+import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +21,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from daqconvert.data.decoding import Encoded, decoded
 from daqconvert.errors import DataError, nearest
+
+OTHER_NAMES = {"image": ("img", "jpg", "png"), "label": ("labels", "fine_label", "class", "target")}
 
 
 class ParquetImages(Dataset[tuple[Any, int]]):
@@ -25,7 +34,7 @@ class ParquetImages(Dataset[tuple[Any, int]]):
 
     Args:
         path: The file.
-        transform: Called with each `PIL.Image` (in its own mode); None returns the image.
+        transform: Called with each `PIL.Image` (8 bits a channel, the right way up); None returns the image.
         start: First row.
         stop: One past the last row; None for the end of the file.
         cache: Whether to decode all rows now, into one uint8 tensor `(rows, H, W, 3)` that later reads use.
@@ -55,11 +64,19 @@ class ParquetImages(Dataset[tuple[Any, int]]):
         self.path = Path(path)
         self.transform = transform
         self.start = start
-        table, labels, self.class_names = _read(self.path, start, stop)
+        images, labels, self.class_names = _read(self.path, start, stop)
         self.num_classes = _num_classes(self.path, labels, self.class_names)
         self.labels = torch.from_numpy(labels[start:stop].astype("int64"))
-        self._images = table.column("image")
+        self._images = images
         self._cache = self._decode_all() if cache else None
+
+    def part(self, start: int, stop: int) -> ParquetImages:
+        """Return rows `start` to `stop` of these, without reading the file again."""
+        found = copy.copy(self)
+        found.start, found.labels = self.start + start, self.labels[start:stop]
+        found._images = self._images.slice(start, stop - start)
+        found._cache = None if self._cache is None else self._cache[start:stop]
+        return found
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -71,19 +88,17 @@ class ParquetImages(Dataset[tuple[Any, int]]):
         image = self._decode(index) if self._cache is None else _from_pixels(self._cache[index])
         return (image if self.transform is None else self.transform(image)), int(self.labels[index])
 
-    def _decode(self, index: int) -> Any:
-        from PIL import Image
+    def encoded(self, index: int) -> Encoded:
+        """Return an image as it is stored."""
+        found, where = self._images[index].as_py(), f"{self.path}, row {self.start + index}"
+        if isinstance(found, dict):
+            path, found = found.get("path"), found.get("bytes")
+            if not found and path:
+                return Encoded(str(self.path.parent / path), where)
+        return Encoded(found or b"", where)
 
-        data = self._images[index].as_py()
-        where = f"{self.path}, row {self.start + index}"
-        if not data:
-            raise DataError(f"{where}: expected an encoded image, found nothing.")
-        try:
-            image = Image.open(io.BytesIO(data))
-            image.load()
-        except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, struct.error, ... for damaged files
-            raise DataError(f"{where}: its {len(data)} bytes are no readable image ({error}).") from error
-        return image
+    def _decode(self, index: int) -> Any:
+        return decoded(self.encoded(index))
 
     def _decode_all(self) -> Tensor:
         from torchvision.transforms.functional import pil_to_tensor
@@ -130,7 +145,7 @@ def _open(path: Path) -> Any:
 
 
 def _read(path: Path, start: int, stop: int | None) -> tuple[Any, Any, tuple[str, ...] | None]:
-    """Return the table of images `start:stop`, the labels of all rows, and the class names."""
+    """Return the column of images `start:stop`, the labels of all rows, and the class names."""
     file = _open(path)
     import pyarrow as pa  # after `_open`, which says how to install it
 
@@ -138,31 +153,74 @@ def _read(path: Path, start: int, stop: int | None) -> tuple[Any, Any, tuple[str
     end = rows if stop is None else stop
     if not 0 <= start < end <= rows:
         raise DataError(f"{path}: rows {start} to {end} asked for, but it has {rows}.")
-    _check_columns(path, file.schema_arrow)
+    image, label = _columns(path, file.schema_arrow)
     groups, first = _groups(file.metadata, start, end)
     try:
-        labels = file.read(columns=["label"]).column("label")
-        images = file.read_row_groups(groups, columns=["image"]).slice(start - first, end - start)
+        labels = file.read(columns=[label]).column(label)
+        images = file.read_row_groups(groups, columns=[image]).column(image).slice(start - first, end - start)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is damaged ({_line(error)}).") from error
     if labels.null_count:
         raise DataError(f"{path}, row {labels.is_null().index(True).as_py()}: it has no label.")
-    names = (file.schema_arrow.metadata or {}).get(b"classes")
-    return images, labels.to_numpy(), tuple(names.decode().split(",")) if names else None
+    names = _names(file.schema_arrow, label)
+    if not pa.types.is_integer(labels.type):
+        texts = labels.to_pylist()
+        names = names or tuple(sorted(set(texts)))
+        strange = next((row for row, text in enumerate(texts) if text not in names), None)
+        if strange is not None:
+            raise DataError(f"{path}, row {strange}: label {texts[strange]!r} is no name of its metadata.")
+        numbers = {name: number for number, name in enumerate(names)}
+        labels = pa.array([numbers[text] for text in texts], pa.int64())
+    return images, labels.to_numpy(), names
 
 
-def _check_columns(path: Path, schema: Any) -> None:
+def _columns(path: Path, schema: Any) -> tuple[str, str]:
+    """Return the names of the columns of images and labels, or raise for what is missing or of another type."""
     import pyarrow.types as kinds
 
-    for name, what, fits in (
-        ("image", "encoded bytes", lambda t: kinds.is_binary(t) or kinds.is_large_binary(t)),
-        ("label", "integers", kinds.is_integer),
+    def is_image(t: Any) -> bool:
+        if kinds.is_struct(t):
+            return any(field.name == "bytes" and is_image(field.type) for field in t)
+        return bool(kinds.is_binary(t) or kinds.is_large_binary(t))
+
+    def is_label(t: Any) -> bool:
+        return bool(kinds.is_integer(t) or kinds.is_string(t) or kinds.is_large_string(t))
+
+    features, found = _features(schema), []
+    for name, what, fits, feature in (
+        ("image", "encoded bytes, or a struct of bytes and path", is_image, "Image"),
+        ("label", "integers or class names", is_label, "ClassLabel"),
     ):
-        if name not in schema.names:
-            found = ", ".join(schema.names)
-            raise DataError(f"{path}: no column {name!r}; it has {found}.{nearest(name, schema.names)}")
-        if not fits(schema.field(name).type):
-            raise DataError(f"{path}: column {name!r} should hold {what}, found {schema.field(name).type}.")
+        told = [key for key, value in features.items() if value.get("_type") == feature and key in schema.names]
+        usual = [key for key in OTHER_NAMES[name] if key in schema.names]
+        typed = [field.name for field in schema if fits(field.type)] if name == "image" else []
+        one = next(
+            (keys[0] for keys in ([name] if name in schema.names else [], told, usual, typed) if len(keys) == 1), None
+        )
+        if one is None:
+            raise DataError(
+                f"{path}: no column {name!r}; it has {', '.join(schema.names)}.{nearest(name, schema.names)}"
+            )
+        if not fits(schema.field(one).type):
+            raise DataError(f"{path}: column {one!r} should hold {what}, found {schema.field(one).type}.")
+        found.append(one)
+    return found[0], found[1]
+
+
+def _features(schema: Any) -> dict[str, dict[str, Any]]:
+    """Return what Hugging Face's metadata says of each column; nothing where there is none that can be read."""
+    try:
+        found = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, TypeError, ValueError):
+        return {}
+    return {key: value for key, value in found.items() if isinstance(value, dict)} if isinstance(found, dict) else {}
+
+
+def _names(schema: Any, label: str) -> tuple[str, ...] | None:
+    if text := (schema.metadata or {}).get(b"classes"):
+        return tuple(text.decode().split(","))
+    names = _features(schema).get(label, {}).get("names")
+    return tuple(map(str, names)) if names else None
 
 
 def _groups(metadata: Any, start: int, end: int) -> tuple[list[int], int]:

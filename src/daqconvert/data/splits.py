@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from daqconvert.data.folders import NO_LABEL, Unlabelled, holdout_count, is_flat, open_classes, open_folder, stratified
@@ -19,6 +20,7 @@ from daqconvert.errors import DataError, nearest
 TORCH_NAMES = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist", "imagenet", "places365", "inat")
 TIMM_PREFIXES = ("torch", "hfds")
 ITERABLE_PREFIXES = ("tfds", "wds", "hfids")
+OFTEN = 10  # rows a class: in so many mixed rows a class is missing once in twenty thousand times
 NO_FLIP = ("mnist", "kmnist", "qmnist", "svhn", "digits")
 
 
@@ -64,7 +66,8 @@ def open_splits(
             that directly holds such class folders; a folder of images alone, without labels; a `.parquet` file; or a
             name such as `torch/NAME` or `hfds/NAME`.
         holdout: Share (below 1) or number of the images of one folder or parquet file that are kept for evaluation;
-            None for a tenth. Of a parquet file these are the last rows, of a folder a seeded choice from every class.
+            None for a tenth. Of a parquet file these are the last rows; of a folder, and of a parquet file whose rows
+            lie by class, a seeded choice from every class.
         seed: Seed of that choice.
         data_root: Folder that holds a timm data set; `data` by default.
         download: Whether a timm data set may be downloaded.
@@ -83,7 +86,7 @@ def open_splits(
     elif path.is_dir():
         splits = _open_flat(path, holdout, seed) if is_flat(path) else Splits(*open_folder(path, holdout, seed, known))
     elif path.is_file() and path.suffix == ".parquet":
-        splits = _open_parquet(path, holdout)
+        splits = _open_parquet(path, holdout, seed)
     elif not path.exists() and str(data).partition("/")[0].lower() in TIMM_PREFIXES + ITERABLE_PREFIXES:
         splits = _open_timm(str(data), Path(data_root or "data"), download, num_classes)
     else:
@@ -173,12 +176,29 @@ def _whole(path: Path) -> tuple[Any, int | None, tuple[str, ...] | None]:
     return images, len(images.classes), tuple(images.classes)
 
 
-def _open_parquet(path: Path, holdout: float | int | None) -> Splits:
+def _open_parquet(path: Path, holdout: float | int | None, seed: int) -> Splits:
     rows = count_rows(path)
     at = rows - holdout_count(holdout, rows, str(path))
-    train, val = ParquetImages(path, stop=at), ParquetImages(path, start=at)
-    text = f"{path.name}: rows 0 to {at - 1} for training, {at} to {rows - 1} held out"
-    return Splits(train, val, train.num_classes, train.class_names, text, flip=path.stem not in NO_FLIP)
+    flip = path.stem not in NO_FLIP
+    whole = ParquetImages(path)
+    if _by_class(whole.labels, at):
+        rest, held = stratified(whole.labels.tolist(), holdout, seed, str(path))
+        text = f"{path.name}: rows lie by class, so of every class some are held out: {len(held)} of {rows}"
+        parts: tuple[Dataset[Any], Dataset[Any]] = Subset(whole, rest), Subset(whole, held)
+    else:
+        text = f"{path.name}: rows 0 to {at - 1} for training, {at} to {rows - 1} held out"
+        parts = whole.part(0, at), whole.part(at, rows)
+    return Splits(*parts, whole.num_classes, whole.class_names, text, flip=flip)
+
+
+def _by_class(labels: Tensor, at: int) -> bool:
+    """Whether rows of one class lie together, or one side of row `at` lacks a class that it would have by chance."""
+    classes = len(labels.unique())
+    changes = int((labels[1:] != labels[:-1]).sum())
+    together = classes > 1 and changes == classes - 1 and len(labels) > classes
+    held = len(labels) - at
+    lacking = len(labels[:at].unique()) < classes or (held > OFTEN * classes and len(labels[at:].unique()) < classes)
+    return together or lacking
 
 
 def _open_timm(name: str, root: Path, download: bool, num_classes: int | None) -> Splits:

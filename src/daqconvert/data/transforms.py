@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from daqconvert.data.decoding import eight_bits
 from daqconvert.data.input_config import InputConfig
 from daqconvert.errors import DataError
 
@@ -104,4 +105,4 @@ def _shared(config: InputConfig) -> dict[str, Any]:
 
 
 def _convert(image: Any, mode: str) -> Any:
-    return image.convert(mode)
+    return eight_bits(image).convert(mode)
