@@ -3,14 +3,17 @@
 A batch is a tensor, a tuple or list whose first entry is the input and second the target, or a mapping of keyword
 arguments, whose target is under one of `TARGET_KEYS`. A mapping is a dict or anything else with names for its values:
 `collections.abc.Mapping`, a `UserDict` such as Hugging Face's `BatchEncoding`, a dataclass.
+For a model whose forward needs several inputs, these are given as they are passed to `export`: `(a, b)`, with a target
+`(a, b, target)` or `((a, b), target)`.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import itertools
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -23,8 +26,10 @@ from daqconvert.errors import DataError
 TARGET_KEYS = ("target", "label", "labels")
 
 
-def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+def split_batch(batch: Any, model: nn.Module | None = None) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     """Return the positional arguments, the keyword arguments and the target of a batch; the target may be None.
+
+    Without a model it is taken to need one input.
 
     Raises:
         DataError: If the batch is not a tensor, a non-empty tuple or list, or a mapping with texts as its keys.
@@ -32,6 +37,8 @@ def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     Example:
         >>> split_batch((torch.zeros(2, 3), torch.tensor([0, 1])))[2].tolist()
         [0, 1]
+        >>> split_batch((torch.zeros(2, 3), torch.ones(2, 3)), nn.Bilinear(3, 3, 1))[2] is None
+        True
     """
     if isinstance(batch, Tensor):
         return (batch,), {}, None
@@ -47,7 +54,7 @@ def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         target = next((kwargs.pop(key) for key in TARGET_KEYS if key in kwargs), None)
         return (), kwargs, target
     if isinstance(batch, (tuple, list)) and batch:
-        return (batch[0],), {}, batch[1] if len(batch) > 1 else None
+        return _positional(batch, 1 if model is None else needed_inputs(model))
     found = type(batch).__name__ + (" of length 0" if isinstance(batch, (tuple, list)) else "")
     raise DataError(
         f"batch: expected a tensor, a tuple or list (input, target), or a dict of keyword arguments; found {found}."
@@ -67,6 +74,32 @@ def named_values(batch: Any) -> dict[str, Any] | None:
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     return None
+
+
+def _positional(batch: Sequence[Any], needed: int) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    first, rest = batch[0], batch[1:]
+    if needed > 1 and isinstance(first, (tuple, list)):
+        return tuple(first), {}, rest[0] if rest else None
+    if needed > 1 and len(batch) in (needed, needed + 1):
+        return tuple(batch[:needed]), {}, batch[needed] if len(batch) > needed else None
+    return (first,), {}, rest[0] if rest else None
+
+
+def needed_inputs(model: nn.Module) -> int:
+    """Return how many positional inputs the forward of a model cannot do without; 1 where it does not say.
+
+    Example:
+        >>> needed_inputs(nn.Linear(2, 2)), needed_inputs(nn.Bilinear(2, 2, 2))
+        (1, 2)
+    """
+    while hasattr(model, "_orig_mod"):  # compiled
+        model = model._orig_mod  # type: ignore[assignment]
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return 1
+    wanted = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return max(1, sum(one.kind in wanted and one.default is inspect.Parameter.empty for one in parameters))
 
 
 def to_device(value: Any, device: torch.device) -> Any:
@@ -97,7 +130,7 @@ def model_device(model: nn.Module) -> torch.device:
 
 def run_batch(model: nn.Module, batch: Any) -> Any:
     """Call a model on the inputs of a batch, moved to the model's device; the target is not used."""
-    args, kwargs, _ = split_batch(batch)
+    args, kwargs, _ = split_batch(batch, model)
     device = model_device(model)
     return model(*to_device(args, device), **to_device(kwargs, device))
 
@@ -115,7 +148,7 @@ def run_batch_until(model: nn.Module, batch: Any) -> None:
 def batch_size(batch: Any) -> int:
     """Return the length of the first tensor among the inputs of a batch; 1 if there is none."""
     args, kwargs, _ = split_batch(batch)
-    for value in (*args, *kwargs.values()):
+    for value in tree_leaves((args, kwargs)):
         if isinstance(value, Tensor) and value.dim():
             return int(value.shape[0])
     return 1

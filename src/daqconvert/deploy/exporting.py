@@ -140,7 +140,7 @@ def _write_onnx(
     agreement = FileAgreement(ModuleProbe(twin), content)
     agreement.add(*arguments)
     for example in check_batches if check_batches is not None else ():
-        args, kwargs, _ = split_batch(example)
+        args, kwargs, _ = split_batch(example, twin)
         agreement.add(*to_float32((args, kwargs)))
     if batch is not None:
         agreement.add_other(*batch.other(arguments))
@@ -288,7 +288,7 @@ def _export_program(
         for args, kwargs in [arguments] if batch is None else [arguments, batch.other(arguments)]:
             samples = max(samples, _compare(noise, model, again, args, kwargs))
         for example in check_batches if check_batches is not None else ():
-            args, kwargs, _ = split_batch(example)
+            args, kwargs, _ = split_batch(example, model)
             samples += _compare(noise, model, again, to_device(args, device), to_device(kwargs, device))
         if batch is not None:
             notes += batch.notes(model, arguments)

@@ -115,7 +115,7 @@ def measured(
     device, meter = model_device(model), Meter(topk)
     with evaluating(model), torch.no_grad():
         for i, batch in enumerate(track(batches, "evaluating", total, enabled=progress)):
-            (args, kwargs), target = read_batch(batch, device, f"evaluate: batch {i}", needs_target=True)
+            (args, kwargs), target = read_batch(batch, device, f"evaluate: batch {i}", needs_target=True, model=model)
             outputs = model(*args, **kwargs)
             count = inputs_count((args, kwargs))
             if loss_fn is None:

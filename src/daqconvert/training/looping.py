@@ -104,7 +104,7 @@ def _take_step(run: Run, wrapped: Any, group: list[Any]) -> tuple[Step, list[flo
     number = position.number + 1
     where = f"epoch {position.epoch}, step {position.steps + 1}{f' of {run.steps}' if run.steps else ''}"
     needs, device = run.objective.needs_target, processes.device
-    read = [read_batch(b, device, where, needs_target=needs, hint=UNLABELLED) for b in group]
+    read = [read_batch(b, device, where, needs_target=needs, hint=UNLABELLED, model=run.model) for b in group]
     if any(no_elements(inputs) for inputs, _ in read):
         raise DataError(f"{where}: expected a batch with inputs, found one of size 0. Leave it out of train_loader.")
     run.optimizers.set_step(number - 1)

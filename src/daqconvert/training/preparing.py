@@ -162,7 +162,7 @@ def _check_batch(run: Run, batch: Any, where: str, *, needs_target: bool, traini
         DataError: With the place `where`.
     """
     inputs, target = read_batch(
-        batch, run.processes.device, where, needs_target=needs_target, hint=UNLABELLED * training
+        batch, run.processes.device, where, needs_target=needs_target, hint=UNLABELLED * training, model=run.model
     )
     if not needs_target or run.objective.loss_fn is not None:
         return

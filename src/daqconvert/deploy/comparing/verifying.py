@@ -91,9 +91,10 @@ def verify_all(
         partners[first] |= shared
         partners[second] |= shared
     sums = {pair: _Sums() for pair in pairs}
+    module = next((model for model in models.values() if isinstance(model, nn.Module)), None)
     count = 0
     for batch in itertools.islice(batches, max_batches):
-        args, kwargs, _ = split_batch(batch)
+        args, kwargs, _ = split_batch(batch, module)
         found = {key: probe.run(args, kwargs, partners[key]) for key, probe in probes.items()}
         for (first, second), pair_sums in sums.items():
             pair_sums.add(found[first], found[second])

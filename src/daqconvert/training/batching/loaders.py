@@ -60,12 +60,19 @@ def check_length(loader: Any, recipe: Recipe) -> None:
 
 
 def read_batch(
-    batch: Any, device: torch.device, where: str, *, needs_target: bool, hint: str = ""
+    batch: Any,
+    device: torch.device,
+    where: str,
+    *,
+    needs_target: bool,
+    hint: str = "",
+    model: torch.nn.Module | None = None,
 ) -> tuple[Inputs, Any]:
     """Return the inputs of a batch and its target, or None if it has no target, on a device.
 
     A batch is a tensor; a tuple or list `(input, target)`; or a dict of keyword arguments, with the target under
-    `"target"`, `"label"` or `"labels"`. `where` is the place and `hint` the advice in the error's message.
+    `"target"`, `"label"` or `"labels"`; of a `model` that needs several inputs, as `split_batch` says. `where` is the
+    place and `hint` the advice in the error's message.
 
     Raises:
         DataError: If the batch has another form, or no target although it `needs_target`.
@@ -76,7 +83,7 @@ def read_batch(
         [0, 1]
     """
     try:
-        args, kwargs, target = split_batch(batch)
+        args, kwargs, target = split_batch(batch, model)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
     if target is None and needs_target:

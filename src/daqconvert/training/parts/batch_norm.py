@@ -135,7 +135,7 @@ def _estimate(model: nn.Module, epochs: Epochs, processes: Processes, epoch: int
     with preserved_random_state(epochs.loader):
         batches = itertools.islice(epochs.batches(epoch, whole=True), count)
         where, device = "train_loader (reestimate)", processes.device
-        inputs = (read_batch(batch, device, where, needs_target=False)[0] for batch in batches)
+        inputs = (read_batch(batch, device, where, needs_target=False, model=model)[0] for batch in batches)
         reestimate(model, inputs, autocast=processes.autocast)
 
 
