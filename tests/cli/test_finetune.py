@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -187,3 +188,19 @@ def test_own_model_is_a_skeleton_that_the_user_names_again(daq, own_model, folde
         assert f"add --model {own_model}" in daq(command, run).fails()
     assert not (tmp_path / "imported").exists()
     assert daq("eval", run, "--model", own_model, "--json").json["results"]["W8A4, frozen"]["images"] == 8
+
+
+def test_fewer_outputs_than_classes_and_unreadable_images_are_told_before_anything_is_done(daq, own_model, folder):
+    data, out = shutil.copytree(folder, Path("data")), Path("run")
+    for split in ("train", "val"):
+        shutil.copytree(folder / split / "dark", data / split / "third")
+    arguments = (own_model, "--data", data, "--out", out)
+    message = daq("finetune", *arguments).fails()
+    assert "has 2 classes, its data 3. Let it return a model with 3 outputs." in message
+    for split in ("train", "val"):
+        shutil.rmtree(data / split / "third")
+        (data / split / "dark" / "0.jpg").write_bytes(b"")
+    message = daq("finetune", *arguments).fails()
+    assert "2 of 20 images cannot be read" in message
+    assert message.count("0.jpg is no readable image") == 2
+    assert not out.exists()

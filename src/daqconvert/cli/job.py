@@ -13,18 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from daqconvert.data import (
-    Augmentation,
-    Classes,
-    Loaders,
-    Splits,
-    answered_by,
-    create_loaders,
-    open_splits,
-    published_classes,
-    read_classes,
-    renumbered,
-)
+from daqconvert.data import Augmentation, Loaders, Splits, answered_by, create_loaders, open_splits
+from daqconvert.data.classes import Classes, published_classes, read_classes, renumbered
 from daqconvert.errors import ConversionError, DataError
 from daqconvert.sources import Source, build_model, parse_source
 from daqconvert.spec.plain_values import from_plain
@@ -287,10 +277,11 @@ def _check_classes(job: Job, classes: Classes | None, count: int | None, loaders
             f"{len(names)} classes, or images without class folders."
         )
     if count is not None and count < loaders.num_classes and (classes is None or not classes.names):
-        raise DataError(
-            f"{job.source} has {count} classes, its data {loaders.num_classes}. Give --model-arg "
-            f"num_classes={loaders.num_classes}."
-        )
+        need = loaders.num_classes
+        remedy = f"Give --model-arg num_classes={need}"
+        if job.source.kind == "import":
+            remedy = f"Let it return a model with {need} outputs"
+        raise DataError(f"{job.source} has {count} classes, its data {need}. {remedy}.")
 
 
 def _splits(job: Job, known: bool) -> Splits | None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,7 @@ def _images(
     channels, height, width = config.input_size
     if channels not in (1, 3):
         raise DataError(f"The model takes {channels} channels; images can be had with 1 or 3.")
-    native = splits.train[0][0].size
+    native = _size_of_first(splits.train)
     small = max(native) <= SMALL
     if side is not None:
         height = width = side
@@ -180,6 +181,16 @@ def _images(
         "unused": ("crop_scale",) if small else (),
     }
     return Transformed(splits.train, noisy), Transformed(splits.val, plain), Transformed(splits.train, plain), info
+
+
+def _size_of_first(images: Images) -> tuple[int, int]:
+    """Return the size of the first image that can be read; the others are told of by who reads or checks them."""
+    for index in range(len(images)):  # type: ignore[arg-type]
+        with suppress(DataError):
+            width, height = images[index][0].size
+            return width, height
+    width, height = images[0][0].size
+    return width, height
 
 
 class Transformed(Dataset[tuple[Any, int]]):
