@@ -52,6 +52,25 @@ def test_sums_beyond_float32_are_exact():
         assert torch.equal(frozen(x), y)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("channels", [3, 1200], ids=["in float32", "in parts"])
+def test_not_a_number_stays_one(channels, dtype):
+    """A sample with NaN in it gives NaN, as in the float form; infinity is clipped; the other samples are unchanged."""
+    model = nn.Sequential(
+        nn.Conv2d(channels, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(16, 3)
+    )
+    x = torch.randn(4, channels, 4, 4, dtype=dtype)
+    qmodel = dq.quantize(model.eval().to(dtype), w_bits=8, a_bits=8, deploy="integer")
+    dq.calibrate(qmodel, [x])
+    frozen = dq.freeze(qmodel)
+    wanted, x = frozen(x), x.clone()
+    x[1, 0, 1, 1], x[2, 0, 1, 1], x[3, 0, 1, 1] = torch.nan, torch.inf, -torch.inf
+    y, finite = frozen(x), x.nan_to_num(posinf=1e30, neginf=-1e30)
+    assert y[1].isnan().all() and torch.equal(y[0], wanted[0]) and y[2:].isfinite().all()
+    assert torch.equal(y[2:], frozen(finite)[2:])
+    assert torch.equal(y.isnan(), qmodel.eval()(x).isnan())
+
+
 def test_what_a_frozen_model_holds():
     qmodel, _ = quantized("residual")
     frozen = dq.freeze(qmodel)
@@ -170,6 +189,55 @@ def test_cast_after_freezing(dtype, tmp_path):
     dq.save(frozen, tmp_path / "artifact")
     loaded = dq.load(tmp_path / "artifact", model=trained("residual")[0].to(dtype))
     assert torch.equal(loaded(x.to(dtype)), frozen(x.to(dtype)))
+
+
+READS = {
+    "weight": lambda model: model.bn.weight.sum(),
+    "bias": lambda model: model.bn.bias.mean(),
+    "mean": lambda model: model.bn.running_mean.abs().sum(),
+    "variance": lambda model: model.bn.running_var.sqrt().mean(),
+    "batches": lambda model: model.bn.num_batches_tracked.float(),
+    "eps": lambda model: model.bn.eps,
+    "dtype": lambda model: torch.ones((), dtype=model.bn.weight.dtype, device=model.bn.bias.device),
+    "whether there is a weight": lambda model: 0.25 if model.bn.weight is None else 0.75,
+    "all parameters": lambda model: sum(parameter.sum() for parameter in model.bn.parameters()),
+    "bias of the convolution": lambda model: model.conv.bias.sum(),
+    "whether the convolution has a bias": lambda model: 0.25 if model.conv.bias is None else 0.75,
+    "bias of a linear": lambda model: model.one.bias.sum(),
+}
+
+
+class Reads(nn.Module):
+    """A forward that reads the numbers of a layer that freezing folds, or a bias that it replaces by codes."""
+
+    def __init__(self, read) -> None:
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4), nn.ReLU()
+        self.next, self.one, self.two = nn.Conv1d(4, 4, 1), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.read = read
+        with torch.no_grad():
+            self.bn.weight.uniform_(0.5, 1.5)
+            self.bn.running_var.uniform_(0.5, 2.0)
+
+    def forward(self, x):
+        y = self.next(self.relu(self.bn(self.conv(x))))
+        return self.two(self.relu(self.one(y))) + self.read(self)
+
+
+@pytest.mark.parametrize("name", READS)
+def test_numbers_that_the_forward_reads_stay(name, tmp_path):
+    model, x = Reads(READS[name]).eval(), torch.randn(8, 3, 6)
+    with torch.no_grad():
+        wanted = torch.as_tensor(READS[name](model))
+    qmodel = dq.quantize(model, w_bits=8, a_bits=8, deploy="integer")
+    dq.calibrate(qmodel, [x])
+    frozen = dq.freeze(qmodel)
+    assert torch.equal(torch.as_tensor(READS[name](frozen)), wanted)
+    with torch.no_grad():
+        torch.testing.assert_close(frozen(x), qmodel(x), rtol=0, atol=0.1)
+    dq.save(frozen, tmp_path / "artifact")
+    assert torch.equal(dq.load(tmp_path / "artifact", model=Reads(READS[name]).eval())(x), frozen(x))
+    assert dq.export(frozen, tmp_path / "model.onnx", x).agrees
 
 
 def test_quantized_state_is_loaded_strictly():

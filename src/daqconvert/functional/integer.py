@@ -110,14 +110,16 @@ def code_of(value: float, scale: float, zero_point: int) -> int:
 def requantize(acc: Tensor, layer: IntegerLayer, x_scale: Tensor, output_dims: int) -> Tensor:
     """Return the codes of a layer's output minus their zero point, integer-valued, in float32.
 
-    `acc` are its sums of products, exact integers in any dtype; `output_dims` dimensions follow the channel.
+    `acc` are its sums of products, exact integers in any dtype; `output_dims` dimensions follow the channel. Where a
+    sum is NaN, because an input was, so is the output.
     """
     shape = (-1, *(1,) * output_dims)
     m = layer.multiplier(x_scale)
     sums = acc.to(torch.int32) * layer.factor.to(torch.int32).reshape(shape) + layer.bias.reshape(shape)
     zero = layer.zero_point.float()
     low, high = layer.range.float().unbind()
-    return torch.clamp(torch.round(sums.float() * m.reshape(shape)), low - zero, high - zero)
+    codes = torch.clamp(torch.round(sums.float() * m.reshape(shape)), low - zero, high - zero)
+    return torch.where(acc.isnan(), torch.nan, codes) if acc.is_floating_point() else codes
 
 
 def output_values(acc: Tensor, layer: IntegerLayer, x_scale: Tensor, output_dims: int) -> Tensor:
@@ -163,11 +165,13 @@ def exact_sums(products: Callable[[Tensor, Tensor], Tensor], x: Tensor, w: Tenso
         return products(x.double(), w.double())
     pieces = zip(x.chunk(parts + 1, channel_of_x), w.chunk(parts + 1, 1), strict=True)
     sums: Tensor | None = None
+    undefined: Tensor | None = None  # NaN, which no integer can hold
     for piece_x, piece_w in pieces:
-        part = products(piece_x, piece_w).to(torch.int32)
-        sums = part if sums is None else sums + part
-    assert sums is not None
-    return sums
+        part = products(piece_x, piece_w)
+        undefined = part.isnan() if undefined is None else undefined | part.isnan()
+        sums = part.to(torch.int32) if sums is None else sums + part.to(torch.int32)
+    assert sums is not None and undefined is not None
+    return sums.double().masked_fill(undefined, torch.nan) if undefined.any() else sums
 
 
 @contextmanager

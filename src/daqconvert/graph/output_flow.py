@@ -82,7 +82,13 @@ class _Search:
     ) -> None:
         times = Counter(own.values())
         self.graph, self.modules, self.proven = graph, modules, proven
-        self.own = {node: name for node, name in own.items() if times[name] == 1}
+        # freezing removes the numbers of a batch norm that is folded, and the bias of a layer with integer outputs
+        read = [name.rpartition(".") for name in getattr(graph, "read", ())]
+        self.read = {id(modules.get(owner)) for owner, _, _ in read}
+        biases = {id(modules.get(owner)) for owner, _, key in read if key == "bias"}
+        self.own = {
+            node: name for node, name in own.items() if times[name] == 1 and id(modules.get(name)) not in biases
+        }
         self.returned = Counter(path for node in graph.nodes for path in _places(node))
         self.called = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
         self.sums: dict[fx.Node, str] = {}
@@ -121,7 +127,7 @@ class _Search:
         while len(way.nodes[-1].users) == 1:
             node = next(iter(way.nodes[-1].users))
             module = self._module(node)
-            if direct and module is not None and folds(module) and self.called[str(node.target)] == 1:
+            if direct and module is not None and self._folds(module) and self.called[str(node.target)] == 1:
                 way.batch_norm, direct = str(node.target), False
                 act = getattr(module, "act", None)
                 if isinstance(act, nn.Module) and not only_clips(act):
@@ -156,7 +162,7 @@ class _Search:
                 ):
                     return path
             module = self._module(node)
-            if module is not None and folds(module):
+            if module is not None and self._folds(module):
                 return None  # a runtime folds the batch norm, so values before it are never rounded
         return None
 
@@ -188,7 +194,7 @@ class _Search:
             if node in self.sums:
                 return (self.sums[node],)
             module = self._module(node)
-            folded = module is not None and folds(module)
+            folded = module is not None and self._folds(module)
             clips = self._bounds(module, node) is not None
             if not (folded or clips or self._moves(node, module) or _name(node) in JOINING_CALLS):
                 return ()
@@ -199,6 +205,10 @@ class _Search:
             if not tensors:
                 return ()
             node = tensors[0]
+
+    def _folds(self, module: nn.Module) -> bool:
+        """Whether a module is a batch norm that can be folded, none of whose numbers the model's own code reads."""
+        return folds(module) and id(module) not in self.read
 
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self.modules.get(str(node.target)) if node.op == "call_module" else None

@@ -38,6 +38,7 @@ class SiteTracer(fx.Tracer):
         self.notrace_modules, self.given, self.alone = notrace_modules, given, alone
         self._named: dict[int, tuple[Tensor, str]] | None = None
         self._constants = 0
+        self.read: set[str] = set()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Return whether `m` becomes one node."""
@@ -55,11 +56,16 @@ class SiteTracer(fx.Tracer):
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         """Return the graph of a module's forward, and drop every reference to the module.
 
+        `graph.read` holds the names of the parameters and buffers that code outside of the leaves has read, also where
+        the graph does not show it (a dtype, whether there is a bias, a number computed while tracing).
+
         `torch.fx.Tracer` keeps references that form a cycle with the tracer. They would hold the model's buffers in
         memory until the garbage collector runs.
         """
         try:
-            return super().trace(root, concrete_args)
+            graph = super().trace(root, concrete_args)
+            graph.read = frozenset(self.read)  # type: ignore[attr-defined] # a graph has no place for such notes
+            return graph
         finally:
             self.root, self._named = nn.Module(), None
             self.submodule_paths, self.tensor_attrs = None, {}
@@ -67,6 +73,8 @@ class SiteTracer(fx.Tracer):
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Return the value of an attribute that the traced code reads: a node if it is a parameter of the root."""
         name = self._name(attr_val, read=True) if isinstance(attr_val, Tensor) else None
+        if name is not None:
+            self.read.add(name)
         proxied = isinstance(attr_val, nn.Parameter) or self.proxy_buffer_attributes
         if name is None or not proxied:
             return attr_val
@@ -81,7 +89,11 @@ class SiteTracer(fx.Tracer):
         if name is None and (isinstance(a, nn.Parameter) or not isinstance(a, Tensor)):
             return super().create_arg(a)
         name = name or self.tensor_attrs.get(a)
+        if name is not None:
+            self.read.add(name)
         if name is None:  # a constant, made by the model's code
+            if a.requires_grad:  # from parameters, read past `getattr`: nobody knows which
+                self.read |= {known for known, _ in (*self.root.named_parameters(), *self.root.named_buffers())}
             while hasattr(self.root, f"_tensor_constant{self._constants}"):
                 self._constants += 1
             name = self.tensor_attrs[a] = f"_tensor_constant{self._constants}"

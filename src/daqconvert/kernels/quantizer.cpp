@@ -484,7 +484,7 @@ void daq_rescale(
   }
 }
 
-// From integer sums of products to the output, as the real values of its codes: see functional/integer.py.
+// From integer sums of products to the output, as the real values of its codes: see functional/integer.py. NaN stays NaN.
 void daq_requantize(
     const float* acc, float* out, int64_t outer, int64_t channels, int64_t inner, const int32_t* factor,
     const int32_t* bias, const float* m, float low, float high, float scale, int threads) {
@@ -497,7 +497,8 @@ void daq_requantize(
 #pragma omp simd
       for (int64_t c = 0; c < channels; c++) {
         const float total = static_cast<float>(static_cast<int32_t>(a[c]) * factor[c] + bias[c]);
-        y[c] = clip(std::rint(total * m[c]), low, high) * scale;
+        const float value = clip(std::rint(total * m[c]), low, high) * scale;
+        y[c] = a[c] == a[c] ? value : a[c];
       }
     }
     return;
@@ -511,7 +512,8 @@ void daq_requantize(
 #pragma omp simd
     for (int64_t i = 0; i < inner; i++) {
       const float total = static_cast<float>(static_cast<int32_t>(a[i]) * f + b);
-      y[i] = clip(std::rint(total * by), low, high) * scale;
+      const float value = clip(std::rint(total * by), low, high) * scale;
+      y[i] = a[i] == a[i] ? value : a[i];
     }
   }
 }

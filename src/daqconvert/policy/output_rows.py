@@ -21,7 +21,7 @@ LARGEST_WEIGHT = 127
 
 STAYS = "its output stays in float"
 NO_PLACE = f"{STAYS}: no module of the model returns it, so no quantizer can stand there"
-NOT_FOLLOWED = f"{STAYS}: torch.fx cannot tell what becomes of it"
+NOT_FOLLOWED = f"{STAYS}: torch.fx cannot tell what becomes of it, or the model's code reads its bias"
 TRANSPOSED = f"{STAYS}: integer runtimes have no kernel for transposed convolutions"
 FLOAT_OPERAND = f"{STAYS}: weight or input is in float"
 TOO_WIDE = f"{STAYS}: codes of the mid-rise grid at 8 bits reach 255, an integer kernel takes {LARGEST_WEIGHT}"
