@@ -64,10 +64,24 @@ def test_notes_name_transposed_convolutions(frozen, images, tmp_path):
     assert any("1 transposed convolution (0): packed" in note for note in report.notes)
 
 
-def test_w8a8_without_vnni_is_told(frozen, chain, images, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("deploy", "w_bits", "a_bits", "layers"),
+    [
+        ("float", 8, 8, 1),  # convolutions compute in float there
+        ("float", 7, 8, 0),  # 2 * 255 * 63
+        ("integer", 8, 8, 3),
+        ("integer", 7, 8, 2),  # two convolutions, whose weights are stored times 127 // 63
+        ("integer", 2, 8, 2),
+        ("integer", 8, 7, 0),  # 2 * 127 * 127
+        ("integer", 4, 4, 0),
+    ],
+)
+def test_sums_that_saturate_without_vnni_are_told(
+    deploy, w_bits, a_bits, layers, frozen, chain, images, tmp_path, monkeypatch
+):
     monkeypatch.setattr("daqconvert.deploy.exporting.exact_int8", lambda: False)
-    ends = {"w_bits": 8, "a_bits": 8}
-    report = dq.export(frozen(chain, images, **ends), tmp_path / "wide.onnx", images)
-    assert any("W8A8 on a processor without VNNI" in note for note in report.notes)
-    report = dq.export(frozen(chain, images, w_bits=7, a_bits=8), tmp_path / "narrow.onnx", images)
-    assert not any("VNNI" in note for note in report.notes)
+    model = frozen(chain, images, w_bits=w_bits, a_bits=a_bits, deploy=deploy)
+    report = dq.export(model, tmp_path / "model.onnx", images)
+    told = [note for note in report.notes if "VNNI" in note]
+    assert [int(note.split()[0]) for note in told] == ([layers] if layers else [])
+    assert all("a_bits = 7" in note for note in told)

@@ -55,7 +55,7 @@ def test_sums_beyond_float32_are_exact():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("channels", [3, 1200], ids=["in float32", "in parts"])
 def test_not_a_number_stays_one(channels, dtype):
-    """A sample with NaN in it gives NaN, as in the float form; infinity is clipped; the other samples are unchanged."""
+    """A sample with NaN in it gives NaN, as in the float form; infinity is clipped; other samples are unchanged."""
     model = nn.Sequential(
         nn.Conv2d(channels, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(16, 3)
     )

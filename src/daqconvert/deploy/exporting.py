@@ -25,7 +25,7 @@ from daqconvert.deploy.comparing.agreement import FileAgreement, Noise
 from daqconvert.deploy.comparing.export_report import ExportReport, ProgramReport
 from daqconvert.deploy.comparing.probes import EPILOGUES_KEY, ModuleProbe, epilogues, epilogues_text
 from daqconvert.deploy.onnx.expansion import expand
-from daqconvert.deploy.onnx.hardware import exact_int8
+from daqconvert.deploy.onnx.hardware import exact_int8, may_saturate
 from daqconvert.deploy.onnx.lowering import BATCH, first_lines, float32_copy, lower, quiet
 from daqconvert.deploy.onnx.runtime import PROGRAM, require_packages
 from daqconvert.deploy.signature import (
@@ -40,6 +40,8 @@ from daqconvert.deploy.signature import (
 )
 from daqconvert.errors import ExportError
 from daqconvert.files import replacing
+from daqconvert.functional.grid import coding, levels
+from daqconvert.functional.integer import LARGEST_WEIGHT
 from daqconvert.layers import FrozenSite, QuantizedSite
 from daqconvert.models import evaluating
 
@@ -249,13 +251,29 @@ def _notes(model: nn.Module) -> list[str]:
         count = f"{len(transposed)} transposed convolution{'s' if len(transposed) > 1 else ''}"
         named = transposed[0] + (", ..." if len(transposed) > 1 else "")
         notes.append(f"{count} ({named}): packed, but computed in float: there is no integer kernel")
-    wide = [m for m in sites if (m.settings.w_bits or 0) == 8 and m.settings.a_bits == 8]
-    if wide and exact_int8() is False:
+    wide = [m for m in sites if _may_saturate(m)] if exact_int8() is False else []
+    if wide:
         notes.append(
-            f"{len(wide)} layers of W8A8 on a processor without VNNI: its integer kernels add pairs of products in 16 "
-            f"bits, and sums beyond them are wrong, {wide[0].layer_name} first. Use 7 bits for the weights there."
+            f"{len(wide)} layer{'s' if len(wide) > 1 else ''} on a processor without VNNI: its integer kernels add "
+            "pairs of products in 16 bits, and sums beyond them are wrong, "
+            f"{wide[0].layer_name or '(root)'} first. Quantize the inputs of these layers to 7 bits (a_bits = 7)."
         )
     return notes + _dtype_notes(model)
+
+
+def _may_saturate(site: FrozenSite) -> bool:
+    """Whether two products of a layer may exceed 16 bits in ONNX Runtime's integer kernels, at any number of bits.
+
+    Integer layers store their weights times `127 // n`, so that few bits are as large as eight.
+    """
+    bits, inputs = site.settings.w_bits, site.settings.a_bits
+    if bits is None or inputs is None or "weight_codes" not in site._buffers:
+        return False
+    grid = site.settings.grid
+    if levels(bits, grid) > LARGEST_WEIGHT or not (site.is_integer or site.output_dims == 0):
+        return False  # it is computed in float
+    largest = round(-coding(bits, grid)[1])
+    return may_saturate(2**inputs - 1, largest * (LARGEST_WEIGHT // largest) if site.is_integer else largest)
 
 
 def _dtype_notes(model: nn.Module) -> list[str]:
