@@ -75,7 +75,7 @@ def test_a_policy_gives_the_plan_it_did(deploy):
 def test_a_model_quantized_today_is_frozen_to_the_same_artifact(deploy, tmp_path):
     _, _, same_machine = recorded("expected.safetensors")
     qmodel = dq.quantize(n.everything(), policy=n.HERE / n.POLICY, deploy=deploy)
-    dq.calibrate(qmodel, [n.images(16)])
+    dq.calibrate(qmodel, [n.images(16)], mode="eval")  # all that there was then
     path = dq.save(dq.freeze(qmodel), tmp_path / "today")
     found, expected = dq.load(path, model=n.everything).state_dict(), loaded(deploy).state_dict()
     assert list(found) == list(expected)
