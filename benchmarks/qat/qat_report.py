@@ -121,7 +121,10 @@ def _facts(times: dict[str, Any], memory: dict[str, Any]) -> list[str]:
         found = next((r["facts"] for r in memory.values() if "facts" in r), {})
         return [f"Memory: {', '.join(f'{k} {v}' for k, v in found.items())}."]
     facts = ", ".join(f"{key} {value}" for key, value in times.get("facts", {}).items())
-    return [f"{times['layers']} layers, {times['rounds']} rounds of {times['steps']} steps; {facts}."]
+    rows = [f"{times['layers']} layers, {times['rounds']} rounds of {times['steps']} steps; {facts}."]
+    for name, own in times.get("losses", {}).items():
+        rows.append(f"Losses of {name} anew: {', '.join(f'{key} {value}' for key, value in own.items())}.")
+    return rows
 
 
 def _number(value: float | None, digits: int = 2) -> str:

@@ -7,6 +7,7 @@ linear layer but the first and the last. In the environment of `peers/README.md`
     PYTHONPATH=src venv-peers/bin/python benchmarks/qat/qat_step.py [--networks resnet20 ...] [--contenders lsq ...]
     ... benchmarks/qat/qat_step.py --profile             # where the time of ours goes, operator by operator
     ... benchmarks/qat/qat_step.py --table               # results/qat_step.md again, from the records
+    ... benchmarks/qat/qat_step.py --part losses --contenders daqconvert daqconvert-paper     # no times
 
 The record of each piece (times of a network and a mode; memory of one contender) is written when it is done; it is
 measured again only with `--again`. Times: `qat_timing.py`; memory: `qat_memory.py`; contenders: `qat_contenders.py`.
@@ -59,6 +60,16 @@ def merge(network: str, mode: str, part: str, record: dict[str, Any], contender:
     store(records)
 
 
+def renew_losses(network: str, mode: str, contender: str) -> None:
+    """Put the losses of a contender that was timed before into its record; its times stay as they were measured."""
+    records = common.read(RESULT).get("networks", {})
+    timed = records[network][mode]["time"]
+    found = qat_timing.losses(network, mode, contender)
+    timed["contenders"][contender]["loss"] = found
+    timed.setdefault("losses", {})[contender] = facts()
+    store(records)
+
+
 def store(records: dict[str, Any]) -> None:
     """Write records and table, in the order of the networks."""
     ordered = {key: records[key] for key in NETWORKS if key in records}
@@ -72,10 +83,12 @@ def pieces(args: argparse.Namespace) -> list[tuple[str, str, str, str]]:
     todo = []
     for network in args.networks:
         for mode in args.modes:
-            done = {} if args.again else records.get(network, {}).get(mode, {})
+            done = {} if args.again and args.part != "losses" else records.get(network, {}).get(mode, {})
             timed = done.get("time", {}).get("contenders", {})
             if args.part in ("time", "all") and not set(args.contenders) <= set(timed):
                 todo.append(("time", network, mode, ""))
+            if args.part == "losses":
+                todo += [("losses", network, mode, name) for name in args.contenders if name in timed]
             if args.part in ("memory", "all"):
                 known = done.get("memory", {})
                 todo += [("memory", network, mode, name) for name in args.contenders if name not in known]
@@ -92,6 +105,9 @@ def do(piece: tuple[str, str, str, str], args: argparse.Namespace, bar: Bar) -> 
             lambda word: bar.advance(1, at=f"{at}: {word}"),
         )  # fmt: skip
         merge(network, mode, "time", record)
+    elif part == "losses":
+        renew_losses(network, mode, contender)
+        bar.advance(1, at=f"{at}: losses of {contender}")
     else:
         merge(network, mode, "memory", qat_memory.run(network, mode, contender, args.timeout), contender)
         bar.advance(1, at=f"{at}: memory of {contender}")
@@ -117,7 +133,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--networks", nargs="+", choices=tuple(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--contenders", nargs="+", choices=tuple(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument("--modes", nargs="+", choices=qat_report.MODES, default=list(qat_report.MODES))
-    parser.add_argument("--part", choices=("time", "memory", "all"), default="all")
+    parser.add_argument("--part", choices=("time", "memory", "losses", "all"), default="all")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=2, help="steps of one contender in one round")
     parser.add_argument("--seed", type=int, default=0, help="of the order in each round")
