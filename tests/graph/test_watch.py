@@ -49,6 +49,15 @@ def test_a_product_without_a_row_is_named_with_its_place():
     assert "F.linear(x, weight)" in message and "example_inputs" in message
 
 
+def test_example_inputs_bring_the_product_into_the_plan():
+    model, x = nn.Sequential(nn.Linear(4, 4), Hidden()), torch.randn(3, 4)
+    plan = dq.plan(model, example_inputs=x)
+    assert [row.name for row in plan] == ["0", "1.fc", "1.proj"]
+    assert "mm in 1 multiplies by it (test_watch.py:" in plan["1.proj"].reason
+    assert plan["1.proj"].site.macs == 16 and plan["1.proj"].site.params == 16
+    assert warned(dq.quantize(model, example_inputs=x)) == []
+
+
 def test_only_the_first_batch_is_watched_and_hooks_are_gone():
     qmodel = dq.quantize(Hidden())
     assert len(warned(qmodel, *torch.randn(3, 2, 4))) == 1

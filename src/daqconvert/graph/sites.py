@@ -26,9 +26,10 @@ from daqconvert.graph.trace import in_sequence, trace
 from daqconvert.layers.attention import PROJECTIONS, SCORES, VALUES
 from daqconvert.layers.lookup import quantized_class
 from daqconvert.layers.registry import is_site_type
-from daqconvert.macs import Places, count_macs, example_arguments
+from daqconvert.macs import Event, Places, count_macs, example_arguments
+from daqconvert.macs.counter import UNOWNED
 from daqconvert.models import copy_model, evaluating
-from daqconvert.spec import Site, SiteOutput
+from daqconvert.spec import Call, Site, SiteOutput
 
 REPLACED = "its forward was replaced on the object itself, so a quantized class would never run"
 RECURRENT = "recurrent layer: its products run in one fused kernel"
@@ -286,10 +287,18 @@ def _in_attention(site: CallSite, view: _View) -> bool:
 def _macs(
     model: nn.Module, view: _View, args: tuple[Any, ...], kwargs: dict[str, Any], required: bool
 ) -> dict[str, int] | None:
-    """Return the multiply-accumulates of every site; None if the forward cannot run on these inputs."""
-    macs = count_macs(model, _places(view), args, kwargs, required=required)
-    if not macs:
+    """Return the multiply-accumulates of every site; None if the forward cannot run on these inputs.
+
+    A product with a parameter that ran, and that no trace and no layer shows, becomes a site with a reason in `view`.
+    """
+    unplaced: list[Event] = []
+    macs = count_macs(model, _places(view), args, kwargs, required=required, unplaced=unplaced)
+    if macs is None:
         return macs
+    for event in unplaced:
+        if event.learned and event.of_data and (name := event.tensors[0]) != UNOWNED:
+            view.calls.setdefault(name, _hidden_site(name, event, view))
+            macs[name] = macs.get(name, 0) + event.macs
     for values, site in view.calls.items():
         if site.is_product and site.call.function == VALUES:  # counted with its scores, by one fused function
             scores = values.replace(VALUES, SCORES)
@@ -304,6 +313,18 @@ def _macs(
             total = max(sum(sizes.values()), 1)
             macs |= {name: macs[whole] * size // total for name, size in sizes.items()}
     return macs
+
+
+def _hidden_site(name: str, event: Event, view: _View) -> CallSite:
+    owner, _, attribute = name.rpartition(".")
+    weight = getattr(view.paths.get(owner), attribute, None)
+    shape = tuple(weight.shape) if isinstance(weight, Tensor) else ()
+    reason = (
+        f"{event.op} in {event.module or 'the model'} multiplies by it ({event.where}), where torch.fx cannot see it"
+    )
+    return CallSite(
+        name, event.op, Call(event.op, (event.module,), f"{name}_site", (name,)), ("unseen",), shape, reason=reason
+    )
 
 
 def _places(view: _View) -> Places:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -68,8 +69,9 @@ def _default_size(model: nn.Module) -> tuple[int, ...] | None:
 
 
 def count_macs(
-    model: nn.Module, places: Places, args: tuple[Any, ...], kwargs: dict[str, Any], *, required: bool = False
-) -> dict[str, int] | None:
+    model: nn.Module, places: Places, args: tuple[Any, ...], kwargs: dict[str, Any], *, required: bool = False,
+    unplaced: list[Event] | None = None,
+) -> dict[str, int] | None:  # fmt: skip
     """Return the multiply-accumulates of each site for one element of the batch; None if the forward cannot run.
 
     The products of a weight count for the module that owns the weight (or for the bare parameter), whichever module
@@ -82,6 +84,7 @@ def count_macs(
         kwargs: Keyword example inputs.
         required: Whether the inputs are the user's own. If so, and a run on shapes fails, the model runs on their
             values, and an error is raised if this fails too.
+        unplaced: If given, a list that gets the products with a weight that belong to no site, for one element.
 
     Raises:
         ConversionError: If `required` and the model cannot run on these inputs.
@@ -99,6 +102,8 @@ def count_macs(
             attention.setdefault(event.module, []).append(event.macs)
         elif site is not None:
             macs[site] = macs.get(site, 0) + event.macs
+        elif unplaced is not None:
+            unplaced.append(replace(event, macs=event.macs // max(batch, 1)))
     for module, sites in places.products.items():
         ran = attention.get(module, [])
         if len(sites) == 1 or (sites and len(ran) % len(sites) == 0):  # several sites take turns
