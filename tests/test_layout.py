@@ -84,7 +84,6 @@ ELSEWHERE = {
     "graph/rewrite.py": ("graph/test_call_sites.py", "a rewritten forward computes the same"),
     "graph/scan.py": ("graph/test_sites.py", "a read of a dtype or shape is no product"),
     "graph/trace.py": ("graph/test_sites.py", "what fx cannot follow stays a node"),
-    "graph/variants.py": ("graph/test_call_sites.py", "the same sites run in every mode"),
     "kernels/loading.py": ("kernels/test_build.py", "built where it is loaded first"),
     "layers/base.py": ("layers/test_families.py", "what all families inherit"),
     "layers/call_holders.py": ("graph/test_call_sites.py", "holders are there for rewritten calls"),

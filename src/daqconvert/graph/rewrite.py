@@ -9,16 +9,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from daqconvert.errors import ConversionError
 from daqconvert.graph.calls import HELPER, ProductCall, find_calls, keyed
 from daqconvert.graph.multiplying import Traced, module_calls
-from daqconvert.graph.variants import GIVEN, Signature
+from daqconvert.graph.variants import CONTEXTS, GIVEN, Context, Contexts, Signature
 from daqconvert.layers.attention import SCORES, VALUES, attention
 from daqconvert.layers.call_holders import call_site, handle
 
@@ -110,7 +112,9 @@ def rewritten_class(original: type[nn.Module], mixins: tuple[type, ...], prefix:
     """Return a subclass of `original` with a generated forward; `mixins` are added bases, such as `OwnCallHolder`."""
     known = (original, mixins, prefix)
     if known not in _CLASSES:
-        forward = functools.wraps(original.forward)(_forward())
+        forward = functools.wraps(original.forward, updated=())(_forward())  # a decorator's marks are of its own code
+        if getattr(original.forward, "_torchdynamo_disable", False):
+            forward = torch.compiler.disable(forward)
         body = {"forward": forward, "__module__": original.__module__, "original": original}
         _CLASSES[known] = type(f"{prefix}{original.__name__}", (Rewritten, *mixins, original), body)
     return _CLASSES[known]
@@ -153,7 +157,9 @@ def _with_sites(
     found = {call.node: (place, call) for place, call in calls if call.function not in (HELPER, SCORES, VALUES)}
     handles = {(call.node, call.weight): place for place, call in calls if call.function == HELPER}
     copied: dict[fx.Node, fx.Node] = {}
+    contexts = _ContextNodes(graph, original)
     for node in original.nodes:
+        contexts.go_to(node)
         if node in found:
             place, call = found[node]
             if place in with_codes and not call.dynamic:
@@ -173,6 +179,27 @@ def _with_sites(
     removable = {copied[node] for node in needless}
     graph.eliminate_dead_code(is_impure_node=lambda node: node not in removable)
     return graph
+
+
+class _ContextNodes:
+    """Writes into a graph the nodes that enter and leave the contexts which another graph's nodes were made in."""
+
+    def __init__(self, graph: fx.Graph, original: fx.Graph) -> None:
+        self.graph, self.inside = graph, tuple[Context, ...]()
+        used = any(node.meta.get(CONTEXTS) for node in original.nodes)
+        self.held = graph.placeholder(CONTEXTS) if used else None
+
+    def go_to(self, node: fx.Node) -> None:
+        """Write what leads from the contexts of the node before to those of `node`."""
+        if self.held is None or node.op in ("placeholder", "get_attr"):
+            return
+        wanted = () if node.op == "output" else node.meta.get(CONTEXTS, ())
+        kept = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self.inside, wanted)))  # noqa: B905
+        for _ in self.inside[kept:]:
+            self.graph.call_method("leave", (self.held,))
+        for context in wanted[kept:]:
+            self.graph.call_method("enter", (self.held, *context))
+        self.inside = wanted
 
 
 def _handle(graph: fx.Graph, weight: fx.Node, place: str, copied: dict[fx.Node, fx.Node]) -> fx.Node:
@@ -242,4 +269,14 @@ def write(graph: fx.Graph, name: str) -> Forward:
     scope = dict(code.globals)
     exec(compile(code.src, f"<{name}, rewritten by daqconvert>", "exec"), scope)  # torch.fx wrote the source
     function: Forward = scope["forward"]
-    return function
+    if not any(node.op == "placeholder" and node.name == CONTEXTS for node in graph.nodes):
+        return function
+
+    def guarded(module: nn.Module, *args: Any) -> Any:
+        contexts = Contexts()
+        try:
+            return function(module, contexts, *args)
+        finally:
+            contexts.close()
+
+    return guarded

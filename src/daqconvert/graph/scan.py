@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dis
 from collections.abc import Iterator
-from functools import cache, partial
-from types import BuiltinFunctionType, CodeType, FunctionType
+from functools import _lru_cache_wrapper, cache, partial
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -85,7 +85,8 @@ def read_weights(module: nn.Module) -> set[str]:
         {'fc.weight'}
     """
     read, called = set[str](), set[str]()
-    for code in _reachable(type(module), list(_functions_of(type(module), "forward"))):
+    functions = [*_functions_of(type(module), "forward"), *inner_functions(vars(module).get("forward"))]
+    for code in _reachable(type(module), functions):
         for chain in _chains(code):
             value: Any = module
             for depth, name in enumerate(chain, 1):
@@ -138,16 +139,35 @@ def _reachable(cls: type, waiting: list[FunctionType]) -> Iterator[CodeType]:
 def _functions_of(cls: type, name: str) -> Iterator[FunctionType]:
     """Yield the methods of a name in a class and its bases, without `nn.Module`, whose own methods compute nothing."""
     for base in cls.__mro__:
-        value = vars(base).get(name)
-        value = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
-        if base is not nn.Module and isinstance(value, FunctionType):
-            yield value
+        if base is not nn.Module and name in vars(base):
+            yield from inner_functions(vars(base)[name])
+
+
+def inner_functions(value: Any, depth: int = 8) -> Iterator[FunctionType]:
+    """Yield a function and, if it is decorated, bound or partial, the functions that it calls in the end.
+
+    A decorator keeps the function that it wraps in `__wrapped__` or in a closure.
+    """
+    while not isinstance(value, FunctionType):
+        inner = (getattr(value, key, None) for key in ("fget", "__func__", "func", "__wrapped__"))
+        value = next((f for f in inner if callable(f) and f is not value), None)
+        if value is None:
+            return
+    yield value
+    for cell in (value.__closure__ or ()) if depth else ():
+        try:
+            held = cell.cell_contents
+        except ValueError:  # a name that has no value yet
+            continue
+        if isinstance(held, (FunctionType, MethodType, partial)):
+            yield from inner_functions(held, depth - 1)
 
 
 def _own_function(value: Any) -> Iterator[FunctionType]:
-    value = getattr(value, "__wrapped__", value)
-    if isinstance(value, FunctionType) and not value.__module__.startswith("torch."):
-        yield value
+    if isinstance(value, (FunctionType, MethodType, _lru_cache_wrapper)):
+        for function in inner_functions(value):
+            if not str(function.__module__).startswith("torch."):
+                yield function
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:

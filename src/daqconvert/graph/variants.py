@@ -19,9 +19,11 @@ from dataclasses import dataclass
 from types import FunctionType, TracebackType
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
+from daqconvert.graph.scan import inner_functions
 from daqconvert.graph.trace import SiteTracer, timm_notrace
 from daqconvert.models import in_mode
 
@@ -31,6 +33,52 @@ MOST_HELPERS = 8
 """At most this many functions of one forward become single nodes because they stop the trace."""
 GIVEN = "given"
 """The state of an argument whose value is given and is neither None, a flag, nor the default."""
+
+CONTEXTS = "contexts"
+"""Key in a node's `meta` of the contexts that it is made in, outermost first."""
+Context = tuple[Any, ...]
+"""A context that code enters: its kind in `KINDS`, and the arguments to make it with."""
+KINDS: dict[str, tuple[Any, Callable[[Any], tuple[Any, ...]]]] = {
+    "no_grad": (torch.no_grad, lambda _: ()),
+    "enable_grad": (torch.enable_grad, lambda _: ()),
+    "set_grad_enabled": (torch.set_grad_enabled, lambda context: (context.mode,)),
+    "inference_mode": (torch.inference_mode, lambda context: (context.mode,)),
+    "autocast": (
+        torch.autocast,
+        lambda context: (context.device, context.fast_dtype, context._enabled, context._cache_enabled),
+    ),
+}
+"""Contexts that change what is computed or what learns -> their class, and how to read their arguments."""
+
+
+class Contexts:
+    """The contexts of `KINDS` that a generated forward has entered and not yet left."""
+
+    def __init__(self) -> None:
+        self.leaving: list[Callable[[], Any]] = []
+
+    def enter(self, kind: str, *args: Any) -> None:
+        """Enter a context, by the functions that torch has for graphs: `torch.compile` cannot follow classes here."""
+        if kind == "autocast":
+            mode = torch.amp.autocast_mode._enter_autocast(*args)
+            self.leaving.append(lambda: torch.amp.autocast_mode._exit_autocast(mode))
+        elif kind == "inference_mode":
+            guard = torch.autograd.grad_mode._enter_inference_mode(*args)
+            self.leaving.append(lambda: torch.autograd.grad_mode._exit_inference_mode(guard))
+        else:
+            before, wanted = torch.is_grad_enabled(), args[0] if args else kind == "enable_grad"
+            torch._C._set_grad_enabled(wanted)
+            self.leaving.append(lambda: torch._C._set_grad_enabled(before))
+
+    def leave(self) -> None:
+        """Leave the context that was entered last."""
+        self.leaving.pop()()
+
+    def close(self) -> None:
+        """Leave all contexts, as after an error."""
+        while self.leaving:
+            self.leave()
+
 
 Place = tuple[dict[str, Any], str]
 """Where a function is called by name: the globals of the caller, and the name."""
@@ -58,8 +106,13 @@ class Signature:
 
 def read_signature(module: nn.Module) -> Signature | None:
     """Return the signature of a module's forward; None if it takes only `*args` or `**kwargs`."""
-    parameters = inspect.signature(type(module).forward).parameters.values()
-    named = [p for p in list(parameters)[1:] if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    named: list[inspect.Parameter] = []
+    functions: list[Callable[..., Any]] = [type(module).forward, *inner_functions(type(module).forward)]
+    for function in functions:  # a decorator may take `*args`
+        parameters = list(inspect.signature(function).parameters.values())[1:]
+        named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if named:
+            break
     if not named:
         return None
     defaults = {p.name: p.default for p in named if p.default is not p.empty}
@@ -142,7 +195,7 @@ def _trace(module: nn.Module, signature: Signature, training: bool, chosen: dict
     fixed = {n: v for n, v in signature.defaults.items() if n not in given}
     fixed |= {n: v for n, v in chosen.items() if v != GIVEN}
     with in_mode(module, training):
-        graph = trace_around(lambda: OwnForward(given, fixed).trace(module))
+        graph = trace_around(lambda: OwnForward(signature.names, given, fixed).trace(module))
     if any(node.op == "get_attr" and str(node.target).startswith("_tensor_constant") for node in graph.nodes):
         raise Untraceable("it makes a tensor of its own")
     state = (training, *(GIVEN if n in given else _state(fixed[n], d) for n, d in signature.defaults.items()))
@@ -150,14 +203,36 @@ def _trace(module: nn.Module, signature: Signature, training: bool, chosen: dict
 
 
 class OwnForward(SiteTracer):
-    """Traces one module's own forward: children are nodes, arguments in `given` placeholders, all others `fixed`."""
+    """Traces one module's own forward: children are nodes, arguments in `given` placeholders, all others `fixed`.
+
+    A node that is made inside `torch.no_grad`, `torch.autocast` and the like has these contexts in `meta[CONTEXTS]`.
+    """
 
     trace_asserts = True
     proxy_buffer_attributes = True
 
-    def __init__(self, given: list[str], fixed: dict[str, Any]) -> None:
+    def __init__(self, order: tuple[str, ...], given: list[str], fixed: dict[str, Any]) -> None:
         super().__init__(*timm_notrace(), alone=True)
-        self.names, self.fixed = given, fixed
+        self.order, self.names, self.fixed = order, given, fixed
+        self.contexts: list[Context] = []
+        self.modes = _modes()
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Return the graph of the root's forward."""
+        with torch.set_grad_enabled(torch.is_grad_enabled()), _recording(self):
+            return super().trace(root, concrete_args)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Return a new node, which remembers the contexts that it is made in.
+
+        Raises:
+            Untraceable: If the code switched gradients on or off without a context.
+        """
+        if _modes() != self.modes:
+            raise Untraceable("it switches gradients or inference mode without a `with` statement")
+        node = super().create_node(*args, **kwargs)
+        node.meta[CONTEXTS] = tuple(self.contexts)
+        return node
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Return the value of an attribute that the traced code reads.
@@ -169,16 +244,47 @@ class OwnForward(SiteTracer):
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """Return the root's arguments in the order of the signature: placeholders, or fixed values."""
-        parameters = list(inspect.signature(root_fn).parameters.values())[1:]
         args: list[Any] = [self.root]
-        for parameter in parameters:
-            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                continue
-            if parameter.name in self.names:
-                args.append(self.create_proxy("placeholder", parameter.name, (), {}))
-            else:
-                args.append(self.fixed[parameter.name])
+        for name in self.order:
+            given = name in self.names
+            args.append(self.create_proxy("placeholder", name, (), {}) if given else self.fixed[name])
         return root_fn, args
+
+
+def _modes() -> tuple[bool, bool]:
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+
+@contextmanager
+def _recording(tracer: OwnForward) -> Iterator[None]:
+    """Let a tracer know which of the contexts in `KINDS` the traced code enters and leaves; fx ignores them."""
+
+    def entering(kind: str, enter: Callable[..., Any]) -> Callable[..., Any]:
+        def entered(context: Any) -> Any:
+            result = enter(context)
+            tracer.contexts.append((kind, *KINDS[kind][1](context)))
+            tracer.modes = _modes()
+            return result
+
+        return entered
+
+    def leaving(leave: Callable[..., Any]) -> Callable[..., Any]:
+        def left(context: Any, *error: Any) -> Any:
+            result = leave(context, *error)
+            tracer.contexts.pop()
+            tracer.modes = _modes()
+            return result
+
+        return left
+
+    kept = [(kind, made, made.__enter__, made.__exit__) for kind, (made, _) in KINDS.items()]
+    try:
+        for kind, made, enter, leave in kept:
+            made.__enter__, made.__exit__ = entering(kind, enter), leaving(leave)
+        yield
+    finally:
+        for _, made, enter, leave in kept:
+            made.__enter__, made.__exit__ = enter, leave
 
 
 def trace_around(trace: Callable[[], fx.Graph]) -> fx.Graph:
