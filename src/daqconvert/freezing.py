@@ -122,7 +122,7 @@ def _freeze_call(module: Any, values: dict[str, Tensor]) -> None:
         holder.output_dims = module.output_dims
         for attribute in ("weight_of", "output_dims", "settings", "layer_name", "watchers"):
             delattr(module, attribute)
-        module.__class__ = rewritten_class(module.original, (), "Frozen")
+        module.__class__ = rewritten_class(module.original, (), "Frozen", tuple(module.rewriting.methods))
         module.add_module(CODES, holder)
     holder.training = False
     holder.hold(settings, name, dtype, values)

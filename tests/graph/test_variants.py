@@ -152,3 +152,76 @@ def test_what_cannot_be_followed_is_listed():
     replaced = decorated(lambda function: function)
     replaced[1].__dict__["forward"] = types.MethodType(lambda self, x: x @ self.proj, replaced[1])
     assert "replaced on the object itself" in dq.plan(replaced)["1.proj"].reason
+
+
+class Encoder(nn.Module):
+    """Methods that multiply: one that the forward calls, one that computes the same site, one that nobody calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.head = nn.Linear(8, 8), nn.Linear(8, 2)
+        self.proj, self.text = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8, 8))
+
+    def forward_features(self, x, scale=None):
+        y = torch.relu(self.fc(x)) @ self.proj
+        return y if scale is None else y * scale
+
+    @torch.no_grad()
+    def encode(self, x):
+        return torch.nn.functional.normalize(self.fc(x) @ self.proj)
+
+    def encode_text(self, x):
+        return x @ self.text
+
+    def branches(self, x):
+        return x @ self.proj if x.sum() > 0 else x
+
+    def both(self, x):
+        return self.encode(x), self.forward_features(x)
+
+    def forward(self, x):
+        return self.head(self.forward_features(x))
+
+
+def test_other_methods_are_rewritten_too(tmp_path):
+    torch.manual_seed(0)
+    model, x = Encoder().eval(), torch.randn(16, 8)
+    qmodel = dq.quantize(model, w_bits=2, a_bits=2, first=(2, 2), last=(2, 2)).eval()
+    dq.calibrate(qmodel, [x], progress=False)
+    assert [row.name for row in dq.plan(qmodel).converted] == ["fc", "proj", "head"]
+    seen = {}
+    qmodel.head.register_forward_pre_hook(lambda module, args: seen.update(x=args[0]))
+    qmodel(x)
+    assert torch.equal(qmodel.forward_features(x), seen["x"])
+    assert torch.equal(qmodel.forward_features(x, scale=3.0), seen["x"] * 3.0)
+    assert not torch.equal(qmodel.encode(x), model.encode(x)) and not qmodel.encode(x).requires_grad
+    assert torch.equal(qmodel.both(x)[1], seen["x"])
+    with dq.disabled(qmodel):
+        for name in ("forward_features", "encode", "encode_text"):
+            assert torch.equal(getattr(qmodel, name)(x), getattr(model, name)(x))
+    frozen = dq.freeze(qmodel)
+    dq.save(frozen, tmp_path / "artifact")
+    for made in (frozen, dq.load(tmp_path / "artifact", model=model)):
+        for name in ("forward_features", "encode", "encode_text"):
+            assert torch.equal(getattr(made, name)(x), getattr(qmodel, name)(x)), name
+
+
+def test_what_only_another_method_multiplies_by_is_listed():
+    plan = dq.plan(Encoder())
+    assert "encode_text" in plan["text"].reason and "calibration would see nothing" in plan["text"].reason
+    assert torch.equal(dq.quantize(Encoder()).proj.new_zeros(1), torch.zeros(1))
+
+
+def test_a_method_that_has_another_input_takes_no_sign_from_the_forward():
+    class Signed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kernel = nn.Parameter(torch.randn(8, 8))
+
+        def encode(self, x):
+            return nn.functional.linear(x, self.kernel)
+
+        def forward(self, x):
+            return nn.functional.linear(torch.relu(x), self.kernel)
+
+    assert [row.site.nonnegative for row in dq.plan(Signed())] == [False]

@@ -158,9 +158,9 @@ def _rewrite(module: nn.Module, one: Traced, calls: _Calls, chosen: dict[str, Pl
         calls.written[alike] = generate(original, one, places, frozenset(with_codes))
     rewriting = dataclasses.replace(calls.written[alike], layer_name=one.path)
     if own is not None:
-        _make_own(module, original, *own, chosen[own[0].name], frozen)
+        _make_own(module, original, *own, chosen[own[0].name], frozen, tuple(rewriting.methods))
     else:
-        module.__class__ = rewritten_class(original, (), "Rewritten")
+        module.__class__ = rewritten_class(original, (), "Rewritten", tuple(rewriting.methods))
     module.rewriting = rewriting.frozen() if frozen else rewriting  # type: ignore[assignment] # no module
     if frozen:
         rewriting.drop_unused(module)
@@ -197,20 +197,21 @@ def _add_holder(module: nn.Module, place: str, site: CallSite, row: PlanRow, wei
 
 
 def _make_own(
-    module: Any, original: type[nn.Module], site: CallSite, weight_of: Any, row: PlanRow, frozen: bool
-) -> None:
+    module: Any, original: type[nn.Module], site: CallSite, weight_of: Any, row: PlanRow, frozen: bool,
+    methods: tuple[str, ...],
+) -> None:  # fmt: skip
     """Make a rewritten module the holder of the quantizers of its own weight; if frozen, a child holds the codes."""
     weight = _weight(module, weight_of)
     assert row.settings is not None
     if frozen:
-        module.__class__ = rewritten_class(original, (), "Frozen")
+        module.__class__ = rewritten_class(original, (), "Frozen", methods)
         codes = holders.FrozenCallHolder().eval()
         codes.output_dims = output_dims(site.call.function)
         _hold(codes, site, row, weight)
         module.add_module(CODES, codes)
     else:
         module.output_dims = output_dims(site.call.function)
-        module.__class__ = rewritten_class(original, (holders.OwnCallHolder,), "Quant")
+        module.__class__ = rewritten_class(original, (holders.OwnCallHolder,), "Quant", methods)
         module.weight_of = weight_of
         module.attach(row.settings, row.name, row.signed, weight, _layout(site, row))
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedParameter
 
-from daqconvert.graph.calls import HELPER, ProductCall, call_name
-from daqconvert.graph.multiplying import Traced, module_calls
+from daqconvert.graph.calls import HELPER, ProductCall, call_name, find_calls, keyed
+from daqconvert.graph.multiplying import Traced, method_variants, module_calls
 from daqconvert.graph.rewrite import ancestors, weight_function
 from daqconvert.graph.scan import may_multiply, read_weights
 from daqconvert.graph.variants import Variant
@@ -38,6 +38,7 @@ FEWEST_PER_COLUMN = 16
 FUSED = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
 """Modules of torch with a fused path that bypasses the sites inside."""
 _ATTENTION_CLASSES: dict[type[nn.MultiheadAttention], type[nn.MultiheadAttention]] = {}
+USED = "multiplies by it, which no forward calls, so that calibration would see nothing"
 FIXED_FILTER = "a fixed filter: a buffer, which no training changes"
 
 
@@ -56,6 +57,7 @@ class CallSite:
         reason: Why the site cannot be converted; empty if it can.
         one_scale: Why the site cannot have a scale per channel; empty if it can.
         direct: Whether the site's input is an argument of the forward, unchanged or padded.
+        in_method: Whether another method than a forward computes the site, too.
         nonnegative: Whether the site's input is known to be non-negative, as the probabilities of attention are.
         makers: Dotted names of the modules that are called to make the weight.
     """
@@ -70,6 +72,7 @@ class CallSite:
     reason: str = ""
     one_scale: str = ""
     direct: bool = False
+    in_method: bool = False
     nonnegative: bool = False
     makers: tuple[str, ...] = ()
 
@@ -140,15 +143,23 @@ def unseen_sites(
 
 def _of_module(one: Traced, aliases: dict[str, str]) -> Iterator[CallSite]:
     taken: set[str] = set()
+    of_forward, of_methods = (
+        {key for variant in variants for key, _ in keyed(find_calls(variant.graph, one.module))}
+        for variants in (one.variants, method_variants(one))
+    )
     for key, call, variant in module_calls(one):
         name, holder, kind = _name(one, call, aliases, taken)
         taken.add(holder)
         tensors = tuple(_join(one.path, t) for t in call.tensors)
         site = CallSite(name, kind, Call(call.function, (one.path,), holder, tensors, call.dynamic), key)
+        site = replace(site, in_method=bool(call.tensors) and key in of_methods)
         probabilities = call.function == VALUES
         site = replace(site, weight_at=call.weight_at, direct=_is_direct(call), nonnegative=probabilities)
         site = replace(site, makers=tuple(sorted({_join(one.path, str(node.target)) for node in _makers(call)})))
-        yield _described(site, one, call, variant)
+        site = _described(site, one, call, variant)
+        if key not in of_forward and not site.reason:
+            site = replace(site, reason=f"only {' and '.join(one.methods)} of {one.path or 'the model'} {USED}")
+        yield site
 
 
 def _makers(call: ProductCall) -> list[fx.Node]:

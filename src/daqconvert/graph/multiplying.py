@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from daqconvert.graph.calls import ProductCall, find_calls, keyed
-from daqconvert.graph.scan import holds_product, may_multiply
-from daqconvert.graph.variants import Signature, Untraceable, Variant, trace_variants
+from daqconvert.graph.scan import holds_product, may_multiply, multiplying_methods
+from daqconvert.graph.variants import Signature, Untraceable, Variant, read_signature, trace_variants
 from daqconvert.layers.lookup import quantized_class
+from daqconvert.models import copy_model
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,14 @@ class Traced:
         module: The module.
         signature: The arguments of its forward.
         variants: One graph for each way to call it.
+        methods: Other methods that multiply by weights, by name: their arguments and graphs.
     """
 
     path: str
     module: nn.Module
     signature: Signature
     variants: list[Variant]
+    methods: dict[str, tuple[Signature, list[Variant]]] = field(default_factory=dict)
 
 
 def multiplying_modules(paths: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -40,7 +43,7 @@ def multiplying_modules(paths: dict[str, nn.Module]) -> dict[str, nn.Module]:
         cls = type(module)
         if cls.__module__.startswith("torch.nn.") or quantized_class(cls) is not None:
             continue
-        if may_multiply(cls) or holds_product(module):
+        if may_multiply(cls) or holds_product(module) or multiplying_methods(cls):
             found.setdefault(id(module), (path, module))
     return dict(found.values())
 
@@ -52,22 +55,38 @@ def trace_modules(paths: dict[str, nn.Module], every: bool = True) -> tuple[list
     With `every`, each way to call a forward is traced, otherwise only the plain ones (`variants.trace_variants`).
     """
     traced, failed = [], {}
-    known: dict[Any, tuple[Signature, list[Variant]] | str] = {}
+    known: dict[Any, tuple[Any, ...] | str] = {}
     for path, module in multiplying_modules(paths).items():
         alike = fingerprint(module)
         if "forward" in vars(module):
             known[alike] = "its forward was replaced on the object itself"
         if alike not in known:
             try:
-                known[alike] = trace_variants(module, every)
+                known[alike] = (*trace_variants(module, every), _trace_methods(module, every))
             except Untraceable as error:
                 known[alike] = str(error)
         found = known[alike]
         if isinstance(found, str):
-            failed[path] = found
+            if may_multiply(type(module)) or holds_product(module):
+                failed[path] = found
         else:
             traced.append(Traced(path, module, *found))
     return traced, failed
+
+
+def _trace_methods(module: nn.Module, every: bool) -> dict[str, tuple[Signature, list[Variant]]]:
+    """Return the graphs of the other methods that multiply by weights; a method that fx cannot follow is left out."""
+    found = {}
+    for name in multiplying_methods(type(module)):
+        replica = copy_model(module, to_look_at=True)  # a method may change the module
+        signature = read_signature(replica, name)
+        if signature is None or len(signature.defaults) == len(signature.names):
+            continue
+        try:
+            found[name] = trace_variants(replica, every, name)
+        except Untraceable:
+            continue
+    return found
 
 
 def fingerprint(module: nn.Module) -> tuple[Any, ...]:
@@ -94,11 +113,19 @@ def _plain(value: Any) -> Any:
     return id(value)
 
 
+def method_variants(one: Traced) -> list[Variant]:
+    """Return the graphs of all methods of a module besides its forward."""
+    return [variant for _, variants in one.methods.values() for variant in variants]
+
+
 def module_calls(one: Traced) -> Iterator[tuple[tuple[Any, ...], ProductCall, Variant]]:
     """Yield each different call of a module once: its key, the call, and the variant whose graph contains it."""
     seen = set()
-    for variant in one.variants:
+    for variant in (*one.variants, *method_variants(one)):
+        inside = variant not in one.variants
         for key, call in keyed(find_calls(variant.graph, one.module)):
-            if key not in seen:
+            if key not in seen and not (
+                inside and not call.tensors
+            ):  # a product of activations is the forward's alone
                 seen.add(key)
                 yield key, call, variant

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from daqconvert.errors import ConversionError
 from daqconvert.graph.calls import HELPER, ProductCall, find_calls, keyed
 from daqconvert.graph.multiplying import Traced, module_calls
-from daqconvert.graph.variants import CONTEXTS, GIVEN, Context, Contexts, Signature
+from daqconvert.graph.variants import CONTEXTS, GIVEN, Context, Contexts, Signature, Variant
 from daqconvert.layers.attention import SCORES, VALUES, attention
 from daqconvert.layers.call_holders import call_site, handle
 
@@ -45,6 +45,7 @@ class Rewriting:
         forwards: The forwards of the form (quantized or frozen) that the module has.
         frozen_forwards: The forwards of the frozen form, which do not compute the weights that are stored as codes.
         unused: Parameters and buffers of the module that the frozen forwards do not read.
+        methods: Other methods that were rewritten -> the rewriting of each.
         layer_name: Name of the module, for messages.
     """
 
@@ -53,13 +54,15 @@ class Rewriting:
     frozen_forwards: Forwards
     unused: frozenset[str]
     layer_name: str
+    methods: dict[str, Rewriting] = dataclasses.field(default_factory=dict)
 
     def __deepcopy__(self, memo: Any) -> Rewriting:
         return self
 
     def frozen(self) -> Rewriting:
         """Return the rewriting of the frozen form."""
-        return dataclasses.replace(self, forwards=self.frozen_forwards)
+        methods = {name: method.frozen() for name, method in self.methods.items()}
+        return dataclasses.replace(self, forwards=self.frozen_forwards, methods=methods)
 
     def drop_unused(self, module: nn.Module) -> None:
         """Remove the weights of a frozen module that codes have replaced."""
@@ -80,7 +83,9 @@ class Rewritten(nn.Module):
         Raises:
             ConversionError: If the call takes a path that could not be traced.
         """
-        rewriting = self.rewriting
+        return self._call(self.rewriting, args, kwargs)
+
+    def _call(self, rewriting: Rewriting, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         signature = rewriting.signature
         values = dict(zip(signature.names, args))  # noqa: B905 # the check below finds surplus arguments
         values.update(kwargs)
@@ -108,14 +113,21 @@ class Rewritten(nn.Module):
         )
 
 
-def rewritten_class(original: type[nn.Module], mixins: tuple[type, ...], prefix: str) -> type[Any]:
-    """Return a subclass of `original` with a generated forward; `mixins` are added bases, such as `OwnCallHolder`."""
-    known = (original, mixins, prefix)
+def rewritten_class(
+    original: type[nn.Module], mixins: tuple[type, ...], prefix: str, methods: tuple[str, ...] = ()
+) -> type[Any]:
+    """Return a subclass of `original` with a generated forward; `mixins` are added bases, such as `OwnCallHolder`.
+
+    `methods` are the names of other methods that are generated.
+    """
+    known = (original, mixins, prefix, methods)
     if known not in _CLASSES:
         forward = functools.wraps(original.forward, updated=())(_forward())  # a decorator's marks are of its own code
         if getattr(original.forward, "_torchdynamo_disable", False):
             forward = torch.compiler.disable(forward)
         body = {"forward": forward, "__module__": original.__module__, "original": original}
+        for name in methods:
+            body[name] = functools.wraps(getattr(original, name), updated=())(_method(name))
         _CLASSES[known] = type(f"{prefix}{original.__name__}", (Rewritten, *mixins, original), body)
     return _CLASSES[known]
 
@@ -127,6 +139,13 @@ def _forward() -> Forward:
     return forward
 
 
+def _method(name: str) -> Forward:
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._call(self.rewriting.methods[name], args, kwargs)
+
+    return method
+
+
 def generate(
     original: type[nn.Module], one: Traced, places: dict[tuple[Any, ...], str], with_codes: frozenset[str]
 ) -> Rewriting:
@@ -135,16 +154,27 @@ def generate(
     `places` maps the key of a call (from `keyed`) to the name of its holder in the module (`"itself"` if the module is
     the holder); `with_codes` are the holders that have codes in the frozen form.
     """
-    forwards: Forwards = {}
-    frozen: Forwards = {}
     read: set[str] = set()
-    for variant in one.variants:
-        for table, without in ((forwards, frozenset[str]()), (frozen, with_codes)):
-            graph = _with_sites(variant.graph, one.module, places, without)
-            table[variant.state] = (variant.arguments, write(graph, f"{original.__name__}.forward"))
-        read |= {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")}
+
+    def tables(variants: list[Variant], method: str) -> tuple[Forwards, Forwards]:
+        forwards: Forwards = {}
+        frozen: Forwards = {}
+        # the first product of activations of another method is not the forward's first
+        own = {key: place for key, place in places.items() if method == "forward" or key[0]}
+        for variant in variants:
+            for table, without in ((forwards, frozenset[str]()), (frozen, with_codes)):
+                graph = _with_sites(variant.graph, one.module, own, without)
+                table[variant.state] = (variant.arguments, write(graph, f"{original.__name__}.{method}"))
+            read.update(str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module"))
+        return forwards, frozen
+
+    whole = tables(one.variants, "forward")
+    others = {
+        name: Rewriting(signature, *tables(variants, name), frozenset(), one.path)
+        for name, (signature, variants) in one.methods.items()
+    }
     weights = {t for key, call, _ in module_calls(one) if places.get(key) in with_codes for t in call.tensors}
-    return Rewriting(one.signature, forwards, frozen, frozenset(weights - read), one.path)
+    return Rewriting(one.signature, *whole, frozenset(weights - read), one.path, others)
 
 
 def _with_sites(

@@ -38,6 +38,7 @@ ASKED = ASKED_ATTRIBUTES | ASKED_CALLS | LIKE_CALLS
 """Attributes and methods of a weight that do not use its values."""
 _OPERATORS = {"@", "@="}
 _KNOWN: dict[type[nn.Module], bool] = {}
+_METHODS: dict[type, tuple[str, ...]] = {}
 
 
 def may_multiply(cls: type[nn.Module]) -> bool:
@@ -50,6 +51,33 @@ def may_multiply(cls: type[nn.Module]) -> bool:
     if cls not in _KNOWN:
         _KNOWN[cls] = _search(cls, list(_functions_of(cls, "forward")))
     return _KNOWN[cls]
+
+
+def multiplying_methods(cls: type) -> tuple[str, ...]:
+    """Return the public methods of a class, besides its forward, whose own code names a product of matrices.
+
+    A method that only calls others is left out, and so is what torch's own classes have.
+
+    Example:
+        >>> class Model(nn.Module):
+        ...     def encode(self, x):
+        ...         return x @ self.proj
+        ...     def both(self, x):
+        ...         return self.encode(x), self.encode(-x)
+        >>> multiplying_methods(Model)
+        ('encode',)
+    """
+    if cls in _METHODS:
+        return _METHODS[cls]
+    found: dict[str, bool] = {}
+    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        for name, value in vars(base).items():
+            plain = callable(value) and not isinstance(value, type) and not name.startswith("_") and name != "forward"
+            functions = list(_own_function(value)) if plain else []
+            if name not in found and plain:
+                found[name] = any(_search(object, [function]) for function in functions)
+    _METHODS[cls] = tuple(name for name, multiplies in found.items() if multiplies)
+    return _METHODS[cls]
 
 
 @cache

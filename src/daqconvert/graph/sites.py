@@ -224,9 +224,9 @@ def _owners(paths: dict[str, nn.Module], aliases: dict[str, str], sites: dict[st
 
 
 def _indirect(sites: dict[str, CallSite]) -> frozenset[str]:
-    """Return the sites whose forward may change the input before it multiplies, so that nothing is proven about it."""
+    """Return the sites about whose input nothing is proven: a forward may change it, or another method has its own."""
     inside = (site for site in sites.values() if site.call.holder in site.call.modules)
-    return frozenset(site.name for site in inside if not site.direct)
+    return frozenset(site.name for site in inside if not site.direct) | {s.name for s in sites.values() if s.in_method}
 
 
 def _ends(view: _View) -> tuple[frozenset[str], frozenset[str]]:

@@ -104,10 +104,11 @@ class Signature:
         return (training, *(_state(values.get(n, d), d) for n, d in self.defaults.items()))
 
 
-def read_signature(module: nn.Module) -> Signature | None:
-    """Return the signature of a module's forward; None if it takes only `*args` or `**kwargs`."""
+def read_signature(module: nn.Module, method: str = "forward") -> Signature | None:
+    """Return the signature of a module's forward or another method; None if it takes only `*args` or `**kwargs`."""
     named: list[inspect.Parameter] = []
-    functions: list[Callable[..., Any]] = [type(module).forward, *inner_functions(type(module).forward)]
+    original = getattr(type(module), method)
+    functions: list[Callable[..., Any]] = [original, *inner_functions(original)]
     for function in functions:  # a decorator may take `*args`
         parameters = list(inspect.signature(function).parameters.values())[1:]
         named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
@@ -148,7 +149,7 @@ class Untraceable(Exception):
     """fx cannot follow a forward; the message is the reason."""
 
 
-def trace_variants(module: nn.Module, every: bool = True) -> tuple[Signature, list[Variant]]:
+def trace_variants(module: nn.Module, every: bool = True, method: str = "forward") -> tuple[Signature, list[Variant]]:
     """Trace a module's own forward in every way it can be called; the plain calls (all defaults) come first.
 
     The module should be a copy of the user's, since its code runs here with proxies. Without `every`, these calls are
@@ -158,14 +159,14 @@ def trace_variants(module: nn.Module, every: bool = True) -> tuple[Signature, li
     Raises:
         Untraceable: If fx cannot follow the plain call, in evaluation or in training.
     """
-    signature = read_signature(module)
+    signature = read_signature(module, method)
     if signature is None:
         raise Untraceable("it takes *args or **kwargs alone")
     found = []
     for training, chosen in _combinations(signature, every):
         plain = all(value == signature.defaults[name] for name, value in chosen.items())
         try:
-            found.append(_trace(module, signature, training, chosen))
+            found.append(_trace(module, signature, training, chosen, method))
         except Exception as error:  # NOTE: the model's own code runs here with proxies and may raise anything
             if plain:
                 raise Untraceable(str(error).strip().split("\n")[0] or type(error).__name__) from error
@@ -189,13 +190,13 @@ def _combinations(signature: Signature, every: bool) -> Iterator[tuple[bool, dic
             yield training, dict(zip(signature.choices, values, strict=True))
 
 
-def _trace(module: nn.Module, signature: Signature, training: bool, chosen: dict[str, Any]) -> Variant:
+def _trace(module: nn.Module, signature: Signature, training: bool, chosen: dict[str, Any], method: str) -> Variant:
     required = [n for n in signature.names if n not in signature.defaults]
     given = [n for n in signature.names if n in required or chosen.get(n) == GIVEN]
     fixed = {n: v for n, v in signature.defaults.items() if n not in given}
     fixed |= {n: v for n, v in chosen.items() if v != GIVEN}
     with in_mode(module, training):
-        graph = trace_around(lambda: OwnForward(signature.names, given, fixed).trace(module))
+        graph = trace_around(lambda: OwnForward(signature.names, given, fixed, method).trace(module))
     if any(node.op == "get_attr" and str(node.target).startswith("_tensor_constant") for node in graph.nodes):
         raise Untraceable("it makes a tensor of its own")
     state = (training, *(GIVEN if n in given else _state(fixed[n], d) for n, d in signature.defaults.items()))
@@ -211,9 +212,10 @@ class OwnForward(SiteTracer):
     trace_asserts = True
     proxy_buffer_attributes = True
 
-    def __init__(self, order: tuple[str, ...], given: list[str], fixed: dict[str, Any]) -> None:
+    def __init__(self, order: tuple[str, ...], given: list[str], fixed: dict[str, Any], method: str) -> None:
         super().__init__(*timm_notrace(), alone=True)
         self.order, self.names, self.fixed = order, given, fixed
+        self.traced_func_name = method
         self.contexts: list[Context] = []
         self.modes = _modes()
 
