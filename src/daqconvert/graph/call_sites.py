@@ -31,6 +31,7 @@ from daqconvert.layers.functions import FUNCTIONS, LAYER_FUNCTIONS, NAMES, chann
 from daqconvert.layers.lookup import quantized_class
 from daqconvert.layers.registry import is_site_type
 from daqconvert.layers.site import QuantizedSite
+from daqconvert.macs import Event
 from daqconvert.spec import Call
 
 FEWEST_PER_COLUMN = 16
@@ -103,6 +104,16 @@ def layer_names(paths: dict[str, nn.Module]) -> dict[str, str]:
     return {name: own[id(module)] for name, module in paths.items() if id(module) in own}
 
 
+def layer_extent(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return the number of output channels and of products per output element; zeros if the shape is unknown."""
+    if not shape:
+        return 0, 0
+    groups = int(getattr(module, "groups", 1))
+    if getattr(module, "transposed", False):
+        return shape[1] * groups, shape[0] // groups * math.prod(shape[2:])
+    return shape[0], math.prod(shape[1:])
+
+
 def find_call_sites(traced: list[Traced], aliases: dict[str, str]) -> list[CallSite]:
     """Return the call sites of traced modules, each once, in order of the modules.
 
@@ -139,6 +150,17 @@ def unseen_sites(
             shape = tuple(module.get_parameter(tensor).shape)
             reason = f"a bare parameter of {path or 'the model'}, whose forward torch.fx cannot follow: {why}"
             yield name, CallSite(name, "parameter", call, ("unseen",), shape, reason=reason)
+
+
+def hidden_site(event: Event, paths: dict[str, nn.Module]) -> CallSite:
+    """Return the site, with a reason, of a product that ran with a parameter and that no trace shows."""
+    owner, _, attribute = event.tensors[0].rpartition(".")
+    weight = getattr(paths.get(owner), attribute, None)
+    shape = tuple(weight.shape) if isinstance(weight, Tensor) else ()
+    call = Call(event.op, (event.module,), f"{event.tensors[0]}_site", event.tensors[:1])
+    place = f"{event.op} in {event.module or 'the model'} multiplies by it ({event.where})"
+    reason = f"{place}, where torch.fx cannot see it"
+    return CallSite(event.tensors[0], event.op, call, ("unseen",), shape, reason=reason)
 
 
 def _of_module(one: Traced, aliases: dict[str, str]) -> Iterator[CallSite]:

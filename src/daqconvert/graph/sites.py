@@ -16,7 +16,15 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from daqconvert.graph.call_sites import CallSite, attention_sites, find_call_sites, layer_names, unseen_sites
+from daqconvert.graph.call_sites import (
+    CallSite,
+    attention_sites,
+    find_call_sites,
+    hidden_site,
+    layer_extent,
+    layer_names,
+    unseen_sites,
+)
 from daqconvert.graph.calls import HELPER, Read, find_reads, multiplying_site
 from daqconvert.graph.flow import Flow, above, entries, read_flow
 from daqconvert.graph.multiplying import trace_modules
@@ -27,9 +35,8 @@ from daqconvert.layers.attention import PROJECTIONS, SCORES, VALUES
 from daqconvert.layers.lookup import quantized_class
 from daqconvert.layers.registry import is_site_type
 from daqconvert.macs import Event, Places, count_macs, example_arguments
-from daqconvert.macs.counter import UNOWNED
 from daqconvert.models import copy_model, evaluating
-from daqconvert.spec import Call, Site, SiteOutput
+from daqconvert.spec import Site, SiteOutput
 
 REPLACED = "its forward was replaced on the object itself, so a quantized class would never run"
 RECURRENT = "recurrent layer: its products run in one fused kernel"
@@ -287,18 +294,14 @@ def _in_attention(site: CallSite, view: _View) -> bool:
 def _macs(
     model: nn.Module, view: _View, args: tuple[Any, ...], kwargs: dict[str, Any], required: bool
 ) -> dict[str, int] | None:
-    """Return the multiply-accumulates of every site; None if the forward cannot run on these inputs.
-
-    A product with a parameter that ran, and that no trace and no layer shows, becomes a site with a reason in `view`.
-    """
+    """Return the MACs of every site, None if the forward cannot run; add what no trace shows to `view.calls`."""
     unplaced: list[Event] = []
     macs = count_macs(model, _places(view), args, kwargs, required=required, unplaced=unplaced)
     if macs is None:
         return macs
     for event in unplaced:
-        if event.learned and event.of_data and (name := event.tensors[0]) != UNOWNED:
-            view.calls.setdefault(name, _hidden_site(name, event, view))
-            macs[name] = macs.get(name, 0) + event.macs
+        view.calls.setdefault(event.tensors[0], hidden_site(event, view.paths))
+        macs[event.tensors[0]] = macs.get(event.tensors[0], 0) + event.macs
     for values, site in view.calls.items():
         if site.is_product and site.call.function == VALUES:  # counted with its scores, by one fused function
             scores = values.replace(VALUES, SCORES)
@@ -313,18 +316,6 @@ def _macs(
             total = max(sum(sizes.values()), 1)
             macs |= {name: macs[whole] * size // total for name, size in sizes.items()}
     return macs
-
-
-def _hidden_site(name: str, event: Event, view: _View) -> CallSite:
-    owner, _, attribute = name.rpartition(".")
-    weight = getattr(view.paths.get(owner), attribute, None)
-    shape = tuple(weight.shape) if isinstance(weight, Tensor) else ()
-    reason = (
-        f"{event.op} in {event.module or 'the model'} multiplies by it ({event.where}), where torch.fx cannot see it"
-    )
-    return CallSite(
-        name, event.op, Call(event.op, (event.module,), f"{name}_site", (name,)), ("unseen",), shape, reason=reason
-    )
 
 
 def _places(view: _View) -> Places:
@@ -359,7 +350,7 @@ def _layer_site(name: str, view: _View) -> Site:
     module = view.paths[name]
     weight = module._parameters.get("weight", getattr(module, "weight", None))
     shape = tuple(weight.shape) if isinstance(weight, Tensor) and not _is_lazy(weight) else ()
-    channels, reduction = _extent(module, shape)
+    channels, reduction = layer_extent(module, shape)
     call_site = view.calls.get(name)
     return Site(
         name=name, kind=type(module).__name__, weight_shape=shape, out_channels=channels, reduction=reduction,
@@ -397,16 +388,6 @@ def _own_parameters(module: nn.Module) -> int:
     inside = [m for m in module.modules() if m is not module and is_site_type(m)]
     below = {id(p) for m in inside for p in m.parameters()}
     return sum(p.numel() for p in module.parameters() if not _is_lazy(p) and id(p) not in below)
-
-
-def _extent(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return the number of output channels and of products per output element; zeros if the shape is unknown."""
-    if not shape:
-        return 0, 0
-    groups = int(getattr(module, "groups", 1))
-    if getattr(module, "transposed", False):
-        return shape[1] * groups, shape[0] // groups * math.prod(shape[2:])
-    return shape[0], math.prod(shape[1:])
 
 
 def _is_lazy(value: Any) -> bool:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from daqconvert.errors import ConversionError
 from daqconvert.macs.attribution import Places
-from daqconvert.macs.counter import Event, counting
+from daqconvert.macs.counter import UNOWNED, Event, counting
 from daqconvert.models import evaluating
 
 
@@ -84,7 +84,7 @@ def count_macs(
         kwargs: Keyword example inputs.
         required: Whether the inputs are the user's own. If so, and a run on shapes fails, the model runs on their
             values, and an error is raised if this fails too.
-        unplaced: If given, a list that gets the products with a weight that belong to no site, for one element.
+        unplaced: If given, a list that gets the products of data with a parameter that belong to no site.
 
     Raises:
         ConversionError: If `required` and the model cannot run on these inputs.
@@ -102,7 +102,7 @@ def count_macs(
             attention.setdefault(event.module, []).append(event.macs)
         elif site is not None:
             macs[site] = macs.get(site, 0) + event.macs
-        elif unplaced is not None:
+        elif unplaced is not None and event.learned and event.of_data and event.tensors[0] != UNOWNED:
             unplaced.append(replace(event, macs=event.macs // max(batch, 1)))
     for module, sites in places.products.items():
         ran = attention.get(module, [])
