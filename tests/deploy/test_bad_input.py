@@ -117,6 +117,40 @@ def test_missing_package(package, small, tmp_path, monkeypatch):
         dq.export(small[0], tmp_path / "model.onnx", small[1])
 
 
+def test_a_model_over_two_gigabytes(small, tmp_path):
+    """Its tensor is never touched, so it takes no memory: it has to be refused before anything is copied."""
+    model, x = small
+    model.register_buffer("table", torch.empty(600_000_000))
+    with pytest.raises(ExportError, match=r"Linear has 2\.40 GB of .* ends at 2 GB\. Export it to a name .*\.pt2"):
+        dq.export(model, tmp_path / "new" / "model.onnx", x)
+    with pytest.raises(ExportError, match=r"Linear has 2\.40 GB"):
+        module.export_float(nn.Linear(24_500, 24_500, device="meta"), tmp_path / "model.onnx", x)
+    assert not list(tmp_path.iterdir())
+
+
+def test_codes_count_with_their_bits_towards_the_two_gigabytes(small, tmp_path, monkeypatch):
+    model, x = small
+    floats = 4 * sum(t.numel() for name, t in model.state_dict().items() if name != "weight_codes" and t.dim())
+    monkeypatch.setattr(module, "LARGEST", floats + model.weight_codes.numel())  # 3 bits each, not 8
+    assert model.settings.w_bits == 3
+    module._check_size(model)
+    monkeypatch.setattr(module, "LARGEST", floats)
+    with pytest.raises(ExportError, match="ends at 2 GB"):
+        dq.export(model, tmp_path / "model.onnx", x)
+
+
+def test_a_file_that_became_too_large_is_told_so(small, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("This protobuf of onnx model is too large (>2GiB).")
+
+    monkeypatch.setattr(onnx.checker, "check_model", refuse)
+    monkeypatch.setattr(module, "_check_size", lambda _: None)
+    monkeypatch.setattr(module, "LARGEST", 1000)
+    with pytest.raises(ExportError, match="not valid ONNX: an ONNX file ends at 2 GB"):
+        dq.export(small[0], tmp_path / "model.onnx", small[1])
+    assert not list(tmp_path.iterdir())
+
+
 def test_batch_of_another_kind(small, tmp_path):
     with pytest.raises(DataError, match="expected a tensor"):
         dq.export(small[0], tmp_path / "model.onnx", small[1], check_batches=["no batch"])

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import daqconvert as dq
+from daqconvert.deploy import exporting
 from daqconvert.errors import ExportError
 
 
@@ -85,3 +86,52 @@ def test_sums_that_saturate_without_vnni_are_told(
     told = [note for note in report.notes if "VNNI" in note]
     assert [int(note.split()[0]) for note in told] == ([layers] if layers else [])
     assert all("a_bits = 7" in note for note in told)
+
+
+class Odd(nn.Module):
+    """An output whose elements are NaN and infinite, beside a plain one."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return y, y * float("nan"), y / 0.0 * 0.5
+
+
+def test_equal_nans_and_infinities_are_identical_and_others_are_not(frozen, images, tmp_path, monkeypatch):
+    model = frozen(Odd(), images)
+    assert dq.export(model, tmp_path / "model.pt2", images).agrees
+
+    class Without(nn.Module):
+        def forward(self, x):
+            y, nan, infinite = model(x)
+            return y, torch.zeros_like(nan), infinite
+
+    monkeypatch.setattr(exporting, "_loaded", lambda *_: Without())
+    with pytest.warns(UserWarning, match=r"model\.pt2 does not agree with the model: an output differs by inf"):
+        report = dq.export(model, tmp_path / "model.pt2", images, overwrite=True)
+    assert not report.agrees and "DOES NOT AGREE" in str(report)
+    assert report.to_dict()["largest_difference"] is None
+
+
+def test_check_batches_are_compared_too(frozen, chain, images, tmp_path):
+    report = dq.export(frozen(chain, images), tmp_path / "model.pt2", images[:1], check_batches=[images, images[:3]])
+    assert (report.samples, report.agrees) == (2 + 8 + 3, True)
+
+
+def test_a_tensor_that_a_forward_keeps_is_told_because_no_program_does(frozen, images, tmp_path):
+    class Keeping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            self.kept = self.conv(x)
+            return self.kept
+
+    model = frozen(Keeping(), images)
+    with pytest.warns(UserWarning, match=r"tensor attribute.*kept.*assigned during export"):
+        dq.export(model, tmp_path / "model.pt2", images)
+    dq.export(model, tmp_path / "model.onnx", images)  # of a copy: without a warning

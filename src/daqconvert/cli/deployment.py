@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from daqconvert.cli.job import Opened
 from daqconvert.cli.output import say
 from daqconvert.cli.rundir import ARTIFACT, FLOAT, FLOAT_ONNX, HINT, ONNX, PAGE, SUMMARY, Config, size_of
 from daqconvert.data import Loaders
-from daqconvert.deploy.comparing.export_report import ExportReport
+from daqconvert.deploy.comparing.export_report import ExportReport, ProgramReport
 from daqconvert.deploy.comparing.timing import time_in_turns
 from daqconvert.deploy.exporting import export, export_float
-from daqconvert.errors import TrainingError
+from daqconvert.errors import DaqError, TrainingError
 from daqconvert.files import write_text
 from daqconvert.freezing import freeze
 from daqconvert.report.tables import render, simple_table
@@ -28,6 +29,7 @@ from daqconvert.report.training_page import Deployment, with_result
 from daqconvert.training import EvalResult, evaluate
 
 CHECKED_IMAGES = 1000
+Report = ExportReport | ProgramReport
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,14 @@ class Deployed:
         files: Bytes by name: `float`, `artifact`, and with ONNX `float_onnx`, `onnx`.
         report: How well ONNX Runtime agrees with the frozen model; None without an ONNX file.
         seconds: Seconds per image: `torch`, `float_onnx`, `onnx`.
+        failed: What could not be written or measured, and why, a sentence each; the rest is there all the same.
     """
 
     frozen: EvalResult
     files: dict[str, int]
     report: ExportReport | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    failed: tuple[str, ...] = ()
 
     @property
     def problems(self) -> list[str]:
@@ -62,29 +66,51 @@ def deploy(out: Path, opened: Opened, qmodel: nn.Module, *, onnx: bool) -> Deplo
     if not onnx:
         return Deployed(measured, files)
     say("exporting to ONNX")
-    example = opened.example.cpu()
-    report = export_checked(frozen, out / ONNX, opened, overwrite=True)
-    export_float(opened.model.cpu(), out / FLOAT_ONNX, example, overwrite=True)
-    files |= {"float_onnx": size_of(out / FLOAT_ONNX), "onnx": size_of(out / ONNX)}
+    example, failed = opened.example.cpu(), _Failures()
+    report = None
+    with failed.noted(ONNX, out / ONNX):
+        report = export_checked(frozen, out / ONNX, opened, overwrite=True)
+        files["onnx"] = size_of(out / ONNX)
+    with failed.noted(FLOAT_ONNX, out / FLOAT_ONNX):
+        export_float(opened.model.cpu(), out / FLOAT_ONNX, example, overwrite=True)
+        files["float_onnx"] = size_of(out / FLOAT_ONNX)
     say("taking times")
-    openers = run_openers(out, opened, example)
-    del openers["frozen"]
-    times = time_in_turns(openers, torch.get_num_threads())
-    return Deployed(measured, files, report, {name: timing.median for name, timing in times.items()})
+    times: dict[str, float] = {}
+    with failed.noted("times"):
+        openers = run_openers(out, opened, example)
+        del openers["frozen"]
+        found = time_in_turns(openers, torch.get_num_threads())
+        times = {name: timing.median for name, timing in found.items()}
+    assert report is None or isinstance(report, ExportReport)  # ONNX is no name of a program
+    return Deployed(measured, files, report, times, tuple(failed))
 
 
-def export_checked(frozen: nn.Module, path: Path, opened: Opened, overwrite: bool) -> ExportReport:
+class _Failures(list[str]):
+    """Notes errors of the steps after training, each of which can fail without harm to the others."""
+
+    @contextmanager
+    def noted(self, what: str, file: Path | None = None) -> Iterator[None]:
+        """Note and print an error of the block; a file of that name that an earlier run left is removed then."""
+        try:
+            yield
+        except Exception as error:  # NOTE: of any kind: what was trained is worth more than how a step failed
+            said = str(error) if isinstance(error, DaqError) else f"{type(error).__name__}: {error}"
+            self.append(f"{what}: {' '.join(said.split())}")
+            say(self[-1])
+            if file is not None:
+                file.unlink(missing_ok=True)
+
+
+def export_checked(frozen: nn.Module, path: Path, opened: Opened, overwrite: bool) -> Report:
     """Export a frozen model (on the CPU) and compare the file with it on held-out images, about a thousand at most."""
     return quiet_export(frozen, path, opened.example.cpu(), _some(opened.loaders.val), overwrite)
 
 
-def quiet_export(frozen: nn.Module, path: Path, example: Tensor, batches: Any, overwrite: bool) -> ExportReport:
+def quiet_export(frozen: nn.Module, path: Path, example: Tensor, batches: Any, overwrite: bool) -> Report:
     """Export without the warning about disagreement, which the command reports itself, also by its exit code."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not agree with the model.*")
-        report = export(frozen, path, example, check_batches=batches, overwrite=overwrite)
-    assert isinstance(report, ExportReport)  # only for a .pt2 file it is something else
-    return report
+        return export(frozen, path, example, check_batches=batches, overwrite=overwrite)
 
 
 def _some(loader: Any) -> Iterator[Any]:
@@ -120,6 +146,7 @@ def summary_document(
         "bytes": deployed.files,
         "seconds_per_image": deployed.seconds,
         "onnx": None if report is None else {**report.to_dict(), "path": ONNX},
+        "failed": list(deployed.failed),
         "onnx_class_agreement": same,
         "onnx_images_checked": None if report is None else report.samples - 1,  # the first is the example
         "seconds": round(seconds, 1),
@@ -171,9 +198,10 @@ def _onnx_top1(deployed: Deployed) -> float | None:
 
 def _agreement(document: Mapping[str, Any]) -> list[str]:
     same, checked = document["onnx_class_agreement"], document["onnx_images_checked"]
+    failed = [f"failed: {what}" for what in document.get("failed", ())]  # a summary of an earlier version has none
     if same is None:
-        return []
-    return [f"ONNX Runtime gives the frozen model's class for {same:.2%} of {checked} images"]
+        return failed
+    return [*failed, f"ONNX Runtime gives the frozen model's class for {same:.2%} of {checked} images"]
 
 
 def _table(document: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str | None, ...]]]:

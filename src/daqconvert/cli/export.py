@@ -11,7 +11,7 @@ import typer
 from daqconvert.artifact import read_manifest
 from daqconvert.cli import options as o
 from daqconvert.cli import rundir
-from daqconvert.cli.deployment import export_checked, quiet_export
+from daqconvert.cli.deployment import Report, export_checked, quiet_export
 from daqconvert.cli.output import Output, fail
 from daqconvert.cli.sources import (
     ARTIFACT,
@@ -26,13 +26,17 @@ from daqconvert.cli.sources import (
     open_named,
     refuse,
 )
-from daqconvert.deploy.comparing.export_report import ExportReport
 from daqconvert.errors import ExportError
 from daqconvert.freezing import freeze
 
 Source = Annotated[str, typer.Argument(help=f"A run directory, an artifact, or a model ({o.FORMS}).")]
 Out = Annotated[
-    Path | None, typer.Option("--out", help="The ONNX file. Default: model.onnx in the run.", show_default=False)
+    Path | None,
+    typer.Option(
+        "--out",
+        help="The ONNX file, or a program if its name ends in .pt2. Default: model.onnx in the run.",
+        show_default=False,
+    ),
 ]
 
 
@@ -42,6 +46,8 @@ def export_command(
     overwrite: o.Overwrite = False, as_json: o.Json = False,
 ) -> None:  # fmt: skip
     """Write an ONNX file and compare it with the frozen model in ONNX Runtime; exit code 1 if they disagree.
+
+    To a name that ends in .pt2: a program of torch.export, loaded again and compared with the frozen model.
 
     Of a run: its best epoch, compared on held-out images. Of an artifact: compared on one random image. Of a model by
     name: quantized as the options say (4 bits by default), calibrated, not trained.
@@ -67,13 +73,13 @@ def export_command(
             fail(f"{file} does not agree with the frozen model: {'; '.join(report.problems())}", 1)
 
 
-def _export_run(path: Path, out: Path, typed: str | None, overwrite: bool) -> ExportReport:
+def _export_run(path: Path, out: Path, typed: str | None, overwrite: bool) -> Report:
     config, opened = rundir.open_run(path, typed, EVAL_BATCH)
     frozen = freeze(rundir.quantized_model(path, config, opened)).cpu()
     return export_checked(frozen, out, opened, overwrite)
 
 
-def _export_artifact(path: Path, out: Path, typed: str | None, side: int | None, overwrite: bool) -> ExportReport:
+def _export_artifact(path: Path, out: Path, typed: str | None, side: int | None, overwrite: bool) -> Report:
     frozen = load_artifact(path, typed)
     example = example_image(frozen, typed or str(read_manifest(path).source or ""), side)
     if example is None:

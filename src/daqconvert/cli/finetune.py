@@ -304,6 +304,8 @@ def _deploy(
     rundir.write_json(out / rundir.SUMMARY, document)
     show_on_page(out, document)
     output.show(summary_text(document, out), document)
+    if deployed.failed:
+        fail(f"Trained, and written to {out}, but not all of it: {' '.join(deployed.failed)}", 2)
     if deployed.problems:
         fail(f"{out / rundir.ONNX} does not agree with the frozen model: {'; '.join(deployed.problems)}", 1)
 

@@ -48,6 +48,7 @@ from daqconvert.models import evaluating
 if TYPE_CHECKING:
     from onnx import ModelProto
 
+LARGEST = 2**31  # bytes of an ONNX file
 HINT = "Make room, or choose another place."
 
 
@@ -131,6 +132,7 @@ def _write_onnx(
     place = _free_path(path, overwrite)
     require_packages()
     arguments = example_arguments(example_inputs)
+    _check_size(model)
     twin = float32_copy(model)
     result = _result(twin, arguments)
     batch = _batch(twin, arguments, dynamic_batch)
@@ -228,6 +230,22 @@ def _notes_on_ends(model: nn.Module, arguments: Arguments, batch: Batch | None, 
     return [*notes, f"not in the file, which holds tensors alone: {', '.join(others)}"] if others else notes
 
 
+def _check_size(model: nn.Module) -> None:
+    """Raise `ExportError`, before anything is copied, if the tensors of a model do not fit into an ONNX file."""
+    sites = [m for m in model.modules() if isinstance(m, FrozenSite)]
+    packed = {id(m._buffers["weight_codes"]): m.settings.w_bits for m in sites if "weight_codes" in m._buffers}
+    size = 0
+    for tensor in (*model.parameters(), *model.buffers()):
+        bits = packed.get(id(tensor)) or 8 * (4 if tensor.is_floating_point() else tensor.element_size())
+        size += tensor.numel() * bits // 8
+    if size >= LARGEST:
+        raise ExportError(
+            f"export: {type(model).__name__} has {size / 1e9:.2f} GB of codes and float tensors; an ONNX file ends "
+            "at 2 GB. Export it to a name that ends in .pt2, or give its largest layers fewer bits; what is left in "
+            "float takes 4 bytes a number."
+        )
+
+
 def _serialize(proto: ModelProto) -> bytes:
     """Return the file's bytes; raises `ExportError` if ONNX's checker or shape inference refuses them."""
     import onnx
@@ -237,7 +255,7 @@ def _serialize(proto: ModelProto) -> bytes:
         onnx.checker.check_model(content, full_check=True)
         onnx.shape_inference.infer_shapes(content, strict_mode=True, data_prop=True)
     except Exception as error:  # NOTE: protobuf, the checker and shape inference each raise a class of their own
-        what = "an ONNX file ends at 2 GB" if proto.ByteSize() >= 2**31 else str(error).strip()[:400]
+        what = "an ONNX file ends at 2 GB" if proto.ByteSize() >= LARGEST else str(error).strip()[:400]
         raise ExportError(f"export: the graph is not valid ONNX: {what}") from error
     return content
 

@@ -128,7 +128,36 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         operators.input_operand.default: onnx_input,
         operators.weight_operand.default: onnx_weight,
         operators.rescale.default: onnx_rescale,
+        torch.ops.aten.group_norm.default: _group_norm,
     }
+
+
+def _group_norm(x, num_groups: int, weight=None, bias=None, eps: float = 1e-5, cudnn_enabled: bool = True):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+    """Write a group norm as torch computes it: `x * scale + shift`, rounded to float32 where torch rounds.
+
+    ONNX's own `GroupNormalization` is `E[x^2] - E[x]^2` in float32. Its error moves all elements of one value over the
+    same boundary between two codes at once, and ONNX infers no shapes for it.
+    """
+    from onnxscript import opset21
+
+    op: Any = opset21
+
+    def rounded(value: Any) -> Any:
+        return op.Cast(op.Cast(value, to=1), to=11)  # TensorProto.FLOAT, TensorProto.DOUBLE
+
+    def placed(value: Any) -> Any:
+        return op.Reshape(op.Cast(value, to=11), op.Constant(value_ints=[1, num_groups, x.shape[1] // num_groups, 1]))
+
+    groups, axes = [0, num_groups, x.shape[1] // num_groups, -1], op.Constant(value_ints=[2, 3])
+    wide = op.Cast(op.Reshape(x, op.Constant(value_ints=groups)), to=11)
+    mean = op.ReduceMean(wide, axes, keepdims=1)
+    centred = op.Sub(wide, mean)
+    variance = op.ReduceMean(op.Mul(centred, centred), axes, keepdims=1)
+    scale = rounded(op.Reciprocal(op.Sqrt(op.Add(variance, op.Cast(op.Constant(value_float=eps), to=11)))))
+    scale = scale if weight is None else rounded(op.Mul(scale, placed(weight)))
+    shift = op.Neg(op.Mul(scale, rounded(mean)))
+    shift = rounded(shift if bias is None else op.Add(shift, placed(bias)))
+    return op.Reshape(op.Cast(op.Add(op.Mul(wide, scale), shift), to=1), op.Shape(x))
 
 
 def _placeholder(name: str, inputs: dict[str, str], **attributes: str) -> Callable[..., Any]:
