@@ -19,7 +19,7 @@ from daqconvert.graph import apply_sites, find_sites
 from daqconvert.layers.call_holders import CallHolder
 from daqconvert.layers.frozen_site import FrozenSite
 from daqconvert.layers.site import QuantizedSite
-from daqconvert.models import copy_model, quantized_sites
+from daqconvert.models import check_before_loading, copy_model, quantized_sites
 from daqconvert.policy.arguments import UNSET, build
 from daqconvert.policy.resolve import resolve
 from daqconvert.spec import Plan, Policy
@@ -156,6 +156,7 @@ def apply_plan(model: nn.Module, chosen: Plan) -> nn.Module:
     for name, leader in chosen.input_groups().items():
         sites[name].input_quantizer = sites[leader].input_quantizer
     _keep_frozen(model)
+    model.register_load_state_dict_pre_hook(check_before_loading)
     object.__setattr__(model, PLAN_ATTRIBUTE, chosen)
     return model
 

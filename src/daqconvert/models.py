@@ -22,6 +22,7 @@ from daqconvert.layers.frozen_site import FrozenSite
 from daqconvert.layers.mode import evaluating as evaluating
 from daqconvert.layers.mode import in_mode as in_mode
 from daqconvert.layers.site import QuantizedSite
+from daqconvert.quantizers.base import Quantizer, other_form
 from daqconvert.seeding import preserved_random_state, seed_generators
 
 
@@ -239,3 +240,21 @@ def _take_back(held: list[Any], tensors: dict[int, Tensor], values: dict[int, Te
     for key, tensor in tensors.items():
         if not torch.equal(tensor, values[key]):  # another write would count as a change, of which autograd complains
             tensor.copy_(values[key])
+
+
+def check_before_loading(model: nn.Module, state_dict: Any, prefix: str, *args: Any) -> None:
+    """Refuse a state dict whose bounds are of another form, before any of it is loaded.
+
+    `quantize` makes this a hook of the model (`register_load_state_dict_pre_hook`), so that it is called whichever
+    module around the model loads the state dict: a DDP or an average of weights, with their prefixes.
+
+    Raises:
+        ConversionError: If bits, grid, normalization or granularity differ; the message names the layers.
+    """
+    problems = []
+    for name, module in model.named_modules():
+        if isinstance(module, Quantizer):
+            problem = module.misfit(state_dict, f"{prefix}{name}.")
+            problems += [problem] if problem else []
+    if problems:
+        raise ConversionError(other_form(problems))

@@ -130,7 +130,7 @@ def test_the_sign_travels_in_the_state_dict(sign):
     other.load_state_dict(made.state_dict())
     assert other.sign is sign and other.ready is made.ready and other.lower.requires_grad
     assert made.state_dict().keys() == {"lower", "upper", "calibrated", "signed"}
-    assert made.signed.dtype == torch.int8 and made.calibrated.dtype == torch.bool
+    assert made.signed.dtype == torch.int8 and made.calibrated.dtype == torch.float32  # an average can hold it
 
 
 OPTIMIZERS = {

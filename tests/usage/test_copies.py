@@ -7,11 +7,15 @@ import io
 import pickle
 
 import pytest
+import timm.utils as timm_utils
 import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import daqconvert as dq
 from daqconvert.errors import ConversionError, FrozenError
 from daqconvert.layers.call_holders import CallHolder
+from daqconvert.quantizers import InputQuantizer
 from helpers.converted_networks import NETWORKS, REWRITTEN, batch, quantized
 
 each_network = pytest.mark.parametrize("name", NETWORKS)
@@ -113,3 +117,137 @@ def test_converting_again_is_refused(name):
         dq.calibrate(frozen, [batch(name)])
     with pytest.raises(FrozenError, match=r"cannot be trained\. Call \.eval\(\)"):
         frozen.train()
+
+
+def small(**bits):
+    torch.manual_seed(0)
+    return dq.quantize(
+        nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), **{"w_bits": 4, "a_bits": 4, **bits}
+    )
+
+
+AVERAGES = {
+    "AveragedModel(use_buffers=True)": lambda model: AveragedModel(model, use_buffers=True),
+    "AveragedModel": AveragedModel,
+    "AveragedModel(ema)": lambda m: AveragedModel(m, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True),
+    "ModelEmaV3": lambda model: timm_utils.ModelEmaV3(model, decay=0.998),
+    "ModelEmaV3(foreach=False)": lambda model: timm_utils.ModelEmaV3(model, decay=0.998, foreach=False),
+    "ModelEmaV2": lambda model: timm_utils.ModelEmaV2(model, decay=0.998),
+}
+
+
+@pytest.mark.parametrize("rounding", ["daq", "lsq"])
+@pytest.mark.parametrize("average", AVERAGES)
+def test_an_average_that_began_before_calibrate_has_the_bounds_that_calibrate_set(average, rounding):
+    qmodel, x = small(rounding=rounding), torch.randn(64, 8)
+    found = AVERAGES[average](qmodel)
+    dq.calibrate(qmodel, [x])
+    for _ in range(3):
+        getattr(found, "update_parameters", getattr(found, "update", None))(qmodel)
+    if rounding == "lsq" and average.startswith("ModelEma"):  # its sign was undecided, and no bound tells it
+        with pytest.raises(dq.CalibrationError, match=r"^0: .* average of weights that began before calibrate"):
+            found.module.eval()(x)
+        found.module.load_state_dict(qmodel.state_dict())
+        getattr(found, "update")(qmodel)  # noqa: B009
+    for ours, theirs in zip(found.module.modules(), qmodel.modules(), strict=True):
+        if isinstance(theirs, InputQuantizer):
+            assert ours.ready and ours.sign is theirs.sign
+            torch.testing.assert_close((ours.lower, ours.upper), (theirs.lower, theirs.upper), rtol=2e-3, atol=1e-4)
+    torch.testing.assert_close(found.module.eval()(x), qmodel.eval()(x), rtol=0.1, atol=0.1)
+    assert dq.plan(dq.freeze(found.module))["0"].signed is True
+
+
+@pytest.mark.parametrize("write", ["copy_", "data", "setattr", "assign", "swap"])
+def test_flags_follow_their_buffers_however_these_are_written(write):
+    qmodel, x = small(), torch.randn(64, 8)
+    other = copy.deepcopy(qmodel)
+    dq.calibrate(qmodel, [x])
+    for ours, theirs in zip(other.modules(), qmodel.modules(), strict=True):
+        for name, value in (*theirs._buffers.items(), *theirs._parameters.items()):
+            mine, value = getattr(ours, name), value.detach().clone()
+            if write == "copy_":
+                mine.detach().copy_(value)
+            elif write == "data":
+                mine.data.copy_(value)
+            elif write == "swap":
+                mine.data = value
+            elif name in ours._buffers and write == "setattr":
+                setattr(ours, name, value)
+            else:
+                mine.data = value
+    if write == "assign":
+        other.load_state_dict(qmodel.state_dict(), assign=True)
+    assert torch.equal(other.eval()(x), qmodel.eval()(x))
+    assert torch.equal(torch.compile(copy.deepcopy(other), backend="eager")(x), qmodel(x))
+    assert torch.equal(dq.freeze(other)(x), qmodel(x)) and dq.plan(other)["0"].signed is True
+    other.load_state_dict(small().state_dict())  # and back
+    with pytest.raises(dq.CalibrationError, match="never set"):
+        other(x)
+
+
+def wrapped(model, how):
+    return model if how == "itself" else nn.ModuleDict({"module": model})
+
+
+@pytest.mark.parametrize("how", ["itself", "prefixed"])
+@pytest.mark.parametrize("options", [{}, {"strict": False}, {"assign": True}], ids=str)
+@pytest.mark.parametrize(
+    ("saved", "told"),
+    [
+        pytest.param({"bits": {"2": (4, 8)}}, r"2: w_bits = 4 \(.*\) there, w_bits = 8 \(.*\) here", id="weight"),
+        pytest.param({"bits": {"0": (8, 3)}}, r"0: a_bits = 3 there, a_bits = 8 here", id="input"),
+        pytest.param({"grid": "midrise"}, r"0: w_bits = 8 \(midrise, .*\) there, .*\(integer", id="grid"),
+        pytest.param({"granularity": "tensor"}, r"per tensor\) there, .* per channel\) here", id="granularity"),
+        pytest.param({"normalize": True, "grid": "midrise"}, r"\(normalized midrise, .*\) there", id="normalize"),
+    ],
+)
+def test_a_state_dict_of_another_form_is_refused_before_anything_is_loaded(saved, told, options, how):
+    x = torch.randn(64, 8)
+    source, model = (small(w_bits=8, a_bits=8, **settings) for settings in (saved, {}))
+    for one in (source, model):
+        dq.calibrate(one, [x])
+    with torch.no_grad():
+        source[0].weight.mul_(2.0)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ConversionError, match=rf"^load_state_dict: .*{told}.*quantize\(model, w_bits.*load_float"):
+        wrapped(model, how).load_state_dict(wrapped(source, how).state_dict(), **options)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    with pytest.raises(ConversionError, match="there"):  # a part of the model alone
+        for part, other in zip(model, source, strict=True):
+            part.load_state_dict(other.state_dict())
+    weights = {
+        k: v for k, v in source.state_dict().items() if "_quantizer." not in k and not k.endswith("output_scale")
+    }
+    dq.load_float(model, weights)  # what the message says to type
+    assert torch.equal(model[0].weight, source[0].weight)
+
+
+def test_bounds_per_channel_of_an_earlier_version_are_not_cut_to_the_first():
+    source, model = small(), small(granularity="tensor")
+    state = {k: v.bool() if k.endswith("calibrated") else v for k, v in source.state_dict().items()}
+    with pytest.raises(
+        ConversionError, match=r"0: 16 bounds, one per channel, there, w_bits = 8 \(integer, per tensor"
+    ):
+        model.load_state_dict(state)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_dict_of_an_earlier_version_is_loaded_strictly(assign):
+    qmodel, x = small(), torch.randn(64, 8)
+    dq.calibrate(qmodel, [x])
+    state = {k: v.bool() if k.endswith("calibrated") else v.clone() for k, v in qmodel.state_dict().items()}
+    other = small()
+    other.load_state_dict(state, strict=True, assign=assign)
+    assert torch.equal(other.eval()(x), qmodel.eval()(x))
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in qmodel.state_dict().items())
+
+
+def test_values_copied_from_a_model_of_other_bits_are_not_used():
+    source, model, x = small(), small(a_bits=8), torch.randn(64, 8)
+    source[2].input_quantizer.set_bits(2)
+    for one in (source, model):
+        dq.calibrate(one, [x])
+    for ours, theirs in zip(model.buffers(), source.buffers(), strict=True):
+        ours.copy_(theirs)
+    with pytest.raises(dq.CalibrationError, match=r"^2: .* input quantizer .*other bits"):
+        model.eval()(x)

@@ -110,6 +110,8 @@ class QuantizedSite(nn.Module):
             self.weight_quantizer = make_input_quantizer(settings, None, name, weight, role="weight")
         if settings.a_bits is not None:
             self.input_quantizer = make_input_quantizer(settings, signed, name, weight)
+            # the output scale of a unitless site starts in `calibrate` as well, and no flag goes with it
+            self.input_quantizer.recovers = not self.unitless and (signed is not None or settings.rounding != "lsq")
         self.scales_channels = layout is not None and settings.granularity == "channel"
         channels = layout.channels if layout is not None and self.scales_channels else 1
         one = torch.ones(channels, dtype=weight.dtype, device=weight.device)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +10,7 @@ from daqconvert.functional import input_operator
 from daqconvert.functional.codes import InputCodes, attach
 from daqconvert.functional.grid import input_scale, input_zero_point, quantize_input
 from daqconvert.functional.input_operator import InputGrid
-from daqconvert.quantizers.base import Quantizer
+from daqconvert.quantizers.base import NEAR, Quantizer
 from daqconvert.quantizers.starting import STD_CLIP, check_width, make_rounding, normal_clip
 from daqconvert.spec import Settings
 
@@ -66,6 +64,7 @@ class InputQuantizer(Quantizer):
     @property
     def sign(self) -> bool | None:
         """Whether the input is signed; None while `calibrate` has not decided."""
+        self._follow()
         return self._sign
 
     def forward(self, x: Tensor) -> Tensor:
@@ -158,7 +157,10 @@ class InputQuantizer(Quantizer):
         """
         check_width(self.layer_name, "a_bits" if self._role == "input" else "w_bits", bits, 2 if self._sign else 1)
         self._rescale_bounds(bits)
+        ready = self.ready
         self.bits, self.rounding = bits, self.rounding.over(2**bits - 1)
+        if ready:
+            self.mark(True)
 
     def _rescale_bounds(self, bits: int) -> None:
         before, after = (
@@ -188,11 +190,15 @@ class InputQuantizer(Quantizer):
         sign = {None: "sign undecided", True: "signed", False: "unsigned"}[self._sign]
         return f"{self.bits} bits, {sign}, {self.rounding.kind}"
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        code = state_dict.get(prefix + "signed")
-        if code is not None and not code.is_meta:
-            self._sign = {-1: None, 0: False, 1: True}[int(code)]
+    def _read_flags(self, value: float) -> None:
+        super()._read_flags(value)
+        self._sign = {0: False, 1: True}.get(int(self.signed))
+
+    @torch.no_grad()
+    def _settle_average(self, share: float) -> None:
+        super()._settle_average(share)
+        if int(self.signed) != 1:  # an average of the integers -1 (undecided) and 1 may have any value between them
+            self.signed.fill_(int(bool(self.lower < -NEAR * self.upper)))
 
 
 InputQuantizer.own_forward = InputQuantizer.forward

@@ -160,6 +160,9 @@ class StepInputQuantizer(InputQuantizer):
         after = 2 ** (bits - (self.sign is True)) - 1
         self.step.mul_(math.sqrt(before / after))  # the ratio of `lsq_start` at the two widths
 
+    def _settle_average(self, share: float) -> None:
+        Quantizer._settle_average(self, share)
+
     def extra_repr(self) -> str:
         """Return bits and sign for `print(model)`."""
         return f"{super().extra_repr().removesuffix(self.rounding.kind)}lsq"

@@ -9,6 +9,7 @@ counter would miss some of them. Without the compiled kernels there is no cheap 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +23,12 @@ from daqconvert.functional.dasr import wide
 from daqconvert.functional.grid import intervals, levels, quantize_weight, weight_codes, weight_scale
 from daqconvert.functional.native import address, dense, kernels
 from daqconvert.functional.weight_operator import QuantizedWeight, WeightGrid, weight_moments
-from daqconvert.quantizers.base import Quantizer
+from daqconvert.quantizers.base import FORMS, Quantizer
 from daqconvert.quantizers.layout import ChannelLayout
 from daqconvert.quantizers.starting import check_width, make_rounding, minimum_error_bound, normal_clip
 from daqconvert.spec import Settings
 
+GRIDS = ("midrise", "integer", "twos")  # in the order of their numbers in the saved `form`
 WEIGHT_STDS = 3.0  # the paper's start of the bounds of a normalized weight
 
 
@@ -75,6 +77,29 @@ class WeightQuantizer(Quantizer):
             self.lower = nn.Parameter(start * -WEIGHT_STDS)
         else:
             self.register_buffer("lower", start * -WEIGHT_STDS)
+
+    @property
+    def form(self) -> int:
+        """The number of what the bounds are the bounds of: bits, grid, normalization and granularity."""
+        kind = (GRIDS.index(self.grid) * 2 + self.normalize) * 2 + self.per_channel
+        return FORMS + self.bits + 8 * kind
+
+    def form_text(self, form: int) -> str:
+        """Return in words what bounds of a form are the bounds of."""
+        kind, bits = divmod(form - FORMS - 1, 8)
+        grid = f"{'normalized ' if kind & 2 else ''}{GRIDS[kind // 4] if kind < 12 else 'unknown'}"
+        return f"w_bits = {bits + 1} ({grid}, per {'channel' if kind & 1 else 'tensor'})"
+
+    def misfit(self, state_dict: Mapping[str, Any], prefix: str) -> str:
+        """Return why the entries of a state dict at `prefix` are no bounds for this quantizer; empty if they are."""
+        problem = super().misfit(state_dict, prefix)
+        for name, own in self._parameters.items():
+            saved = state_dict.get(prefix + name)
+            if not problem and own is not None and saved is not None and saved.numel() > own.numel() == 1:
+                # NOTE: torch would take the first of them without a word if the own bound has shape ()
+                name = self.layer_name or "(root)"
+                problem = f"{name}: {saved.numel()} bounds, one per channel, there, {self.form_text(self.form)} here"
+        return problem
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the integer-valued operand, shape and dtype of `weight`."""
@@ -230,9 +255,12 @@ class WeightQuantizer(Quantizer):
             (2, True)
         """
         check_width(self.layer_name, "w_bits", bits, 1 if self.grid == "midrise" else 2)
+        ready = self.ready
         self._rescale_bounds(bits)
         self.bits, self._memory = bits, None
         self.rounding = self.rounding.over(intervals(bits, self.grid))
+        if ready:
+            self.mark(True)
 
     def _rescale_bounds(self, bits: int) -> None:
         if not self.normalize:
