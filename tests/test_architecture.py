@@ -20,7 +20,7 @@ FLOORS = {
     "ground": (("errors", "version"), ("files", "seeding"), ("spec",), ("kernels",)),
     "mathematics": (("functional",),),
     "modules": (("quantizers",), ("layers",)),
-    "seeing": (("models",), ("policy",), ("graph", "macs"), ("report",), ("batches",)),
+    "seeing": (("models",), ("policy",), ("graph", "macs"), ("report",), ("batches", "kept_plan")),
     "verbs": (("convert", "calibration", "freezing", "counting"),),
     "around": (("sources",), ("data",), ("artifact",)),
     "deeper work": (("posttraining",), ("training",)),

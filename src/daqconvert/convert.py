@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,15 @@ from torch import Tensor, nn
 from daqconvert.errors import ConversionError, FrozenError
 from daqconvert.graph import apply_sites, find_sites
 from daqconvert.layers.call_holders import CallHolder
+from daqconvert.kept_plan import PLAN_ATTRIBUTE as PLAN_ATTRIBUTE
+from daqconvert.kept_plan import current_plan as current_plan
+from daqconvert.kept_plan import keep_plan, plan_owners
 from daqconvert.layers.frozen_site import FrozenSite
 from daqconvert.layers.site import QuantizedSite
 from daqconvert.models import check_before_loading, copy_model, quantized_sites
 from daqconvert.policy.arguments import UNSET, build
 from daqconvert.policy.resolve import resolve
 from daqconvert.spec import Plan, Policy
-
-PLAN_ATTRIBUTE = "_daqconvert_plan"
 
 
 def plan(
@@ -63,7 +63,7 @@ def plan(
         >>> [(row.name, row.rule) for row in rows]
         [('0', 'first'), ('2', 'last')]
     """
-    if getattr(model, PLAN_ATTRIBUTE, None) is not None:
+    if any(isinstance(module, (QuantizedSite, FrozenSite)) for module in model.modules()) or plan_owners(model):
         given = {"policy": policy, "preset": preset, "exclude": exclude or None, "rules": rules or None}
         given |= {"include": include, "bits": bits}
         given |= {key: None if value is UNSET else key for key, value in (("first", first), ("last", last))}
@@ -73,7 +73,7 @@ def plan(
                 f"plan: {type(model).__name__} is quantized already and its plan is fixed; found {', '.join(asked)}. "
                 "Leave that out to see its plan, or plan the original float model."
             )
-        return current_plan(model)
+        return current_plan(model, "plan")
     chosen = build(
         policy=policy, preset=preset, first=first, last=last, exclude=exclude, include=include, bits=bits, rules=rules,
         **settings,
@@ -157,7 +157,7 @@ def apply_plan(model: nn.Module, chosen: Plan) -> nn.Module:
         sites[name].input_quantizer = sites[leader].input_quantizer
     _keep_frozen(model)
     model.register_load_state_dict_pre_hook(check_before_loading)
-    object.__setattr__(model, PLAN_ATTRIBUTE, chosen)
+    keep_plan(model, chosen)
     return model
 
 
@@ -192,27 +192,6 @@ def _is_trained(model: nn.Module, name: str, site: QuantizedSite, added: set[int
         name = name.rpartition(".")[0]
 
 
-def current_plan(model: nn.Module) -> Plan:
-    """Return the plan of a quantized or frozen model, including the input signs that `calibrate` has decided.
-
-    Raises:
-        ConversionError: If the model is not quantized.
-    """
-    chosen = getattr(model, PLAN_ATTRIBUTE, None)
-    if not isinstance(chosen, Plan):
-        raise ConversionError(
-            f"{type(model).__name__}: expected a model made by daqconvert.quantize, found one without a plan."
-        )
-    sites = {site.layer_name: site for site in quantized_sites(model).values()}
-    rows = []
-    for row in chosen.rows:
-        site = sites.get(row.name)
-        if site is not None and site.input_quantizer is not None:
-            row = dataclasses.replace(row, signed=site.input_quantizer.sign)
-        rows.append(row)
-    return dataclasses.replace(chosen, rows=tuple(rows))
-
-
 def require_float(model: nn.Module, verb: str) -> None:
     """Raise if a model is quantized or frozen already."""
     for name, module in model.named_modules():
@@ -238,6 +217,8 @@ def require_quantized(model: nn.Module, verb: str) -> dict[str, QuantizedSite]:
         raise ConversionError(
             f"{verb}: {type(model).__name__} has no quantized layer. Call daqconvert.quantize(model, ...) first."
         )
+    if plan_owners(model):
+        current_plan(model, verb)  # warns of changes
     return sites
 
 

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from daqconvert.convert import PLAN_ATTRIBUTE, current_plan, require_quantized
+from daqconvert.convert import require_quantized
 from daqconvert.errors import CalibrationError
 from daqconvert.graph import integer_sites
 from daqconvert.graph.apply import drop_projection_weights
 from daqconvert.graph.rewrite import CODES, Rewritten, rewritten_class
+from daqconvert.kept_plan import keep_plan, reconcile
 from daqconvert.layers.attention import QuantMultiheadAttention
 from daqconvert.layers.base import QuantizedLayer
 from daqconvert.layers.call_holders import CallHolder, FrozenCallHolder, OwnCallHolder
@@ -67,20 +68,24 @@ def freeze(qmodel: nn.Module) -> nn.Module:
             f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}. "
             "Run daqconvert.calibrate(model, batches) or finetune first."
         )
-    plan = current_plan(qmodel)
+    found = reconcile(qmodel, "freeze")
+    plan = found.plan
+    found.require_known(qmodel, "freeze")
     weights = dropped_weights(qmodel)  # shared with the copy, because copying them all would double the memory
     frozen = copy_model(qmodel, sharing=weights)
     for site, other in zip(sites.values(), quantized_sites(frozen).values(), strict=True):
         old, new = site.weight_quantizer, other.weight_quantizer
         if isinstance(old, WeightQuantizer) and isinstance(new, WeightQuantizer):
             new.take_memory(old)  # if the model has been called, `old` remembers the codes of the weight
+    for name, site in quantized_sites(frozen).items():
+        site.layer_name = found.names[name]
     freeze_sites(frozen)
     integer_sites(frozen, plan)
     own_parameters(frozen, weights)
     for module in frozen.modules():
         module.training = False
     frozen.requires_grad_(False)
-    object.__setattr__(frozen, PLAN_ATTRIBUTE, plan)
+    keep_plan(frozen, plan)
     return frozen
 
 

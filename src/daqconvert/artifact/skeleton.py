@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from daqconvert.artifact.manifest import Manifest, TensorEntry, shown, told
-from daqconvert.convert import PLAN_ATTRIBUTE
 from daqconvert.errors import ArtifactError, DaqError
 from daqconvert.functional.grid import intervals
 from daqconvert.graph import apply_sites
 from daqconvert.graph.rewrite import Rewritten
+from daqconvert.kept_plan import keep_plan
 from daqconvert.layers.frozen_site import BUFFERS, FrozenSite
 from daqconvert.layers.lookup import quantized_class
 from daqconvert.spec import PlanRow
@@ -59,7 +59,7 @@ def fit(skeleton: nn.Module, manifest: Manifest, where: str) -> nn.Module:
         raise ArtifactError(f"{where}: plan: {told(error)}") from error
     for module in skeleton.modules():
         module.training = False
-    object.__setattr__(skeleton, PLAN_ATTRIBUTE, manifest.plan)
+    keep_plan(skeleton, manifest.plan)
     _check_forwards(skeleton, manifest.forwards, where)
     _check_keys(skeleton, manifest, where)
     return skeleton

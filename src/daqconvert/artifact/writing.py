@@ -25,10 +25,10 @@ from daqconvert.artifact.manifest import (
 from daqconvert.artifact.reading import try_source
 from daqconvert.artifact.skeleton import forward_hashes
 from daqconvert.artifact.tensors import collect, sha256, write_tensors
-from daqconvert.convert import current_plan
 from daqconvert.errors import ArtifactError, FrozenError
 from daqconvert.files import replacing_directory
 from daqconvert.freezing import is_frozen
+from daqconvert.kept_plan import current_plan, reconcile
 from daqconvert.layers.frozen_site import FrozenSite
 
 HINT = "Free some space or choose another path."
@@ -130,7 +130,8 @@ def _draft(
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"source_kwargs: expected numbers, texts, booleans and lists ({error}).") from None
     check_source(source, plain, largest_size(entries))
-    plan = current_plan(frozen)
+    plan = current_plan(frozen, "save")
+    reconcile(frozen).require_known(frozen, "save")
     return Manifest(
         format=FORMAT,
         version=VERSION,

@@ -360,6 +360,14 @@ def _layer_site(name: str, view: _View) -> Site:
     )  # fmt: skip
 
 
+def float_site(name: str, module: nn.Module, reason: str) -> Site:
+    """Return the facts of a layer that stays in float for this reason, without looking at the model around it."""
+    weight = module._parameters.get("weight")
+    shape = tuple(weight.shape) if weight is not None and not _is_lazy(weight) else ()
+    channels, reduction = _extent(module, shape)
+    return Site(name, type(module).__name__, shape, channels, reduction, _own_parameters(module), reason)
+
+
 def _call_site(name: str, view: _View, inside: set[int]) -> Site:
     """Return the facts of a call site; `inside` are the `id`s of parameters that are already counted with a layer."""
     site = view.calls[name]
