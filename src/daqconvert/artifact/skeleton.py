@@ -68,7 +68,9 @@ def fit(skeleton: nn.Module, manifest: Manifest, where: str) -> nn.Module:
 def _check_site(layer: nn.Module | None, row: PlanRow, where: str) -> None:
     place = f"{where}: plan: {shown(row.name) if row.name else '(root)'}"
     known = layer is not None and (row.site.call is not None or quantized_class(type(layer)) is not None)
-    if layer is None or type(layer).__name__ != row.site.kind or not known:
+    # a layer that was parametrized may be plain in the skeleton, and the other way round: only its weight is stored
+    kinds = row.site.kind, f"Parametrized{row.site.kind}", row.site.kind.removeprefix("Parametrized")
+    if layer is None or type(layer).__name__ not in kinds or not known:
         found = "no such layer" if layer is None else f"a {type(layer).__name__}"
         raise ArtifactError(f"{place}: expected a float {shown(row.site.kind)[1:-1]}, found {found}.")
     shape = tuple(getattr(getattr(layer, "weight", None), "shape", ()))

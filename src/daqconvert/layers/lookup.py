@@ -21,7 +21,9 @@ def quantized_class(original: type[nn.Module]) -> type[QuantizedLayer] | None:
 
     If the class uses the forward of a registered base unchanged, its quantized form is derived on demand.
     """
-    base = _computes_as(original)
+    base, plain = _computes_as(original), plain_class(original)
+    if base is not None and plain is not original:
+        return _parametrized(quantized_class(plain), original)
     if base is not None and original not in QUANTIZED:
         QUANTIZED[original] = _derive(QUANTIZED[base], QuantizedLayer, original, "Quant")
     return QUANTIZED.get(original)
@@ -51,6 +53,16 @@ def _derive(form: type[Any], mixin: type[nn.Module], original: type[nn.Module], 
     operation = tuple(base for base in form.__bases__ if not issubclass(base, nn.Module))
     body = {"original": original, "__reduce_ex__": _reduce, "__module__": original.__module__}
     return type(f"{prefix}{original.__name__}", (*operation, mixin, original), body)
+
+
+def _parametrized(form: Any, original: type[nn.Module]) -> type[Any]:
+    """Return a class over the quantized form of a plain class that is built as torch's `parametrize` builds its own.
+
+    torch can then remove the parametrization: it deletes the property from the layer's class and gives the layer the
+    first base. The class is new on every call, because torch changes it.
+    """
+    own = {key: value for key, value in vars(original).items() if key not in ("__dict__", "__weakref__")}
+    return type(f"Parametrized{form.__name__}", (form,), {**own, "original": original})
 
 
 def _reduce(self: Any, protocol: Any) -> Any:

@@ -69,6 +69,7 @@ class Quantizer(nn.Module):
     calibrated: Tensor
     bits: int
     recovers: bool = True
+    forms: ClassVar[int] = 8  # how many there are
     by_mean: ClassVar[bool] = False  # whether `calibrate` starts from the mean absolute value
     lower: Tensor
     upper: Tensor
@@ -119,6 +120,9 @@ class Quantizer(nn.Module):
         """The number of what the bounds are the bounds of, above `FORMS`; `form_text` says it in words."""
         return FORMS + self.bits
 
+    def _is_form(self, value: float) -> bool:
+        return FORMS < value <= FORMS + self.forms and value.is_integer()
+
     def form_text(self, form: int) -> str:
         """Return in words what bounds of a form are the bounds of, such as `a_bits = 4`."""
         return f"{'w_bits' if self._role == 'weight' else 'a_bits'} = {form - FORMS}"
@@ -138,7 +142,7 @@ class Quantizer(nn.Module):
         if not isinstance(saved, Tensor) or saved.is_meta or not saved.is_floating_point():
             return ""
         form = float(saved)
-        if form == self.form or not _is_form(form):  # if it is no form: never set, or an average
+        if form == self.form or not self._is_form(form):  # if it is no form: never set, or an average
             return ""
         form = int(form)
         return f"{self.layer_name or '(root)'}: {self.form_text(form)} there, {self.form_text(self.form)} here"
@@ -162,8 +166,9 @@ class Quantizer(nn.Module):
 
     def _read_flags(self, value: float) -> None:
         """Set the copies of the flags; `value` is that of `calibrated`."""
-        self._ready = abs(value / self.form - 1.0) <= NEAR
-        if not self._ready and 0.0 < value < self.form and not _is_form(value) and self.recovers:
+        other = value != self.form and self._is_form(value)
+        self._ready = not other and value >= self.form * (1.0 - NEAR)
+        if not (self._ready or other) and value > 0.0 and self.recovers:
             self._settle_average(value / self.form)
 
     @torch.no_grad()
@@ -226,10 +231,6 @@ class Quantizer(nn.Module):
 
 FORMS = 100  # forms are numbers from 101 to 196: few averages pass through one, and bfloat16 holds them exactly
 NEAR = 2e-3  # relative; how far rounding may take the flag of an average from the flag that it is the average of
-
-
-def _is_form(value: float) -> bool:
-    return value > FORMS and value.is_integer()
 
 
 def other_form(problems: list[str]) -> str:

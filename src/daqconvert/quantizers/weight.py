@@ -55,6 +55,7 @@ class WeightQuantizer(Quantizer):
     """
 
     _role = "weight"
+    forms = 8 * len(GRIDS) * 4
 
     def __init__(self, settings: Settings, layout: ChannelLayout, layer_name: str = "", like: Tensor | None = None):
         super().__init__(layer_name)
