@@ -21,7 +21,7 @@ from daqconvert.kept_plan import current_plan as current_plan
 from daqconvert.kept_plan import keep_plan, plan_owners
 from daqconvert.layers.frozen_site import FrozenSite
 from daqconvert.layers.site import QuantizedSite
-from daqconvert.models import check_before_loading, copy_model, quantized_sites
+from daqconvert.models import check_before_loading, copy_model, note_after_loading, quantized_sites
 from daqconvert.policy.arguments import UNSET, build
 from daqconvert.policy.resolve import resolve
 from daqconvert.spec import Plan, Policy
@@ -157,6 +157,7 @@ def apply_plan(model: nn.Module, chosen: Plan) -> nn.Module:
         sites[name].input_quantizer = sites[leader].input_quantizer
     _keep_frozen(model)
     model.register_load_state_dict_pre_hook(check_before_loading)
+    model.register_load_state_dict_post_hook(note_after_loading)
     keep_plan(model, chosen)
     return model
 

@@ -22,6 +22,7 @@ from daqconvert.layers.frozen_site import FrozenSite
 from daqconvert.layers.mode import evaluating as evaluating
 from daqconvert.layers.mode import in_mode as in_mode
 from daqconvert.layers.site import QuantizedSite
+from daqconvert.quantizers import WeightQuantizer
 from daqconvert.quantizers.base import Quantizer, other_form
 from daqconvert.seeding import preserved_random_state, seed_generators
 
@@ -131,12 +132,15 @@ def unchanged_on_error(sites: Iterable[QuantizedSite]) -> Iterator[None]:
     sites = list(sites)
     quantizers = [q for site in sites for q in (site.weight_quantizer, site.input_quantizer) if q is not None]
     states = [{key: value.clone() for key, value in q.state_dict().items()} for q in quantizers]
+    fits = [vars(quantizer).get("_fitted") for quantizer in quantizers]
     scales = [site.output_scale.detach().clone() for site in sites]
     try:
         yield
     except BaseException:
-        for quantizer, state in zip(quantizers, states, strict=True):
+        for quantizer, state, fit in zip(quantizers, states, fits, strict=True):
             quantizer.load_state_dict(state)
+            if isinstance(quantizer, WeightQuantizer):
+                quantizer._fitted = fit
         for site, scale in zip(sites, scales, strict=True):
             site.output_scale.data.copy_(scale)
         raise
@@ -258,3 +262,17 @@ def check_before_loading(model: nn.Module, state_dict: Any, prefix: str, *args: 
             problems += [problem] if problem else []
     if problems:
         raise ConversionError(other_form(problems))
+    for name, site in quantized_sites(model).items():  # weights that are loaded without bounds leave these unfitted
+        start = f"{prefix}{name}.weight_quantizer.".replace("..", ".").removeprefix(".")
+        if isinstance(site.weight_quantizer, WeightQuantizer) and not any(key.startswith(start) for key in state_dict):
+            weight = site.float_weight()
+            if weight is not None and not weight.is_meta and site.weight_quantizer.needs_fit(weight) is None:
+                site.weight_quantizer.note_fit(weight)
+
+
+def note_after_loading(model: nn.Module, *args: Any) -> None:
+    """Note that bounds which were loaded belong to the weights that were; a hook of the model, as the other one."""
+    for site in quantized_sites(model).values():
+        quantizer, weight = site.weight_quantizer, site.float_weight()
+        if isinstance(quantizer, WeightQuantizer) and weight is not None and not quantizer.knows_fit:
+            quantizer.note_fit(weight)

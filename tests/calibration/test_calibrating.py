@@ -18,6 +18,7 @@ from daqconvert.calibration import is_calibrated
 from daqconvert.calibration.observers import METHODS
 from daqconvert.errors import CalibrationError, ConversionError, DataError, FrozenError
 from daqconvert.models import quantized_sites
+from daqconvert.posttraining.gptq import choose_codes
 from helpers import awkward_models as awkward
 
 # ------------------------------------------------------------------------------------------------- the verb
@@ -379,3 +380,71 @@ def test_the_report_is_a_record():
         report.batches = 3
     assert str(report).endswith("3 inputs calibrated on 1 batches (mse, both modes)")
     assert len(quantized_sites(chain())) == 3
+
+
+def five_times(model, how):
+    """Change the weights from outside."""
+    if how == "load_state_dict":
+        model.load_state_dict(
+            {k: 5 * v for k, v in model.state_dict().items() if k.endswith(("weight", "bias"))}, False
+        )
+    elif how == "wrapped":
+        state = {f"0.{k}": 5 * v for k, v in model.state_dict().items() if k.endswith(("weight", "bias"))}
+        nn.Sequential(model).load_state_dict(state, strict=False)
+    for layer in model[::2]:
+        if how == "in place":
+            with torch.no_grad():
+                layer.weight.mul_(5)
+        elif how == "data":
+            layer.weight.data.mul_(5)
+        elif how == "replaced":
+            layer.weight = nn.Parameter(5 * layer.weight.detach())
+
+
+@pytest.mark.parametrize("stage", ["new", "trained", "trained until now", "saved", "copied"])
+@pytest.mark.parametrize("how", ["load_state_dict", "wrapped", "in place", "data", "replaced"])
+def test_weight_bounds_are_set_anew_where_weights_were_changed_from_outside(how, stage):
+    torch.manual_seed(0)
+    x, make = torch.randn(64, 8), lambda: nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    qmodel = dq.quantize(make(), w_bits=8, a_bits=8)
+    dq.calibrate(qmodel, [x])
+    if stage.startswith("trained"):
+        optimizer = torch.optim.SGD(qmodel.parameters(), 0.01)
+        for _ in range(3):
+            optimizer.zero_grad()
+            qmodel.train()(x).square().mean().backward()
+            optimizer.step()
+    if stage == "trained":
+        before = {k: v.clone() for k, v in qmodel.state_dict().items() if "weight_quantizer" in k}
+        report = dq.calibrate(qmodel, [x])  # bounds that were trained with the weights stay
+        assert report.refitted == report.unfit == ()
+        assert all(torch.equal(v, qmodel.state_dict()[k]) for k, v in before.items())
+    if stage == "saved":
+        state, qmodel = qmodel.state_dict(), dq.quantize(make(), w_bits=8, a_bits=8)
+        qmodel.load_state_dict(state)
+    if stage == "copied":
+        qmodel = copy.deepcopy(qmodel)
+    if stage != "trained until now":
+        assert dq.calibrate(qmodel, [x]).refitted == ()  # the weights are what they were
+    five_times(qmodel, how)
+    report = dq.calibrate(qmodel, [x])
+    with dq.disabled(qmodel):
+        exact = qmodel.eval()(x)
+    error = float((qmodel(x) - exact).norm() / exact.norm())
+    if stage == "trained until now" and how not in ("load_state_dict", "wrapped"):
+        assert report.unfit == ("0", "2") and report.refitted == ()  # told, where it cannot be known
+        assert "0: its weight" in str(report) and "weight bounds" in str(report)
+    else:
+        assert report.refitted == ("0", "2") and error < 0.02
+        assert "0: its weight was changed: weight bounds set anew" in str(report)
+    assert dq.calibrate(qmodel, [x]).refitted == ()
+
+
+def test_weights_that_gptq_chose_for_their_bounds_keep_them():
+    torch.manual_seed(0)
+    x = torch.randn(64, 8)
+    qmodel = dq.quantize(nn.Sequential(nn.Linear(8, 16)), w_bits=3, first=(3, 8), last=(3, 8))
+    dq.calibrate(qmodel, [x])
+    choose_codes(qmodel, [x], [])
+    before = qmodel[0].weight_quantizer.upper.detach().clone()
+    assert dq.calibrate(qmodel, [x]).refitted == () and torch.equal(qmodel[0].weight_quantizer.upper, before)

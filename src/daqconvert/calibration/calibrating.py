@@ -93,6 +93,9 @@ class CalibrationReport:
             `[-1, 1]` (`[0, 1]` if unsigned or of 1 bit); an undecided sign stays undecided.
         mode: Which forwards were observed: `"eval"`, `"train"` or `"both"`.
         note: What was observed instead, where a forward in training mode failed; else `""`.
+        refitted: Names of the sites whose weights were changed (loaded, scaled, replaced) after their bounds were set:
+            the bounds were set anew. Bounds that were trained with their weights stay.
+        unfit: Names of the sites whose bounds do not fit their weights although both have changed. These bounds stay.
     """
 
     inputs: tuple[CalibratedInput, ...]
@@ -101,6 +104,8 @@ class CalibrationReport:
     unseen: tuple[str, ...] = ()
     mode: str = "both"
     note: str = ""
+    refitted: tuple[str, ...] = ()
+    unfit: tuple[str, ...] = ()
 
     @property
     def differing(self) -> tuple[str, ...]:
@@ -117,6 +122,12 @@ class CalibrationReport:
                 f"evaluation mode: {', '.join(self.differing)}"
             )
         rows += [self.note] if self.note else []
+        rows += [f"{name}: its weight was changed: weight bounds set anew" for name in self.refitted]
+        rows += [
+            f"{name}: its weight bounds do not fit its weight, and stay, because both were changed: if they were not "
+            "trained together, call daqconvert.load_float with the weights, then calibrate"
+            for name in self.unfit
+        ]
         observed = {"eval": "evaluation mode", "train": "training mode", "both": "both modes"}[self.mode]
         return "\n".join(
             [*rows, f"{len(self.inputs)} inputs calibrated on {self.batches} batches ({self.method}, {observed})"]
@@ -187,9 +198,10 @@ def calibrate(
     rows = _choose(operands, method, proven)
     unseen = tuple(dict.fromkeys(operand.name for key, operand in operands.items() if key not in rows))
     with unchanged_on_error(sites.values()):
-        _set_bounds(sites, operands, rows)
+        refitted, unfit = _fit_weights(sites)
+        _set_bounds(operands, rows)
         _set_output_scales(forwards, sites, first)
-    return CalibrationReport(tuple(rows.values()), count, method, unseen, mode, forwards.note)
+    return CalibrationReport(tuple(rows.values()), count, method, unseen, mode, forwards.note, refitted, unfit)
 
 
 def is_calibrated(qmodel: nn.Module) -> bool:
@@ -314,13 +326,32 @@ def _observe(
     return first, count
 
 
-def _set_bounds(
-    sites: dict[str, QuantizedSite], operands: dict[int, _Operand], rows: dict[int, CalibratedInput]
-) -> None:
+MISFIT = 0.5  # relative error of a weight of 3 bits or more whose bounds are not its own
+
+
+def _fit_weights(sites: dict[str, QuantizedSite]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Set the bounds of weights that have none, or that were changed from outside after their bounds were set.
+
+    Returns the names of the latter, and those of weights that their bounds do not fit although both have changed: it
+    cannot be told whether they were trained together, so these bounds stay.
+    """
+    refitted, unfit = [], []
     for site in sites.values():
-        quantizer, weight = site.weight_quantizer, site.float_weight()
-        if isinstance(quantizer, WeightQuantizer) and weight is not None and not quantizer.ready:
+        quantizer, weight, name = site.weight_quantizer, site.float_weight(), site.layer_name or "(root)"
+        if not isinstance(quantizer, WeightQuantizer) or weight is None:
+            continue
+        changed = quantizer.needs_fit(weight) if quantizer.ready else True
+        if changed:
+            refitted += [name] if quantizer.ready else []
             quantizer.initialize(weight)
+        elif changed is None and quantizer.bits > 2 and quantizer.relative_error(weight) > MISFIT:
+            unfit.append(name)
+        elif changed is None:
+            quantizer.note_fit(weight)  # trained together
+    return tuple(refitted), tuple(unfit)
+
+
+def _set_bounds(operands: dict[int, _Operand], rows: dict[int, CalibratedInput]) -> None:
     for key, operand in operands.items():
         if key in rows:
             operand.quantizer.set_bounds(rows[key].lower, rows[key].upper)

@@ -107,6 +107,7 @@ def _choose(site: QuantizedLayer, name: str, moments: Tensor) -> Fitted:
     errors = [output_error(found * scale[:, :, None], weight, moments) for found in (plain, operand)]
     if errors[1] < errors[0]:
         site.weight.copy_((operand * scale[:, :, None]).reshape(site.weight.shape))
+        quantizer.note_fit(site.weight)  # chosen for these bounds
     return Fitted(name, errors[0], min(errors))
 
 

@@ -221,6 +221,7 @@ def _settle(block: nn.Module, trained: list[nn.Parameter]) -> None:
     for weight, quantizer in quantized_weights(block):
         if id(weight) in chosen:
             weight.copy_(_on_levels(weight, quantizer))
+            quantizer.note_fit(weight)
 
 
 def _on_levels(weight: Tensor, quantizer: WeightQuantizer) -> Tensor:

@@ -8,6 +8,7 @@ counter would miss some of them. Without the compiled kernels there is no cheap 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -64,6 +65,9 @@ class WeightQuantizer(Quantizer):
         self.grid = settings.grid
         self.normalize = settings.normalize is True
         self._memory: KnownWeight | None = None
+        self._fitted: tuple[str, str] | None = (
+            None  # hashes of the weight that the bounds belong to, and of the bounds
+        )
         self.per_channel = settings.granularity == "channel"
         self.layout = layout
         self.rounding = make_rounding(settings, settings.w_gamma, settings.w_sigma, intervals(self.bits, self.grid))
@@ -220,6 +224,41 @@ class WeightQuantizer(Quantizer):
         self.check(weight)
         self._start_bounds(weight, method)
         self.mark(True)
+        self.note_fit(weight)
+
+    def note_fit(self, weight: Tensor) -> None:
+        """Remember that the bounds, as they are now, belong to this weight."""
+        self._fitted = None if weight.is_meta else self._hashes(weight)
+
+    def needs_fit(self, weight: Tensor) -> bool | None:
+        """Whether the weight was changed from outside after the bounds were set.
+
+        True if the weight changed and the bounds did not; False if the weight did not. None if both did, so that they
+        were trained or averaged together (or trained, and then the weight was changed), or if it is not known.
+        """
+        if self._fitted is None:
+            return None
+        before, now = self._fitted, self._hashes(weight)
+        return False if before[0] == now[0] else True if before[1] == now[1] else None
+
+    @property
+    def knows_fit(self) -> bool:
+        """Whether it is known which weight the bounds belong to."""
+        return self._fitted is not None
+
+    def _hashes(self, weight: Tensor) -> tuple[str, str]:
+        bounds = [bound for bound in self._parameters.values() if bound is not None]
+        return value_hash(weight), " ".join(map(value_hash, bounds))
+
+    @torch.no_grad()
+    def relative_error(self, weight: Tensor) -> float:
+        """Return the size of the quantization error over that of the weight (normalized where it is)."""
+        v = wide(weight).reshape(self.layout.view)
+        mean, std = self.moments(weight)
+        v = v if mean is None or std is None else (v - self._expand(mean)) / self._expand(std)
+        scale = self.upper / self.top
+        found = wide(self(weight)).reshape(self.layout.view) * self._expand(scale)
+        return float((found - v).norm() / v.norm().clamp(min=torch.finfo(v.dtype).tiny))
 
     def _start_bounds(self, weight: Tensor, method: str) -> None:
         if self.normalize:
@@ -296,6 +335,11 @@ class WeightQuantizer(Quantizer):
     def _expand(self, bound: Tensor) -> Tensor:
         return wide(bound).reshape(self.layout.bound_view if self.per_channel else ())
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if any(prefix + name in state_dict for name in self._parameters):
+            self._fitted = None  # the model notes the fit when the weight is loaded as well
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if not self.normalize:
             with torch.no_grad():
@@ -306,6 +350,17 @@ class WeightQuantizer(Quantizer):
 
 
 WeightQuantizer.own_forward = WeightQuantizer.forward
+
+
+def value_hash(tensor: Tensor) -> str:
+    """Return a hash of the values of a tensor, in whatever order they are in memory and on whatever device.
+
+    Example:
+        >>> value_hash(torch.ones(2, 3)) == value_hash(torch.ones(3, 2).t())
+        True
+    """
+    plain = tensor.detach().cpu().contiguous().reshape(-1)
+    return hashlib.blake2b(plain.view(torch.uint8).numpy().data, digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)
