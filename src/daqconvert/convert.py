@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from daqconvert.errors import ConversionError, FrozenError
 from daqconvert.graph import apply_sites, find_sites
-from daqconvert.layers.call_holders import CallHolder
 from daqconvert.kept_plan import PLAN_ATTRIBUTE as PLAN_ATTRIBUTE
 from daqconvert.kept_plan import current_plan as current_plan
 from daqconvert.kept_plan import keep_plan, plan_owners
+from daqconvert.layers.call_holders import CallHolder
 from daqconvert.layers.frozen_site import FrozenSite
 from daqconvert.layers.site import QuantizedSite
 from daqconvert.models import check_before_loading, copy_model, note_after_loading, quantized_sites

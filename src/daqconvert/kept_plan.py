@@ -201,8 +201,7 @@ def _as_found(row: PlanRow, site: Any) -> PlanRow:
     settings, weight = site.settings, site._buffers.get("weight_codes", site._parameters.get("weight"))
     if weight is None or row.site.call is not None or tuple(weight.shape) == row.site.weight_shape:
         return dataclasses.replace(row, settings=settings)
-    facts = float_site(row.name, site, "")
-    facts = dataclasses.replace(facts, kind=row.site.kind, weight_shape=tuple(weight.shape), macs=None)
+    facts = dataclasses.replace(float_site(row.name, site, tuple(weight.shape), ""), kind=row.site.kind)
     return dataclasses.replace(row, site=facts, settings=settings)
 
 
@@ -236,7 +235,7 @@ def _calls_are_there(row: PlanRow, owner: str, modules: dict[str, nn.Module]) ->
 
 
 def _put_in(path: str, module: nn.Module) -> PlanRow:
-    return PlanRow(float_site(path, module, PUT_IN), None, "changed after quantize", PUT_IN)
+    return PlanRow(float_site(path, module, _identity(module)[1], PUT_IN), None, "changed after quantize", PUT_IN)
 
 
 def _join(owner: str, path: str) -> str:

@@ -26,6 +26,8 @@ from daqconvert.quantizers import WeightQuantizer
 from daqconvert.quantizers.base import Quantizer, other_form
 from daqconvert.seeding import preserved_random_state, seed_generators
 
+MISFIT = 0.5  # relative error of a weight of 3 bits or more whose bounds are not its own
+
 
 def copy_model(model: nn.Module, *, to_look_at: bool = False, sharing: Iterable[Tensor] = ()) -> nn.Module:
     """Return a deep copy of a model.
@@ -144,6 +146,28 @@ def unchanged_on_error(sites: Iterable[QuantizedSite]) -> Iterator[None]:
         for site, scale in zip(sites, scales, strict=True):
             site.output_scale.data.copy_(scale)
         raise
+
+
+def fit_weights(sites: dict[str, QuantizedSite]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Set the bounds of weights that have none, or that were changed from outside after their bounds were set.
+
+    Returns the names of the latter, and those of weights that their bounds do not fit although both have changed: it
+    cannot be told whether they were trained together, so these bounds stay.
+    """
+    refitted, unfit = [], []
+    for site in sites.values():
+        quantizer, weight, name = site.weight_quantizer, site.float_weight(), site.layer_name or "(root)"
+        if not isinstance(quantizer, WeightQuantizer) or weight is None:
+            continue
+        changed = quantizer.needs_fit(weight) if quantizer.ready else True
+        if changed:
+            refitted += [name] if quantizer.ready else []
+            quantizer.initialize(weight)
+        elif changed is None and quantizer.bits > 2 and quantizer.relative_error(weight) > MISFIT:
+            unfit.append(name)
+        elif changed is None:
+            quantizer.note_fit(weight)  # trained together
+    return tuple(refitted), tuple(unfit)
 
 
 def quantized_sites(model: nn.Module) -> dict[str, QuantizedSite]:

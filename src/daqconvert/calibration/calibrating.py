@@ -27,7 +27,7 @@ from daqconvert.functional.dasr import wide
 from daqconvert.functional.grid import levels
 from daqconvert.graph.watch import comparing, watching_weights
 from daqconvert.layers.site import Operation, QuantizedSite, Watcher, safe_products, watching
-from daqconvert.models import disabled, evaluating, rehearsing, unchanged_on_error
+from daqconvert.models import disabled, evaluating, fit_weights, rehearsing, unchanged_on_error
 from daqconvert.quantizers import InputQuantizer, WeightQuantizer
 from daqconvert.quantizers.lsq import StepInputQuantizer
 from daqconvert.report.progress import track
@@ -198,7 +198,7 @@ def calibrate(
     rows = _choose(operands, method, proven)
     unseen = tuple(dict.fromkeys(operand.name for key, operand in operands.items() if key not in rows))
     with unchanged_on_error(sites.values()):
-        refitted, unfit = _fit_weights(sites)
+        refitted, unfit = fit_weights(sites)
         _set_bounds(operands, rows)
         _set_output_scales(forwards, sites, first)
     return CalibrationReport(tuple(rows.values()), count, method, unseen, mode, forwards.note, refitted, unfit)
@@ -324,31 +324,6 @@ def _observe(
             f"calibrate: expected a batch with inputs, found {count} of size 0. Look at the loader."
         )
     return first, count
-
-
-MISFIT = 0.5  # relative error of a weight of 3 bits or more whose bounds are not its own
-
-
-def _fit_weights(sites: dict[str, QuantizedSite]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Set the bounds of weights that have none, or that were changed from outside after their bounds were set.
-
-    Returns the names of the latter, and those of weights that their bounds do not fit although both have changed: it
-    cannot be told whether they were trained together, so these bounds stay.
-    """
-    refitted, unfit = [], []
-    for site in sites.values():
-        quantizer, weight, name = site.weight_quantizer, site.float_weight(), site.layer_name or "(root)"
-        if not isinstance(quantizer, WeightQuantizer) or weight is None:
-            continue
-        changed = quantizer.needs_fit(weight) if quantizer.ready else True
-        if changed:
-            refitted += [name] if quantizer.ready else []
-            quantizer.initialize(weight)
-        elif changed is None and quantizer.bits > 2 and quantizer.relative_error(weight) > MISFIT:
-            unfit.append(name)
-        elif changed is None:
-            quantizer.note_fit(weight)  # trained together
-    return tuple(refitted), tuple(unfit)
 
 
 def _set_bounds(operands: dict[int, _Operand], rows: dict[int, CalibratedInput]) -> None:

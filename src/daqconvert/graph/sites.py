@@ -360,12 +360,9 @@ def _layer_site(name: str, view: _View) -> Site:
     )  # fmt: skip
 
 
-def float_site(name: str, module: nn.Module, reason: str) -> Site:
-    """Return the facts of a layer that stays in float for this reason, without looking at the model around it."""
-    weight = module._parameters.get("weight")
-    shape = tuple(weight.shape) if weight is not None and not _is_lazy(weight) else ()
-    channels, reduction = _extent(module, shape)
-    return Site(name, type(module).__name__, shape, channels, reduction, _own_parameters(module), reason)
+def float_site(name: str, module: nn.Module, shape: tuple[int, ...], reason: str) -> Site:
+    """Return the facts of a layer with a weight of this shape that stays in float, without the model around it."""
+    return Site(name, type(module).__name__, shape, *_extent(module, shape), _own_parameters(module), reason)
 
 
 def _call_site(name: str, view: _View, inside: set[int]) -> Site:

@@ -228,7 +228,8 @@ class WeightQuantizer(Quantizer):
 
     def note_fit(self, weight: Tensor) -> None:
         """Remember that the bounds, as they are now, belong to this weight."""
-        self._fitted = None if weight.is_meta else self._hashes(weight)
+        known = not any(t.is_meta for t in (weight, *self.parameters()))
+        self._fitted = self._hashes(weight) if known else None
 
     def needs_fit(self, weight: Tensor) -> bool | None:
         """Whether the weight was changed from outside after the bounds were set.
@@ -236,7 +237,7 @@ class WeightQuantizer(Quantizer):
         True if the weight changed and the bounds did not; False if the weight did not. None if both did, so that they
         were trained or averaged together (or trained, and then the weight was changed), or if it is not known.
         """
-        if self._fitted is None:
+        if self._fitted is None or any(t.is_meta for t in (weight, *self.parameters())):
             return None
         before, now = self._fitted, self._hashes(weight)
         return False if before[0] == now[0] else True if before[1] == now[1] else None
