@@ -40,6 +40,11 @@ def current_plan(model: nn.Module, verb: str = "plan") -> Plan:
     return found.plan
 
 
+def plan_now(model: nn.Module) -> Plan | None:
+    """Return the plan of a model as it is now, without a warning; None if it has none."""
+    return reconcile(model).plan if plan_owners(model) else None
+
+
 def changed_text(model: nn.Module, changes: tuple[str, ...], verb: str) -> str:
     """Return the message about a model that was changed after `quantize`."""
     more = f"; and {len(changes) - 4} more" if len(changes) > 4 else ""

@@ -26,6 +26,7 @@ from daqconvert.errors import CalibrationError, DaqError, nearest
 from daqconvert.functional.dasr import wide
 from daqconvert.functional.grid import levels
 from daqconvert.graph.watch import comparing, watching_weights
+from daqconvert.kept_plan import plan_now
 from daqconvert.layers.site import Operation, QuantizedSite, Watcher, safe_products, watching
 from daqconvert.models import disabled, evaluating, fit_weights, rehearsing, unchanged_on_error
 from daqconvert.quantizers import InputQuantizer, WeightQuantizer
@@ -311,7 +312,7 @@ def _observe(
             parts = [operands.get(id(q)) for q in (site.input_quantizer, site.weight_quantizer)]
             stack.enter_context(watching(site, _Observing(forwards, *parts)))
         stack.enter_context(disabled(qmodel))
-        stack.enter_context(comparing(qmodel, sites, getattr(qmodel, PLAN_ATTRIBUTE, None)))
+        stack.enter_context(comparing(qmodel, sites, plan_now(qmodel)))
         shared = _shared_layers(qmodel)
         for count, batch in enumerate(batches, 1):
             with watching_weights(qmodel, sites, shared):
