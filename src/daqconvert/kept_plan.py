@@ -15,11 +15,11 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from daqconvert.errors import ConversionError
-from daqconvert.graph import float_site
+from daqconvert.graph.call_sites import layer_extent
 from daqconvert.layers.frozen_site import FrozenSite
 from daqconvert.layers.registry import is_site_type
 from daqconvert.layers.site import QuantizedSite
-from daqconvert.spec import Plan, PlanRow
+from daqconvert.spec import Plan, PlanRow, Site
 
 PLAN_ATTRIBUTE = "_daqconvert_plan"
 PLACES_ATTRIBUTE = "_daqconvert_places"
@@ -241,6 +241,12 @@ def _calls_are_there(row: PlanRow, owner: str, modules: dict[str, nn.Module]) ->
 
 def _put_in(path: str, module: nn.Module) -> PlanRow:
     return PlanRow(float_site(path, module, _identity(module)[1], PUT_IN), None, "changed after quantize", PUT_IN)
+
+
+def float_site(name: str, module: nn.Module, shape: tuple[int, ...], reason: str) -> Site:
+    """Return the facts of a layer with a weight of this shape that stays in float, without the model around it."""
+    params = sum(p.numel() for p in module.parameters() if not isinstance(p, UninitializedParameter))
+    return Site(name, type(module).__name__, shape, *layer_extent(module, shape), params, reason)
 
 
 def _join(owner: str, path: str) -> str:

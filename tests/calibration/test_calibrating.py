@@ -383,7 +383,6 @@ def test_the_report_is_a_record():
 
 
 def five_times(model, how):
-    """Change the weights from outside."""
     if how == "load_state_dict":
         model.load_state_dict(
             {k: 5 * v for k, v in model.state_dict().items() if k.endswith(("weight", "bias"))}, False

@@ -360,11 +360,6 @@ def _layer_site(name: str, view: _View) -> Site:
     )  # fmt: skip
 
 
-def float_site(name: str, module: nn.Module, shape: tuple[int, ...], reason: str) -> Site:
-    """Return the facts of a layer with a weight of this shape that stays in float, without the model around it."""
-    return Site(name, type(module).__name__, shape, *_extent(module, shape), _own_parameters(module), reason)
-
-
 def _call_site(name: str, view: _View, inside: set[int]) -> Site:
     """Return the facts of a call site; `inside` are the `id`s of parameters that are already counted with a layer."""
     site = view.calls[name]
