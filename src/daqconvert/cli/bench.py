@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -76,7 +77,9 @@ def _check(source: str, **numbers: int) -> None:
 def _times(path: Path, opened: Opened, images: Tensor, threads: int, rounds: int, repeats: int) -> dict[str, Timing]:
     openers = run_openers(path, opened, images)
     for key in [key for key in FILES if key not in openers]:
-        command = f"daqconvert {'freeze' if key == 'frozen' else 'export'} {path}" if key in ("frozen", "onnx") else ""
+        code = ["--model", str(opened.source)] if opened.source.kind == "import" else []
+        making = {"frozen": "freeze", "onnx": "export"}.get(key)
+        command = shlex.join(["daqconvert", making, str(path), *code]) if making else ""
         say(f"{path} has no {FILES[key]}: not timed." + f" {command} makes it." * bool(command))
     with progress(len(openers) * (rounds + 1), "taking times") as bar:
         return time_in_turns(openers, threads, rounds, repeats, tick=lambda name: bar.advance(1, of=name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -55,7 +56,8 @@ def freeze_command(
 
 def _not_frozen_yet(kind: str, source: str) -> None:
     if kind == ARTIFACT:
-        raise ArtifactError(f"{source} is an artifact already. daqconvert export {source} makes an ONNX file of it.")
+        export = shlex.join(["daqconvert", "export", source])
+        raise ArtifactError(f"{source} is an artifact already. {export} makes an ONNX file of it.")
 
 
 def _save(qmodel: nn.Module, opened: Opened, out: Path, overwrite: bool, output: Output) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,8 @@ def _stages(source: str, typed: str | None, job: Job, size: int) -> Compared:
     """Return the models of a run, in the order in which they were made, and its held-out images."""
     if _kind(source) != RUN:
         raise ExportError(
-            f"{source} is no run directory. Say what to compare it with: daqconvert verify {source} OTHER."
+            f"{source} is no run directory. Say what to compare it with: "
+            f"daqconvert verify {shlex.quote(source)} OTHER."
         )
     path = Path(source)
     config, opened = rundir.open_run(path, typed, size, data_changes(job))

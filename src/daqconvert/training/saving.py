@@ -9,6 +9,7 @@ Before a run is resumed, `check_run` makes sure that the checkpoint belongs to t
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -171,9 +172,8 @@ def last_of(directory: RunDirectory | None) -> Checkpoint | None:
         good = _newest_good(directory)
         if good is None:
             raise
-        raise TrainingError(
-            f"{error} {good} is whole: to go on from there, cp {good} {directory.last}, then resume=True."
-        ) from None
+        copying = shlex.join(["cp", good, str(directory.last)])
+        raise TrainingError(f"{error} {good} is whole: to go on from there, {copying}, then resume=True.") from None
 
 
 def _newest_good(directory: RunDirectory) -> str | None:
