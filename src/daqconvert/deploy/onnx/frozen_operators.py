@@ -93,7 +93,6 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     place_input = _placeholder("InputOperand", {"x": "float", "scale": "float", "zero_point": "uint8"}, bits="INT")
     place_weight = _placeholder("WeightOperand", {"codes": "uint8"}, bits="INT", grid="STRING")
     place_rescale = _placeholder("Rescale", {"acc": "float", "scale": "float", "bias": "float"}, output_dims="INT")
-
     place_grid = _placeholder("RoundToGrid", {"x": "float", "scale": "float", "zero_point": "uint8"}, bits="INT")
     numbers = {"w_scale": "float", "factor": "int8", "bias": "int32", "scale": "float", "zero_point": "uint8"}
     place_codes = _placeholder(
