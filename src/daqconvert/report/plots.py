@@ -184,9 +184,9 @@ def curve(title: str, lines: Sequence[Line], *, percent: bool = False, log: bool
 
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 10.0, "axes.unicode_minus": False}
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(5.6, 3.0), layout="constrained")  # as much room as the labels need
+        figure = Figure(figsize=(5.6, 3.0))
         FigureCanvasSVG(figure)
-        panel = figure.subplots()
+        panel = figure.subplots(gridspec_kw={"left": 0.14, "right": 0.985, "bottom": 0.165, "top": 0.9})
         for line in lines:
             _draw(panel, line, log)
         if mark is not None:

@@ -1,7 +1,7 @@
 """`report.html` and `warnings.jsonl` in the run directory, written anew after every epoch.
 
 Drawing the page takes up to a second, so it is left out after some of a run's short epochs: drawing may take at most a
-twentieth of the time. After the last epoch the page is always drawn.
+twentieth of the time. When a run ends, whatever ends it, the page is always drawn.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ class ReportPage(Part):
         )
         self._written, self._took = time.perf_counter(), FIRST_GUESS
         self._told: set[Path] = set()
-        self._drawn = self._finished = False
+        self._finished = False
 
     def after_epoch(self, row: Row) -> None:
         """Write the page, unless that would take too much of the time."""
         folder = self.run.folder
         if folder is not None:
             self._write_warnings(folder / "warnings.jsonl")
-            if not self._drawn or time.perf_counter() - self._written > self._took / SHARE:
+            if time.perf_counter() - self._written > self._took / SHARE:
                 self._write(folder, [*self.run.history, row], finished=False)
 
     def finish(self) -> None:
@@ -88,7 +88,7 @@ class ReportPage(Part):
         started, path = time.perf_counter(), folder / PAGE
         with telling(path, self._told):
             write_text(path, training_page(self._report(folder, rows, finished=finished)), TrainingError)
-        self._written, self._drawn = time.perf_counter(), True
+        self._written = time.perf_counter()
         self._took = self._written - started
 
     def _write_warnings(self, path: Path) -> None:
