@@ -135,7 +135,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
         saved = run.processes.from_main(lambda: _teacher_of(run))
         run.objective.teacher = float_copy(run.model)
         run.objective.teacher.load_state_dict(saved.part(MODEL))
-    run.model.load_state_dict(model)
+    run.model.load_state_dict(_of_no_form(model))  # `progressive` brings the model to the saved bits below
     run.fitted = _fits_from_meta(about.get("fitted", {}))  # earlier versions did not save them
     make_optimizers_and_parts(run)
     for part in run.parts:
@@ -149,6 +149,11 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     directory = run.directory
     assert directory is not None  # the checkpoint came from it
     run.processes.from_main(lambda: write_log(directory.log, run.history))
+
+
+def _of_no_form(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a model's tensors with flags that say that bounds are set, but not of which bits."""
+    return {key: value.bool() if key.endswith(".calibrated") else value for key, value in model.items()}
 
 
 def ended_by(run: Run, signal: str) -> BaseException:
