@@ -251,3 +251,18 @@ def test_values_copied_from_a_model_of_other_bits_are_not_used():
         ours.copy_(theirs)
     with pytest.raises(dq.CalibrationError, match=r"^2: .* input quantizer .*other bits"):
         model.eval()(x)
+
+
+def test_a_whole_module_of_an_earlier_version_is_calibrated_and_keeps_its_trained_bounds():
+    qmodel, x = small(), torch.randn(16, 8)
+    dq.calibrate(qmodel, [x])
+    with torch.no_grad():
+        qmodel[0].weight_quantizer.upper.mul_(0.9)
+    for module in qmodel.modules():
+        vars(module).pop("_fitted", None)  # an attribute that it did not have
+    other = pickle.loads(pickle.dumps(qmodel))
+    before = other[0].weight_quantizer.upper.clone()
+    assert dq.calibrate(other, [x]).refitted == () and torch.equal(other[0].weight_quantizer.upper, before)
+    with torch.no_grad():
+        other[0].weight.mul_(5.0)
+    assert dq.calibrate(other, [x]).refitted == ("0",)

@@ -57,6 +57,8 @@ class WeightQuantizer(Quantizer):
 
     _role = "weight"
     forms = 8 * len(GRIDS) * 4
+    # hashes of the weight that the bounds belong to, and of the bounds; a model pickled by an earlier version has none
+    _fitted: tuple[str, str] | None = None
 
     def __init__(self, settings: Settings, layout: ChannelLayout, layer_name: str = "", like: Tensor | None = None):
         super().__init__(layer_name)
@@ -65,9 +67,6 @@ class WeightQuantizer(Quantizer):
         self.grid = settings.grid
         self.normalize = settings.normalize is True
         self._memory: KnownWeight | None = None
-        self._fitted: tuple[str, str] | None = (
-            None  # hashes of the weight that the bounds belong to, and of the bounds
-        )
         self.per_channel = settings.granularity == "channel"
         self.layout = layout
         self.rounding = make_rounding(settings, settings.w_gamma, settings.w_sigma, intervals(self.bits, self.grid))
@@ -228,8 +227,7 @@ class WeightQuantizer(Quantizer):
 
     def note_fit(self, weight: Tensor) -> None:
         """Remember that the bounds, as they are now, belong to this weight."""
-        known = not any(t.is_meta for t in (weight, *self.parameters()))
-        self._fitted = self._hashes(weight) if known else None
+        self._fitted = self._hashes(weight) if self._has_values(weight) else None
 
     def needs_fit(self, weight: Tensor) -> bool | None:
         """Whether the weight was changed from outside after the bounds were set.
@@ -237,7 +235,7 @@ class WeightQuantizer(Quantizer):
         True if the weight changed and the bounds did not; False if the weight did not. None if both did, so that they
         were trained or averaged together (or trained, and then the weight was changed), or if it is not known.
         """
-        if self._fitted is None or any(t.is_meta for t in (weight, *self.parameters())):
+        if self._fitted is None or not self._has_values(weight):
             return None
         before, now = self._fitted, self._hashes(weight)
         return False if before[0] == now[0] else True if before[1] == now[1] else None
@@ -246,6 +244,10 @@ class WeightQuantizer(Quantizer):
     def knows_fit(self) -> bool:
         """Whether it is known which weight the bounds belong to."""
         return self._fitted is not None
+
+    def _has_values(self, weight: Tensor) -> bool:
+        """Whether this process has all values of weight and bounds: none is on `meta`, or sharded as FSDP2 does it."""
+        return not any(t.is_meta or hasattr(t, "full_tensor") for t in (weight, *self.parameters()))
 
     def _hashes(self, weight: Tensor) -> tuple[str, str]:
         bounds = [bound for bound in self._parameters.values() if bound is not None]
