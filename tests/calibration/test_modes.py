@@ -179,3 +179,29 @@ def test_a_new_network_learns_in_a_loop_of_its_own():
             optimizer.step()
         losses[mode] = loss.item()
     assert losses["both"] < 0.3 and losses["eval"] > 0.6
+
+
+class Silent(nn.Module):
+    """Its second layer's input is always zero in evaluation mode, and small in training mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        y = torch.relu(self.first(x)) * 0.01
+        return self.last(y if self.training else y * 0.0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("settings", [{}, {"rounding": "lsq", "granularity": "tensor"}])
+def test_a_mode_in_which_an_input_is_always_zero_asks_for_no_range(method, settings):
+    torch.manual_seed(0)
+    model, x = Silent(), torch.randn(64, 4)
+    both, train = (
+        dq.calibrate(dq.quantize(model, **settings), [x], method=method, mode=mode).inputs[1]
+        for mode in ("both", "train")
+    )
+    assert 0.0 < both.upper == train.upper < 0.2 and both.by_mode["eval"] == (0.0, 0.0) and both.differs
+    never = dq.calibrate(dq.quantize(model, **settings), [x], method=method, mode="eval").inputs[1]
+    assert (never.lower, never.upper) == (0.0, 1.0) and not never.differs

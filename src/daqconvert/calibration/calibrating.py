@@ -353,6 +353,7 @@ def _choose(operands: dict[int, _Operand], method: str, proven: set[str]) -> dic
             one_bit.append(f"{name or '(root)'} (down to {minimum:.3g})")
         bounds = {mode: _bounds(quantizer, observer, method, signed) for mode, observer in seen.items()}
         lower, upper = min(low for low, _ in bounds.values()), max(high for _, high in bounds.values())
+        upper = 1.0 if upper <= 0.0 <= lower else upper  # any range represents an input that is always zero
         known = operand.role == "input" and name in proven
         shown = name if operand.role == "input" else f"{name} (weight)"
         rows[key] = CalibratedInput(shown, signed, known, minimum, maximum, lower, upper, bounds)
@@ -367,8 +368,7 @@ def _choose(operands: dict[int, _Operand], method: str, proven: set[str]) -> dic
 def _bounds(quantizer: InputQuantizer, observer: InputObserver, method: str, signed: bool) -> tuple[float, float]:
     """Return the bounds for what was observed in one mode."""
     own = quantizer.start(observer.mean, signed) if isinstance(quantizer, StepInputQuantizer) else None
-    lower, upper = own or METHODS[method](observer, quantizer.bits, signed)
-    return lower, 1.0 if upper <= 0.0 <= lower else upper  # any range represents an input that is always zero
+    return own or METHODS[method](observer, quantizer.bits, signed)
 
 
 def _set_output_scales(forwards: _Forwards, sites: dict[str, QuantizedSite], first: Any) -> None:
