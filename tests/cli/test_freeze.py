@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import daqconvert as dq
+from daqconvert.artifact import read_manifest
 from daqconvert.deploy.onnx.runtime import OnnxModel
 
 
@@ -32,3 +33,21 @@ def test_freeze_and_export_of_a_model(daq, finished, folder, tmp_path):
     x = torch.rand(1, 3, 32, 32)
     first, second = (OnnxModel(tmp_path / name)(x) for name in ("a.onnx", "b.onnx"))
     assert torch.allclose(first, second, atol=1e-4)
+
+
+def test_images_that_only_calibrate_give_an_artifact_no_class_names(daq, folder, tmp_path, monkeypatch):
+    """A model of four outputs and a folder of two classes: nothing says that these are its first two."""
+    (tmp_path / "four_outputs.py").write_text(
+        "import timm\n\n\ndef build():\n    return timm.create_model('test_resnet', num_classes=4)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    made = ("freeze", "four_outputs:build", "--data", folder, "--out", tmp_path / "artifact")
+    daq(*made, "--json")
+    assert read_manifest(tmp_path / "artifact").classes is None
+    measured = ("eval", tmp_path / "artifact", "--model", "four_outputs:build", "--data", folder)
+    assert "nothing says which of them these are" in daq(*measured).fails()
+    names = tmp_path / "names.txt"
+    names.write_text("light\nother\ndark\nmore\n")
+    daq(*made, "--classes", names, "--overwrite", "--json")
+    assert list(read_manifest(tmp_path / "artifact").classes) == ["light", "other", "dark", "more"]
+    assert "2 of the 4 classes" in daq(*measured, "--json").json["data"]

@@ -185,7 +185,9 @@ def open_job(
         _check_classes(job, classes, count, loaders, taught=taught and recipe is not None)
         if splits is not None and classes is not None:
             loaders = own(renumbered(splits, classes))
-    names = classes.names if classes is not None and classes.names else loaders.class_names
+    # Of a model that was trained elsewhere, images whose classes were not mapped say nothing about its outputs.
+    strange = classes is not None and not (labels or skeleton)
+    names = classes.names if classes is not None and (classes.names or strange) else loaders.class_names
     return Opened(model.to(_device()), loaders, job.source, arguments, names)
 
 
