@@ -38,3 +38,11 @@ def test_the_name_of_a_data_set_is_no_path(run):
     config = rundir.read_config(run)
     rundir.write_config(run, dataclasses.replace(config, job=dataclasses.replace(config.job, data="torch/cifar10")))
     assert rundir.read_config(run).job.data == "torch/cifar10"
+
+
+def test_a_data_set_with_a_name_is_found_again_from_another_folder(run, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = rundir.read_config(run)
+    rundir.write_config(run, dataclasses.replace(config, job=dataclasses.replace(config.job, data="torch/cifar10")))
+    monkeypatch.chdir(run)
+    assert rundir.read_config(run).job.data_root == str(tmp_path / "data")

@@ -21,6 +21,7 @@ from daqconvert.cli.job import (
     remembered,
 )
 from daqconvert.convert import apply_plan
+from daqconvert.data.splits import DATA_ROOT
 from daqconvert.errors import ConversionError, TrainingError
 from daqconvert.files import replacing, write_text
 from daqconvert.policy.plan_json import plan_from_dict, plan_to_dict
@@ -111,9 +112,12 @@ def written(path: Path) -> dict[str, str]:
 def write_config(path: Path, config: Config) -> None:
     """Write `config.json`, making the directory if need be."""
     path.mkdir(parents=True, exist_ok=True)
+    job = absolute(config.job)
+    if job.data is not None and job.data_root is None and not Path(job.data).exists():
+        job = dataclasses.replace(job, data_root=str(Path(DATA_ROOT).absolute()))  # of a data set that has a name
     document = {
         "daqconvert": __version__,
-        "job": dataclasses.asdict(absolute(config.job)),
+        "job": dataclasses.asdict(job),
         "recipe": config.recipe.to_dict(),
         "float_epochs": config.float_epochs,
         "onnx": config.onnx,

@@ -20,6 +20,7 @@ from daqconvert.errors import DataError, nearest
 TORCH_NAMES = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist", "imagenet", "places365", "inat")
 TIMM_PREFIXES = ("torch", "hfds")
 ITERABLE_PREFIXES = ("tfds", "wds", "hfids")
+DATA_ROOT = "data"  # where a timm data set lies, unless the user says it
 OFTEN = 10  # rows a class: in so many mixed rows a class is missing once in twenty thousand times
 NO_FLIP = ("mnist", "kmnist", "qmnist", "svhn", "digits")
 
@@ -69,7 +70,7 @@ def open_splits(
             None for a tenth. Of a parquet file these are the last rows; of a folder, and of a parquet file whose rows
             lie by class, a seeded choice from every class.
         seed: Seed of that choice.
-        data_root: Folder that holds a timm data set; `data` by default.
+        data_root: Folder that holds a timm data set; `data` in the current one by default.
         download: Whether a timm data set may be downloaded.
         num_classes: Number of classes, if the data does not say it.
         val: Other data to evaluate on, all of it: a folder of class folders or of images alone, or a parquet file.
@@ -88,7 +89,7 @@ def open_splits(
     elif path.is_file() and path.suffix == ".parquet":
         splits = _open_parquet(path, holdout, seed)
     elif not path.exists() and str(data).partition("/")[0].lower() in TIMM_PREFIXES + ITERABLE_PREFIXES:
-        splits = _open_timm(str(data), Path(data_root or "data"), download, num_classes)
+        splits = _open_timm(str(data), Path(data_root or DATA_ROOT), download, num_classes)
     else:
         found = "it is a file of another kind" if path.exists() else "there is no such folder or file"
         raise DataError(
