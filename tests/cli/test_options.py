@@ -90,6 +90,13 @@ def test_one_width_that_is_given_does_not_change_the_other(tmp_path, monkeypatch
             "Give --model-arg num_classes=3, --with lr=2 or --with 'lr=2'.",
         ),
         ("out_dir runs/a: exists", "--out runs/a: exists"),
+        ("runs/w_bits=2,lr=0.1 exists. Pass overwrite=True.", "runs/w_bits=2,lr=0.1 exists. Pass --overwrite."),
+        ("lr=0.1/best: no run", "lr=0.1/best: no run"),
+        ("my_out_dir/x: no file", "my_out_dir/x: no file"),
+        (
+            "If its batch size is fixed, pass dynamic_batch=False.",
+            "If its batch size is fixed, export it in Python, with dynamic_batch=False.",
+        ),
         ("x == y, a=b, dtype=float32", "x == y, a=b, dtype=float32"),
     ],
 )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from daqconvert.artifact import save
 from daqconvert.cli.bench import run_openers
 from daqconvert.cli.job import Opened
+from daqconvert.cli.options import as_options
 from daqconvert.cli.output import say
 from daqconvert.cli.rundir import ARTIFACT, FLOAT, FLOAT_ONNX, HINT, ONNX, PAGE, SUMMARY, Config, size_of
 from daqconvert.data import Loaders
@@ -94,7 +95,7 @@ class _Failures(list[str]):
         try:
             yield
         except Exception as error:  # NOTE: of any kind: what was trained is worth more than how a step failed
-            said = str(error) if isinstance(error, DaqError) else f"{type(error).__name__}: {error}"
+            said = as_options(str(error)) if isinstance(error, DaqError) else f"{type(error).__name__}: {error}"
             self.append(f"{what}: {' '.join(said.split())}")
             say(self[-1])
             if file is not None:

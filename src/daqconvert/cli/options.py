@@ -261,11 +261,16 @@ def as_options(said: str) -> str:
     """
     named = NAMED.sub(lambda found: f"{_flag(found[1])}:", said, count=1).replace("or None (32)", "or float (32)")
     named = re.sub("^arguments: ", "options: ", named)
-    return ARGUMENT.sub(_as_option, named).replace("out_dir", "--out")
+    named = named.replace("pass dynamic_batch=False", "export it in Python, with dynamic_batch=False")  # no option
+    return OUT_DIR.sub("--out", ARGUMENT.sub(_as_option, named))
 
 
 NAMED = re.compile(r"^(?:arguments:?|recipe '[^']*':) (\w+):")
-ARGUMENT = re.compile(r"(?<![\w-])(--[\w-]+ '?)?([a-z]\w*)=(\[[^\]]*\]|\"[^\"]*\"|'[^']*'|[\w+-]+(?:\.\w+)*)")
+# an argument stands between blanks or brackets, with a comma or full stop; `runs/lr=0.1` and `lr=0.1/best` are paths
+ARGUMENT = re.compile(
+    r"(?<![^\s(])(--[\w-]+ '?)?([a-z]\w*)=(\[[^\]]*\]|\"[^\"]*\"|'[^']*'|[\w+-]+(?:\.\w+)*)(?![\w/=]|[.,][\w/])"
+)
+OUT_DIR = re.compile(r"(?<![\w/.-])out_dir(?![\w/-])")
 FLAGS = ("resume", "overwrite", "share_inputs", "pretrained")
 VALUES = frozenset(item.name for group in (PolicyOptions, RecipeOptions) for item in dataclasses.fields(group))
 
