@@ -67,11 +67,12 @@ class Batch:
         kept = f"; of fixed shape: {', '.join(fixed)}" if fixed else ""
         notes = [f"the batch is the first dimension of {', '.join(names[i] for i in self.places)}{kept}"]
         if self.doubtful:
-            which = ", ".join(names[i] for i in self.doubtful)
-            rest = [names[i] for i in self.places if i not in self.doubtful]
+            which = " or ".join(names[i] for i in self.doubtful)
+            rest = [names[i] for i in self.places if i != self.doubtful[-1]]
             notes.append(
-                f"from a single sample nobody can tell whether {which} is the same for all samples; if it is, give an "
-                f"example of two samples or more, or dynamic_batch={rest!r}"
+                f"from a single sample nobody can tell whether {which} is the same for all samples; if one is, give "
+                "an example of two samples or more, or the names of the inputs that count samples, such as "
+                f"dynamic_batch={rest!r}"
             )
         return notes
 
@@ -181,7 +182,7 @@ class _Search:
         return _compare(self.outputs, found, batch.size, rows)
 
     def _doubtful(self, batch: Batch, bar: float) -> Iterator[int]:
-        for place in batch.places[1:] if len(batch.places) <= TRIALS else ():
+        for place in batch.places if 1 < len(batch.places) <= TRIALS else ():
             found = self._try(Batch(tuple(p for p in batch.places if p != place), 1))
             if found is not None and found[0] and found[1] <= bar:
                 yield place
