@@ -8,6 +8,7 @@ in Unicode's composed form (NFC), because file systems keep accents in two forms
 from __future__ import annotations
 
 import dataclasses
+import functools
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,9 +49,12 @@ class Classes:
             >>> Classes(2, ("cat", "dog")).number("dog")
             1
         """
-        names = {_composed(known): number for number, known in enumerate(self.names or ())}
-        found = names.get(_composed(name))
+        found = self._by_name.get(_composed(name))
         return found if found is not None else self.others.get(_plain(name), self._index(name))
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, int]:
+        return {_composed(known): number for number, known in enumerate(self.names or ())}
 
     def _index(self, name: str) -> int | None:
         """Return the number that a name is, where that is a class and classes have no other names."""
