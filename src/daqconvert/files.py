@@ -39,9 +39,7 @@ def replacing(path: Path, error: type[DaqError], hint: str = "") -> Iterator[Pat
         temporary = _beside(real, "tmp")
         try:
             temporary.touch()
-            usual = (
-                temporary.stat().st_mode
-            )  # as the user's umask has it; safetensors gives files to their owner alone
+            usual = temporary.stat().st_mode  # of the user's umask; safetensors gives files to their owner alone
             temporary.unlink()
             yield temporary
             temporary.chmod(usual)

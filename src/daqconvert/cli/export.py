@@ -49,8 +49,8 @@ def export_command(
 
     To a name that ends in .pt2: a program of torch.export, loaded again and compared with the frozen model.
 
-    Of a run: its best epoch, compared on held-out images. Of an artifact: compared on one random image. Of a model by
-    name: quantized as the options say (4 bits by default), calibrated, not trained.
+    Of a run: the epoch that it ends with, compared on held-out images. Of an artifact: compared on one random image.
+    Of a model by name: quantized as the options say (4 bits by default), calibrated, not trained.
     """
     with Output(as_json).capturing() as output:
         kind = kind_of(source)

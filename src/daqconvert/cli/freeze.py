@@ -34,8 +34,8 @@ def freeze_command(
 ) -> None:  # fmt: skip
     """Write an artifact: weights as integer codes, packed at their bits.
 
-    Of a run: its best epoch. Of a model by name: quantized as the options say (4 bits by default), calibrated on
-    training images, not trained.
+    Of a run: the epoch that it ends with, the best, or the last where its recipe says so. Of a model by name:
+    quantized as the options say (4 bits by default), calibrated on training images, not trained.
     """
     with Output(as_json).capturing() as output:
         kind = kind_of(source)
