@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from daqconvert.errors import ConversionError
-from daqconvert.graph.call_sites import FUSED, CallSite, attention_class, attention_sites, find_call_sites, layer_names
+from daqconvert.graph.call_sites import (
+    FUSED,
+    CallSite,
+    attention_class,
+    attention_sites,
+    find_call_sites,
+    layer_names,
+    module_sites,
+)
 from daqconvert.graph.calls import HELPER
 from daqconvert.graph.multiplying import Traced, module_calls, trace_modules
 from daqconvert.graph.rewrite import CODES, Rewriting, generate, rewritten_class, weight_function
@@ -134,7 +142,7 @@ def _rewrite(module: nn.Module, one: Traced, calls: _Calls, chosen: dict[str, Pl
     with_codes: set[str] = set()
     own: tuple[CallSite, Any] | None = None
     prefix = f"{one.path}." if one.path else ""
-    by_key = {site.key: site for site in find_call_sites([one], calls.names) if site.name in chosen}
+    by_key = {site.key: site for site in module_sites(one, calls.names) if site.name in chosen}
     for key, call, variant in module_calls(one):
         site = by_key.get(key)
         if site is None:

@@ -32,6 +32,7 @@ from daqconvert.layers.lookup import quantized_class
 from daqconvert.layers.registry import is_site_type
 from daqconvert.layers.site import QuantizedSite
 from daqconvert.macs import Event
+from daqconvert.quantizers import ChannelLayout
 from daqconvert.spec import Call
 
 FEWEST_PER_COLUMN = 16
@@ -121,14 +122,33 @@ def find_call_sites(traced: list[Traced], aliases: dict[str, str]) -> list[CallS
     """
     found: dict[str, CallSite] = {}
     for one in traced:
-        for site in _of_module(one, aliases):
+        for site in module_sites(one, aliases):
             known = found.get(site.name)
-            if known is None:
-                found[site.name] = site
-            else:
-                modules = tuple(dict.fromkeys((*known.call.modules, *site.call.modules)))
-                found[site.name] = replace(known, call=replace(known.call, modules=modules))
+            found[site.name] = site if known is None else _merged(known, site)
     return list(found.values())
+
+
+def _merged(one: CallSite, other: CallSite) -> CallSite:
+    """Return the site of two calls that share a holder, with the reasons for what cannot be done with both."""
+    modules = tuple(dict.fromkeys((*one.call.modules, *other.call.modules)))
+    reasons = one.reason, other.reason
+    reason = next((r for r in reasons if r and not r.endswith(USED)), "" if "" in reasons else one.reason)
+    if not reason and not (one.key[1] and other.key[1]):
+        where = " and ".join(path or "the model" for path in modules)
+        reason = f"{where} compute different weights from it, which cannot share one set of quantizers"
+    one_scale, functions = one.one_scale or other.one_scale, (one.call.function, other.call.function)
+    if not one_scale and HELPER not in functions and _layout_of(one) != _layout_of(other):
+        one_scale = f"one scale: {' and '.join(functions)} have their channels along different axes"
+    return replace(
+        one, call=replace(one.call, modules=modules), reason=reason, one_scale=one_scale,
+        direct=one.direct and other.direct, in_method=one.in_method or other.in_method,
+        nonnegative=one.nonnegative and other.nonnegative, makers=tuple(sorted({*one.makers, *other.makers})),
+    )  # fmt: skip
+
+
+def _layout_of(site: CallSite) -> ChannelLayout | None:
+    shape = site.weight_shape
+    return channel_layout(site.call.function, site.weight_at, shape, site.groups) if len(shape) > 1 else None
 
 
 def unseen_sites(
@@ -163,7 +183,8 @@ def hidden_site(event: Event, paths: dict[str, nn.Module]) -> CallSite:
     return CallSite(event.tensors[0], event.op, call, ("unseen",), shape, reason=reason)
 
 
-def _of_module(one: Traced, aliases: dict[str, str]) -> Iterator[CallSite]:
+def module_sites(one: Traced, aliases: dict[str, str]) -> Iterator[CallSite]:
+    """Yield the site of each different call of a module; calls that share a holder have sites of the same name."""
     taken: set[str] = set()
     of_forward, of_methods = (
         {key for variant in variants for key, _ in keyed(find_calls(variant.graph, one.module))}
@@ -179,7 +200,8 @@ def _of_module(one: Traced, aliases: dict[str, str]) -> Iterator[CallSite]:
         site = replace(site, weight_at=call.weight_at, direct=_is_direct(call), nonnegative=probabilities)
         site = replace(site, makers=tuple(sorted({_join(one.path, str(node.target)) for node in _makers(call)})))
         site = _described(site, one, call, variant)
-        if key not in of_forward and not site.reason:
+        called = holder == name != one.path  # a layer, which the forward calls
+        if key not in of_forward and not site.reason and not called:
             site = replace(site, reason=f"only {' and '.join(one.methods)} of {one.path or 'the model'} {USED}")
         yield site
 
@@ -252,9 +274,22 @@ def _described(site: CallSite, one: Traced, call: ProductCall, variant: Variant)
     layout = channel_layout(call.function, call.weight_at, site.weight_shape, groups or 1)
     if layout is None or groups is None:
         return replace(site, one_scale=f"one scale: {call.function} has no channel of its own to scale")
+    if layout != _layer_layout(one.module, call, site):
+        told = f"one scale: {call.function} has its channels along another axis than {site.name}"
+        return replace(site, one_scale=told)
     if math.prod(site.weight_shape) < FEWEST_PER_COLUMN * layout.channels and call.function not in LAYER_FUNCTIONS:
         return replace(site, one_scale="one scale: its columns are too short for a scale each")
     return site
+
+
+def _layer_layout(module: nn.Module, call: ProductCall, site: CallSite) -> ChannelLayout | None:
+    """Return the layout that the holder of a call has: of a layer its own, of any other holder the call's."""
+    if site.call.holder != site.name or site.call.holder in site.call.modules:
+        return _layout_of(site)
+    layer, shape = module.get_submodule(call.raw.rpartition(".")[0]), site.weight_shape
+    if getattr(layer, "transposed", False):
+        return ChannelLayout.transposed(shape, int(layer.groups))  # type: ignore[arg-type]
+    return ChannelLayout.forward(shape)
 
 
 def _groups(call: ProductCall) -> int | None:

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from daqconvert.errors import ConversionError
 from daqconvert.layers.frozen_site import FrozenSite
-from daqconvert.layers.functions import ALIASES, FUNCTIONS, LAYER_FUNCTIONS, split_call
+from daqconvert.layers.functions import ALIASES, FUNCTIONS, LAYER_FUNCTIONS, output_dims, split_call
 from daqconvert.layers.mode import evaluating
 from daqconvert.layers.site import QuantizedSite, bits_text
 
@@ -40,10 +41,22 @@ def call_site(holder: Any, function: str, weight_at: int, args: tuple[Any, ...],
         return FUNCTIONS[function](*args, **kwargs)
 
     def plain(x: Tensor) -> Tensor:
-        # NOTE: makes the original call where it can, because `operation` adds no bias and may sum in another order
-        return FUNCTIONS[function](*args, **kwargs) if x is parts.x else parts.operation(x, parts.weight)
+        # NOTE: makes the original call where it can, because the sum in two steps may round in another order
+        if x is parts.x:
+            return FUNCTIONS[function](*args, **kwargs)
+        return with_bias(parts.operation(x, parts.weight), parts.bias, output_dims(function))
 
     return parts.written(holder.run(parts.x, parts.weight, parts.bias, parts.operation, plain))
+
+
+def with_bias(y: Tensor, bias: Tensor | None, dims: int) -> Tensor:
+    """Return `y + bias`, where `dims` dimensions of `y` follow the channel; `y` itself if there is no bias."""
+    return y if bias is None else y + _aligned(bias, dims)
+
+
+def _aligned(bias: Any, dims: int) -> Any:
+    """Return a bias of one value per channel in the shape that broadcasts against an output."""
+    return bias.reshape(-1, *(1,) * dims) if dims and bias is not None else bias
 
 
 WeightOf = Callable[[nn.Module], Tensor]
@@ -118,10 +131,11 @@ class SiteWeight:
         holder: A quantized or frozen site.
         weight: The weight; None if the holder is a layer and the weight is its own.
         move: Applies to the weight all moves of elements so far (transposes, indexing, ...).
+        whole: Whether there were none.
     """
 
     def __init__(self, holder: Any, weight: Tensor | None = None, move: Move | None = None) -> None:
-        self.holder, self.weight = holder, weight
+        self.holder, self.weight, self.whole = holder, weight, move is None
         self.move: Move = move or (lambda weight: weight)
 
     @classmethod
@@ -159,6 +173,11 @@ class SiteWeight:
         return self.moved(lambda weight: weight[index])
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("T", "mT"):
+            return self.moved(lambda weight: getattr(weight, name))
+        method = getattr(Tensor, name, None)
+        if callable(method) and (method in MOVES or method in ALIASES):
+            return lambda *args, **kwargs: SiteWeight._called(method, (self, *args), kwargs)
         return getattr(self.value(), name)
 
 
@@ -170,17 +189,40 @@ def _product(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor
         return FUNCTIONS[name](*args, **kwargs)
     holder, move = parts.weight.holder, parts.weight.move
 
+    dims = output_dims(name)
+    _check_channels(name, parts.weight)
+
     def operation(x: Tensor, weight: Tensor) -> Tensor:
         return parts.operation(x, move(weight))
 
+    # a bare parameter's holder does not know which function multiplies by it
+    bias = parts.bias if holder.output_dims else _aligned(parts.bias, dims)
     weight: Tensor | None = parts.weight.weight
     if isinstance(holder, FrozenSite):
         if holder.settings.w_bits is None:
             weight = parts.weight.value_before_moves()
-        return holder.run(parts.x, weight, parts.bias, operation)
-    weight = parts.weight.value_before_moves()
+        return holder.run(parts.x, weight, bias, operation)
+    weight = value = parts.weight.value_before_moves()
     args, kwargs = tree_map_only(SiteWeight, SiteWeight.value, (args, kwargs))
-    return holder.run(parts.x, weight, parts.bias, operation, lambda x: FUNCTIONS[name](*args, **kwargs))
+
+    def plain(x: Tensor) -> Tensor:
+        return FUNCTIONS[name](*args, **kwargs) if x is parts.x else with_bias(operation(x, value), parts.bias, dims)
+
+    return holder.run(parts.x, weight, bias, operation, plain)
+
+
+def _check_channels(name: str, weight: SiteWeight) -> None:
+    """Raise if a layer's weight has a scale per channel, and a product has its output channels along another axis."""
+    holder = weight.holder
+    transposed = bool(getattr(holder, "transposed", False))
+    layered = name in LAYER_FUNCTIONS and name.startswith("conv_transpose") == transposed
+    if holder.settings.granularity == "channel" and not (layered and weight.whole):
+        raise ConversionError(
+            f"{holder.layer_name}: expected a helper function to multiply by its weight as the layer does, "
+            f"found {name} along another axis, where a scale per channel would be wrong. Give the layer one scale, "
+            f'rules=[daqconvert.Rule({{"granularity": "tensor"}}, match="{holder.layer_name}")], or leave it alone, '
+            f'exclude=["{holder.layer_name}"].'
+        )
 
 
 def _position(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
