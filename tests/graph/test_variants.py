@@ -225,3 +225,61 @@ def test_a_method_that_has_another_input_takes_no_sign_from_the_forward():
             return nn.functional.linear(torch.relu(x), self.kernel)
 
     assert [row.site.nonnegative for row in dq.plan(Signed())] == [False]
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj, self.head = nn.Parameter(torch.randn(8, 8)), nn.Linear(8, 2)
+
+    def encode(self, x):
+        return x @ self.proj
+
+    def forward(self, x):
+        return self.head(x @ self.proj)
+
+
+class Reaching(Plain):
+    """Has methods that reach the product by a private method or by `super()`, and one that keeps what it computes."""
+
+    def _inner(self, x):
+        return x @ self.proj
+
+    def reach(self, x):
+        return self._inner(x) * 2.0
+
+    def encode(self, x):
+        return super().encode(x) * 3.0
+
+    def remember(self, x):
+        self.kept = self._inner(x)
+
+
+def test_methods_that_reach_a_product_by_private_ones_or_super_are_rewritten():
+    torch.manual_seed(0)
+    model, x = Reaching().eval(), torch.randn(64, 8)
+    qmodel = dq.quantize(model, w_bits=8, a_bits=8)
+    dq.calibrate(qmodel, [x])
+    frozen = dq.freeze(qmodel)
+    for name in ("reach", "encode"):
+        expected, found = getattr(model, name)(x), getattr(qmodel.eval(), name)(x)
+        assert 0 < (found - expected).abs().max() < 0.1 * expected.abs().max(), name
+        assert torch.equal(getattr(frozen, name)(x), found)
+    qmodel.remember(x)  # a graph would not set the attribute
+    assert torch.equal(qmodel.kept, x @ qmodel.proj)
+
+
+def test_an_argument_that_only_a_decorator_takes_is_refused():
+    def amplifying(function):
+        @functools.wraps(function)
+        def wrapper(self, x, gain=2.0):
+            return function(self, x) * gain
+
+        return wrapper
+
+    model, x = decorated(amplifying)[1].eval(), torch.randn(4, 8)
+    qmodel = dq.quantize(model, w_bits=8, a_bits=8)
+    dq.calibrate(qmodel, [x])
+    torch.testing.assert_close(qmodel(x), model(x), atol=0.3, rtol=0.1)
+    with pytest.raises(dq.ConversionError, match=r"^\(root\): expected the arguments x, .*found \['gain'\]"):
+        qmodel(x, gain=5.0)

@@ -90,7 +90,8 @@ class Rewritten(nn.Module):
         values = dict(zip(signature.names, args))  # noqa: B905 # the check below finds surplus arguments
         values.update(kwargs)
         state = signature.state(self.training, values)
-        if state not in rewriting.forwards or len(values) != len(args) + len(kwargs):
+        unknown = any(value is not None for key, value in kwargs.items() if key not in signature.names)
+        if unknown or state not in rewriting.forwards or len(values) != len(args) + len(kwargs):
             raise ConversionError(_no_path(rewriting, state, args, kwargs))
         names, function = rewriting.forwards[state]
         return function(self, *[values[name] for name in names])
@@ -260,7 +261,8 @@ def _no_path(rewriting: Rewriting, state: tuple[Any, ...], args: tuple[Any, ...]
     unknown = [key for key in kwargs if key not in names]
     if unknown or len(args) > len(names):
         return (
-            f"{rewriting.layer_name}: forward takes {', '.join(names)}; found {unknown or f'{len(args)} arguments'}."
+            f"{rewriting.layer_name or '(root)'}: expected the arguments {', '.join(names)}, which torch.fx traced; "
+            f"found {unknown or f'{len(args)} arguments'}."
         )
     said = [f"{n} {'given' if s == GIVEN else f'= {s}'}" for n, s in zip(rewriting.signature.defaults, state[1:])]  # noqa: B905
     mode = "training" if state[0] else "evaluation"

@@ -56,7 +56,9 @@ def may_multiply(cls: type[nn.Module]) -> bool:
 def multiplying_methods(cls: type) -> tuple[str, ...]:
     """Return the public methods of a class, besides its forward, whose own code names a product of matrices.
 
-    A method that only calls others is left out, and so is what torch's own classes have.
+    A method that only calls other public ones is left out, and so is what torch's own classes have. Private methods
+    and those of `super()` count as code of the method that calls them. A method that sets an attribute is left out,
+    since a graph would not set it.
 
     Example:
         >>> class Model(nn.Module):
@@ -73,11 +75,23 @@ def multiplying_methods(cls: type) -> tuple[str, ...]:
     for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
         for name, value in vars(base).items():
             plain = callable(value) and not isinstance(value, type) and not name.startswith("_") and name != "forward"
-            functions = list(_own_function(value)) if plain else []
             if name not in found and plain:
-                found[name] = any(_search(object, [function]) for function in functions)
+                functions = _with_private(cls, name, value)
+                found[name] = not any(map(_sets_attribute, functions)) and _search(object, functions)
     _METHODS[cls] = tuple(name for name, multiplies in found.items() if multiplies)
     return _METHODS[cls]
+
+
+def _with_private(cls: type, name: str, value: Any) -> list[FunctionType]:
+    """Return the functions of a method of a class, and of the private methods and those of `super()` that it names."""
+    found = list(_own_function(value))
+    for function in found:  # grows on the way
+        for code in _codes(function.__code__):
+            named = {n for n in code.co_names if n.startswith("_") and not n.endswith("__")}
+            for other in sorted(named | ({name} if "__class__" in code.co_freevars else set())):
+                inner = (f for f in _functions_of(cls, other) if not str(f.__module__).startswith("torch."))
+                found += [f for f in inner if f not in found]
+    return found
 
 
 @cache
@@ -203,6 +217,10 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _codes(constant)
+
+
+def _sets_attribute(function: FunctionType) -> bool:
+    return any(i.opname == "STORE_ATTR" for code in _codes(function.__code__) for i in dis.get_instructions(code))
 
 
 def _has_operator(code: CodeType) -> bool:
