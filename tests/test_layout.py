@@ -86,7 +86,6 @@ ELSEWHERE = {
     "graph/trace.py": ("graph/test_sites.py", "what fx cannot follow stays a node"),
     "kernels/loading.py": ("kernels/test_build.py", "built where it is loaded first"),
     "layers/base.py": ("layers/test_families.py", "what all families inherit"),
-    "layers/call_holders.py": ("graph/test_call_sites.py", "holders are there for rewritten calls"),
     "layers/frozen.py": ("test_exactness.py", "a frozen layer computes what its quantized form did"),
     "layers/mode.py": ("test_convert.py", "every module keeps its mode"),
     "layers/registry.py": ("layers/test_lookup.py", "read through the lookup alone"),
