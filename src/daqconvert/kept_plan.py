@@ -155,19 +155,22 @@ def reconcile(model: nn.Module, verb: str = "plan") -> Reconciled:
     names: dict[str, str] = {}
     changes: list[str] = []
     seen: set[tuple[int, str]] = set()
+    tables = [_converted(keeper.__dict__[PLAN_ATTRIBUTE]) for keeper in owners.values()]
     for path, site in sites.items():
-        found = _row_of(path, site, owners, changes)
+        found = _row_of(path, site, owners, tables, changes)
         if found is not None:
             names[path] = found[2].name
             rows.append(found)
             seen.add((found[0], site.layer_name))
     for number, (owner, keeper) in enumerate(owners.items()):
-        left, told = _left(keeper, owner, modules, sites, {name for at, name in seen if at == number})
+        names_here = {name for at, name in seen if at == number}
+        written = ({_written(path): module for path, module in there.items()} for there in (modules, sites))
+        left, told = _left(keeper, owner, *written, names_here)
         rows += [(number, place, row) for place, row in left]
         changes += told
     known = {row.name for *_, row in rows}
     for path, module in modules.items():
-        if is_site_type(module) and path not in sites and path not in known:
+        if is_site_type(module) and path not in sites and _written(path) not in known:
             rows.append((len(owners), 0, _put_in(path, module)))
             changes += [f"{path}, a float {type(module).__name__}, was put in"] if "" in owners else []
     ordered = tuple(row for *_, row in sorted(rows, key=lambda item: item[:2]))
@@ -176,22 +179,37 @@ def reconcile(model: nn.Module, verb: str = "plan") -> Reconciled:
     return Reconciled(plan, names, tuple(changes))
 
 
-def _row_of(path: str, site: Any, owners: dict[str, nn.Module], changes: list[str]) -> tuple[int, int, PlanRow] | None:
+def _converted(plan: Plan) -> dict[str, tuple[int, PlanRow]]:
+    """Return the rows of the converted sites and their places in a plan, by name."""
+    return {row.name: (at, row) for at, row in reversed(list(enumerate(plan.rows))) if row.converted}
+
+
+def _written(path: str) -> str:
+    """Return a dotted path as it is written in the code: without what `torch.compile` of a part has put in."""
+    return ".".join(part for part in path.split(".") if part != "_orig_mod")
+
+
+def _row_of(
+    path: str,
+    site: Any,
+    owners: dict[str, nn.Module],
+    tables: list[dict[str, tuple[int, PlanRow]]],
+    changes: list[str],
+) -> tuple[int, int, PlanRow] | None:
     """Return a site's row as it is now, after the number of the plan that has it, and its place there.
 
     The plan is that of the innermost keeper; None if no plan has the site. What differs is added to `changes`.
     """
     for number, (owner, keeper) in enumerate(owners.items()):
-        plan, places = keeper.__dict__[PLAN_ATTRIBUTE], keeper.__dict__.get(PLACES_ATTRIBUTE)
-        rows = [(at, row) for at, row in enumerate(plan.rows) if row.name == site.layer_name and row.converted]
-        if not rows or (owner and path != owner and not path.startswith(f"{owner}.")):
+        places, known = keeper.__dict__.get(PLACES_ATTRIBUTE), tables[number].get(site.layer_name)
+        if known is None or (owner and path != owner and not path.startswith(f"{owner}.")):
             continue
-        (place, row), inner = rows[0], _inner(path, owner)
+        (place, row), inner = known, _inner(_written(path), _written(owner))
         old = inner
         if places is not None and places.sites.get(inner) != row.name:
             old = next((p for p, name in places.sites.items() if name == row.name), row.name)
         if old != inner or owner:
-            row = _renamed(row, *_prefixes(old, path))
+            row = _renamed(row, *_prefixes(old, _written(path)))
         if old != inner:
             changes.append(f"{_join(owner, old)} is {path} now")
         if isinstance(site, QuantizedSite) and site.input_quantizer is not None:

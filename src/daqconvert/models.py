@@ -286,9 +286,10 @@ def check_before_loading(model: nn.Module, state_dict: Any, prefix: str, *args: 
             problems += [problem] if problem else []
     if problems:
         raise ConversionError(other_form(problems))
+    given = {key.rpartition(".")[0] for key in state_dict}
     for name, site in quantized_sites(model).items():  # weights that are loaded without bounds leave these unfitted
-        start = f"{prefix}{name}.weight_quantizer.".replace("..", ".").removeprefix(".")
-        if isinstance(site.weight_quantizer, WeightQuantizer) and not any(key.startswith(start) for key in state_dict):
+        bounds = f"{prefix}{name}.weight_quantizer".replace("..", ".").removeprefix(".")
+        if isinstance(site.weight_quantizer, WeightQuantizer) and bounds not in given:
             weight = site.float_weight()
             if weight is not None and not weight.is_meta and site.weight_quantizer.needs_fit(weight) is None:
                 site.weight_quantizer.note_fit(weight)

@@ -34,7 +34,7 @@ def test_any_layout(layout, plain):
 def samples():
     """One call of each operator, as `torch.library.opcheck` wants them."""
     operators = torch.ops.daqconvert
-    constants = 4, 1, 1.0, 4.0
+    constants = 4, True, 1, 1.0, 4.0
     x, low, high = torch.randn(3, 4, requires_grad=True), leaf(-1.0), leaf(1.5)
     scale, zero = torch.tensor(0.2), torch.tensor(6.0)
     yield operators.quantize_input.default, (x, low, high, *constants, True)
@@ -52,7 +52,7 @@ def samples():
     values = weight.detach(), None, upper.detach(), None, None
     yield operators.quantize_weight_backward.default, (torch.ones(3, 4), *values, *last)
     bounds = *detached[1:], None, upper.detach(), None, None
-    both = [1, 1, 3, 4], 4, 4, "integer"
+    both = [1, 1, 3, 4], 4, True, 4, "integer"
     slopes = torch.tensor((1.0, 4.0), dtype=torch.float64), torch.tensor((1.0, 4.0), dtype=torch.float64)
     yield operators.layer_forward.default, (weight.detach(), std, *bounds, *both)
     tensors = torch.ones(3, 3), detached[0], weight.detach(), std

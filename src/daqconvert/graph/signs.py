@@ -102,9 +102,13 @@ class _Signs:
         self.modules, self.hooked = modules, hooked
         self.proven: dict[Any, int] = {}
         self.kinds: dict[fx.Node, Any] = {}
+        self._numbers: set[fx.Node] = set()
 
     def add(self, node: fx.Node) -> None:
-        operands = [n for n in node.all_input_nodes if not is_number(n)]
+        inputs = node.all_input_nodes
+        if is_shape(node) or (inputs and self._numbers.issuperset(inputs)):  # as `is_number` says
+            self._numbers.add(node)
+        operands = [n for n in inputs if n not in self._numbers]
         kinds = {self.kinds[operand] for operand in operands}
         self.kinds[node] = self._kind(node, kinds.pop() if len(kinds) == 1 else node)
         proof: int | None = None
