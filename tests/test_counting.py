@@ -173,7 +173,7 @@ def test_products_of_no_layer_are_listed():
 def test_layers_that_came_after_the_plan_are_unassigned():
     qmodel = calibrated(awkward.Chain())
     qmodel.append(nn.Linear(5, 3))
-    with pytest.warns(UserWarning, match="coverage: Chain was changed after quantize: 8, a float Linear, was put in"):
+    with pytest.warns(UserWarning, match="plan: Chain was changed after quantize: 8, a float Linear, was put in"):
         counted = dq.coverage(qmodel, X)
     assert [(r.name, r.module, r.op, r.macs) for r in counted.unassigned] == [("8.weight", "8", "addmm", 30)]
     assert counted.share == 1 - 30 / counted.macs
@@ -284,13 +284,15 @@ def test_it_prints_as_a_table():
     x = torch.randn(2, 4)
     qmodel = calibrated(nn.Sequential(nn.Linear(4, 4), Gram(), nn.Linear(2, 6)), x, exclude=["2"])
     qmodel.append(nn.Linear(6, 1))
-    assert str(dq.coverage(qmodel, x)).splitlines() == [
+    with pytest.warns(UserWarning, match="3, a float Linear, was put in"):
+        counted, planned = dq.coverage(qmodel, x), dq.plan(qmodel)
+    assert str(counted).splitlines() == [
         "site      op     MACs     weight      input  remarks",
         "0         mm       32  quantized  quantized",
-        "2         addmm    24      float      float  " + dq.plan(qmodel)["2"].reason,
+        "2         addmm    24      float      float  " + planned["2"].reason,
         "3.weight  addmm    12      float      float  no site; ran in 3",
         "1         mm       16      float      float  product of activations",
-        "1.matmul            -          -          -  " + dq.plan(qmodel)["1.matmul"].reason,
+        "1.matmul            -          -          -  " + planned["1.matmul"].reason,
         "Sequential: 47.1% of 68 MACs have both operands quantized, 47.1% the weight; "
         "0.0% of 16 MACs of attention products",
     ]

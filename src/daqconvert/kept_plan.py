@@ -155,6 +155,7 @@ def reconcile(model: nn.Module, verb: str = "plan") -> Reconciled:
     names: dict[str, str] = {}
     changes: list[str] = []
     seen: set[tuple[int, str]] = set()
+    written = {_written(path): module for path, module in modules.items()}
     tables = [_converted(keeper.__dict__[PLAN_ATTRIBUTE]) for keeper in owners.values()]
     for path, site in sites.items():
         found = _row_of(path, site, owners, tables, changes)
@@ -164,8 +165,7 @@ def reconcile(model: nn.Module, verb: str = "plan") -> Reconciled:
             seen.add((found[0], site.layer_name))
     for number, (owner, keeper) in enumerate(owners.items()):
         names_here = {name for at, name in seen if at == number}
-        written = ({_written(path): module for path, module in there.items()} for there in (modules, sites))
-        left, told = _left(keeper, owner, *written, names_here)
+        left, told = _left(keeper, owner, written, {_written(path): site for path, site in sites.items()}, names_here)
         rows += [(number, place, row) for place, row in left]
         changes += told
     known = {row.name for *_, row in rows}
