@@ -92,3 +92,21 @@ def test_parameters_without_a_gradient_are_looked_for_where_there_may_be_some(mo
     assert may_miss_gradients(run) == may
     assert all(torch.equal(v, calibrated[k]) for k, v in qmodel.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_weights_that_were_changed_after_calibration_get_bounds_that_fit(make, make_float, loader, caplog):
+    """Weights five times larger lay outside of the old bounds, and training began with them clipped, silently."""
+    qmodel = make(8)
+    dq.calibrate(qmodel, loader())
+    weights = {key: 5 * value for key, value in make_float().state_dict().items() if key == "0.weight"}
+    qmodel.load_state_dict(weights, strict=False)
+    fitting = make(8)
+    dq.load_float(fitting, {**make_float().state_dict(), **weights})
+    dq.calibrate(fitting, loader())
+    finetune(qmodel, loader(), epochs=1, lr=0.0, quantizer_lr=0.0)
+    assert "the weights of 1 layers (0) were changed after calibration" in caplog.text
+    assert torch.equal(qmodel[0].weight_quantizer.upper, fitting[0].weight_quantizer.upper)
+    caplog.clear()
+    finetune(qmodel, loader(), epochs=1)
+    finetune(qmodel, loader(), epochs=1)
+    assert "were changed" not in caplog.text

@@ -22,7 +22,7 @@ from daqconvert.batches import run_batch, to_device
 from daqconvert.calibration import calibrate, is_calibrated
 from daqconvert.convert import current_plan
 from daqconvert.errors import DataError
-from daqconvert.models import copy_model, disabled, evaluating, float_copy
+from daqconvert.models import copy_model, disabled, evaluating, fit_weights, float_copy, quantized_sites
 from daqconvert.posttraining import block_names, choose_codes, reconstruct
 from daqconvert.report.fits import Fitted
 from daqconvert.seeding import preserved_random_state
@@ -120,6 +120,22 @@ def _start_fresh(run: Run) -> None:
         save(run)
 
 
+def _fit_weights(run: Run) -> None:
+    """Set the bounds of weights anew that were changed after the model was calibrated, as `calibrate` does; warn."""
+    refitted, unfit = fit_weights(quantized_sites(run.model))
+    if not run.processes.is_main:
+        return
+    for names, said in (
+        (refitted, "were changed after calibration: weight bounds set anew. Their inputs may have changed too: "
+                   "calibrate before finetune"),
+        (unfit, "have bounds that do not fit them, although both were changed. These bounds stay: to set them anew, "
+                "load the weights with daqconvert.load_float"),
+    ):  # fmt: skip
+        if names:
+            shown = ", ".join(name or "(root)" for name in names[:SHOWN]) + ", ..." * bool(names[SHOWN:])
+            LOGGER.warning("finetune: the weights of %d layers (%s) %s.", len(names), shown, said)
+
+
 def _calibrate(run: Run) -> None:
     """Calibrate the model where it needs that; in any case check the first training batch."""
     batches = iter(run.train_epochs.batches(0, whole=True))
@@ -129,6 +145,7 @@ def _calibrate(run: Run) -> None:
     for batch in first:
         _check_batch(run, batch, "train_loader, first batch", needs_target=run.objective.needs_target, training=True)
     if is_calibrated(run.model):
+        _fit_weights(run)
         return
     recipe = run.recipe
     count = min(recipe.calibration_batches, length(run.train_epochs.loader) or recipe.calibration_batches)
