@@ -131,3 +131,10 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     """
     close = difflib.get_close_matches(name, list(valid), n=3, cutoff=0.3)
     return f" Nearest: {', '.join(close)}." if close else ""
+
+
+def first_few(problems: Iterable[str], count: int = 3) -> str:
+    """Join the first few problems into one text, which says how many more there are."""
+    listed = list(problems)
+    more = f"; and {len(listed) - count} more" if len(listed) > count else ""
+    return "; ".join(listed[:count]) + more

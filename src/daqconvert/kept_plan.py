@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from daqconvert.errors import ConversionError
+from daqconvert.errors import ConversionError, first_few
 from daqconvert.graph.call_sites import layer_extent
 from daqconvert.layers.frozen_site import FrozenSite
 from daqconvert.layers.registry import is_site_type
@@ -47,9 +47,8 @@ def plan_now(model: nn.Module) -> Plan | None:
 
 def changed_text(model: nn.Module, changes: tuple[str, ...], verb: str) -> str:
     """Return the message about a model that was changed after `quantize`."""
-    more = f"; and {len(changes) - 4} more" if len(changes) > 4 else ""
     return (
-        f"{verb}: {type(model).__name__} was changed after quantize: {'; '.join(changes[:4])}{more}. "
+        f"{verb}: {type(model).__name__} was changed after quantize: {first_few(changes, 4)}. "
         f"{verb} takes it as it is now. To quantize what was put in: change the float model first, then call "
         "daqconvert.quantize."
     )

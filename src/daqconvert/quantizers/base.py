@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from daqconvert.errors import CalibrationError, ConversionError
+from daqconvert.errors import CalibrationError, ConversionError, first_few
 from daqconvert.functional.grid import Rounding
 
 _GLOBAL_HOOKS = tuple(
@@ -235,10 +235,9 @@ NEAR = 2e-3  # relative; how far rounding may take the flag of an average from t
 
 def other_form(problems: list[str]) -> str:
     """Return the message about a state dict whose bounds are of another form; `problems` are from `misfit`."""
-    more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
     return (
         "load_state_dict: the state dict is of a model that was quantized otherwise: "
-        f"{'; '.join(problems[:3])}{more}. Nothing was loaded. Quantize the float model as it was then, "
+        f"{first_few(problems)}. Nothing was loaded. Quantize the float model as it was then, "
         "daqconvert.quantize(model, w_bits=..., a_bits=..., bits=...), and load the state dict into that. To take its "
         "weights alone: daqconvert.load_float(qmodel, {k: v for k, v in state.items() if '_quantizer.' not in k and "
         "not k.endswith('output_scale')}), then calibrate."

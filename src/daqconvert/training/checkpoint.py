@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from daqconvert.convert import require_quantized
-from daqconvert.errors import TrainingError
+from daqconvert.errors import TrainingError, first_few
 from daqconvert.files import replacing
 
 FORMAT, VERSION = "daqconvert-checkpoint", 2
@@ -222,10 +222,3 @@ def _settings_problems(saved: Mapping[str, Any], found: Mapping[str, Any]) -> li
             if ours.get(key) != theirs.get(key)
         ]
     return sorted(problems)
-
-
-def first_few(problems: Iterable[str], count: int = 3) -> str:
-    """Join the first few problems into one text, which says how many more there are."""
-    listed = list(problems)
-    more = f"; and {len(listed) - count} more" if len(listed) > count else ""
-    return "; ".join(listed[:count]) + more

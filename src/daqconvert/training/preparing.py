@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -132,8 +132,12 @@ def _fit_weights(run: Run) -> None:
                 "load the weights with daqconvert.load_float"),
     ):  # fmt: skip
         if names:
-            shown = ", ".join(name or "(root)" for name in names[:SHOWN]) + ", ..." * bool(names[SHOWN:])
-            LOGGER.warning("finetune: the weights of %d layers (%s) %s.", len(names), shown, said)
+            LOGGER.warning("finetune: the weights of %d layers (%s) %s.", len(names), _shown(names), said)
+
+
+def _shown(names: Sequence[str]) -> str:
+    """Return the first names, and dots where there are more."""
+    return ", ".join(names[:SHOWN]) + (", ..." if names[SHOWN:] else "")
 
 
 def _calibrate(run: Run) -> None:
@@ -155,12 +159,11 @@ def _calibrate(run: Run) -> None:
         progress=run.show,
     )  # fmt: skip
     if found.differing and run.processes.is_main:
-        names, more = ", ".join(found.differing[:SHOWN]), ", ..." if found.differing[SHOWN:] else ""
         LOGGER.warning(
-            "calibration: %d of %d inputs have another range in training mode than in evaluation mode: %s%s. Either "
+            "calibration: %d of %d inputs have another range in training mode than in evaluation mode: %s. Either "
             "batch norms have running statistics that are not those of these batches (a new network, other data), or "
             "dropout acts. The bounds fit both modes; results of the first epochs may not. See docs/training.md.",
-            len(found.differing), len(found.inputs), names, more,
+            len(found.differing), len(found.inputs), _shown(found.differing),
         )  # fmt: skip
 
 
@@ -237,9 +240,8 @@ def _note(run: Run, field: str, what: str, rows: list[Fitted]) -> None:
     run.fitted[field] = rows
     left = [row for row in rows if row.left_alone]
     if left and run.processes.is_main:
-        names = ", ".join(f"{row.name} ({row.left_alone})" for row in left[:SHOWN])
-        more = ", ..." if left[SHOWN:] else ""
-        LOGGER.warning("%s: %d of %d %s: %s%s.", field, len(left), len(rows), what, names, more)
+        names = _shown([f"{row.name} ({row.left_alone})" for row in left])
+        LOGGER.warning("%s: %d of %d %s: %s.", field, len(left), len(rows), what, names)
 
 
 def _write_start(run: Run, initial: dict[str, Tensor], about: dict[str, Any]) -> None:

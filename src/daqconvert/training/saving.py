@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from daqconvert.errors import TrainingError
+from daqconvert.errors import TrainingError, first_few
 from daqconvert.models import float_copy
 from daqconvert.report.fits import Fitted
 from daqconvert.training.batching.loaders import length
@@ -25,7 +25,6 @@ from daqconvert.training.checkpoint import (
     PART,
     Checkpoint,
     check_model,
-    first_few,
     model_tensors,
     read_checkpoint,
     write_checkpoint,
