@@ -34,10 +34,15 @@ def current_plan(model: nn.Module, verb: str = "plan") -> Plan:
     Raises:
         ConversionError: If the model is not quantized, or is a part of a quantized model.
     """
+    return reconcile_and_warn(model, verb).plan
+
+
+def reconcile_and_warn(model: nn.Module, verb: str) -> Reconciled:
+    """Return what `reconcile` does, and warn of changes."""
     found = reconcile(model, verb)
     if found.changes:
-        warnings.warn(changed_text(model, found.changes, verb), stacklevel=3)
-    return found.plan
+        warnings.warn(changed_text(model, found.changes, verb), stacklevel=4)
+    return found
 
 
 def plan_now(model: nn.Module) -> Plan | None:

@@ -28,7 +28,7 @@ from daqconvert.artifact.tensors import collect, sha256, write_tensors
 from daqconvert.errors import ArtifactError, FrozenError
 from daqconvert.files import replacing_directory
 from daqconvert.freezing import is_frozen
-from daqconvert.kept_plan import current_plan, reconcile
+from daqconvert.kept_plan import reconcile_and_warn
 from daqconvert.layers.frozen_site import FrozenSite
 
 HINT = "Free some space or choose another path."
@@ -130,8 +130,9 @@ def _draft(
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"source_kwargs: expected numbers, texts, booleans and lists ({error}).") from None
     check_source(source, plain, largest_size(entries))
-    plan = current_plan(frozen, "save")
-    reconcile(frozen).require_known(frozen, "save")
+    found = reconcile_and_warn(frozen, "save")
+    found.require_known(frozen, "save")
+    plan = found.plan
     return Manifest(
         format=FORMAT,
         version=VERSION,

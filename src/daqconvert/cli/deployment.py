@@ -17,7 +17,7 @@ from daqconvert.cli.bench import run_openers
 from daqconvert.cli.job import Opened
 from daqconvert.cli.options import as_options
 from daqconvert.cli.output import say
-from daqconvert.cli.rundir import ARTIFACT, FLOAT, FLOAT_ONNX, HINT, ONNX, PAGE, SUMMARY, Config, size_of
+from daqconvert.cli.rundir import ARTIFACT, FLOAT, FLOAT_ONNX, HINT, ONNX, SUMMARY, Config, size_of
 from daqconvert.data import Loaders
 from daqconvert.deploy.comparing.export_report import ExportReport, ProgramReport
 from daqconvert.deploy.comparing.timing import time_in_turns
@@ -28,6 +28,7 @@ from daqconvert.freezing import freeze
 from daqconvert.report.tables import render, simple_table
 from daqconvert.report.training_page import Deployment, with_result
 from daqconvert.training import EvalResult, evaluate
+from daqconvert.training.rundir import PAGE
 
 CHECKED_IMAGES = 1000
 Report = ExportReport | ProgramReport

@@ -29,7 +29,7 @@ from daqconvert.sources import load_checkpoint, parse_source
 from daqconvert.spec import Plan
 from daqconvert.training import Recipe, load_weights
 from daqconvert.training.recipes import completed
-from daqconvert.training.rundir import RunDirectory, resume_command
+from daqconvert.training.rundir import PAGE, RunDirectory, resume_command
 from daqconvert.version import __version__
 
 RUN = "run"
@@ -37,7 +37,6 @@ CONFIG, FLOAT, SUMMARY = "config.json", "float.safetensors", "summary.json"
 ARTIFACT, ONNX, FLOAT_ONNX = "artifact", "model.onnx", "float.onnx"
 HINT = "Free some space or choose another --out."
 BEST, LAST = "best.safetensors", "last.safetensors"
-PAGE = "report.html"
 LOGS = {"report": PAGE, "log": "log.csv", "steps": "steps.csv", "warnings": "warnings.jsonl"}
 OWN = (CONFIG, FLOAT, SUMMARY, ARTIFACT, ONNX, FLOAT_ONNX)
 

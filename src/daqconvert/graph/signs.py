@@ -105,10 +105,9 @@ class _Signs:
         self._numbers: set[fx.Node] = set()
 
     def add(self, node: fx.Node) -> None:
-        inputs = node.all_input_nodes
-        if is_shape(node) or (inputs and self._numbers.issuperset(inputs)):  # as `is_number` says
+        if is_number(node, self._numbers):
             self._numbers.add(node)
-        operands = [n for n in inputs if n not in self._numbers]
+        operands = [n for n in node.all_input_nodes if n not in self._numbers]
         kinds = {self.kinds[operand] for operand in operands}
         self.kinds[node] = self._kind(node, kinds.pop() if len(kinds) == 1 else node)
         proof: int | None = None
@@ -244,10 +243,15 @@ def argument(node: fx.Node, place: int, name: str, default: Any) -> Any:
     return node.kwargs.get(name, node.args[place] if len(node.args) > place else default)
 
 
-def is_number(node: fx.Node) -> bool:
-    """Return whether a node is no tensor: the size or type of one, or computed from sizes alone."""
+def is_number(node: fx.Node, known: set[fx.Node] | None = None) -> bool:
+    """Return whether a node is no tensor: the size or type of one, or computed from sizes alone.
+
+    `known` are the nodes before it that are numbers, for who asks of one node after the other.
+    """
     inputs = node.all_input_nodes
-    return is_shape(node) or (bool(inputs) and all(map(is_number, inputs)))
+    if is_shape(node) or not inputs:
+        return is_shape(node)
+    return all(map(is_number, inputs)) if known is None else known.issuperset(inputs)
 
 
 def library_type(module: nn.Module) -> str:

@@ -27,6 +27,7 @@ from daqconvert.sources import parse_source
 from daqconvert.training.checkpoint import NOT_WRITTEN
 from daqconvert.training.recipes import Recipe
 
+PAGE = "report.html"
 LOGGER = logging.getLogger("daqconvert.training")
 
 Row = dict[str, Any]

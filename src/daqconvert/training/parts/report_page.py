@@ -30,10 +30,9 @@ from daqconvert.training.parts.oscillation import Oscillation
 from daqconvert.training.parts.snapshots import Snapshots, StepLog
 from daqconvert.training.recipes import RECIPES, Recipe
 from daqconvert.training.run import Part, Run
-from daqconvert.training.rundir import Appended, Row, resume_command, shell_job, telling
+from daqconvert.training.rundir import PAGE, Appended, Row, resume_command, shell_job, telling
 from daqconvert.version import __version__
 
-PAGE = "report.html"
 SHARE = 0.05  # of the time that may go into drawing
 FIRST_GUESS = 0.5  # seconds
 
