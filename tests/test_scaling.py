@@ -107,8 +107,13 @@ def conv() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU())
 
 
+def in_place() -> nn.Module:
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(inplace=True))
+
+
 MODELS = {
     "vit": (vit, IMAGE),
+    "in place": (chain(in_place), ROWS),
     "convolutions": (chain(conv), IMAGE),
     "attention": (attention, ROWS[None]),
     "functional": (chain(Functional), ROWS),
@@ -163,6 +168,15 @@ def test_the_work_of_load_float_is_a_straight_line_in_the_depth():
         return run
 
     assert growth(of(dq.load_float), of(lambda qmodel, state: qmodel.load_state_dict(state, strict=False))) < STRAIGHT
+
+
+def test_a_network_may_be_deeper_than_pythons_recursion():
+    """Each activation changes its input in place, so that every node is asked what it is."""
+    depth = sys.getrecursionlimit()
+    model = nn.Sequential(*(m for _ in range(depth) for m in (nn.Linear(2, 2), nn.ReLU(inplace=True))))
+    plan = dq.plan(model, w_bits=4, a_bits=4)
+    assert (plan.order, len(plan)) == ("fx", depth)
+    assert [row.signed for row in plan] == [None] + [False] * (depth - 1)
 
 
 def test_late_names_stand_behind_the_last_of_their_module():

@@ -243,15 +243,13 @@ def argument(node: fx.Node, place: int, name: str, default: Any) -> Any:
     return node.kwargs.get(name, node.args[place] if len(node.args) > place else default)
 
 
-def is_number(node: fx.Node, known: set[fx.Node] | None = None) -> bool:
+def is_number(node: fx.Node, known: set[fx.Node]) -> bool:
     """Return whether a node is no tensor: the size or type of one, or computed from sizes alone.
 
-    `known` are the nodes before it that are numbers, for who asks of one node after the other.
+    `known` are the numbers among the nodes before it: nodes are asked in order, so that no depth is too deep.
     """
     inputs = node.all_input_nodes
-    if is_shape(node) or not inputs:
-        return is_shape(node)
-    return all(map(is_number, inputs)) if known is None else known.issuperset(inputs)
+    return is_shape(node) or (bool(inputs) and known.issuperset(inputs))
 
 
 def library_type(module: nn.Module) -> str:

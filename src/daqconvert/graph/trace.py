@@ -6,6 +6,7 @@ import inspect
 import operator
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -167,23 +168,35 @@ def in_sequence(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
     known. The graph is for reading only: it does not run afterwards.
     """
     root: dict[fx.Node, fx.Node] = {}
-    for place, node in enumerate(nodes := list(graph.nodes)):
+    sharing: dict[fx.Node, list[fx.Node]] = {}  # those of one root
+    place = {node: at for at, node in enumerate(graph.nodes)}
+    numbers: set[fx.Node] = set()
+    for node, at in place.items():
+        if is_number(node, numbers):
+            numbers.add(node)
         target = _changed(node, modules)
         first = node.args[0] if node.args else None
         same = isinstance(first, fx.Node) and _is_view(node, modules)
         root[node] = root[target] if target is not None else root[first] if same else node  # type: ignore[index]
-        if target is None or is_number(target):
+        before = [*sharing.setdefault(root[node], [])]
+        sharing[root[node]].append(node)
+        if target is None or target in numbers:
             continue
-        later = {*nodes[place + 1 :]}
-        for other in list(root)[:-1]:
-            if root[other] is not root[node] or later.isdisjoint(other.users):
+        later = partial(_is_later, place, at)
+        for other in before:
+            if not any(map(later, other.users)):
                 continue
             now = node
             if other is not target:
                 with graph.inserting_after(node):
                     now = graph.call_function(changed, (other, node))
                 root[now] = root[node]
-            other.replace_all_uses_with(now, delete_user_cb=later.__contains__)
+                sharing[root[node]].append(now)
+            other.replace_all_uses_with(now, delete_user_cb=later)
+
+
+def _is_later(place: dict[fx.Node, int], at: int, node: fx.Node) -> bool:
+    return place.get(node, -1) > at
 
 
 def changed(tensor: Any, by: Any) -> Any:
