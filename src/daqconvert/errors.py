@@ -7,7 +7,7 @@ as one paragraph and ends with exit code 2.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 ROOT = "(root)"
 """How messages and plans write the name of a layer that is the model itself; names that are typed may say so, too."""
@@ -138,3 +138,13 @@ def first_few(problems: Iterable[str], count: int = 3) -> str:
     listed = list(problems)
     more = f"; and {len(listed) - count} more" if len(listed) > count else ""
     return "; ".join(listed[:count]) + more
+
+
+def few_names(names: Sequence[str], count: int = 3) -> str:
+    """Return the first few names, and dots where there are more.
+
+    Example:
+        >>> few_names(["a", "b", "c", "d"]), few_names(["a"])
+        ('a, b, c, ...', 'a')
+    """
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

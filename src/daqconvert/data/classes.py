@@ -17,11 +17,10 @@ from pathlib import Path
 from torch import nn
 
 from daqconvert.data.splits import Renumbered, Splits
-from daqconvert.errors import DataError, nearest
+from daqconvert.errors import DataError, few_names, nearest
 from daqconvert.sources import Source, parse_source
 
 IMAGENET_CLASSES = 1000
-SHOWN = 3  # names in a message
 
 
 @dataclass(frozen=True)
@@ -114,13 +113,13 @@ def _numbers(splits: Splits, classes: Classes) -> tuple[list[int], str]:
         strange = next(name for name, number in zip(own, found, strict=True) if number is None)
         raise DataError(
             f"{splits.description}: {classes.owner} does not know the class {strange!r}."
-            f"{nearest(strange, classes.names)} It knows {len(classes.names)}: {_first(classes.names)}. Take the "
+            f"{nearest(strange, classes.names)} It knows {len(classes.names)}: {few_names(classes.names)}. Take the "
             "folder away, rename it, or give --classes FILE, a name a line in the order of the model's outputs."
         )
     if same:
         return list(range(len(own))), f"; numbered in the order of their names, for {classes.owner} keeps none"
     raise DataError(
-        f"{splits.description}: it has {len(own)} classes ({_first(own)}), {classes.owner} has {classes.count} and "
+        f"{splits.description}: it has {len(own)} classes ({few_names(own)}), {classes.owner} has {classes.count} and "
         f"nothing says which of them these are. Name the folders by class number, 0 to {classes.count - 1}, or give "
         "--classes FILE, a name a line in the order of the model's outputs."
     )
@@ -200,7 +199,3 @@ def _composed(name: str) -> str:
 
 def _plain(name: str) -> str:
     return " ".join(_composed(name).casefold().replace("_", " ").split())
-
-
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

@@ -14,11 +14,10 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from daqconvert.data.decoding import Encoded, decoded
-from daqconvert.errors import DataError, nearest
+from daqconvert.errors import DataError, few_names, nearest
 
 VAL_NAMES = ("val", "validation", "valid", "test")
 HOLDOUT = 0.1
-SHOWN = 3  # names in a message
 LEFTOVERS = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 NO_LABEL = -100  # the label of images that cross entropy and top-1 leave out
 
@@ -58,8 +57,7 @@ def open_folder(
 
 def _without(missing: list[str]) -> str:
     """Return what to say of a split without images of some classes."""
-    more = ", ..." if len(missing) > SHOWN else ""
-    return f", none of {', '.join(missing[:SHOWN])}{more}" if missing else ""
+    return f", none of {few_names(missing)}" if missing else ""
 
 
 def open_classes(path: Path) -> Folder:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from daqconvert.batches import run_batch, to_device
 from daqconvert.calibration import calibrate, is_calibrated
 from daqconvert.convert import current_plan
-from daqconvert.errors import DataError
+from daqconvert.errors import DataError, few_names
 from daqconvert.models import copy_model, disabled, evaluating, fit_weights, float_copy, quantized_sites
 from daqconvert.posttraining import block_names, choose_codes, reconstruct
 from daqconvert.report.fits import Fitted
@@ -35,7 +35,6 @@ from daqconvert.training.run import Run
 from daqconvert.training.saving import check_run, last_of, make_optimizers_and_parts, meta, model_copy, restore, save
 
 LOGGER = logging.getLogger(__name__)
-SHOWN = 3  # names in a warning
 
 
 def start(run: Run, *, resume: bool) -> None:
@@ -64,7 +63,7 @@ def start(run: Run, *, resume: bool) -> None:
         _start_fresh(run)
     else:
         restore(run, checkpoint)
-    if run.processes.count > 1:
+    if run.processes.count > 1 and run.processes.own:
         run.find_unused = run.processes.sum([float(may_miss_gradients(run))])[0] > 0
 
 
@@ -132,12 +131,7 @@ def _fit_weights(run: Run) -> None:
                 "load the weights with daqconvert.load_float"),
     ):  # fmt: skip
         if names:
-            LOGGER.warning("finetune: the weights of %d layers (%s) %s.", len(names), _shown(names), said)
-
-
-def _shown(names: Sequence[str]) -> str:
-    """Return the first names, and dots where there are more."""
-    return ", ".join(names[:SHOWN]) + (", ..." if names[SHOWN:] else "")
+            LOGGER.warning("finetune: the weights of %d layers (%s) %s.", len(names), few_names(names), said)
 
 
 def _calibrate(run: Run) -> None:
@@ -163,7 +157,7 @@ def _calibrate(run: Run) -> None:
             "calibration: %d of %d inputs have another range in training mode than in evaluation mode: %s. Either "
             "batch norms have running statistics that are not those of these batches (a new network, other data), or "
             "dropout acts. The bounds fit both modes; results of the first epochs may not. See docs/training.md.",
-            len(found.differing), len(found.inputs), _shown(found.differing),
+            len(found.differing), len(found.inputs), few_names(found.differing),
         )  # fmt: skip
 
 
@@ -240,7 +234,7 @@ def _note(run: Run, field: str, what: str, rows: list[Fitted]) -> None:
     run.fitted[field] = rows
     left = [row for row in rows if row.left_alone]
     if left and run.processes.is_main:
-        names = _shown([f"{row.name} ({row.left_alone})" for row in left])
+        names = few_names([f"{row.name} ({row.left_alone})" for row in left])
         LOGGER.warning("%s: %d of %d %s: %s.", field, len(left), len(rows), what, names)
 
 

@@ -39,10 +39,11 @@ class Processes:
         device: Where the model trains: with several processes this process's own device, else where the model is.
         precision: Precision of the forward: `"no"`, `"bf16"` or `"fp16"`.
         launcher_accumulate: Batches per step, as set in the launcher.
+        own: Whether the accelerator was made here; else it is the caller's, who has decided how it trains.
     """
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, *, own: bool = False) -> None:
-        self._accelerator, self._own = accelerator, own
+        self._accelerator, self.own = accelerator, own
         self.count, self.index = int(accelerator.num_processes), int(accelerator.process_index)
         self.precision = str(accelerator.mixed_precision)
         self.launcher_accumulate = int(accelerator.gradient_accumulation_steps)
@@ -74,7 +75,7 @@ class Processes:
             return
         kept = {key: model.__dict__[key] for key in PATCHED if key in model.__dict__}
         before = list(self._accelerator._models)
-        if self._own:
+        if self.own:
             self._accelerator.ddp_handler.find_unused_parameters = find_unused
         wrapped = self._accelerator.prepare_model(model, device_placement=False)
         for key in PATCHED:  # Accelerate's autocast is around the forward alone; ours is around the loss as well
