@@ -30,7 +30,7 @@ from daqconvert.spec import Plan, Policy
 def plan(
     model: nn.Module, *, policy: Policy | str | Path | dict[str, Any] | None = None, preset: str | None = None,
     first: Any = UNSET, last: Any = UNSET, exclude: Any = (), include: Any = None, bits: Any = None, rules: Any = (),
-    example_inputs: Any = None, **settings: Any,
+    target: str | None = None, example_inputs: Any = None, **settings: Any,
 ) -> Plan:  # fmt: skip
     """Say what `quantize` would do with a model, without doing it.
 
@@ -45,6 +45,8 @@ def plan(
         bits: Maps names or patterns to bits: a number for weight and input, `(w, a)`, or None for float. These rules
             come after all others and override them.
         rules: `Rule` objects that come after those of the policy.
+        target: Name of the runtime to quantize for, such as `"tensorrt"` or `"litert"`; `docs/policies.md` lists them.
+            All outputs are codes, as with `deploy="integer"`, in the form that the runtime asks for.
         example_inputs: Inputs to count multiply-accumulates with: a tensor, a tuple of positional arguments or a dict
             of keyword arguments.
         **settings: Any field of `Settings`: `w_bits`, `a_bits`, `granularity`, `rounding`, ...
@@ -65,7 +67,7 @@ def plan(
     """
     if any(isinstance(module, (QuantizedSite, FrozenSite)) for module in model.modules()) or plan_owners(model):
         given = {"policy": policy, "preset": preset, "exclude": exclude or None, "rules": rules or None}
-        given |= {"include": include, "bits": bits}
+        given |= {"include": include, "bits": bits, "target": target}
         given |= {key: None if value is UNSET else key for key, value in (("first", first), ("last", last))}
         asked = [*(key for key, value in given.items() if value is not None), *settings]
         if asked:
@@ -76,20 +78,20 @@ def plan(
         return current_plan(model, "plan")
     chosen = build(
         policy=policy, preset=preset, first=first, last=last, exclude=exclude, include=include, bits=bits, rules=rules,
-        **settings,
+        target=target, **settings,
     )  # fmt: skip
     found = find_sites(model, example_inputs)
     return resolve(
         chosen, found.sites, model=type(model).__name__, order=found.order,
         other_params=found.other_params, input_size=found.input_size,
-        sums=found.sums,
+        sums=found.sums, concats=found.concats,
     )  # fmt: skip
 
 
 def quantize(
     model: nn.Module, *, w_bits: Any = UNSET, a_bits: Any = UNSET, policy: Any = None, preset: str | None = None,
     first: Any = UNSET, last: Any = UNSET, exclude: Any = (), include: Any = None, bits: Any = None, rules: Any = (),
-    example_inputs: Any = None, **settings: Any,
+    target: str | None = None, example_inputs: Any = None, **settings: Any,
 ) -> Any:  # fmt: skip
     """Return a copy of a model whose convolutions and linears are quantized. No data is needed.
 
@@ -111,6 +113,8 @@ def quantize(
         bits: Maps names or patterns to bits: a number for weight and input, `(w, a)`, or None for float. These rules
             come after all others and override them.
         rules: `Rule` objects that come after those of the policy.
+        target: Name of the runtime to quantize for, such as `"tensorrt"` or `"litert"`; `docs/policies.md` lists them.
+            All outputs are codes, as with `deploy="integer"`, in the form that the runtime asks for.
         example_inputs: Inputs to count the plan's multiply-accumulates with, as for `plan`; optional.
         **settings: Any other field of `Settings`.
 
@@ -139,7 +143,7 @@ def quantize(
         settings["a_bits"] = a_bits
     chosen = plan(
         model, policy=policy, preset=preset, first=first, last=last, exclude=exclude, include=include, bits=bits,
-        rules=rules, example_inputs=example_inputs, **settings,
+        rules=rules, target=target, example_inputs=example_inputs, **settings,
     )  # fmt: skip
     if not chosen.converted:
         raise ConversionError(

@@ -34,6 +34,14 @@ def test_plan_options_that_name_layers(daq):
     assert found["params"] == found["float_bytes"] // 4
 
 
+def test_plan_for_a_target(daq):
+    assert "ResNet: policy arguments, target tensorrt, order" in daq("plan", "test_resnet", "--target", "tensorrt").out
+    told = daq("plan", "test_resnet", "--target", "tensort").fails()
+    assert "'tensort' is no target. Nearest: tensorrt" in told and "executorch, litert" in told
+    told = daq("plan", "test_resnet", "--target", "litert", "--set", "deploy=float").fails()
+    assert 'options: deploy = "float" contradicts target = "litert"' in told
+
+
 @pytest.mark.parametrize(
     ("option", "told"),
     [

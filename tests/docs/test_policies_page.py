@@ -13,6 +13,7 @@ from daqconvert.policy.presets import preset, preset_names
 from daqconvert.policy.resolve import SUM_NOTE
 from daqconvert.spec import SETTING_NAMES, Call, Policy, Settings, Site
 from daqconvert.spec.auto import resolve_auto
+from daqconvert.spec.targets import TARGETS
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,20 @@ def test_the_first_file(policies, planned):
         'rule 2: type "Linear"',
         'bits: "head"',
     ]
+
+
+def test_the_table_of_targets_is_the_one_in_the_code(page):
+    words = {
+        name: (
+            "0 in int8" if target.symmetric else "any",
+            "those of all layers" if target.outputs == "all" else 'as for `deploy = "integer"`',
+            "one term stays in float" if target.sums == "shortcut" else "both terms and the sum are codes",
+            "one grid" if target.one_scale_concat else "each on its own grid",
+        )
+        for name, target in TARGETS.items()
+    }
+    rows = re.findall(r"^\| `(\w+)` \| (any|0 in int8) \| (.*?) \| (.*?) \| (.*?) \|$", page, re.MULTILINE)
+    assert {name: tuple(cells) for name, *cells in rows} == words
 
 
 def test_settings_merge_as_the_page_says(policies, planned):

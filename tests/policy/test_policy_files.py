@@ -63,7 +63,7 @@ def test_a_byte_order_mark_is_no_error(tmp_path):
     [
         pytest.param(
             "w_bits = 4",
-            "unknown key 'w_bits'. Keys are: default, rule, bits, first, last, exclude, include.",
+            "unknown key 'w_bits'. Keys are: target, default, rule, bits, first, last, exclude, include.",
             id="top",
         ),
         pytest.param("[defaults]\nx=1", "unknown key 'defaults'. Keys are: *. Nearest: default*", id="table"),

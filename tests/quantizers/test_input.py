@@ -5,8 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from daqconvert.errors import CalibrationError
+from daqconvert.errors import CalibrationError, ConversionError
 from daqconvert.quantizers import InputQuantizer
+from daqconvert.quantizers.input import SymmetricInputQuantizer
+from daqconvert.quantizers.making import make_input_quantizer
 from daqconvert.spec import Settings
 
 
@@ -175,3 +177,89 @@ def test_a_state_dict_with_scalar_bounds_loads():
     other = InputQuantizer(Settings(a_bits=4), None)
     other.load_state_dict(earlier)
     assert other.lower.shape == (1,) and other.lower.tolist() == [-1.0] and other.sign is True
+
+
+def symmetric(bits, signed=True, dtype=torch.float64, **settings):
+    return SymmetricInputQuantizer(
+        Settings(a_bits=bits, symmetric=True, **settings), signed, like=torch.empty(0, dtype=dtype)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_the_zero_point_of_a_symmetric_input_is_the_middle_code_whatever_is_learned(bits, dtype):
+    made, half = symmetric(bits, dtype=dtype), 2 ** (bits - 1)
+    for upper in (1.0, 0.3, 123.4, 7e-3, 0.0, -2.0):  # also bounds that have died in training
+        made.set_bounds(-1.0, 1.0)
+        made.upper.data.fill_(upper)
+        assert float(made.zero_point()) == half
+    made.set_bounds(-2.0, 1.5)
+    assert made.codes(torch.tensor([-1e3, 0.0, 1e3], dtype=dtype)).tolist() == [0, half, 2 * half - 1]
+
+
+def test_symmetric_bounds_include_those_that_were_found():
+    made = symmetric(3)
+    made.set_bounds(-1.0, 6.0)
+    assert (made.lower.item(), made.upper.item(), made.scale().item()) == (-8.0, 6.0, 2.0)
+    made.set_bounds(-12.0, 6.0)
+    assert (made.lower.item(), made.upper.item(), made.scale().item()) == (-12.0, 9.0, 3.0)
+
+
+@pytest.mark.parametrize("rounding", ["daq", "ste", "ewgs", "dsq"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_gradient_of_a_symmetric_bound_is_that_of_both_ends(bits, rounding):
+    """`lower = -upper * Q_n / Q_p`, so `d/d upper` is that of a quantizer with two bounds, by the chain rule."""
+    x = torch.randn(500, dtype=torch.float64)
+    made = symmetric(bits, rounding=rounding)
+    both = InputQuantizer(Settings(a_bits=bits, rounding=rounding), True, like=x)
+    made.set_bounds(-1.0, 1.0)
+    both.set_bounds(made.lower.item(), made.upper.item())
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    weights = torch.randn_like(x)
+    for quantizer, of in zip((made, both), inputs, strict=True):
+        (quantizer(of) * quantizer.scale() * weights).sum().backward()
+    ratio = 2 ** (bits - 1) / (2 ** (bits - 1) - 1)
+    torch.testing.assert_close(made.upper.grad, both.upper.grad - ratio * both.lower.grad, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-9, atol=1e-12)
+    if rounding == "ste":  # by hand: d(scale * operand)/d scale is operand - x / scale inside, operand outside
+        scale = made.scale().detach()
+        operand, levels = made(x).detach(), x / scale
+        inside = (levels > operand.min()) & (levels < operand.max())
+        by_hand = (weights * torch.where(inside, operand - levels, operand)).sum() / (2 ** (bits - 1) - 1)
+        torch.testing.assert_close(made.upper.grad, by_hand.reshape(1), rtol=1e-6, atol=1e-9)
+    assert made.upper.grad.abs() > 0
+
+
+def test_a_dead_symmetric_bound_still_learns():
+    made = symmetric(4, rounding="ste")
+    made.set_bounds(-1.0, 1.0)
+    made.upper.data.fill_(-0.5)
+    (made(torch.ones(3, dtype=torch.float64)) * made.scale()).sum().backward()
+    assert made.upper.grad.item() > 0  # a larger bound gives a larger value
+
+
+@pytest.mark.parametrize("rounding", ["daq", "lsq"])
+@pytest.mark.parametrize("role", ["input", "weight"])
+def test_a_symmetric_operand_of_eight_bits_is_signed(role, rounding):
+    settings = Settings(8, 8, symmetric=True, rounding=rounding)
+    made = make_input_quantizer(settings, None, "", torch.empty(0), role)
+    assert made.sign is True
+    made.set_bounds(0.0, 1.27)
+    assert made.codes(torch.tensor([0.0, 1.27])).tolist() == [128, 255]
+    seven = make_input_quantizer(settings.replace(w_bits=7, a_bits=7), None, "", torch.empty(0), role)
+    seven.set_bounds(0.0, 1.27)
+    assert seven.sign is False and seven.codes(torch.tensor([0.0, 1.27])).tolist() == [0, 127]
+
+
+def test_bounds_of_a_symmetric_input_are_not_taken_for_others():
+    other = InputQuantizer(Settings(a_bits=4), True)
+    other.set_bounds(-1.0, 2.0)
+    made = symmetric(4, dtype=torch.float32)
+    with pytest.raises(ConversionError, match=r"a_bits = 4 there, a_bits = 4, symmetric here"):
+        made.load_state_dict(other.state_dict())
+    made.set_bounds(-1.0, 2.0)
+    with pytest.raises(ConversionError, match=r"a_bits = 4, symmetric there, a_bits = 4 here"):
+        other.load_state_dict(made.state_dict())
+    fresh = symmetric(4, dtype=torch.float32, signed=None)
+    fresh.load_state_dict(made.state_dict())
+    assert fresh.ready and fresh.sign is True and torch.equal(fresh.scale(), made.scale())

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from daqconvert.batches import is_empty, run_batch
-from daqconvert.calibration.observers import METHODS, InputObserver, observer_for
+from daqconvert.calibration.observers import METHODS, InputObserver, observer_for, symmetric_bounds
 from daqconvert.convert import PLAN_ATTRIBUTE, require_quantized
 from daqconvert.errors import CalibrationError, DaqError, nearest
 from daqconvert.functional.dasr import wide
@@ -30,6 +30,7 @@ from daqconvert.kept_plan import plan_now
 from daqconvert.layers.site import Operation, QuantizedSite, Watcher, safe_products, watching
 from daqconvert.models import disabled, evaluating, fit_weights, rehearsing, unchanged_on_error
 from daqconvert.quantizers import InputQuantizer, WeightQuantizer
+from daqconvert.quantizers.input import SymmetricInputQuantizer
 from daqconvert.quantizers.lsq import StepInputQuantizer
 from daqconvert.report.progress import track
 
@@ -195,7 +196,7 @@ def calibrate(
     forwards, operands = _Forwards(qmodel, mode), _operands(sites, method, MODES[mode])
     tracked = track(batches, "calibrating", max_batches, enabled=progress)
     first, count = _observe(forwards, sites, operands, islice(tracked, max_batches))
-    proven = {row.name for row in getattr(qmodel, PLAN_ATTRIBUTE, ()) if row.signed is not None}
+    proven = {row.name for row in getattr(qmodel, PLAN_ATTRIBUTE, ()) if row.signed is False}
     rows = _choose(operands, method, proven)
     unseen = tuple(dict.fromkeys(operand.name for key, operand in operands.items() if key not in rows))
     with unchanged_on_error(sites.values()):
@@ -354,6 +355,7 @@ def _choose(operands: dict[int, _Operand], method: str, proven: set[str]) -> dic
         bounds = {mode: _bounds(quantizer, observer, method, signed) for mode, observer in seen.items()}
         lower, upper = min(low for low, _ in bounds.values()), max(high for _, high in bounds.values())
         upper = 1.0 if upper <= 0.0 <= lower else upper  # any range represents an input that is always zero
+        lower, upper = quantizer.fit(lower, upper)
         known = operand.role == "input" and name in proven
         shown = name if operand.role == "input" else f"{name} (weight)"
         rows[key] = CalibratedInput(shown, signed, known, minimum, maximum, lower, upper, bounds)
@@ -368,7 +370,9 @@ def _choose(operands: dict[int, _Operand], method: str, proven: set[str]) -> dic
 def _bounds(quantizer: InputQuantizer, observer: InputObserver, method: str, signed: bool) -> tuple[float, float]:
     """Return the bounds for what was observed in one mode."""
     own = quantizer.start(observer.mean, signed) if isinstance(quantizer, StepInputQuantizer) else None
-    return own or METHODS[method](observer, quantizer.bits, signed)
+    if own is None and method == "mse" and isinstance(quantizer, SymmetricInputQuantizer) and signed:
+        own = symmetric_bounds(observer, quantizer.bits)
+    return own or quantizer.fit(*METHODS[method](observer, quantizer.bits, signed))
 
 
 def _set_output_scales(forwards: _Forwards, sites: dict[str, QuantizedSite], first: Any) -> None:

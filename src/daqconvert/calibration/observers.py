@@ -156,6 +156,25 @@ def minimum_error_bounds(observer: InputObserver, bits: int, signed: bool) -> tu
     return max(best[0], low) if signed else 0.0, min(best[1], high)
 
 
+def symmetric_bounds(observer: InputObserver, bits: int) -> tuple[float, float]:
+    """Return the bounds of least squared error on the histogram among those of symmetric inputs.
+
+    They are `-2**(bits - 1) * s` and `(2**(bits - 1) - 1) * s`, so there is one number to search: parts of
+    the largest value seen, first coarse, then finer around the best.
+    """
+    half = 2 ** (bits - 1)
+    low, high = minmax_bounds(observer, bits, True)
+    most = max(high, -low * (half - 1) / half)
+    values, weights = _used(observer.histogram, observer.centers(), True)
+    found = most
+    highs = most * torch.logspace(-2.0, 0.0, 60, dtype=torch.float64)
+    for width in (0.1, 0.03, 0.01):
+        found = min(_least(values, weights, highs * (-half / (half - 1)), highs, bits)[1], most)
+        highs = found * torch.linspace(1.0 - width, 1.0 + width, 21, dtype=torch.float64)
+    found = min(_least(values, weights, highs * (-half / (half - 1)), highs, bits)[1], most)
+    return -found * half / (half - 1), found
+
+
 def _used(histogram: Tensor, centers: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """Return the centers and counts of the bins that are not empty; negative centers become 0 if not `signed`."""
     used = histogram > 0

@@ -126,6 +126,10 @@ class PolicyOptions:
     share_inputs: Annotated[
         bool, option("--share-inputs", "One input quantizer for layers that read the same tensor at the same bits.")
     ] = False
+    target: Annotated[
+        str | None,
+        option("--target", "The runtime to quantize for, as tensorrt or litert: integers in the form it needs."),
+    ] = None
     set: Annotated[
         list[str] | None, option("--set", "KEY=VALUE of any other setting, as granularity=tensor; repeatable.")
     ] = None
@@ -143,7 +147,7 @@ class PolicyOptions:
         """
         found: dict[str, Any] = {"policy": self.policy, "preset": self.preset, "exclude": self.exclude or None}
         found |= {"include": self.include or None, "bits": layer_bits(self.bits) or None}
-        found |= {"share_inputs": self.share_inputs or None}
+        found |= {"share_inputs": self.share_inputs or None, "target": self.target}
         found = {key: value for key, value in found.items() if value is not None}
         for key, text in (("w_bits", self.w_bits), ("a_bits", self.a_bits), ("attention", self.attention)):
             if text is not None:

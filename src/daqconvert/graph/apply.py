@@ -30,7 +30,7 @@ from daqconvert.layers import call_holders as holders
 from daqconvert.layers.attention import PROJECTIONS, SCORES, VALUES, projection_weight, unfused_class
 from daqconvert.layers.frozen_site import FrozenSite, empty_values
 from daqconvert.layers.functions import channel_layout, output_dims
-from daqconvert.layers.integer_layers import make_integer, settle_sums
+from daqconvert.layers.integer_layers import fold_before_sum, make_integer, settle_sums
 from daqconvert.layers.lookup import frozen_class, quantized_class
 from daqconvert.layers.output_quantizers import add_output_quantizer
 from daqconvert.layers.site import QuantizedSite
@@ -84,13 +84,16 @@ def integer_sites(model: nn.Module, rows: Iterable[PlanRow], empty: bool = False
     """
     rows = [row for row in rows if row.converted and row.site.output is not None]
     layers = [row for row in rows if not row.site.is_output and row.site.output and row.site.output.meets is not None]
-    if not layers:
+    joining = [row for row in rows if row.site.output and row.site.output.joins is not None]
+    if not (layers or joining):
         return
     sites = {m.layer_name: m for m in model.modules() if isinstance(m, FrozenSite)}
     if not empty:
         settle_sums(sites, {row.name: row for row in rows})
     for row in layers:
         make_integer(model, sites, row, empty)
+    for row in joining:
+        fold_before_sum(model, sites[row.name], row, empty)
 
 
 class _Calls:

@@ -11,14 +11,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx, nn
 
 from daqconvert.graph.signs import CLIPS, clip_limits, library_type, torch_name
 from daqconvert.layers.integer_layers import folds, only_clips
-from daqconvert.spec import SiteOutput
+from daqconvert.spec import Concat, SiteOutput
 
 ACTIVATIONS: dict[str, tuple[float, float]] = {
     "ReLU": (0.0, math.inf), "relu": (0.0, math.inf), "relu_": (0.0, math.inf), "relu6": (0.0, 6.0),
@@ -29,6 +29,7 @@ MOVING = {"MaxPool1d", "MaxPool2d", "MaxPool3d", "Flatten", "Unflatten"}
 MOVING_CALLS = {"max_pool1d", "max_pool2d", "max_pool3d", "boolean_dispatch", "flatten", "reshape", "view"}
 JOINING_CALLS = {"cat", "concat", "getitem", "pad", "channel_shuffle", "chunk", "split", "permute", "transpose"}
 SUMS = {"add", "add_", "iadd"}
+CONCATENATIONS = {"cat", "concat"}
 
 
 @dataclass
@@ -38,10 +39,12 @@ class OutputFlow:
     Attributes:
         sites: Name of a site -> facts about its output.
         sums: Facts about each sum of outputs, in order of execution; a sum is named by its `place`.
+        concats: Outputs that are concatenated, in order of execution.
     """
 
     sites: dict[str, SiteOutput] = field(default_factory=dict)
     sums: list[SiteOutput] = field(default_factory=list)
+    concats: list[Concat] = field(default_factory=list)
 
 
 def find_outputs(
@@ -105,7 +108,9 @@ class _Search:
                 output = self._output(node, sources=sources, after=self.last) if sources else None
                 if output is not None and output.place is not None:
                     self.sums[node] = output.place
-                    found.sums.append(output)
+                    found.sums.append(replace(output, entering=self._entering(node)))
+            elif _name(node) in CONCATENATIONS and (sources := self._source(node)):
+                found.concats.append(Concat(tuple(dict.fromkeys(sources)), tuple(self._readers(node)[0])))
         return found
 
     def _output(
@@ -187,6 +192,20 @@ class _Search:
         found = [self._source(operand) for operand in operands]
         return tuple(dict.fromkeys(name for names in found for name in names)) if all(found) else ()
 
+    def _entering(self, node: fx.Node) -> tuple[str, ...]:
+        """Return the sites whose output only a sum reads, with nothing between that clips it."""
+        found = []
+        for at in node.all_input_nodes:
+            while len(at.users) == 1 and at not in self.own and at.all_input_nodes:
+                module = self._module(at)
+                plain = module is not None and self._folds(module) and _only_passes(getattr(module, "act", None))
+                if not (plain or self._same(at, module)):
+                    break
+                at = at.all_input_nodes[0]
+            if len(at.users) == 1 and at in self.own:
+                found.append(self.own[at])
+        return tuple(found)
+
     def _source(self, node: fx.Node) -> tuple[str, ...]:
         while True:
             if node in self.own:
@@ -232,6 +251,11 @@ class _Search:
         if module is not None:
             return library_type(module) in SAME | MOVING and not getattr(module, "return_indices", False)
         return _name(node) in SAME_CALLS | MOVING_CALLS
+
+
+def _only_passes(activation: object) -> bool:
+    """Whether the activation inside a batch norm, if there is one, changes nothing."""
+    return not isinstance(activation, nn.Module) or type(activation) is nn.Identity
 
 
 def _clip(way: _Way, bounds: tuple[float, float] | None) -> None:

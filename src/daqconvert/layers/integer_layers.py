@@ -32,13 +32,9 @@ def make_integer(model: nn.Module, sites: dict[str, FrozenSite], row: PlanRow, e
     output, settings = row.site.output, row.settings
     assert output is not None and output.meets is not None and settings is not None
     site, reader = sites[row.name], sites.get(output.meets)
-    norm = None if output.batch_norm is None else dict(model.named_modules()).get(output.batch_norm)
+    norm = _batch_norm(model, row)
     if reader is None or reader.settings.a_bits is None:
         raise ConversionError(f"{row.name}: expected a quantized input {output.meets} to read it, found none.")
-    if output.batch_norm is not None and (norm is None or not folds(norm)):
-        raise ConversionError(
-            f"{row.name}: expected a batch norm {output.batch_norm} to fold, found {type(norm).__name__}."
-        )
     if empty:
         site.hold_integer(_empty(site))
     else:
@@ -53,6 +49,37 @@ def make_integer(model: nn.Module, sites: dict[str, FrozenSite], row: PlanRow, e
         site.hold_integer(layer)
     if norm is not None:
         fold(norm)
+
+
+def fold_before_sum(model: nn.Module, site: FrozenSite, row: PlanRow, empty: bool = False) -> None:
+    """Fold the batch norm of a frozen layer whose output enters a sum in float into its scale and bias, in place.
+
+    The runtime adds within the layer's kernel, and nothing may stand between the two. If `empty`, the values are
+    placeholders, to be loaded.
+
+    Raises:
+        ConversionError: If the batch norm that the row names is missing.
+    """
+    output = row.site.output
+    if output is None or output.batch_norm is None:
+        return
+    norm = _batch_norm(model, row)
+    scale, bias = _scale_and_bias(site)
+    if not empty:
+        g, b = folded_numbers(norm)
+        scale, bias = scale * g, bias * g + b
+    site.scale = scale.to(site.scale.dtype)
+    site.register_parameter("bias", nn.Parameter(bias.to(site.dtype), requires_grad=False))
+    fold(norm)
+
+
+def _batch_norm(model: nn.Module, row: PlanRow) -> nn.Module | None:
+    """Return the batch norm that a row's output goes through; None if there is none."""
+    name = None if row.site.output is None else row.site.output.batch_norm
+    norm = None if name is None else dict(model.named_modules()).get(name)
+    if name is not None and (norm is None or not folds(norm)):
+        raise ConversionError(f"{row.name}: expected a batch norm {name} to fold, found {type(norm).__name__}.")
+    return norm
 
 
 def _scale_and_bias(site: FrozenSite) -> tuple[Tensor, Tensor]:

@@ -111,7 +111,8 @@ class QuantizedSite(nn.Module):
         if settings.a_bits is not None:
             self.input_quantizer = make_input_quantizer(settings, signed, name, weight)
             # the output scale of a unitless site starts in `calibrate` as well, and no flag goes with it
-            self.input_quantizer.recovers = not self.unitless and (signed is not None or settings.rounding != "lsq")
+            by_bounds = settings.rounding != "lsq" and not settings.symmetric  # whether they tell the sign
+            self.input_quantizer.recovers = not self.unitless and (signed is not None or by_bounds)
         self.scales_channels = layout is not None and settings.granularity == "channel"
         channels = layout.channels if layout is not None and self.scales_channels else 1
         one = torch.ones(channels, dtype=weight.dtype, device=weight.device)

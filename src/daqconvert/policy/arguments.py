@@ -12,6 +12,7 @@ from typing import Any
 from daqconvert.errors import PolicyError
 from daqconvert.policy.bits import bits_rules
 from daqconvert.policy.checks import (
+    check_target_changes,
     checked_changes,
     checked_include,
     checked_patterns,
@@ -23,6 +24,7 @@ from daqconvert.policy.policy_files import from_dict, from_toml, rule_from_dict
 from daqconvert.policy.presets import preset as preset_policy
 from daqconvert.policy.presets import preset_names
 from daqconvert.spec import BIT_FIELDS, Policy, Rule
+from daqconvert.spec.targets import find_target
 
 
 class Unset(Enum):
@@ -50,6 +52,7 @@ def build(
     rules: Rule | Mapping[str, Any] | Sequence[Rule | Mapping[str, Any]] = (),
     include: str | Sequence[str] | None = None,
     bits: Mapping[str, Any] | None = None,
+    target: str | None = None,
     **settings: Any,
 ) -> Policy:
     """Return the policy that these arguments ask for.
@@ -66,6 +69,7 @@ def build(
         include: Names or patterns of the only layers to convert, instead of the policy's; None keeps the policy's.
         bits: Name or pattern -> bits of weight and input (one number), `(w_bits, a_bits)`, or None for float; these
             become rules after all others.
+        target: Name of the runtime to quantize for, instead of the policy's; None keeps the policy's.
         **settings: Fields of `Settings`, which override the policy's `[default]`; a field with value `UNSET` does not.
 
     Raises:
@@ -80,11 +84,7 @@ def build(
     changes: dict[str, Any] = {}
     asked = {name: value for name, value in settings.items() if value is not UNSET}
     if preset is not None and asked.get("rounding") == "lsq":
-        asked = {
-            "grid": "auto",
-            "normalize": "auto",
-            **asked,
-        }  # LSQ has its own grid
+        asked = {"grid": "auto", "normalize": "auto"} | asked  # LSQ has its own grid
     if asked:
         changes["default"] = base.default.replace(**checked_changes(asked, "arguments"))
     for key, value in (("first", first), ("last", last)):
@@ -98,6 +98,9 @@ def build(
     more_rules = _rules(rules, base) + (() if bits is None else bits_rules(bits, "bits"))
     if more_rules:
         changes["rules"] = (*base.rules, *more_rules)
+    if target is not None or base.target is not None:
+        changes |= {} if target is None else {"target": target}
+        check_target_changes(find_target(base.target if target is None else target), asked, "arguments")
     if changes and (policy is not None or preset is not None):
         changes["name"] = f"{base.name} + arguments"
     return checked_policy(dataclasses.replace(base, **changes))

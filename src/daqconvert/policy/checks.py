@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from daqconvert.errors import PolicyError
+from daqconvert.policy.presets import is_paper
 from daqconvert.policy.rules import check_pattern, label, places
 from daqconvert.spec import Policy, Rule, Settings, check_setting
+from daqconvert.spec.targets import Target, find_target
 
 
 def checked_changes(changes: object, where: str) -> dict[str, Any]:
@@ -119,12 +121,46 @@ def checked_policy(policy: Policy) -> Policy:
     name = policy.name
     if not isinstance(policy.default, Settings):
         raise PolicyError(f"{name} [default]: expected Settings; found {reprlib.repr(policy.default)}.")
-    return Policy(
+    checked = Policy(
         default=policy.default,
         rules=tuple(checked_rule(rule, f"{name} {place}") for place, rule in places(policy.rules)),
         first=checked_position(policy.first, f"{name} [first]"),
         last=checked_position(policy.last, f"{name} [last]"),
         exclude=checked_patterns(policy.exclude, f"{name} exclude"),
         include=checked_patterns(policy.include, f"{name} include"),
+        target=policy.target,
         name=name,
     )
+    if checked.target is not None:
+        _check_target(checked, find_target(checked.target, where=f"{name} target"))
+    return checked
+
+
+def _check_target(policy: Policy, target: Target) -> None:
+    """Raise if a part of a policy contradicts its target."""
+    if is_paper(policy.name):
+        raise PolicyError(
+            f"{policy.name}: a preset of the paper leaves everything between the layers in float, and target = "
+            f'"{target.name}" needs codes there. Leave one out: w_bits = 4, a_bits = 4 beside the target, for example.'
+        )
+    for place, rule in places(policy.rules):
+        check_target_changes(target, rule.changes, f"{policy.name} {place}: {label(rule)}")
+    for place, changes in (("first", policy.first), ("last", policy.last)):
+        check_target_changes(target, changes or {}, f"{policy.name} [{place}]")
+
+
+def check_target_changes(target: Target, changes: Mapping[str, Any], where: str) -> None:
+    """Raise if settings that are written somewhere contradict a target.
+
+    Raises:
+        PolicyError: If `deploy` is `"float"`, or `symmetric` is False for a target that needs it.
+    """
+    if changes.get("deploy") == "float":
+        raise PolicyError(
+            f'{where}: deploy = "float" contradicts target = "{target.name}", which stands for deploy = "integer". '
+            "Remove one of them; exclude = [...] leaves a layer in float altogether."
+        )
+    if target.symmetric and changes.get("symmetric") is False:
+        raise PolicyError(
+            f'{where}: symmetric = false contradicts target = "{target.name}", which has no zero points. Remove it.'
+        )

@@ -14,6 +14,7 @@ from daqconvert.errors import PolicyError
 from daqconvert.spec import Plan, PlanRow
 from daqconvert.spec.auto import resolve_auto, resolve_computed
 from daqconvert.spec.plain_values import from_plain, to_plain
+from daqconvert.spec.targets import find_target
 
 ORDERS = ("fx", "modules")
 LATER = ("delta", "alpha")
@@ -49,6 +50,8 @@ def plan_from_dict(data: object) -> Plan:
         True
     """
     plan = from_plain(Plan, data, "plan", later=LATER)
+    if plan.target is not None:
+        find_target(plan.target, where="plan.target")
     if plan.order not in ORDERS:
         raise PolicyError(f"plan.order: expected one of {', '.join(ORDERS)}; found {reprlib.repr(plan.order)}.")
     names: set[str] = set()

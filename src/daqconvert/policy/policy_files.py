@@ -16,10 +16,17 @@ from typing import Any
 
 from daqconvert.errors import PolicyError, nearest
 from daqconvert.policy.bits import bits_rules
-from daqconvert.policy.checks import checked_changes, checked_include, checked_patterns, checked_rule
+from daqconvert.policy.checks import (
+    check_target_changes,
+    checked_changes,
+    checked_include,
+    checked_patterns,
+    checked_rule,
+)
 from daqconvert.spec import SETTING_NAMES, Policy, Rule, Settings
+from daqconvert.spec.targets import find_target
 
-POLICY_KEYS = ("default", "rule", "bits", "first", "last", "exclude", "include")
+POLICY_KEYS = ("target", "default", "rule", "bits", "first", "last", "exclude", "include")
 RULE_KEYS = ("match", "type", "optional")
 
 
@@ -73,7 +80,8 @@ def from_dict(data: Mapping[str, Any], name: str = "dict") -> Policy:
 
     Args:
         data: `{"default": {...}, "rule": [{"match": ..., ...}], "bits": {"layer4.*": 2}, "first": {...},
-            "last": False, "exclude": [...], "include": [...]}`, each key optional. `bits` is applied after the rules.
+            "last": False, "exclude": [...], "include": [...], "target": "tensorrt"}`, each key optional. `bits` is
+            applied after the rules.
         name: Where the dict comes from, for messages.
 
     Raises:
@@ -88,8 +96,13 @@ def from_dict(data: Mapping[str, Any], name: str = "dict") -> Policy:
     rules = data.get("rule", [])
     if not isinstance(rules, Sequence) or isinstance(rules, str):
         raise PolicyError(f"{name} rule: expected a list of tables, each under [[rule]]; found {reprlib.repr(rules)}.")
+    default = _changes(data.get("default", {}), f"{name} [default]")
+    target = data.get("target")
+    if target is not None:
+        check_target_changes(find_target(target, where=f"{name} target"), default, f"{name} [default]")
     return Policy(
-        default=Settings(**_changes(data.get("default", {}), f"{name} [default]")),
+        target=target,
+        default=Settings(**default),
         rules=(
             *(rule_from_dict(rule, f"{name} rule {i}") for i, rule in enumerate(rules, start=1)),
             *bits_rules(data.get("bits", {}), f"{name} [bits]"),

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from daqconvert.policy.checks import checked_policy
-from daqconvert.policy.output_rows import with_outputs
+from daqconvert.policy.output_rows import check_held, default_of, signed_row, with_outputs
 from daqconvert.policy.presets import is_paper
 from daqconvert.policy.rules import Level, Matcher, check_matches, label
-from daqconvert.spec import BIT_FIELDS, Plan, PlanRow, Policy, Settings, Site, SiteOutput, input_groups
+from daqconvert.spec import BIT_FIELDS, Concat, Plan, PlanRow, Policy, Settings, Site, SiteOutput, input_groups
 from daqconvert.spec.auto import check_lsq_bits, resolve_auto, resolve_computed
 from daqconvert.spec.row import (
     EXCLUDED,
@@ -58,6 +58,7 @@ def resolve(
     other_params: int,
     input_size: tuple[int, ...] | None,
     sums: Sequence[SiteOutput] = (),
+    concats: Sequence[Concat] = (),
 ) -> Plan:
     """Return the plan of a policy for the sites of one model; nothing is converted.
 
@@ -69,6 +70,7 @@ def resolve(
         other_params: Number of elements of the parameters and buffers outside the sites.
         input_size: Size of the example input that the sites' MACs were counted with; None if they were not.
         sums: Sums of outputs of the sites.
+        concats: Outputs of the sites that are concatenated.
 
     Returns:
         A plan with a row for each site and for each output quantizer that `deploy="integer"` adds; without sites it is
@@ -76,7 +78,7 @@ def resolve(
 
     Raises:
         PolicyError: If the policy is malformed, a rule or exclude entry matches no layer or names one that cannot
-            be converted, or the settings of a layer contradict each other.
+            be converted, or the settings of a layer contradict each other or the target.
 
     Example:
         >>> sites = [Site("stem", "Conv2d", first=True), Site("fc", "Linear", nonnegative=True)]
@@ -88,8 +90,11 @@ def resolve(
     check_matches(policy, sites)
     matchers = _Matchers.of(policy)
     rows = _finished(policy, [_row(policy, matchers, site) for site in sites])
-    rows = with_outputs(policy, rows, sums)
-    return Plan(rows, model, order=order, other_params=other_params, input_size=input_size, policy=policy.name)
+    rows = with_outputs(policy, rows, sums, concats)
+    return Plan(
+        rows, model, order=order, other_params=other_params, input_size=input_size, policy=policy.name,
+        target=policy.target,
+    )  # fmt: skip
 
 
 class _Matchers(NamedTuple):
@@ -115,14 +120,17 @@ def _row(policy: Policy, matchers: _Matchers, site: Site) -> PlanRow:
         return PlanRow(site, None, "include", reason=NOT_INCLUDED, notes=site.notes)
     steps = _steps(policy, matchers.rules, site)
     setter = {name: step for step in steps for name in step.changes}
-    merged = policy.default.replace(**{name: step.changes[name] for name, step in setter.items()})
+    merged = default_of(policy).replace(**{name: step.changes[name] for name, step in setter.items()})
     reason, deciding = _why_not(site, merged)
     if reason:
         decider = max((setter.get(name, steps[0]) for name in deciding), key=steps.index)
         reason = decider.reason if reason == NO_BITS and decider.reason else reason
         return PlanRow(site, None, decider.label, reason=reason, notes=site.notes)
     where = f"{policy.name}: layer {site.name or '(root)'} ({steps[-1].label})"
-    return PlanRow(site, _settled(site, merged, where), steps[-1].label, notes=site.notes)
+    settings = _settled(site, merged, where)
+    if policy.target is not None:
+        check_held(site, settings, policy.target, where)
+    return PlanRow(site, settings, steps[-1].label, notes=site.notes)
 
 
 def _why_not(site: Site, merged: Settings) -> tuple[str, tuple[str, ...]]:
@@ -164,7 +172,7 @@ def _finished(policy: Policy, rows: Sequence[PlanRow]) -> tuple[PlanRow, ...]:
             notes = row.notes + _notes(policy, row.site, row.settings, nonnegative)
             if row.name in groups:
                 notes += (f"shares the input quantizer of {groups[row.name] or '(root)'}",)
-            row = dataclasses.replace(row, signed=False if nonnegative else None, notes=notes)
+            row = signed_row(dataclasses.replace(row, notes=notes), nonnegative)
         done.append(row)
     return tuple(done)
 

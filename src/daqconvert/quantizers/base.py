@@ -125,7 +125,8 @@ class Quantizer(nn.Module):
 
     def form_text(self, form: int) -> str:
         """Return in words what bounds of a form are the bounds of, such as `a_bits = 4`."""
-        return f"{'w_bits' if self._role == 'weight' else 'a_bits'} = {form - FORMS}"
+        bits, tied = (form - FORMS - 1) % 8 + 1, form - FORMS > 8
+        return f"{'w_bits' if self._role == 'weight' else 'a_bits'} = {bits}{', symmetric' if tied else ''}"
 
     def mark(self, calibrated: bool) -> None:
         """Set the `calibrated` flag."""

@@ -36,6 +36,7 @@ class InputQuantizer(Quantizer):
     """
 
     signed: Tensor
+    forms = 16
 
     def __init__(
         self, settings: Settings, signed: bool | None = None, layer_name: str = "", like: Tensor | None = None,
@@ -80,7 +81,7 @@ class InputQuantizer(Quantizer):
 
     def scale(self) -> Tensor:
         """Return the real units per code, a scalar tensor that carries the bounds' gradient."""
-        return input_scale(self.lower, self.upper, self.bits, self._reads_lower())
+        return input_scale(*self._ends(), self.bits, self._reads_lower())
 
     def grid(self, x: Tensor) -> InputGrid:
         """Return how an input `x` is quantized, for a layer that does it together with its products."""
@@ -92,7 +93,11 @@ class InputQuantizer(Quantizer):
         """Note what the bounds need to know of the input before they are used: nothing here, its size in LSQ."""
 
     def _grid(self) -> InputGrid:
-        return InputGrid(self.lower, self.upper, self.bits, self.rounding, self._reads_lower())
+        return InputGrid(*self._ends(), self.bits, self.rounding, self._reads_lower())
+
+    def _ends(self) -> tuple[Tensor, Tensor]:
+        """Return the bounds as they are computed with, carrying their gradient."""
+        return self.lower, self.upper
 
     def _reads_lower(self) -> bool:
         """Whether `lower` is read and learned; if not, it stands for 0 whatever an optimizer makes of it.
@@ -103,12 +108,17 @@ class InputQuantizer(Quantizer):
 
     def zero_point(self, scale: Tensor | None = None) -> Tensor:
         """Return the integer-valued zero point, a scalar tensor without gradient."""
-        return input_zero_point(self.lower, self.scale() if scale is None else scale, self.bits, self._reads_lower())
+        scale = self.scale() if scale is None else scale
+        return input_zero_point(self._ends()[0], scale, self.bits, self._reads_lower())
 
     def codes(self, x: Tensor) -> Tensor:
         """Return the codes `0 .. 2**bits - 1` of an input, uint8."""
         with torch.no_grad():
             return (self(x) + self.zero_point()).to(torch.uint8)
+
+    def fit(self, lower: float, upper: float) -> tuple[float, float]:
+        """Return the bounds that the quantizer takes if it is asked for these: here these, elsewhere tied ones."""
+        return lower, upper
 
     @torch.no_grad()
     def set_bounds(self, lower: float, upper: float) -> None:
@@ -166,8 +176,8 @@ class InputQuantizer(Quantizer):
         before, after = (
             STD_CLIP if b == 1 else normal_clip(2**b - 1, midrise=self._sign is True) for b in (self.bits, bits)
         )
-        self.lower.mul_(after / before)
-        self.upper.mul_(after / before)
+        for bound in self.parameters():
+            bound.mul_(after / before)
 
     @torch.no_grad()
     def set_placeholder(self) -> None:
@@ -202,3 +212,78 @@ class InputQuantizer(Quantizer):
 
 
 InputQuantizer.own_forward = InputQuantizer.forward
+
+
+LEAST_BOUND = 1e-9  # of a tied range; it is above `TINY`
+
+
+def alive(bound: Tensor) -> Tensor:
+    """Return a bound of a tied range, with its gradient, or `LEAST_BOUND` if training has taken it to 0 or below.
+
+    Between a lower and an upper bound of the wrong sign the zero point would not be in the middle.
+    """
+    least = max(LEAST_BOUND, torch.finfo(bound.dtype).tiny)
+    return torch.where(bound >= least, bound, least + (bound - bound.detach()))
+
+
+class SymmetricInputQuantizer(InputQuantizer):
+    """The input quantizer for runtimes without zero points: `2**(bits - 1)` if the input is signed, 0 in int8.
+
+        lower = -upper * Q_n / Q_p      Q_n = 2**(bits - 1), Q_p = Q_n - 1; so upper = Q_p * scale
+
+    `upper` alone is learned, and its gradient is that of both bounds. An unsigned input is quantized as elsewhere, and
+    has at most 7 bits, which its plan has to say.
+
+    Attributes:
+        upper: Parameter of shape `(1,)`.
+
+    Example:
+        >>> quantizer = SymmetricInputQuantizer(Settings(a_bits=3, symmetric=True), signed=True)
+        >>> quantizer.set_bounds(-1.0, 6.0)
+        >>> quantizer.lower.item(), quantizer.upper.item(), quantizer.zero_point().item()
+        (-8.0, 6.0, 4.0)
+        >>> quantizer(torch.tensor([-9.0, -2.2, 0.4, 9.0])).tolist()
+        [-4.0, -1.0, 0.0, 3.0]
+    """
+
+    def _make_bounds(self, one: Tensor) -> None:
+        self.upper = nn.Parameter(one)
+
+    @property
+    def lower(self) -> Tensor:  # type: ignore[override]
+        """The lower bound, which follows from `upper` and carries its gradient; 0 if the input is unsigned."""
+        return self._ends()[0]
+
+    def _ends(self) -> tuple[Tensor, Tensor]:
+        upper = self.upper
+        if not self._reads_lower():
+            return torch.zeros_like(upper.detach()), upper
+        upper = alive(upper)
+        return upper * -self._ratio(), upper
+
+    def _ratio(self) -> float:
+        """Return `Q_n / Q_p`."""
+        half = 2 ** (self.bits - 1)
+        return half / max(half - 1, 1)
+
+    @property
+    def form(self) -> int:
+        """The number of what the bounds are the bounds of; it differs from that of two bounds."""
+        return super().form + 8
+
+    def fit(self, lower: float, upper: float) -> tuple[float, float]:
+        """Return the tied bounds that include these."""
+        if lower == 0.0:
+            return lower, upper
+        high = max(upper, -lower / self._ratio())
+        return -high * self._ratio(), high
+
+    def _write_bounds(self, lower: float, upper: float) -> None:
+        self.upper.fill_(max(upper, -lower / self._ratio()) if lower < 0.0 else upper)
+
+    def _settle_average(self, share: float) -> None:
+        Quantizer._settle_average(self, share)
+
+    def extra_repr(self) -> str:
+        """Return bits and sign for `print(model)`."""
+        return f"{super().extra_repr()}, symmetric"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from daqconvert.functional.grid import levels
 from daqconvert.quantizers.base import Quantizer
-from daqconvert.quantizers.input import InputQuantizer
+from daqconvert.quantizers.input import InputQuantizer, alive
 from daqconvert.quantizers.starting import check_width
 from daqconvert.quantizers.weight import WeightQuantizer
 
@@ -132,14 +132,14 @@ class StepInputQuantizer(InputQuantizer):
     @property
     def upper(self) -> Tensor:  # type: ignore[override]
         """`Q_p * step`, which carries the gradient of the step size."""
-        return _multiple(self.step, self.ends(self.sign is True)[1], self._factor())
+        return _multiple(alive(self.step), self.ends(self.sign is True)[1], self._factor())
 
     @property
     def lower(self) -> Tensor:  # type: ignore[override]
         """`-Q_n * step`, which carries the gradient of the step size where the input is signed."""
         if self.sign is not True:
             return torch.zeros_like(self.step.detach())
-        return _multiple(self.step, -self.ends(True)[0], self._factor())
+        return _multiple(alive(self.step), -self.ends(True)[0], self._factor())
 
     def _factor(self) -> float:
         return 1.0 / math.sqrt(max(self.features, 1) * self.ends(self.sign is True)[1])

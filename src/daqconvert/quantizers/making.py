@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from daqconvert.quantizers.input import InputQuantizer
+from daqconvert.quantizers.input import InputQuantizer, SymmetricInputQuantizer
 from daqconvert.quantizers.layout import ChannelLayout
 from daqconvert.quantizers.lsq import StepInputQuantizer, StepWeightQuantizer
 from daqconvert.quantizers.weight import WeightQuantizer
@@ -23,5 +23,9 @@ def make_input_quantizer(
 
     `signed` is None while the sign is undecided; `name` is the site's, `like` has the model's dtype and device.
     """
-    cls = StepInputQuantizer if settings.rounding == "lsq" else InputQuantizer
+    bits = settings.a_bits if role == "input" else settings.w_bits
+    if settings.symmetric and bits == 8:
+        signed = True  # unsigned it would have codes above 127; signed it has as many codes above zero as 7 bits have
+    cls = SymmetricInputQuantizer if settings.symmetric else InputQuantizer
+    cls = StepInputQuantizer if settings.rounding == "lsq" else cls  # whose zero point is in the middle as well
     return cls(settings, signed, name, like, role)

@@ -51,7 +51,8 @@ def plan_table(plan: Plan) -> Table:
         >>> print(render(plan_table(Plan((), "Net", policy="paper-w1a1"))).splitlines()[0])
         Net: policy paper-w1a1, order by torch.fx
     """
-    title = f"{plan.model}: policy {plan.policy}, {ORDER_TEXTS.get(plan.order, plan.order)}"
+    aim = "" if plan.target is None else f", target {plan.target}"
+    title = f"{plan.model}: policy {plan.policy}{aim}, {ORDER_TEXTS.get(plan.order, plan.order)}"
     if plan.input_size:
         title += f", input {'x'.join(map(str, plan.input_size))}"
     table = _table(title, PLAN_COLUMNS, right=PLAN_NUMBERS)

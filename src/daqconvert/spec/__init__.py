@@ -14,7 +14,7 @@ from daqconvert.spec.settings import (
     check_bits,
     check_setting,
 )
-from daqconvert.spec.site_facts import OUTPUT_KIND, OUTPUT_QUANTIZER, Call, Site, SiteOutput
+from daqconvert.spec.site_facts import OUTPUT_KIND, OUTPUT_QUANTIZER, Call, Concat, Site, SiteOutput
 from daqconvert.spec.totals import Totals
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "POSITIVE_FIELDS",
     "SETTING_NAMES",
     "Call",
+    "Concat",
     "Plan",
     "PlanDiff",
     "PlanRow",

@@ -3,6 +3,9 @@
 A dataclass becomes an object with a key for each field, a tuple becomes a list. A file may have been edited by hand,
 so reading is strict: every field must be present and have its annotated type, no other field is allowed, and no
 integer may be negative. An error names the path of the value, what was expected there and what was found.
+
+A field that was `added` after the first files were written may be missing, and is written only where it has another
+value than its default, so that files which an earlier version could have written stay the same.
 """
 
 from __future__ import annotations
@@ -19,6 +22,22 @@ from daqconvert.errors import DaqError, PolicyError, nearest
 _WORDS = {str: "a text", bool: "true or false", int: "a count", float: "a number", NoneType: "null"}
 
 T = TypeVar("T")
+_ADDED = "added"
+
+
+def added(default: T) -> T:
+    """Return the declaration of a dataclass's field that earlier files do not have.
+
+    Example:
+        >>> @dataclass
+        ... class Point:
+        ...     x: int
+        ...     z: int = added(0)
+        >>> to_plain(Point(1)), to_plain(Point(1, 2))
+        ({'x': 1}, {'x': 1, 'z': 2})
+    """
+    declared: T = dataclasses.field(default=default, metadata={_ADDED: True})
+    return declared
 
 
 def to_plain(value: Any) -> Any:
@@ -30,7 +49,9 @@ def to_plain(value: Any) -> Any:
         ['fc']
     """
     if dataclasses.is_dataclass(value):
-        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        fields = {field.name: (getattr(value, field.name), field) for field in dataclasses.fields(value)}
+        kept = {name: v for name, (v, field) in fields.items() if _ADDED not in field.metadata or v != field.default}
+        return {name: to_plain(v) for name, v in kept.items()}
     return [to_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
@@ -72,11 +93,12 @@ class _Reader:
             raise self.error(f"{where}: expected an object; found {reprlib.repr(value)}.")
         hints = get_type_hints(kind)
         names = [field.name for field in dataclasses.fields(kind)]
+        later = {field.name for field in dataclasses.fields(kind) if _ADDED in field.metadata} | {*self.later}
         for key in value:
             if key not in names:
                 close = nearest(key, names) if isinstance(key, str) else ""
                 raise self.error(f"{where}: unknown field {reprlib.repr(key)}.{close}")
-        missing = [name for name in names if name not in value and name not in self.later]
+        missing = [name for name in names if name not in value and name not in later]
         if missing:
             raise self.error(f"{where}: missing field {missing[0]!r}.")
         fields = {name: self.read(hints[name], value[name], f"{where}.{name}") for name in names if name in value}

@@ -9,6 +9,7 @@ from typing import overload
 
 from daqconvert.errors import ROOT, nearest
 from daqconvert.spec.diff import PlanDiff
+from daqconvert.spec.plain_values import added
 from daqconvert.spec.reproduce import plan_toml
 from daqconvert.spec.row import PlanRow, input_groups
 from daqconvert.spec.text_table import text_table
@@ -27,6 +28,7 @@ class Plan:
         other_params: Number of elements of the parameters and buffers outside the sites.
         input_size: Size of the example input that the MACs were counted with; None if they were not.
         policy: Name of the policy.
+        target: Name of the runtime that the model is quantized for; None for none.
 
     Example:
         >>> import daqconvert as dq
@@ -43,6 +45,7 @@ class Plan:
     other_params: int = 0
     input_size: tuple[int, ...] | None = None
     policy: str = "arguments"
+    target: str | None = added(None)
 
     def __iter__(self) -> Iterator[PlanRow]:
         return iter(self.rows)
@@ -143,9 +146,8 @@ class Plan:
         order = "by torch.fx" if self.order == "fx" else "by registration"
         totals = self.totals
         done = f"{totals.converted} of {totals.sites} sites converted"
-        return plan_toml(
-            self.rows, f"Reproduces the plan of {self.model}: policy {self.policy}, {done}, order {order}"
-        )
+        heading = f"Reproduces the plan of {self.model}: policy {self.policy}, {done}, order {order}"
+        return plan_toml(self.rows, heading, self.target)
 
     def __str__(self) -> str:
         """Return the plan as plain text, one row per line (`daqconvert.report` draws the same table with lines)."""
@@ -155,7 +157,8 @@ class Plan:
             size += f", {self.totals.float_bops / 1e9:.3g} -> {self.totals.bops / 1e9:.3g} GBOPs"
         outputs = len(self) - totals.sites
         done = f"{totals.converted} of {totals.sites} sites" + (f", {outputs} outputs" if outputs else "")
-        return "\n".join([*text_table(table), f"{self.model}: {done}, {size}"])
+        aim = "" if self.target is None else f" for {self.target}"
+        return "\n".join([*text_table(table), f"{self.model}{aim}: {done}, {size}"])
 
 
 def _text_row(row: PlanRow) -> tuple[str, str, str, str, str, str]:

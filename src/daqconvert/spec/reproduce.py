@@ -66,14 +66,17 @@ def reproduce(rows: Iterable[PlanRow]) -> Policy:
     )
 
 
-def plan_toml(rows: Sequence[PlanRow], heading: str) -> str:
-    """Return `reproduce(rows)` as TOML, after comments with `heading` and the number of sites that a rule converts."""
+def plan_toml(rows: Sequence[PlanRow], heading: str, target: str | None = None) -> str:
+    """Return `reproduce(rows)` as TOML, after comments with `heading` and the number of sites that a rule converts.
+
+    `target` is that of the plan.
+    """
     rows = [row for row in rows if not row.site.is_output]  # `deploy="integer"` adds output quantizers again
     policy = reproduce(rows)
     bits = {rule.match: rule for rule in policy.rules if rule.match and set(rule.changes) <= set(BIT_FIELDS)}
     rules = tuple(rule for rule in policy.rules if rule.match not in bits)
     by_name = {exact_pattern(row.name): list(_bits(row)) for row in rows}
-    text = to_toml(dataclasses.replace(policy, rules=rules), {name: by_name[name] for name in bits})
+    text = to_toml(dataclasses.replace(policy, rules=rules, target=target), {name: by_name[name] for name in bits})
     counts = Counter(row.rule for row in rows if row.converted)
     comments = [heading, *(f"{rule}: {count} converted" for rule, count in counts.items())]
     return "".join(f"# {_printable(line)}\n" for line in comments) + "\n" + text

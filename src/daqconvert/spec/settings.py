@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from daqconvert.errors import PolicyError, nearest
+from daqconvert.spec.plain_values import added
 
 BIT_FIELDS = ("w_bits", "a_bits")
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -23,6 +24,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "slope": ("unit", "paper"),
     "share_inputs": (False, True),
     "deploy": ("float", "integer"),
+    "symmetric": (False, True),
 }
 POSITIVE_FIELDS = ("w_gamma", "w_sigma", "a_gamma", "a_sigma")
 
@@ -129,6 +131,8 @@ class Settings:
         share_inputs: Whether layers that read the same tensor at the same bits share one input quantizer.
         deploy: `"float"` leaves everything between the layers in float, as the paper does; `"integer"` quantizes every
             output too, so that an integer-only runtime can run the model.
+        symmetric: Whether zero points are 0 in int8, as some runtimes ask: zero is the middle code of a signed input,
+            and an unsigned input has at most 7 bits.
 
     With `slope="unit"` the two temperatures `w_gamma` and `a_gamma` cancel out and change nothing.
 
@@ -153,6 +157,7 @@ class Settings:
     attention: int | None = None
     share_inputs: bool = False
     deploy: str = "float"
+    symmetric: bool = added(False)
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -205,6 +210,8 @@ class Policy:
         last: Changes for last sites (they reach a model output without passing another); None leaves them float.
         exclude: Names, globs or `re:` patterns of layers to leave in float.
         include: Names, globs or `re:` patterns of the only layers to convert; empty converts all.
+        target: Name of the runtime that the model is quantized for, a key of `spec.targets.TARGETS`; None for none. It
+            stands for `deploy="integer"` everywhere, and for what else the runtime asks.
         name: Where the policy comes from, for messages: name of a file or preset.
 
     Example:
@@ -218,4 +225,5 @@ class Policy:
     last: Mapping[str, Any] | None = field(default_factory=lambda: {"w_bits": 8, "a_bits": 8})
     exclude: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
+    target: str | None = None
     name: str = "arguments"

@@ -1,8 +1,10 @@
-"""Facts that are found in a model before anything is decided: `Site`, and its parts `Call` and `SiteOutput`."""
+"""Facts that are found in a model before anything is decided: `Site`, with `Call` and `SiteOutput`, and `Concat`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from daqconvert.spec.plain_values import added
 
 OUTPUT_KIND = "Output"
 """The `kind` of a site that is an output quantizer."""
@@ -51,6 +53,9 @@ class SiteOutput:
         after: Of a sum: name of the last site that runs before it; empty for the output of a site.
         meets: Name of the site whose input grid the output is rounded to, decided by `deploy="integer"`; None for
             float.
+        entering: Of a sum: names of the sites whose output only the sum reads, with nothing but a batch norm between.
+        joins: `place` of the sum that the output enters in float, which a target decides (`Target.sums`); None if the
+            output is codes or enters no sum.
     """
 
     place: str | None = None
@@ -63,6 +68,21 @@ class SiteOutput:
     sources: tuple[str, ...] = ()
     after: str = ""
     meets: str | None = None
+    entering: tuple[str, ...] = added(())
+    joins: str | None = added(None)
+
+
+@dataclass(frozen=True)
+class Concat:
+    """Values that are concatenated (`torch.cat`).
+
+    Attributes:
+        sources: Names of the sites, and `place`s of the sums, whose outputs are concatenated.
+        readers: Names of the sites that read the result, its elements moved or not.
+    """
+
+    sources: tuple[str, ...]
+    readers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,8 +104,8 @@ class Site:
         notes: Remarks for the plan's row.
         call: The function call, if it is a call site; None for a layer.
         one_scale: Why bounds and scale cannot be per channel; empty if they can.
-        reads: If several sites read the same input tensor, name of the first of them (for the first itself, its own
-            name); else empty.
+        reads: If several sites read the same input tensor, or values on one grid, name of the first of them (for the
+            first itself, its own name); else empty.
         output: What happens to the site's output; None if it is not known.
     """
 

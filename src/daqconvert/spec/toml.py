@@ -26,9 +26,14 @@ def to_dict(policy: Policy) -> dict[str, Any]:
         >>> to_dict(Policy(first=None, rules=(Rule({"a_bits": None}, match="fc"),)))["rule"]
         [{'match': 'fc', 'a_bits': 32}]
     """
-    data: dict[str, Any] = {"include": list(policy.include)} if policy.include else {}
+    data: dict[str, Any] = {} if policy.target is None else {"target": policy.target}
+    data |= {"include": list(policy.include)} if policy.include else {}
     data["exclude"] = list(policy.exclude)
     data["default"] = _plain(dataclasses.asdict(policy.default))
+    if policy.target is not None:  # which decides about both, and a file that contradicts it is refused
+        del data["default"]["deploy"]
+    if policy.target is not None or not policy.default.symmetric:
+        del data["default"]["symmetric"]
     for key, changes in (("first", policy.first), ("last", policy.last)):
         data[key] = False if changes is None else _plain(changes)
     data["rule"] = [_rule_to_dict(rule) for rule in policy.rules]

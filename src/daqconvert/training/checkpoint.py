@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from daqconvert.convert import require_quantized
 from daqconvert.errors import TrainingError, first_few
 from daqconvert.files import replacing
+from daqconvert.spec.plain_values import to_plain
 
 FORMAT, VERSION = "daqconvert-checkpoint", 2
 READABLE = ("1", "2")  # version 1 holds whole epochs only: its model can be loaded, its run not resumed
@@ -181,7 +182,7 @@ def load_weights(qmodel: nn.Module, path: str | Path) -> Mapping[str, Any]:
 def layer_settings(qmodel: nn.Module) -> dict[str, dict[str, Any]]:
     """Return the settings of every quantized layer as plain values, by dotted name."""
     layers = require_quantized(qmodel, "finetune")
-    return {name: dict(vars(layer.settings)) for name, layer in layers.items()}
+    return {name: to_plain(layer.settings) for name, layer in layers.items()}
 
 
 def check_model(
