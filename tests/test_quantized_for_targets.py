@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import daqconvert as dq
+from daqconvert.functional.integer import CodeGrid, sums_agree
 from daqconvert.layers.frozen_site import FrozenSite
 from daqconvert.models import quantized_sites
 from daqconvert.spec.targets import TARGETS
@@ -198,3 +199,52 @@ def test_calibrated_bounds_of_least_error_are_those_of_the_tied_grid(name):
         checked += 1
         assert error(own) <= 1.15 * min(error(own * factor) for factor in (0.6, 0.75, 0.9, 1.1, 1.3, 1.6)), key
     assert checked
+
+
+class SumsJoined(nn.Module):
+    """Two sums of convolutions that are concatenated, so that both are on one grid, with what was before them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks = conv(3, 4), nn.ModuleList([Added(), Added()])
+        self.head = nn.Conv2d(12, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(torch.cat([x, self.blocks[0](x), self.blocks[1](x)], 1))
+
+
+class Added(nn.Module):
+    """Two convolutions that are added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.one(x) + self.two(x))
+
+
+def test_sums_on_one_grid_are_settled_together():
+    """A scale that is moved so that runtimes agree moves for all values on the grid; every sum agrees in the end."""
+    moved = 0
+    for seed in range(12):
+        torch.manual_seed(seed)
+        x, qmodel = torch.randn(8, 3, 8, 8), dq.quantize(SumsJoined(), target="litert")
+        dq.calibrate(qmodel, [x])
+        plan, frozen = dq.plan(qmodel), dq.freeze(qmodel)
+        sites, groups = frozen_sites(frozen), plan.input_groups()
+        leader = "stem.2.output_quantizer"
+        shared = [leader, *(name for name, first in groups.items() if first == leader)]
+        assert len(shared) == 4  # stem, both sums and the head
+        grids = {CodeGrid(sites[name].input_scale.item(), int(sites[name].input_zero_point)) for name in shared}
+        assert len(grids) == 1
+        (grid,) = grids
+        own = quantized_sites(qmodel)[leader].input_quantizer.scale().item()
+        moved += grid.scale != own
+        for block in ("blocks.0", "blocks.1"):
+            terms = [sites[plan[f"{block}.{name}"].site.output.meets] for name in ("one", "two")]
+            a, b = (CodeGrid(site.input_scale.item(), int(site.input_zero_point)) for site in terms)
+            assert sums_agree(a, b, grid)
+        assert sites["stem.0"].y_scale.item() == grid.scale
+    assert moved  # else this test asserts nothing

@@ -36,7 +36,7 @@ from daqconvert.layers.output_quantizers import add_output_quantizer
 from daqconvert.layers.site import QuantizedSite
 from daqconvert.models import copy_model, evaluating
 from daqconvert.quantizers import ChannelLayout
-from daqconvert.spec import PlanRow
+from daqconvert.spec import PlanRow, input_groups
 
 ITSELF = "itself"
 
@@ -82,14 +82,16 @@ def integer_sites(model: nn.Module, rows: Iterable[PlanRow], empty: bool = False
         rows: Rows of its plan.
         empty: Make buffers of zeros, whose values are to be loaded.
     """
-    rows = [row for row in rows if row.converted and row.site.output is not None]
+    rows = [row for row in rows if row.converted]
+    groups = input_groups(rows)
+    rows = [row for row in rows if row.site.output is not None]
     layers = [row for row in rows if not row.site.is_output and row.site.output and row.site.output.meets is not None]
     joining = [row for row in rows if row.site.output and row.site.output.joins is not None]
     if not (layers or joining):
         return
     sites = {m.layer_name: m for m in model.modules() if isinstance(m, FrozenSite)}
     if not empty:
-        settle_sums(sites, {row.name: row for row in rows})
+        settle_sums(sites, {row.name: row for row in rows}, groups)
     for row in layers:
         make_integer(model, sites, row, empty)
     for row in joining:

@@ -100,13 +100,22 @@ def _empty(site: FrozenSite) -> IntegerLayer:
     return IntegerLayer(scale, factor, bias, zeros(torch.float32), zeros(torch.uint8), zeros(torch.uint8, 2))
 
 
-def settle_sums(sites: dict[str, FrozenSite], rows: dict[str, PlanRow]) -> None:
+def settle_sums(sites: dict[str, FrozenSite], rows: dict[str, PlanRow], groups: dict[str, str]) -> None:
     """Adjust the scales of quantized sums of two values so that every runtime gives the same codes, in place.
 
-    Sites that read such a sum on the same grid follow it, so that they find its codes again. No scale grows by more
-    than a factor of `1 + 1e-4`. The keys of both arguments are names of plan rows. See
+    Sites that read such a sum on the same grid follow it, so that they find its codes again, and so do those that
+    share its quantizer (`groups`, from `spec.input_groups`), whose sums are then looked at again. In one go no scale
+    grows by more than a factor of `1 + 1e-4`. The keys of all arguments are names of plan rows. See
     `functional.integer.sums_agree`.
     """
+    for _ in range(ROUNDS if groups else 1):
+        if not _settle_once(sites, rows, groups):
+            return
+
+
+def _settle_once(sites: dict[str, FrozenSite], rows: dict[str, PlanRow], groups: dict[str, str]) -> bool:
+    """Do `settle_sums` once for each sum; return whether a scale has changed."""
+    changed = False
     places = {
         row.site.output.place: row for row in rows.values() if row.site.is_output and row.site.output is not None
     }
@@ -119,9 +128,17 @@ def settle_sums(sites: dict[str, FrozenSite], rows: dict[str, PlanRow]) -> None:
         if quantizer is not None and first is not None and second is not None:
             before = _input_grid(quantizer)
             scale = agreeing_scale(first, second, before)
-            readers = (sites[name] for name in output.readers if name in sites)
-            for site in (quantizer, *(reader for reader in readers if _reads_on(reader, before))):
+            changed |= scale != before.scale
+            first_name = groups.get(row.name, row.name)
+            partners = (name for name in sites if groups.get(name, name) == first_name)
+            following = {name: sites[name] for name in (row.name, *output.readers, *partners) if name in sites}
+            for site in [site for site in following.values() if _reads_on(site, before)]:
                 _move_grid(site, scale)
+    return changed
+
+
+ROUNDS = 8
+"""How often sums are settled where some of them share a grid: what suits one may not suit the other at first."""
 
 
 def _reads_on(site: FrozenSite, grid: CodeGrid) -> bool:
