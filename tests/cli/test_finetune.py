@@ -166,12 +166,31 @@ def test_resume_after_an_interruption_gives_the_same_weights(daq, finished, run)
         ),
         (("--float-epochs", "5"), "2 float epochs, found 5"),
         (("--w-bits", "2"), "another policy"),
+        (("--target", "litert"), "another policy"),
         (("--workers", "1", "--input-size", "64"), "has input_size None, found 64"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_resume_refuses_another_job(daq, run, arguments, message):
     assert message in daq("finetune", *arguments, "--out", run, "--resume", "--no-onnx").fails()
+
+
+def test_a_run_for_a_target_keeps_it(daq, tiny, tmp_path):
+    run = tmp_path / "run"
+    arguments = (*tiny, "--target", "tensorrt", "--a-bits", "8", "--no-onnx")
+    assert daq("finetune", *arguments, "--out", run).code == 0
+    assert "target tensorrt" in daq("plan", run).out and "target tensorrt" in daq("plan", run / "artifact").out
+    policy = tmp_path / "policy.toml"
+    daq("plan", run, "--toml", policy)
+    assert 'target = "tensorrt"' in policy.read_text()
+    assert "no difference" in daq("plan", run, "--diff", run / "artifact").out
+    zeros = {
+        key: int(v) for key, v in load_file(run / "artifact" / "model.safetensors").items() if "zero_point" in key
+    }
+    assert zeros and set(zeros.values()) <= {0, 128}
+    again = daq("finetune", *arguments, "--out", run, "--resume")
+    assert again.code == 0, again.err
+    assert "another policy" in daq("finetune", *arguments, "--target", "coreml", "--out", run, "--resume").fails()
 
 
 def test_resume_needs_a_run(daq, tmp_path):

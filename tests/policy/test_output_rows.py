@@ -34,6 +34,12 @@ def test_a_target_stands_for_integers_everywhere_and_is_kept(target):
     assert f'target = "{target}"' in plan.to_toml() and "deploy" not in plan.to_toml()
 
 
+def test_plans_for_two_targets_differ_if_only_in_that():
+    change = planned(target="openvino").diff(planned(target="coreml"))
+    assert change and str(change).endswith("target openvino -> coreml")
+    assert not planned(target="openvino").diff(planned(target="openvino"))
+
+
 def test_all_ways_to_name_a_target_give_the_same_plan(tmp_path):
     wanted = rows(planned(target="tensorrt"))
     (tmp_path / "it.toml").write_text('target = "tensorrt"\n[default]\nw_bits = 4\na_bits = 4\n')

@@ -174,7 +174,7 @@ def open_resumed(out: Path, typed: Typed, processes: ProcessGroup) -> tuple[Conf
         load_checkpoint(opened.model, out / rundir.FLOAT)
     if typed.policy is not None:
         found = plan(opened.model, policy=typed.policy, example_inputs=opened.example)
-        if found.rows != config.plan.rows:
+        if (found.rows, found.target) != (config.plan.rows, config.plan.target):
             raise TrainingError(f"--resume: the run in {out} has another policy than the one given. Leave it out.")
     return config, opened
 

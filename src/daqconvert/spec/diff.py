@@ -59,6 +59,7 @@ class PlanDiff:
         removed: Rows that only the first plan has.
         before: Sizes of the first plan.
         after: Sizes of the second plan.
+        targets: Targets of the first and the second plan; None for none.
 
     Example:
         >>> import daqconvert as dq
@@ -73,15 +74,20 @@ class PlanDiff:
     removed: tuple[PlanRow, ...]
     before: Totals
     after: Totals
+    targets: tuple[str | None, str | None] = (None, None)
 
     @classmethod
-    def of(cls, before: Mapping[str, PlanRow], after: Mapping[str, PlanRow], sizes: tuple[Totals, Totals]) -> PlanDiff:
+    def of(
+        cls, before: Mapping[str, PlanRow], after: Mapping[str, PlanRow], sizes: tuple[Totals, Totals],
+        targets: tuple[str | None, str | None] = (None, None),
+    ) -> PlanDiff:  # fmt: skip
         """Return the difference between the rows of two plans.
 
         Args:
             before: The first plan's rows by name.
             after: The second plan's rows by name.
             sizes: Totals of the first and the second plan.
+            targets: Targets of the first and the second plan.
         """
         both = (RowChange(row, after[name]) for name, row in before.items() if name in after)
         return cls(
@@ -90,10 +96,12 @@ class PlanDiff:
             removed=tuple(row for name, row in before.items() if name not in after),
             before=sizes[0],
             after=sizes[1],
+            targets=targets,
         )
 
     def __bool__(self) -> bool:
-        return bool(self.changed or self.added or self.removed or self.before != self.after)
+        aims = self.targets[0] != self.targets[1]
+        return bool(self.changed or self.added or self.removed or self.before != self.after or aims)
 
     def __str__(self) -> str:
         """Return a line for each site that changed, was added (`+`) or removed (`-`), and the totals that changed."""
@@ -110,6 +118,8 @@ class PlanDiff:
             one, two = getattr(self.before, key), getattr(self.after, key)
             if one != two:
                 total += f"; {key} {_text(key, one)} -> {_text(key, two)}"
+        if self.targets[0] != self.targets[1]:
+            total += "; target " + " -> ".join(name or "none" for name in self.targets)
         return "\n".join([*lines, total])
 
 

@@ -130,7 +130,7 @@ class Plan:
             other: The second plan.
         """
         mine, others = ({row.name: row for row in plan.rows} for plan in (self, other))
-        return PlanDiff.of(mine, others, (self.totals, other.totals))
+        return PlanDiff.of(mine, others, (self.totals, other.totals), (self.target, other.target))
 
     def to_toml(self) -> str:
         """Return the text of a policy file that gives this plan again for the same model; comments name the model.
