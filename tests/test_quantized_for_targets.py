@@ -248,3 +248,28 @@ def test_sums_on_one_grid_are_settled_together():
             assert sums_agree(a, b, grid)
         assert sites["stem.0"].y_scale.item() == grid.scale
     assert moved  # else this test asserts nothing
+
+
+@pytest.mark.parametrize("name", ["residual", "gated", "dense"])
+def test_what_operators_return_is_on_the_grid_of_their_quantizer(name):
+    qmodel, x = made(name, "qnn")
+    frozen, seen = dq.freeze(qmodel), {}
+    for key, module in frozen.named_modules():
+        if hasattr(module, "output_quantizer"):
+            module.register_forward_hook(lambda m, args, y, key=key: seen.update({key: y.detach().clone()}))
+    frozen(x)
+    assert seen.keys() == {row.site.output.place for row in dq.plan(qmodel) if row.site.is_output}
+    for key, y in seen.items():
+        quantizer = frozen.get_submodule(key).output_quantizer
+        codes = y / quantizer.input_scale + quantizer.input_zero_point
+        torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-3)
+        assert codes.min() > -0.5 and codes.max() < 255.5
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "litert", "qnn"])
+@pytest.mark.parametrize("name", ["residual", "gated", "dense"])
+def test_what_is_frozen_for_a_target_is_exported_with_the_same_codes(name, target, tmp_path):
+    pytest.importorskip("onnxruntime")
+    qmodel, x = made(name, target, 4, 8)
+    report = dq.export(dq.freeze(qmodel), tmp_path / "it.onnx", x)
+    assert report.agrees and sum(layer.differing or 0 for layer in report.layers) == 0

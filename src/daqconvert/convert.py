@@ -84,7 +84,7 @@ def plan(
     return resolve(
         chosen, found.sites, model=type(model).__name__, order=found.order,
         other_params=found.other_params, input_size=found.input_size,
-        sums=found.sums, concats=found.concats,
+        sums=found.outputs.sums, concats=found.outputs.concats, operators=found.outputs.operators,
     )  # fmt: skip
 
 

@@ -53,7 +53,8 @@ def test_the_table_of_targets_is_the_one_in_the_code(page):
     words = {
         name: (
             "0 in int8" if target.symmetric else "any",
-            "those of all layers" if target.outputs == "all" else 'as for `deploy = "integer"`',
+            ("those of all layers" if target.outputs == "all" else 'as for `deploy = "integer"`')
+            + (" and operators" if target.operators else ""),
             "one term stays in float" if target.sums == "shortcut" else "both terms and the sum are codes",
             "one grid" if target.one_scale_concat else "each on its own grid",
         )

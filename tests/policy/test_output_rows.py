@@ -132,6 +132,18 @@ def test_a_plan_for_a_quantized_model_takes_no_target():
     assert dq.plan(qmodel).target is None
 
 
+def test_operators_between_the_layers_return_codes_where_the_target_computes_integers_alone():
+    outputs = {}
+    for target in ("litert", "qnn"):
+        plan = dq.plan(NETWORKS["gated"][0](), target=target)
+        outputs[target] = {row.name: row.notes[0] for row in plan if row.site.is_output}
+    assert outputs["litert"].items() <= outputs["qnn"].items()
+    added = {name: outputs["qnn"][name] for name in outputs["qnn"].keys() - outputs["litert"].keys()}
+    assert added == {"1.act.output_quantizer": "output of an operator"}  # the gate's product has one reader, 2
+    rows = [row.name for row in dq.plan(NETWORKS["gated"][0](), target="qnn")]
+    assert rows.index("1.conv") < rows.index("1.act.output_quantizer") < rows.index("1.reduce")
+
+
 class Chain(nn.Module):
     """A linear whose output a GELU reads, and one that nothing reads."""
 

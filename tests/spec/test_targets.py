@@ -22,6 +22,7 @@ def test_choices_of_quantization_are_words_of_the_class():
     assert {target.outputs for target in TARGETS.values()} == {"meeting", "all"}
     assert {target.sums for target in TARGETS.values()} == {"both", "shortcut"}
     assert [name for name, target in TARGETS.items() if target.symmetric] == ["tensorrt"]
+    assert [name for name, target in TARGETS.items() if target.operators] == ["qnn"]
     assert [name for name, target in TARGETS.items() if target.outputs == "all"] == ["qnn", "executorch", "litert"]
 
 

@@ -30,6 +30,13 @@ MOVING_CALLS = {"max_pool1d", "max_pool2d", "max_pool3d", "boolean_dispatch", "f
 JOINING_CALLS = {"cat", "concat", "getitem", "pad", "channel_shuffle", "chunk", "split", "permute", "transpose"}
 SUMS = {"add", "add_", "iadd"}
 CONCATENATIONS = {"cat", "concat"}
+OPERATOR_MODULES = ("activation", "pooling", "normalization", "batchnorm", "upsampling")
+"""Modules of `torch.nn.modules` whose classes return one tensor, which they have computed."""
+OPERATORS = {
+    "silu", "gelu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "softmax", "leaky_relu", "elu", "mish", "softplus",
+    "layer_norm", "mul", "mul_", "imul", "mean", "avg_pool2d", "adaptive_avg_pool2d", "interpolate", "matmul",
+    "scaled_dot_product_attention", "sub", "truediv", "div", *SUMS,
+}  # fmt: skip
 
 
 @dataclass
@@ -40,11 +47,14 @@ class OutputFlow:
         sites: Name of a site -> facts about its output.
         sums: Facts about each sum of outputs, in order of execution; a sum is named by its `place`.
         concats: Outputs that are concatenated, in order of execution.
+        operators: Facts about the outputs of what computes between the sites (activations that do more than clip,
+            averages, products), in order of execution; each is named by its `place`.
     """
 
     sites: dict[str, SiteOutput] = field(default_factory=dict)
     sums: list[SiteOutput] = field(default_factory=list)
     concats: list[Concat] = field(default_factory=list)
+    operators: list[SiteOutput] = field(default_factory=list)
 
 
 def find_outputs(
@@ -95,6 +105,8 @@ class _Search:
         self.returned = Counter(path for node in graph.nodes for path in _places(node))
         self.called = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
         self.sums: dict[fx.Node, str] = {}
+        self.operators: dict[fx.Node, str] = {}
+        self.followed: set[fx.Node] = set()
         self.last = ""
 
     def run(self) -> OutputFlow:
@@ -103,12 +115,16 @@ class _Search:
             if node in self.own:
                 self.last = self.own[node]
                 found.sites[self.last] = self._output(node, batch_norm=True)
-            elif _name(node) in SUMS and node.op != "call_module":
-                sources = self._sources(node)
-                output = self._output(node, sources=sources, after=self.last) if sources else None
-                if output is not None and output.place is not None:
+            elif _name(node) in SUMS and node.op != "call_module" and (sources := self._sources(node)):
+                output = self._output(node, sources=sources, after=self.last)
+                if output.place is not None:
                     self.sums[node] = output.place
                     found.sums.append(replace(output, entering=self._entering(node)))
+            elif self._is_operator(node):
+                output = self._output(node, after=self.last)
+                if output.place is not None:
+                    self.operators[node] = output.place
+                    found.operators.append(output)
             elif _name(node) in CONCATENATIONS and (sources := self._source(node)):
                 found.concats.append(Concat(tuple(dict.fromkeys(sources)), tuple(self._readers(node)[0])))
         return found
@@ -117,6 +133,7 @@ class _Search:
         self, node: fx.Node, batch_norm: bool = False, sources: tuple[str, ...] = (), after: str = ""
     ) -> SiteOutput:
         way = self._follow(node, batch_norm)
+        self.followed.update(way.nodes[1:-1] if way.inside else way.nodes[1:])
         readers, alone = ([], False) if way.inside else self._readers(way.nodes[-1])
         nonnegative = way.lower >= 0.0 or (not way.inside and way.nodes[-1] in self.proven)
         return SiteOutput(
@@ -214,6 +231,8 @@ class _Search:
                 return (self.sums[node],)
             module = self._module(node)
             folded = module is not None and self._folds(module)
+            if node in self.operators and not folded:
+                return (self.operators[node],)
             clips = self._bounds(module, node) is not None
             if not (folded or clips or self._moves(node, module) or _name(node) in JOINING_CALLS):
                 return ()
@@ -224,6 +243,18 @@ class _Search:
             if not tensors:
                 return ()
             node = tensors[0]
+
+    def _is_operator(self, node: fx.Node) -> bool:
+        """Whether a node computes new values, in float, which no way of an output has passed."""
+        module = self._module(node)
+        if node in self.followed or self._bounds(module, node) is not None or self._moves(node, module):
+            return False
+        if module is None:
+            return _name(node) in OPERATORS
+        place = type(module).__module__.split(".")
+        kind = place[-1] in OPERATOR_MODULES if place[0] == "torch" else place[:2] == ["timm", "layers"]
+        alone = self._folds(module) or next(module.children(), None) is None
+        return kind and alone and not isinstance(module, nn.MultiheadAttention)
 
     def _folds(self, module: nn.Module) -> bool:
         """Whether a module is a batch norm that can be folded, none of whose numbers the model's own code reads."""

@@ -36,7 +36,7 @@ from daqconvert.layers.lookup import quantized_class
 from daqconvert.layers.registry import is_site_type
 from daqconvert.macs import Event, Places, count_macs, example_arguments
 from daqconvert.models import copy_model, evaluating
-from daqconvert.spec import Concat, Site, SiteOutput
+from daqconvert.spec import Site
 
 REPLACED = "its forward was replaced on the object itself, so a quantized class would never run"
 RECURRENT = "recurrent layer: its products run in one fused kernel"
@@ -51,16 +51,14 @@ class Found:
         order: Which of the two orders `sites` has: `"fx"` (execution) or `"modules"` (registration).
         other_params: Number of elements of the parameters and buffers outside the sites.
         input_size: Size of the example input that the MACs are counted with; None if they are not counted.
-        sums: Facts about each sum of outputs of the sites.
-        concats: Outputs of the sites that are concatenated.
+        outputs: Facts about sums of the sites' outputs, what is concatenated, and operators between the sites.
     """
 
     sites: tuple[Site, ...]
     order: str
     other_params: int
     input_size: tuple[int, ...] | None
-    sums: tuple[SiteOutput, ...] = ()
-    concats: tuple[Concat, ...] = ()
+    outputs: OutputFlow
 
 
 def find_sites(model: nn.Module, example_inputs: Any = None) -> Found:
@@ -96,10 +94,8 @@ def find_sites(model: nn.Module, example_inputs: Any = None) -> Found:
     ]  # fmt: skip
     inside |= {id(p) for site in view.calls.values() for p in _weights(view, site)}
     others = sum(t.numel() for t in _state(model) if id(t) not in inside)
-    return Found(
-        tuple(known), "fx" if view.flow else "modules", others, size if macs is not None else None,
-        tuple(outputs.sums), tuple(outputs.concats),
-    )  # fmt: skip
+    order_by = "fx" if view.flow else "modules"
+    return Found(tuple(known), order_by, others, size if macs is not None else None, outputs)
 
 
 @dataclass(frozen=True)

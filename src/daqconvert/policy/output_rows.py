@@ -93,8 +93,9 @@ def signed_row(row: PlanRow, nonnegative: bool) -> PlanRow:
 
 
 def with_outputs(
-    policy: Policy, rows: Sequence[PlanRow], sums: Sequence[SiteOutput], concats: Sequence[Concat] = ()
-) -> tuple[PlanRow, ...]:
+    policy: Policy, rows: Sequence[PlanRow], sums: Sequence[SiteOutput], concats: Sequence[Concat] = (),
+    operators: Sequence[SiteOutput] = (),
+) -> tuple[PlanRow, ...]:  # fmt: skip
     """Return the rows of a plan with what `deploy="integer"` and the policy's target decide about outputs.
 
     The signs of the rows must be decided already, and `sums` be in order of execution. The output quantizers that are
@@ -104,7 +105,7 @@ def with_outputs(
     if not any(row.settings is not None and row.settings.deploy == INTEGER for row in rows):
         return tuple(rows)
     outputs = _Outputs(policy, rows)
-    found = outputs.run(sums)
+    found = outputs.run(sums, operators if outputs.target.operators else ())
     return _on_one_grid(found, concats, outputs.quantizers) if outputs.target.one_scale_concat else found
 
 
@@ -122,16 +123,17 @@ class _Outputs:
         self.by_name = {row.name: row for row in rows}
         self.added: dict[str, list[PlanRow]] = {}
         self.known: set[str] = set()
+        self.places: set[str] = set()
         self.quantizers: dict[str, str] = {}
 
-    def run(self, sums: Sequence[SiteOutput]) -> tuple[PlanRow, ...]:
+    def run(self, sums: Sequence[SiteOutput], operators: Sequence[SiteOutput]) -> tuple[PlanRow, ...]:
         joining = self._joining(sums) if self.target.sums == "shortcut" else {}
         done = {row.name: self._of_site(row, joining.get(row.name)) for row in self.rows}
-        for output in sums:
+        for output, of in [(o, "an operator") for o in operators if o.after] + [(o, "a sum") for o in sums]:
             if output.place is not None and all(source in self.known for source in output.sources):
                 self.known.add(output.place)
-                if self._reader(output) is None:
-                    self.quantizers[output.place] = self._add(output, output.after, "a sum")
+                if self._reader(output) is None and output.place not in self.places:
+                    self.quantizers[output.place] = self._add(output, output.after, of)
         return tuple(r for row in self.rows for r in (done[row.name], *self.added.get(row.name, ())))
 
     def _joining(self, sums: Sequence[SiteOutput]) -> dict[str, str]:
@@ -207,6 +209,7 @@ class _Outputs:
         rule = f'deploy = "{INTEGER}"' if self.target is ANY else f'target = "{self.target.name}"'
         row = PlanRow(site, settings, rule, notes=(f"output of {of or '(root)'}",))
         self.added.setdefault(after, []).append(signed_row(row, output.nonnegative))
+        self.places.add(output.place or "")
         return name
 
     def _why_float(self, row: PlanRow, settings: Settings, reader: str | None) -> str:

@@ -59,6 +59,7 @@ def resolve(
     input_size: tuple[int, ...] | None,
     sums: Sequence[SiteOutput] = (),
     concats: Sequence[Concat] = (),
+    operators: Sequence[SiteOutput] = (),
 ) -> Plan:
     """Return the plan of a policy for the sites of one model; nothing is converted.
 
@@ -71,6 +72,7 @@ def resolve(
         input_size: Size of the example input that the sites' MACs were counted with; None if they were not.
         sums: Sums of outputs of the sites.
         concats: Outputs of the sites that are concatenated.
+        operators: Outputs of operators between the sites.
 
     Returns:
         A plan with a row for each site and for each output quantizer that `deploy="integer"` adds; without sites it is
@@ -90,7 +92,7 @@ def resolve(
     check_matches(policy, sites)
     matchers = _Matchers.of(policy)
     rows = _finished(policy, [_row(policy, matchers, site) for site in sites])
-    rows = with_outputs(policy, rows, sums, concats)
+    rows = with_outputs(policy, rows, sums, concats, operators)
     return Plan(
         rows, model, order=order, other_params=other_params, input_size=input_size, policy=policy.name,
         target=policy.target,

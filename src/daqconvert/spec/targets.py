@@ -27,6 +27,7 @@ class Target:
         sums: Where a sum of two layers' outputs is rounded. `"both"`: both terms and the sum. `"shortcut"`: the sum
             and one term, the shortcut; the runtime adds within the kernel of the convolution that is the other.
         one_scale_concat: Whether all values that are concatenated have to be on one grid.
+        operators: Whether what computes between the layers (activations, averages, products) has to return codes too.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Target:
     outputs: str = "meeting"
     sums: str = "both"
     one_scale_concat: bool = False
+    operators: bool = False
 
 
 TARGETS: dict[str, Target] = {
@@ -45,7 +47,7 @@ TARGETS: dict[str, Target] = {
         Target("packed", ".onnx", "export"),
         Target("openvino", ".onnx", "openvino"),
         Target("tensorrt", ".onnx", "export", symmetric=True, sums="shortcut", one_scale_concat=True),
-        Target("qnn", ".onnx", "qnn", outputs="all"),
+        Target("qnn", ".onnx", "qnn", outputs="all", operators=True),  # the HTP computes integers alone
         # XNNPACK and TFLite concatenate codes, and keep the weight of a linear layer in int8 only if it returns codes
         Target("executorch", ".pte", "executorch", outputs="all", one_scale_concat=True),
         Target("litert", ".tflite", "litert", outputs="all", one_scale_concat=True),
