@@ -92,6 +92,24 @@ def test_tensorrt_rounds_the_shortcut_alone_and_the_sum():
     assert "enters the sum at block in float" in str(plan)
 
 
+class ReadTwice(nn.Module):
+    """A sum of two terms of which none is read by the sum alone and unclipped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(x)
+        return x + F.relu(self.two(x))
+
+
+def test_no_term_is_in_float_if_anything_else_reads_it_or_clips_it():
+    plan = dq.plan(nn.Sequential(ReadTwice(), nn.Flatten(), nn.Linear(16, 2)), target="tensorrt")
+    assert [row.site.output.joins for row in plan] == [None] * len(plan)
+    assert plan["0.one"].site.output.meets and plan["0.two"].site.output.meets
+
+
 @pytest.mark.parametrize("name", ["residual", "inverted"])
 def test_a_term_in_float_has_its_batch_norm_in_its_scale(name):
     qmodel, x = made(name, "tensorrt")
@@ -202,16 +220,16 @@ def test_calibrated_bounds_of_least_error_are_those_of_the_tied_grid(name):
 
 
 class SumsJoined(nn.Module):
-    """Two sums of convolutions that are concatenated, so that both are on one grid, with what was before them."""
+    """Sums of convolutions that are concatenated, so that all are on one grid, with what was before them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.blocks = conv(3, 4), nn.ModuleList([Added(), Added()])
-        self.head = nn.Conv2d(12, 3, 1)
+        self.stem, self.blocks = conv(3, 4), nn.ModuleList([Added() for _ in range(4)])
+        self.head = nn.Conv2d(20, 3, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
-        return self.head(torch.cat([x, self.blocks[0](x), self.blocks[1](x)], 1))
+        return self.head(torch.cat([x, *(block(x) for block in self.blocks)], 1))
 
 
 class Added(nn.Module):
@@ -236,13 +254,13 @@ def test_sums_on_one_grid_are_settled_together():
         sites, groups = frozen_sites(frozen), plan.input_groups()
         leader = "stem.2.output_quantizer"
         shared = [leader, *(name for name, first in groups.items() if first == leader)]
-        assert len(shared) == 4  # stem, both sums and the head
+        assert len(shared) == 6  # stem, all sums and the head
         grids = {CodeGrid(sites[name].input_scale.item(), int(sites[name].input_zero_point)) for name in shared}
         assert len(grids) == 1
         (grid,) = grids
         own = quantized_sites(qmodel)[leader].input_quantizer.scale().item()
         moved += grid.scale != own
-        for block in ("blocks.0", "blocks.1"):
+        for block in (f"blocks.{number}" for number in range(4)):
             terms = [sites[plan[f"{block}.{name}"].site.output.meets] for name in ("one", "two")]
             a, b = (CodeGrid(site.input_scale.item(), int(site.input_zero_point)) for site in terms)
             assert sums_agree(a, b, grid)

@@ -89,3 +89,27 @@ def test_the_gradient_at_the_ends_of_the_clip():
     qlayer.zero_grad()
     qlayer(torch.ones(1, 4)).sum().backward()
     assert qlayer.weight.grad.tolist() == [[1.0, 1.0, 0.0, 1.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["kernels", "plain"])
+@pytest.mark.parametrize("rounding", ["daq", "ste", "ewgs", "dsq"])
+@pytest.mark.parametrize("name", ["conv2d", "linear"])
+def test_the_bound_of_a_symmetric_input_gets_the_gradient_of_both_ends(name, rounding, dtype):
+    """In a layer's fused step as well, where `lower` follows from `upper`; by the chain rule from two free bounds."""
+    cls, args, kwargs, shape = GEOMETRIES[name]
+    x, layer = torch.randn(5, *shape, dtype=dtype), cls(*args, **kwargs, dtype=dtype)
+    settings = {"w_bits": 4, "a_bits": 4, "rounding": rounding, "first": {}, "last": {}}
+    tied, free = (dq.quantize(layer, **settings, symmetric=symmetric) for symmetric in (True, False))
+    dq.calibrate(tied, [x])
+    dq.calibrate(free, [x])
+    own = tied.input_quantizer
+    free.input_quantizer.set_bounds(own.lower.item(), own.upper.item())
+    free.output_scale.data.copy_(tied.output_scale)
+    grad = torch.randn_like(tied(x))
+    for model in (tied, free):
+        model(x).backward(grad)
+    ratio, both = 8 / 7, free.input_quantizer
+    assert [key for key, _ in own.named_parameters()] == ["upper"] and own.upper.grad.abs() > 0
+    close = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-9}
+    torch.testing.assert_close(own.upper.grad, both.upper.grad - ratio * both.lower.grad, **close)
+    torch.testing.assert_close(tied.weight.grad, free.weight.grad, **close)
