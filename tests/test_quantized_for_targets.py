@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 import daqconvert as dq
 from daqconvert.functional.integer import CodeGrid, sums_agree
@@ -11,8 +12,6 @@ from daqconvert.layers.frozen_site import FrozenSite
 from daqconvert.models import quantized_sites
 from daqconvert.spec.targets import TARGETS
 from helpers.integer_networks import NETWORKS, conv, trained
-
-BITS = [(8, 8), (4, 4), (2, 3)]
 
 
 class Dense(nn.Module):
@@ -65,9 +64,15 @@ def check_zero_points(frozen, x):
             assert high - int(site.y_zero_point) <= 127 and low - int(site.y_zero_point) >= -128, name
 
 
-@pytest.mark.parametrize("rounding", ["daq", "ste", "lsq"])
-@pytest.mark.parametrize("bits", BITS, ids=str)
-@pytest.mark.parametrize("name", [*NETWORKS, "dense"])
+@pytest.mark.parametrize(
+    ("name", "bits", "rounding"),
+    [
+        *((name, (8, 8), "daq") for name in (*NETWORKS, "dense")),
+        *(("dense", bits, rounding) for bits in ((4, 4), (2, 3)) for rounding in ("daq", "ste", "lsq")),
+        *(("residual", (4, 8), rounding) for rounding in ("ewgs", "dsq", "lsq")),
+    ],
+    ids=str,
+)
 def test_tensorrt_has_no_zero_points_after_training(name, bits, rounding):
     ends = {"first": (7, 8), "last": (7, 8)} if rounding == "lsq" else {}
     w_bits = min(bits[0], 7) if rounding == "lsq" else bits[0]
@@ -291,3 +296,13 @@ def test_what_is_frozen_for_a_target_is_exported_with_the_same_codes(name, targe
     qmodel, x = made(name, target, 4, 8)
     report = dq.export(dq.freeze(qmodel), tmp_path / "it.onnx", x)
     assert report.agrees and sum(layer.differing or 0 for layer in report.layers) == 0
+
+
+@pytest.mark.parametrize("name", ["dense", "residual"])
+def test_a_finetuned_model_keeps_it_through_stages_of_bits_and_an_average_of_its_weights(name):
+    qmodel, x = made(name, "tensorrt", 4, 8)
+    loader = DataLoader(TensorDataset(x, torch.randint(0, 3, (6,))), batch_size=3)
+    dq.finetune(qmodel, loader, loader, epochs=3, ema=0.5, progressive=((0.4, 8, 8), (0.7, 6, 8)), lr=0.01)
+    before = dq.plan(made(name, "tensorrt", 4, 8)[0])
+    assert [row.settings for row in dq.plan(qmodel)] == [row.settings for row in before]
+    check_zero_points(dq.freeze(qmodel), x)
