@@ -155,6 +155,32 @@ def test_concatenated_values_share_a_scale_bit_for_bit_after_training(name, expe
     assert len({(dq.plan(qmodel)[name].settings.a_bits, dq.plan(qmodel)[name].signed) for name in shared}) == 1
 
 
+class Transition(nn.Module):
+    """What an average and an activation return is joined to the output of a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.pool, self.act = conv(3, 4), nn.AvgPool2d(3, 1, 1), nn.SiLU()
+        self.a, self.b, self.head = conv(4, 4), nn.Conv2d(4, 4, 1), nn.Conv2d(12, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.stem(x))
+        return self.head(torch.cat([x, self.a(x), self.act(self.b(x))], 1))
+
+
+def test_what_operators_return_is_on_the_grid_of_what_it_is_concatenated_with():
+    qmodel, x = dq.quantize(Transition(), target="executorch"), torch.randn(4, 3, 8, 8)
+    dq.calibrate(qmodel, [x])
+    frozen, seen = dq.freeze(qmodel), []
+    frozen.head.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach().clone()))
+    frozen(x)
+    quantizer = frozen.a[2].output_quantizer
+    assert dq.plan(qmodel).input_groups().keys() > {"a.2.output_quantizer", "act.output_quantizer"}
+    codes = seen[0] / quantizer.input_scale
+    torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-3)
+    assert "act.output_quantizer" not in [row.name for row in dq.plan(Transition(), target="openvino")]
+
+
 def test_a_reader_of_concatenated_values_at_the_same_bits_is_on_their_grid():
     groups = dq.plan(made("dense", "litert")[0]).input_groups()
     assert groups == dict.fromkeys(("a.2.output_quantizer", "b.output_quantizer", "head"), "stem.2.output_quantizer")

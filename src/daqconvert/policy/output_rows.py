@@ -105,7 +105,8 @@ def with_outputs(
     if not any(row.settings is not None and row.settings.deploy == INTEGER for row in rows):
         return tuple(rows)
     outputs = _Outputs(policy, rows)
-    found = outputs.run(sums, operators if outputs.target.operators else ())
+    joined = {source for concat in concats for source in concat.sources} if outputs.target.one_scale_concat else set()
+    found = outputs.run(sums, [o for o in operators if outputs.target.operators or o.place in joined])
     return _on_one_grid(found, concats, outputs.quantizers) if outputs.target.one_scale_concat else found
 
 
