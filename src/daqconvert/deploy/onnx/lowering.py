@@ -57,17 +57,9 @@ def lower(model: nn.Module, arguments: Arguments, batch: Batch | None) -> ModelP
         ExportError: If torch cannot export the model; the message says at which step and why.
     """
     require_packages()
-    what = type(model).__name__
-    hint = " If its batch size is fixed, pass dynamic_batch=False." if batch is not None else ""
-    flat = FlatCall(model, arguments)
-    tensors = input_tensors(arguments if batch is None else batch.several(arguments))
-    with _writing_operators(model), quiet():
-        try:
-            program = torch.export.export(
-                flat, tuple(tensors), dynamic_shapes=_open_dimensions(len(tensors), batch), strict=False
-            )
-        except Exception as error:  # NOTE: the model's own code runs here under tracing and may raise anything
-            raise ExportError(f"export: torch.export cannot follow {what}: {first_lines(error)}{hint}") from error
+    what, hint = type(model).__name__, fixed_batch_hint(batch)
+    program = traced(model, arguments, batch)
+    with quiet():
         try:
             result = torch.onnx.export(
                 program, dynamo=True, opset_version=OPSET, verbose=False, custom_translation_table=translations()
@@ -78,6 +70,32 @@ def lower(model: nn.Module, arguments: Arguments, batch: Batch | None) -> ModelP
             raise ExportError(f"export: torch.onnx cannot write {what}: {first_lines(error)}{hint}") from error
     _name_inputs(proto.graph, input_names(model, arguments))
     return proto
+
+
+def traced(model: nn.Module, arguments: Arguments, batch: Batch | None) -> torch.export.ExportedProgram:
+    """Return what `torch.export` sees of a model that `float32_copy` made; a frozen layer is seen as its operators.
+
+    Inputs and outputs are those that `lower` says.
+
+    Raises:
+        ExportError: If torch cannot follow the model.
+    """
+    flat = FlatCall(model, arguments)
+    tensors = input_tensors(arguments if batch is None else batch.several(arguments))
+    shapes = open_dimensions(len(tensors), batch)
+    with _writing_operators(model), quiet():
+        try:
+            return torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes, strict=False)
+        except Exception as error:  # NOTE: the model's own code runs here under tracing and may raise anything
+            raise ExportError(
+                f"export: torch.export cannot follow {type(model).__name__}: {first_lines(error)}"
+                f"{fixed_batch_hint(batch)}"
+            ) from error
+
+
+def fixed_batch_hint(batch: Batch | None) -> str:
+    """Return what else to try if a model with an open batch cannot be exported; nothing if the batch is fixed."""
+    return " If its batch size is fixed, pass dynamic_batch=False." if batch is not None else ""
 
 
 class FlatCall(nn.Module):
@@ -100,7 +118,8 @@ class FlatCall(nn.Module):
         return tuple(output_tensors(getattr(self, FLAT)(*args, **kwargs)))
 
 
-def _open_dimensions(count: int, batch: Batch | None) -> Any:
+def open_dimensions(count: int, batch: Batch | None) -> Any:
+    """Return the dynamic shapes of `count` input tensors: the first dimension of those that carry the batch is open."""
     if batch is None:
         return None
     dim = torch.export.Dim(BATCH)
