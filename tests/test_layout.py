@@ -73,6 +73,8 @@ ELSEWHERE = {
     "cli/output.py": ("cli/test_plan.py", "what a command prints, as text and as JSON"),
     "data/input_config.py": ("data/test_images.py", "images are normalized as the model expects them"),
     "deploy/comparing/probes.py": ("deploy/comparing/test_verifying.py", "every layer of two models is watched"),
+    "deploy/programs/code_flow.py": ("deploy/programs/test_pt2e.py", "what moves codes, by the program of a network"),
+    "deploy/programs/dialects.py": ("deploy/programs/test_pt2e.py", "each dialect, by the programs that it gives"),
     "deploy/onnx/frozen_operators.py": ("deploy/onnx/test_expansion.py", "operators that expansion replaces"),
     "deploy/onnx/lowering.py": ("deploy/test_bad_input.py", "what torch cannot follow is told plainly"),
     "functional/grid.py": ("quantizers/test_weight.py", "grids, levels and codes by hand"),

@@ -39,6 +39,7 @@ PUBLIC = [
     "load_float",
     "load_weights",
     "plan",
+    "program",
     "quantize",
     "save",
     "verify",

@@ -7,6 +7,7 @@ from daqconvert.convert import load_float, plan, quantize
 from daqconvert.counting import Coverage, coverage
 from daqconvert.deploy.comparing.verifying import verify
 from daqconvert.deploy.exporting import export
+from daqconvert.deploy.programs.pt2e import program
 from daqconvert.errors import (
     ArtifactError,
     CalibrationError,
@@ -38,6 +39,7 @@ __all__ = [
     "load_float",
     "load_weights",
     "plan",
+    "program",
     "quantize",
     "save",
     "verify",

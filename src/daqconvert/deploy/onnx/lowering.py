@@ -119,7 +119,7 @@ class FlatCall(nn.Module):
 
 
 def open_dimensions(count: int, batch: Batch | None) -> Any:
-    """Return the dynamic shapes of `count` input tensors: the first dimension of those that carry the batch is open."""
+    """Return the dynamic shapes of `count` tensors: open is the first dimension of those that carry the batch."""
     if batch is None:
         return None
     dim = torch.export.Dim(BATCH)
