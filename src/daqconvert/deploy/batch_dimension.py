@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from daqconvert.deploy.signature import Arguments, input_names, input_tensors
+from daqconvert.deploy.signature import Arguments, input_names, input_tensors, output_tensors
 from daqconvert.errors import ExportError, nearest
 
 TRIALS = 32  # sets of inputs that are tried; a model with so many inputs that this ends the search has the first set
@@ -116,6 +116,22 @@ def find_batch(model: nn.Module, arguments: Arguments, run: Run, names: Sequence
             f"({first.shape[0]}): {search.failure}. If its batch size is fixed, pass dynamic_batch=False."
         )
     return found
+
+
+def open_batch(model: nn.Module, arguments: Arguments, dynamic_batch: bool | Sequence[str]) -> Batch | None:
+    """Return the inputs that carry the batch, as the argument `dynamic_batch` of `export` and `program` asks.
+
+    None if the batch shall be fixed, or no input has a dimension. Raises as `find_batch` does.
+    """
+
+    def run(given: Arguments) -> list[Tensor]:
+        with torch.no_grad():
+            return output_tensors(model(*given[0], **given[1]))
+
+    if dynamic_batch is False:
+        return None
+    names = None if dynamic_batch is True else [dynamic_batch] if isinstance(dynamic_batch, str) else dynamic_batch
+    return find_batch(model, arguments, run, names)
 
 
 def _named(known: list[str], tensors: list[Tensor], names: Sequence[str]) -> Batch:

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_structure
 
 from daqconvert.batches import model_device, split_batch, to_device
-from daqconvert.deploy.batch_dimension import Batch, find_batch
+from daqconvert.deploy.batch_dimension import Batch, open_batch
 from daqconvert.deploy.comparing.agreement import FileAgreement, Noise
 from daqconvert.deploy.comparing.export_report import ExportReport, ProgramReport
 from daqconvert.deploy.comparing.probes import EPILOGUES_KEY, ModuleProbe, epilogues, epilogues_text
@@ -135,7 +135,7 @@ def _write_onnx(
     _check_size(model)
     twin = float32_copy(model)
     result = _result(twin, arguments)
-    batch = _batch(twin, arguments, dynamic_batch)
+    batch = open_batch(twin, arguments, dynamic_batch)
     proto = expand(lower(twin, arguments, batch), output_names(result))
     if epilogues(model):
         entry = proto.metadata_props.add()
@@ -208,19 +208,6 @@ def _result(model: nn.Module, arguments: Arguments) -> Any:
             f"dataclasses of them, found {type(result).__name__}."
         )
     return result
-
-
-def _batch(model: nn.Module, arguments: Arguments, dynamic_batch: bool | Sequence[str]) -> Batch | None:
-    """Return the inputs that carry the batch; None if it shall be fixed, or no input has a dimension."""
-
-    def run(given: Arguments) -> list[Tensor]:
-        with torch.no_grad():
-            return output_tensors(model(*given[0], **given[1]))
-
-    if dynamic_batch is False:
-        return None
-    names = None if dynamic_batch is True else [dynamic_batch] if isinstance(dynamic_batch, str) else dynamic_batch
-    return find_batch(model, arguments, run, names)
 
 
 def _notes_on_ends(model: nn.Module, arguments: Arguments, batch: Batch | None, result: Any) -> list[str]:
@@ -316,7 +303,7 @@ def _export_program(
     arguments, device = example_arguments(example_inputs, move=False), model_device(model)
     with evaluating(model):
         result = _result(model, arguments)
-        batch = _batch(model, arguments, dynamic_batch)
+        batch = open_batch(model, arguments, dynamic_batch)
         with _storable(model, result) as notes:
             content = _program(model, arguments, batch)
         again = _loaded(model, content)

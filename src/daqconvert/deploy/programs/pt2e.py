@@ -21,7 +21,7 @@ import numpy
 import torch
 from torch import Tensor, fx, nn
 
-from daqconvert.deploy.batch_dimension import Batch, find_batch
+from daqconvert.deploy.batch_dimension import Batch, open_batch
 from daqconvert.deploy.onnx.integer_nodes import weight_scale
 from daqconvert.deploy.onnx.lowering import first_lines, fixed_batch_hint, float32_copy, open_dimensions, quiet, traced
 from daqconvert.deploy.programs.code_flow import (
@@ -36,14 +36,14 @@ from daqconvert.deploy.programs.code_flow import (
     read_as_codes,
 )
 from daqconvert.deploy.programs.dialects import DIALECTS, INT8, Dialect
-from daqconvert.deploy.signature import Arguments, example_arguments, input_tensors, output_tensors
+from daqconvert.deploy.signature import Arguments, example_arguments, input_tensors
 from daqconvert.errors import ExportError, nearest
 from daqconvert.functional.grid import weight_operand
-from daqconvert.functional.integer import IntegerLayer
+from daqconvert.functional.integer import LARGEST_WEIGHT, IntegerLayer
 from daqconvert.layers import FrozenSite
 
 QDQ = torch.ops.quantized_decomposed
-LARGEST_INT8 = 127
+WEIGHTS = (-LARGEST_WEIGHT, LARGEST_WEIGHT)
 
 
 @dataclass(frozen=True)
@@ -127,18 +127,7 @@ def program(
             f'Quantize the float model with deploy="integer" (or target={target!r}), calibrate and freeze it.'
         )
     twin, arguments = float32_copy(frozen), example_arguments(example_inputs)
-    return lower_frozen(twin, arguments, _batch_of(twin, arguments, dynamic_batch), dialect).program
-
-
-def _batch_of(model: nn.Module, arguments: Arguments, dynamic_batch: bool | Sequence[str]) -> Batch | None:
-    def run(given: Arguments) -> list[Tensor]:
-        with torch.no_grad():
-            return output_tensors(model(*given[0], **given[1]))
-
-    if dynamic_batch is False:
-        return None
-    names = None if dynamic_batch is True else [dynamic_batch] if isinstance(dynamic_batch, str) else dynamic_batch
-    return find_batch(model, arguments, run, names)
+    return lower_frozen(twin, arguments, open_batch(twin, arguments, dynamic_batch), dialect).program
 
 
 def lower_frozen(
@@ -187,7 +176,8 @@ class Writer:
         self.outputs = 0
         self._grids: dict[tuple[Any, ...], Codes] = {}
         self._real: dict[tuple[fx.Node, float], fx.Node] = {}
-        self._constants: dict[tuple[Any, ...], fx.Node] = {}
+        self._held: dict[fx.Node, fx.Node] = {}
+        self._places: dict[fx.Node, int] = {}
 
     def write(self, watched: bool) -> fx.GraphModule:
         """Return the module that computes the program."""
@@ -196,6 +186,7 @@ class Writer:
             **signature.inputs_to_parameters, **signature.inputs_to_buffers,
             **signature.inputs_to_lifted_tensor_constants,
         }  # fmt: skip
+        stored = self.traced.state_dict | self.traced.constants
         special = {
             OURS.input_operand.default: self._input, OURS.round_to_grid.default: self._round,
             OURS.weight_operand.default: self._weight, OURS.requantize.default: self._requantize,
@@ -205,7 +196,7 @@ class Writer:
             if node.op == "placeholder":
                 name = held.get(node.name)
                 if name is not None:
-                    self.tensors[node] = (self.traced.state_dict | self.traced.constants)[name]
+                    self.tensors[node] = stored[name]
                 else:
                     self.env[node] = self.graph.placeholder(node.name)
             elif node.op == "output":
@@ -233,10 +224,9 @@ class Writer:
         if not isinstance(value, fx.Node):
             return value
         if value in self.tensors:
-            key = ("held", value)
-            if key not in self._constants:
-                self._constants[key] = self._constant(value.name, self.tensors[value])
-            return self._constants[key]
+            if value not in self._held:
+                self._held[value] = self._constant(value.name, self.tensors[value])
+            return self._held[value]
         found = self.env[value]
         if isinstance(found, Codes):
             return self._dequantize(found)
@@ -308,11 +298,10 @@ class Writer:
         return codes
 
     def _note(self, layer: str, codes: Codes) -> None:
-        places = [i for i, known in enumerate(self.codes) if known.node is codes.node]
-        if not places:
-            places = [len(self.codes)]
+        place = self._places.setdefault(codes.node, len(self.codes))
+        if place == len(self.codes):
             self.codes.append(codes)
-        self.layers.setdefault(layer, []).append(places[0])
+        self.layers.setdefault(layer, []).append(place)
 
     def _weight(self, node: Any) -> None:
         codes, bits, grid, layer = node.args
@@ -323,19 +312,15 @@ class Writer:
         acc, layer, dims = node.args[0], str(node.args[9]), int(node.args[8])
         x_scale, *fields = (self.tensors[value] for value in node.args[1:8])
         numbers = IntegerLayer(*fields)
-        product = self.env[acc]
+        unit, product = numbers.sum_scale(x_scale), self.env[acc]
         if isinstance(product, DeferredProduct):
             x, w = self._operands(product)
-            shape = (-1, *(1,) * (w.integers.dim() - 1))
-            weight = self._weight_node(layer, w.integers * numbers.factor.float().reshape(shape), numbers.weight_scale)
-            unit = numbers.sum_scale(x_scale)
+            integers = w.integers * _before(numbers.factor.float(), w.integers.dim() - 1)
+            weight = self._weight_node(layer, integers, numbers.weight_scale)
             y = self._product(product.node, self._dequantize(x.codes), weight, self._bias(layer, numbers.bias, unit))
         else:
-            columns = (-1, *(1,) * dims)
-            unit = numbers.sum_scale(x_scale)
-            factor = self._constant(f"{layer}_scale", (numbers.factor.float() * unit).reshape(columns))
-            bias = self._constant(f"{layer}_bias", (numbers.bias.float() * unit).reshape(columns))
-            y = self._call(ATEN.add.Tensor, self._call(ATEN.mul.Tensor, self._value(acc), factor), bias)
+            scale, bias = (_before(value.float() * unit, dims) for value in (numbers.factor, numbers.bias))
+            y = self._scaled(layer, self._value(acc), scale, bias)
         low, high = numbers.range.tolist()
         self.env[node] = self._quantized(y, numbers.scale.item(), int(numbers.zero_point), low, high, layer)
 
@@ -346,25 +331,26 @@ class Writer:
         product = self.env[acc]
         if isinstance(product, DeferredProduct) and isinstance(self._operands(product)[1], Weight):
             x, w = self._operands(product)
-            sign = torch.where(scale < 0, -1.0, 1.0).reshape(-1, *(1,) * (w.integers.dim() - 1))
+            inner = w.integers.dim() - 1
             channels = scale.abs().expand(w.integers.shape[0]).contiguous()
             scales = torch.from_numpy(weight_scale(channels.numpy(), numpy.float32(x.codes.scale)))
             linear = product.node.target is ATEN.linear.default
-            integers = w.integers * sign
-            if (linear and self.dialect.float_linear == "float") or integers.abs().max() > LARGEST_INT8:
-                weight = self._constant(f"{layer}_weight", integers * scales.reshape(-1, *(1,) * (integers.dim() - 1)))
+            integers = w.integers * _before(torch.where(scale < 0, -1.0, 1.0), inner)
+            if (linear and self.dialect.float_linear == "float") or integers.abs().max() > LARGEST_WEIGHT:
+                weight = self._constant(f"{layer}_weight", integers * _before(scales, inner))
             else:
                 weight = self._weight_node(str(layer), integers, scales)
             added = None if bias is None else self._constant(f"{layer}_bias", bias)
             self.env[node] = self._product(product.node, self._dequantize(x.codes), weight, added)
             return
-        y = self._value(acc)
-        shape = (-1, *(1,) * int(dims)) if scale.dim() and dims else scale.shape
-        y = self._call(ATEN.mul.Tensor, y, self._constant(f"{layer}_scale", scale.reshape(shape)))
-        if bias is not None:
-            columns = bias.reshape(-1, *(1,) * int(dims)) if dims else bias
-            y = self._call(ATEN.add.Tensor, y, self._constant(f"{layer}_bias", columns))
-        self.env[node] = y
+        inner = int(dims)
+        shifts = None if bias is None else _before(bias, inner)
+        self.env[node] = self._scaled(layer, self._value(acc), _before(scale, inner), shifts)
+
+    def _scaled(self, layer: str, sums: fx.Node, scale: Tensor, bias: Tensor | None) -> fx.Node:
+        """Write `sums * scale + bias` for integer-valued sums that a layer's product could not be joined with."""
+        y = self._call(ATEN.mul.Tensor, sums, self._constant(f"{layer}_scale", scale))
+        return y if bias is None else self._call(ATEN.add.Tensor, y, self._constant(f"{layer}_bias", bias))
 
     def _operands(self, product: DeferredProduct) -> tuple[Any, Any]:
         x, w = product.node.args[:2]
@@ -378,12 +364,11 @@ class Writer:
         scale = self._constant(f"{layer}_weight_scale", scales.float())
         zeros = self._constant(f"{layer}_weight_zero_point", torch.zeros(scales.shape, dtype=torch.int64))
         if self.dialect.weight == "values":
-            shape = (-1, *(1,) * (integers.dim() - 1))
-            values = self._constant(f"{layer}_weight", integers * scales.reshape(shape))
-            codes = self._call(QDQ.quantize_per_channel.default, values, scale, zeros, 0, -127, 127, INT8)
+            values = self._constant(f"{layer}_weight", integers * _before(scales, integers.dim() - 1))
+            codes = self._call(QDQ.quantize_per_channel.default, values, scale, zeros, 0, *WEIGHTS, INT8)
         else:
             codes = self._constant(f"{layer}_weight", integers.to(INT8))
-        return self._call(QDQ.dequantize_per_channel.default, codes, scale, zeros, 0, -127, 127, INT8)
+        return self._call(QDQ.dequantize_per_channel.default, codes, scale, zeros, 0, *WEIGHTS, INT8)
 
     def _bias(self, layer: str, codes: Tensor, unit: Tensor) -> fx.Node:
         if self.dialect.bias == "values":
@@ -443,3 +428,8 @@ class Writer:
             numbers = (codes.scale, codes.zero_point - self._shift(codes.zero_point), least, most, self.dialect.codes)
             self._real[key] = self._call(QDQ.dequantize_per_tensor.default, codes.node, *numbers)
         return self._real[key]
+
+
+def _before(value: Tensor, inner: int) -> Tensor:
+    """Return numbers of channels, or the number of all, in a shape that broadcasts before `inner` dimensions."""
+    return value.reshape(-1, *(1,) * inner) if value.dim() and inner else value
