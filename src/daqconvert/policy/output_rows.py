@@ -46,12 +46,12 @@ LSQ_TOO_WIDE = f"{STAYS}: codes of LSQ at 8 bits reach -128, an integer kernel t
 SEVEN_BITS = "7 bits, for unsigned codes above 127 need a zero point in int8"
 
 
-def default_of(policy: Policy) -> Settings:
-    """Return the default settings of a policy with what its target decides."""
+def decided(policy: Policy) -> Policy:
+    """Return a policy with what its target decides for every site among its default settings."""
     if policy.target is None:
-        return policy.default
+        return policy
     symmetric = policy.default.symmetric or find_target(policy.target).symmetric
-    return policy.default.replace(deploy=INTEGER, symmetric=symmetric)
+    return dataclasses.replace(policy, default=policy.default.replace(deploy=INTEGER, symmetric=symmetric))
 
 
 def check_held(site: Site, settings: Settings, target: str, where: str) -> None:
@@ -60,22 +60,20 @@ def check_held(site: Site, settings: Settings, target: str, where: str) -> None:
     Raises:
         PolicyError: If one operand is in float, or codes of the weight pass 127.
     """
-    reason, fix = "", ""
     if site.is_computed:
         return
+    wide = _too_wide(settings)
     if settings.w_bits is None or settings.a_bits is None:
         found = "w_bits" if settings.w_bits is None else "a_bits"
         reason = f"{found} is float, and an integer kernel takes codes of both weight and input"
-        fix = "Give it bits, such as 8, or leave the layer in float altogether"
-    elif (why := _too_wide(settings)) != "":
-        reason = why.removeprefix(f"{STAYS}: ")
-        fix = "Set w_bits = 7" + (', or grid = "integer" with normalize = false' if why == TOO_WIDE else "")
-    if reason:
-        name = site.name or "(root)"
-        raise PolicyError(
-            f'{where}: target = "{target}" cannot hold it: {reason}. {fix}'
-            f'{f""": exclude = ["{name}"]""" if "altogether" in fix else ""}.'
-        )
+        excluded = f'exclude = ["{site.name or "(root)"}"]'
+        fix = f"Give it bits, such as 8, or leave the layer in float altogether: {excluded}"
+    elif wide:
+        reason = wide.removeprefix(f"{STAYS}: ")
+        fix = "Set w_bits = 7" + (', or grid = "integer" with normalize = false' if wide == TOO_WIDE else "")
+    else:
+        return
+    raise PolicyError(f'{where}: target = "{target}" cannot hold it: {reason}. {fix}.')
 
 
 def signed_row(row: PlanRow, nonnegative: bool) -> PlanRow:
@@ -118,7 +116,7 @@ class _Outputs:
     """
 
     def __init__(self, policy: Policy, rows: Sequence[PlanRow]) -> None:
-        self.rows, self.default = rows, default_of(policy)
+        self.rows, self.default = rows, policy.default
         self.target = ANY if policy.target is None else find_target(policy.target)
         self.groups = input_groups(rows)
         self.by_name = {row.name: row for row in rows}
@@ -179,10 +177,8 @@ class _Outputs:
         self.known.add(row.name)
         if joins is not None:
             note = f"enters the sum at {joins or '(root)'} in float, as {self.target.name} adds"
-            output, row = (
-                dataclasses.replace(output, joins=joins),
-                dataclasses.replace(row, notes=(*row.notes, note)),
-            )
+            output = dataclasses.replace(output, joins=joins)
+            row = dataclasses.replace(row, notes=(*row.notes, note))
         else:
             if reader is None:
                 self.quantizers[row.name] = self._add(output, row.name, row.name)

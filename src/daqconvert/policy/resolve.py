@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from daqconvert.policy.checks import checked_policy
-from daqconvert.policy.output_rows import check_held, default_of, signed_row, with_outputs
+from daqconvert.policy.output_rows import check_held, decided, signed_row, with_outputs
 from daqconvert.policy.presets import is_paper
 from daqconvert.policy.rules import Level, Matcher, check_matches, label
 from daqconvert.spec import BIT_FIELDS, Concat, Plan, PlanRow, Policy, Settings, Site, SiteOutput, input_groups
@@ -88,7 +88,7 @@ def resolve(
         >>> [(row.name, row.rule, row.input_text) for row in plan]
         [('stem', 'first', '8 (calibrate decides)'), ('fc', 'default', '8 unsigned')]
     """
-    policy = checked_policy(policy)
+    policy = decided(checked_policy(policy))
     check_matches(policy, sites)
     matchers = _Matchers.of(policy)
     rows = _finished(policy, [_row(policy, matchers, site) for site in sites])
@@ -122,7 +122,7 @@ def _row(policy: Policy, matchers: _Matchers, site: Site) -> PlanRow:
         return PlanRow(site, None, "include", reason=NOT_INCLUDED, notes=site.notes)
     steps = _steps(policy, matchers.rules, site)
     setter = {name: step for step in steps for name in step.changes}
-    merged = default_of(policy).replace(**{name: step.changes[name] for name, step in setter.items()})
+    merged = policy.default.replace(**{name: step.changes[name] for name, step in setter.items()})
     reason, deciding = _why_not(site, merged)
     if reason:
         decider = max((setter.get(name, steps[0]) for name in deciding), key=steps.index)
