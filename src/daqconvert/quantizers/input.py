@@ -279,7 +279,7 @@ class SymmetricInputQuantizer(InputQuantizer):
         return -high * self._ratio(), high
 
     def _write_bounds(self, lower: float, upper: float) -> None:
-        self.upper.fill_(max(upper, -lower / self._ratio()) if lower < 0.0 else upper)
+        self.upper.fill_(self.fit(lower, upper)[1])
 
     def _settle_average(self, share: float) -> None:
         Quantizer._settle_average(self, share)
