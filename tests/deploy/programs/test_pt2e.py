@@ -11,6 +11,7 @@ import daqconvert as dq
 from daqconvert.deploy.comparing.probes import ModuleProbe
 from daqconvert.deploy.onnx.lowering import float32_copy
 from daqconvert.deploy.programs import DIALECTS, lower_frozen
+from daqconvert.deploy.programs.pt2e import Writer
 from daqconvert.deploy.signature import example_arguments
 
 
@@ -129,3 +130,71 @@ def test_a_program_is_made_without_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         dq.program(frozen, x)
+
+
+class Attention(nn.Module):
+    """Products of two activations, and values whose memory is copied before their shape changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        scores = (q @ k.transpose(1, 2).transpose(1, 2).mT).softmax(-1)
+        return self.out((scores @ v).transpose(1, 2).contiguous().view(x.shape))
+
+
+class Encoder(nn.TransformerEncoderLayer):
+    """torch's own block, whose biases are parts of one parameter."""
+
+    def __init__(self):
+        super().__init__(16, 4, 32, batch_first=True)
+
+
+class Padded(nn.Module):
+    """Operands that are moved between a layer's rounding and its products."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular")
+        self.up = nn.ConvTranspose2d(8, 6, 3, stride=2, groups=2)
+        self.same = nn.Conv2d(6, 4, 3, padding="same")
+        self.last = nn.Conv1d(4, 5, 3, padding=1, padding_mode="replicate")
+
+    def forward(self, x):
+        return self.last(self.same(self.up(self.first(x).relu())).flatten(2))
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "executorch"])
+@pytest.mark.parametrize("make, shape", [(Attention, (2, 5, 16)), (Encoder, (2, 5, 16)), (Padded, (2, 3, 12, 12))])
+def test_products_of_activations_moved_operands_and_copies(name, make, shape):
+    torch.manual_seed(0)
+    model, x = make().eval(), torch.randn(shape)
+    qmodel = dq.quantize(model, deploy="integer", attention=None if make is Padded else 8)
+    dq.calibrate(qmodel, [x])
+    with torch.no_grad():
+        frozen = dq.freeze(qmodel)
+        lowered = lower_frozen(float32_copy(frozen), example_arguments(x), None, DIALECTS[name])
+        wanted = frozen(x)
+        assert (lowered.program.module()(x)[0] - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
+class Turned(nn.Module):
+    """An operand that is turned before a product with a float weight, as the operators of `frozen_operators`."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(0.25))
+        self.register_buffer("zero_point", torch.tensor(3, dtype=torch.uint8))
+        self.register_buffer("weight", torch.randn(4, 5))
+
+    def forward(self, x):
+        operand = torch.ops.daqconvert.input_operand(x, self.scale, self.zero_point, 8, "turned")
+        return (torch.ops.daqconvert.rescale(operand.mT @ self.weight, self.scale, None, 0, "turned"),)
+
+
+def test_an_operand_that_is_moved_stays_in_integers():
+    module, x = Turned(), torch.randn(4, 6)
+    traced = torch.export.export(module, (x,), strict=False).run_decompositions({})
+    assert torch.allclose(Writer(traced, DIALECTS["onnxruntime"]).write(watched=False)(x)[0], module(x)[0])

@@ -15,9 +15,11 @@ ATEN, OURS = torch.ops.aten, torch.ops.daqconvert
 CONVOLUTIONS = (ATEN.conv1d.default, ATEN.conv2d.default, ATEN.conv3d.default)
 PRODUCTS = (*CONVOLUTIONS, ATEN.linear.default)
 DYNAMIC = (ATEN.matmul.default, ATEN.bmm.default)
+VIEWS = (ATEN.view.default, ATEN._unsafe_view.default)
 MOVING = (
+    *VIEWS,
     ATEN.max_pool1d.default, ATEN.max_pool2d.default, ATEN.max_pool3d.default, ATEN.flatten.using_ints,
-    ATEN.reshape.default, ATEN.view.default, ATEN.permute.default, ATEN.transpose.int, ATEN.unsqueeze.default,
+    ATEN.reshape.default, ATEN.permute.default, ATEN.transpose.int, ATEN.unsqueeze.default,
     ATEN.squeeze.dim, ATEN.squeeze.dims, ATEN.slice.Tensor, ATEN.select.int, ATEN.expand.default,
 )  # fmt: skip
 SAME = (ATEN.contiguous.default, ATEN.clone.default, ATEN.dropout.default, ATEN.alias.default, ATEN.detach.default)

@@ -30,6 +30,7 @@ from daqconvert.deploy.programs.code_flow import (
     OURS,
     PRODUCTS,
     SAME,
+    VIEWS,
     Codes,
     clips_nothing,
     moves,
@@ -256,9 +257,11 @@ class Writer:
         else:
             moved = self._moved(node)
             written = fx.map_arg(args, lambda n: self._dequantize(moved) if moved and n is args[0] else self._value(n))
-            result = self._call(node.target, *written, **fx.map_arg(node.kwargs, self._value))
+            # copies are left out, so a view may meet another layout than the one that it was traced with
+            target = ATEN.reshape.default if node.target in VIEWS else node.target
+            result = self._call(target, *written, **fx.map_arg(node.kwargs, self._value))
             self.env[node] = result
-            if moved is not None and read_as_codes(node):
+            if moved is not None and (isinstance(first, Operand) or read_as_codes(node)):
                 low, high = (limit + self._shift(moved.zero_point) for limit in self._limits())  # needs no clip
                 again = self._quantized(result, moved.scale, moved.zero_point, low, high)
                 again = dataclasses.replace(again, low=moved.low, high=moved.high)
@@ -320,15 +323,14 @@ class Writer:
             y = self._product(product.node, self._dequantize(x.codes), weight, self._bias(layer, numbers.bias, unit))
         else:
             scale, bias = (_before(value.float() * unit, dims) for value in (numbers.factor, numbers.bias))
-            y = self._scaled(layer, self._value(acc), scale, bias)
+            y = self._scaled(layer, self._value(acc), scale, self._constant(f"{layer}_bias", bias))
         low, high = numbers.range.tolist()
         self.env[node] = self._quantized(y, numbers.scale.item(), int(numbers.zero_point), low, high, layer)
 
     def _rescale(self, node: Any) -> None:
         """Write a layer whose output is float."""
         acc, scale_node, bias_node, dims, layer = node.args
-        scale, bias = self.tensors[scale_node].float(), None if bias_node is None else self.tensors[bias_node]
-        product = self.env[acc]
+        scale, product = self.tensors[scale_node].float(), self.env[acc]
         if isinstance(product, DeferredProduct) and isinstance(self._operands(product)[1], Weight):
             x, w = self._operands(product)
             inner = w.integers.dim() - 1
@@ -340,17 +342,26 @@ class Writer:
                 weight = self._constant(f"{layer}_weight", integers * _before(scales, inner))
             else:
                 weight = self._weight_node(str(layer), integers, scales)
-            added = None if bias is None else self._constant(f"{layer}_bias", bias)
+            added = self._float_bias(layer, bias_node, 0)
             self.env[node] = self._product(product.node, self._dequantize(x.codes), weight, added)
             return
         inner = int(dims)
-        shifts = None if bias is None else _before(bias, inner)
-        self.env[node] = self._scaled(layer, self._value(acc), _before(scale, inner), shifts)
+        added = self._float_bias(layer, bias_node, inner)
+        self.env[node] = self._scaled(layer, self._value(acc), _before(scale, inner), added)
 
-    def _scaled(self, layer: str, sums: fx.Node, scale: Tensor, bias: Tensor | None) -> fx.Node:
+    def _float_bias(self, layer: str, bias: fx.Node | None, inner: int) -> fx.Node | None:
+        """Write a layer's float bias, which the model may compute, for a channel that `inner` dimensions follow."""
+        if bias is None:
+            return None
+        if bias in self.tensors:
+            return self._constant(f"{layer}_bias", _before(self.tensors[bias], inner))
+        value: fx.Node = self._value(bias)
+        return self._call(ATEN.reshape.default, value, (-1, *(1,) * inner)) if inner else value
+
+    def _scaled(self, layer: str, sums: fx.Node, scale: Tensor, bias: fx.Node | None) -> fx.Node:
         """Write `sums * scale + bias` for integer-valued sums that a layer's product could not be joined with."""
         y = self._call(ATEN.mul.Tensor, sums, self._constant(f"{layer}_scale", scale))
-        return y if bias is None else self._call(ATEN.add.Tensor, y, self._constant(f"{layer}_bias", bias))
+        return y if bias is None else self._call(ATEN.add.Tensor, y, bias)
 
     def _operands(self, product: DeferredProduct) -> tuple[Any, Any]:
         x, w = product.node.args[:2]
